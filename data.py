@@ -1,0 +1,522 @@
+"""What goes into a model: tokenizers, preference files, rows, the Batch; and the Claim that comes out.
+
+A row is a dict: prompt, responses (K), scores (K), optional parents, context, ends, and further columns. B prompts, K responses, T response
+tokens, N packed rows of S tokens, G branches a row.
+"""
+
+import json
+import math
+import os
+import tempfile
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+# ---------------------------------------------------------------- files
+
+
+def write_beside(path, write):
+    """Call `write(temporary_path)` in the folder of `path`, then rename: readers see the old file or the new one, never half of one."""
+    folder = os.path.dirname(os.path.abspath(path))
+    os.makedirs(folder, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".writing-")
+    os.close(handle)
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def write_text(path, text):
+    """Write a text file in one step (see write_beside)."""
+
+    def write(temporary):
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+
+    write_beside(path, write)
+
+
+def save_tensors(path, tensors, metadata=None):
+    """Write {name: tensor} as safetensors in one step; tied or strided tensors are copied."""
+    from safetensors.torch import save
+
+    data = save({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, metadata or {"format": "pt"})
+
+    def write(temporary):
+        with open(temporary, "wb") as file:
+            file.write(data)
+
+    write_beside(path, write)
+
+
+def load_tensors(path):
+    """{name: tensor} of one safetensors file; ValueError when it is not one."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
+
+
+# ---------------------------------------------------------------- tokenizers
+
+
+class DataError(ValueError):
+    """A fault in a file the user gave: one line that names the file, the line (in Parquet and on the Hub the row, from 1) and the column."""
+
+
+def error_line(error):
+    """The first line of an error's message."""
+    text = getattr(error, "msg", None) or getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return str(text).splitlines()[0]
+
+
+def plain_chat(messages, add_generation_prompt):
+    """Chat without a template: one "role: content" line a message, then "assistant:" when an answer is to follow."""
+    return "".join(f"{m['role']}: {m['content']}\n" for m in messages) + ("assistant:" if add_generation_prompt else "")
+
+
+def chat_template(folder):
+    """The chat template of a checkpoint folder as a function of messages, add_generation_prompt -> text; plain_chat when there is none.
+
+    From chat_template.jinja, else tokenizer_config.json, in Jinja's sandbox. DataError: unreadable or not valid."""
+    file, config = Path(folder, "chat_template.jinja"), Path(folder, "tokenizer_config.json")
+    try:
+        settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+        text = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
+        if isinstance(text, list):  # several by name
+            text = {entry["name"]: entry["template"] for entry in text}.get("default")
+        if text is None:
+            return plain_chat
+        import jinja2.sandbox
+
+        def refuse(message):
+            raise jinja2.TemplateError(message)
+
+        # the options, names and filters that templates are written against
+        engine = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        engine.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+        names = {k: v.get("content") if isinstance(v, dict) else v for k, v in settings.items() if k.endswith("_token")}
+        template = engine.from_string(text, globals=dict(names, raise_exception=refuse))
+    except Exception as error:
+        raise DataError(f"{folder}: the chat template cannot be used: {error_line(error)}") from None
+    return lambda messages, add_generation_prompt: template.render(messages=messages, add_generation_prompt=add_generation_prompt)
+
+
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+class Tokenizer:
+    """One face for tiktoken (toy worlds, GPT-2, bytes) and `tokenizers` (checkpoints).
+
+    encode(text) -> token ids, decode(ids) -> text; `eot` ends a response, `pad` is another token; `vocab_size`; `name` for the header."""
+
+    def __init__(self, name, engine, eot, pad, vocab_size):
+        self.name, self.engine, self.eot, self.pad, self.vocab_size = name, engine, eot, pad, vocab_size
+        self.chat, self.folder = None, None  # chat template: function of messages, add_generation_prompt -> text
+
+    def __deepcopy__(self, memo):
+        return self  # immutable: a frozen copy of a model shares it
+
+    @classmethod
+    def toy(cls, words, name="toy"):
+        """256 bytes and the given words (each becomes one token, longest first), as a tiktoken.Encoding built in code."""
+        import re
+
+        import tiktoken
+
+        words = sorted(set(words), key=lambda w: (-len(w), w))
+        ranks = {bytes([i]): i for i in range(256)}
+        ranks |= {w.encode(): 256 + i for i, w in enumerate(w for w in words if len(w.encode()) > 1)}
+        pattern = "|".join([re.escape(w) for w in words] + [r"[\s\S]"])
+        special = {"<|end|>": len(ranks), "<|pad|>": len(ranks) + 1}
+        return cls._tiktoken(tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special))
+
+    @classmethod
+    def _tiktoken(cls, encoding):
+        eot = encoding._special_tokens.get("<|end|>", encoding._special_tokens.get("<|endoftext|>"))
+        pad = encoding._special_tokens.get("<|pad|>", encoding.n_vocab)  # GPT-2 has none: one more row
+        return cls(encoding.name, encoding, eot, pad, max(encoding.n_vocab, pad + 1))
+
+    @classmethod
+    def text(cls):
+        """For real text without a checkpoint: GPT-2's, or bytes when that cannot be had (the name says which)."""
+        import tiktoken
+
+        try:
+            return cls._tiktoken(tiktoken.get_encoding("gpt2"))
+        except Exception:  # tiktoken raises whatever its download raises
+            return cls.toy([], name="bytes")
+
+    @classmethod
+    def load(cls, folder):
+        """The tokenizer of a checkpoint folder, read by the `tokenizers` library; ValueError when there is none."""
+        path, settings = os.path.join(folder, "tokenizer.json"), {}
+        for name in ("config.json", "tokenizer_config.json"):
+            if os.path.exists(os.path.join(folder, name)):
+                with open(os.path.join(folder, name), encoding="utf-8") as file:
+                    settings |= json.load(file)
+        if settings.get("tiktoken") == "gpt2":
+            return cls.text()
+        if not os.path.exists(path):
+            raise ValueError(f"{folder} has no tokenizer.json")
+        import tokenizers
+
+        try:
+            engine = tokenizers.Tokenizer.from_file(path)
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+        engine.no_truncation()
+        engine.no_padding()
+
+        def identity(key):
+            token = settings.get(key)
+            token = token.get("content") if isinstance(token, dict) else token
+            return engine.token_to_id(token) if isinstance(token, str) else None
+
+        eot = identity("eos_token")
+        if eot is None:
+            eot = settings.get("eos_token_id")
+            eot = eot[0] if isinstance(eot, list) else eot
+        if eot is None:
+            raise ValueError(f"{folder} names no end-of-text token (eos_token)")
+        pad = identity("pad_token")
+        if pad is None or pad == eot:  # the end must be learnt, so padding is another token
+            pad = 0 if eot else 1
+        tokenizer = cls(settings.get("nanopref_tokenizer", "tokenizer.json"), engine, eot, pad, engine.get_vocab_size())
+        tokenizer.chat, tokenizer.folder = chat_template(folder), folder
+        return tokenizer
+
+    def encode(self, text):
+        """Token ids of a text, without anything added."""
+        if hasattr(self.engine, "encode_ordinary"):
+            return self.engine.encode_ordinary(text)
+        return self.engine.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids):
+        """Text of token ids; the end and padding tokens are left out."""
+        ids = [i for i in ids if i not in (self.eot, self.pad)]
+        if hasattr(self.engine, "encode_ordinary"):
+            return self.engine.decode([i for i in ids if i < self.engine.n_vocab], errors="replace")
+        return self.engine.decode(ids, skip_special_tokens=False)
+
+    def save(self, folder):
+        """Write tokenizer.json and tokenizer_config.json, readable by `tokenizers` and `transformers` (GPT-2's is named, not copied)."""
+        os.makedirs(folder, exist_ok=True)
+        if self.folder is not None:  # a checkpoint's own files, as they were
+            for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+                if os.path.exists(os.path.join(self.folder, name)):
+                    with open(os.path.join(self.folder, name), encoding="utf-8") as file:
+                        write_text(os.path.join(folder, name), file.read())
+            return
+        if self.name == "gpt2":
+            settings = {"eos_token": "<|endoftext|>", "tiktoken": "gpt2"}
+        else:
+            settings = {"eos_token": "<|end|>", "pad_token": "<|pad|>", "nanopref_tokenizer": self.name}
+            write_text(os.path.join(folder, "tokenizer.json"), json.dumps(self._huggingface()))
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        write_text(os.path.join(folder, "tokenizer_config.json"), json.dumps(settings))
+
+    def _huggingface(self):
+        """A toy encoding in the format of tokenizer.json: whole pieces are looked up, so that no merges are needed."""
+        letters = [*range(33, 127), *range(161, 173), *range(174, 256)]  # byte-level BPE writes every byte as a printable letter
+        letter = {b: chr(b) for b in letters} | {b: chr(256 + i) for i, b in enumerate(sorted(set(range(256)) - set(letters)))}
+        vocab = {"".join(letter[b] for b in token): i for token, i in self.engine._mergeable_ranks.items()}
+        model = dict(type="BPE", vocab=vocab, merges=[], ignore_merges=True, fuse_unk=False, byte_fallback=False)
+        split = dict(type="Split", pattern=dict(Regex=self.engine._pat_str), behavior="Isolated", invert=False)
+        level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
+        flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+        added = [dict(id=i, content=s) | flags for s, i in self.engine._special_tokens.items()]
+        empty = dict(truncation=None, padding=None, normalizer=None, post_processor=None)
+        split = dict(type="Sequence", pretokenizers=[split, level])
+        return dict(version="1.0", added_tokens=added, pre_tokenizer=split, decoder=level, model=model) | empty
+
+
+# ---------------------------------------------------------------- rows and the Batch
+
+
+@dataclass
+class Batch:
+    """The tensors of one step. Further columns of the rows are attributes: a number a row (B,), K numbers (B, K), K lists (B, K, T)."""
+
+    mask: torch.Tensor  # (B, K, T) bool: scored response tokens; ones for images and tables
+    scores: torch.Tensor  # (B, K) labels, 0 for an absent response
+    tokens: torch.Tensor = None  # (N, S) packed prompt trees
+    position: torch.Tensor = None  # (N, S) counted from the tree's root
+    branch: torch.Tensor = None  # (N, S); padding is branch G-1
+    sees: torch.Tensor = None  # (N, G, G) bool: itself and its ancestors
+    source: torch.Tensor = None  # (B, K, T) flat index into N*S of the hidden state that predicts a token
+    target: torch.Tensor = None  # (B, K, T) the token
+    parents: torch.Tensor = None  # (B, K) the response that this one continues, -1 = the prompt
+    images: torch.Tensor = None  # (B, K, C, H, W), or (B, K, D) for points
+    label: torch.Tensor = None  # (B,) class of an image, number of a table's prompt
+    t: torch.Tensor = None  # (B,) noise level, drawn by prepare
+    noise: torch.Tensor = None  # (B, 1 or K, ...)
+    columns: dict = field(default_factory=dict)
+
+    def __getattr__(self, name):
+        columns = self.__dict__.get("columns") or {}
+        if name not in columns:
+            raise AttributeError(f"the batch has no column {name!r}; it has {', '.join(sorted(columns)) or 'none'}")
+        return columns[name]
+
+    def to(self, device):
+        """The same batch on another device."""
+        moved = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), torch.Tensor)}
+        return replace(self, **moved, columns={k: v.to(device) for k, v in self.columns.items()})
+
+
+OWN = ("prompt", "responses", "scores", "parents", "context", "ends", "reward", "tree")
+
+
+def encode(row, tokenizer):
+    """The row with its prompt tree laid out: token, position and branch of every node, and where each response token is predicted from.
+
+    Text becomes token ids. The end token is appended, and scored, to a response that nothing continues (or as `ends` says).
+    A leaf's last token predicts nothing, so it is a target but never an input. ValueError when parents do not stand before children."""
+    if "tree" in row:
+        return row
+
+    def ids(text):
+        return tokenizer.encode(text) if isinstance(text, str) else list(text)
+
+    count = len(row["responses"])
+    parents = row.get("parents") or [-1] * count
+    context = row.get("context") or [[]] * count
+    prompt = ids(row["prompt"]) or [tokenizer.eot]  # something has to predict the first token
+    tokens, position, branch = list(prompt), list(range(len(prompt))), [0] * len(prompt)
+    last, ancestors, sources, targets = {-1: len(prompt) - 1}, [{0}], [], []
+    for k, (response, parent) in enumerate(zip(row["responses"], parents)):
+        if not -1 <= parent < k:
+            raise ValueError(f"parents {parents}: response {k} must continue an earlier response or the prompt (-1)")
+        leaf = k not in parents
+        before, response = ids(context[k]), ids(response)
+        ends = row["ends"][k] if row.get("ends") is not None else leaf
+        response = response + [tokenizer.eot] * bool(ends)
+        path, start = before + response, len(tokens)
+        fed = path[:-1] if leaf else path
+        tokens += fed
+        position += range(position[last[parent]] + 1, position[last[parent]] + 1 + len(fed))
+        branch += [k + 1] * len(fed)
+        ancestors.append(ancestors[parent + 1] | {k + 1})
+        steps = [last[parent], *range(start, start + len(path) - 1)]
+        sources.append(steps[len(before) : len(path)])
+        targets.append(response)
+        last[k] = start + len(fed) - 1 if fed else last[parent]
+    sees = np.zeros((count + 1, count + 1), dtype=bool)
+    for k, seen in enumerate(ancestors):
+        sees[k, list(seen)] = True
+    return row | {"parents": parents, "tree": (tokens, position, branch, sees, sources, targets)}
+
+
+def bucket(n):
+    """n rounded up to one of few sizes (8 steps an octave at most 25 % apart), so that shapes repeat."""
+    step = max(1, 1 << max(0, (n - 1).bit_length() - 3))
+    return -(-n // step) * step
+
+
+def collate(rows, tokenizer=None, fixed=False):
+    """Rows -> Batch. Text is packed, several trees a row where they fit; `fixed` rounds N, S and T up to a few buckets (for compiled code).
+
+    Rows whose responses are a tensor (K, C, H, W) are images; without a tokenizer they are entries of a table."""
+    count = max(len(row["responses"]) for row in rows)
+    scores = torch.zeros(len(rows), count)
+    for b, row in enumerate(rows):
+        scores[b, : len(row["responses"])] = torch.as_tensor(row.get("scores", [0.0] * len(row["responses"])))
+    columns = {name: _column([row[name] for row in rows], count) for name in rows[0] if name not in OWN}
+    if isinstance(rows[0]["responses"], torch.Tensor):
+        images = torch.stack([row["responses"] for row in rows])
+        label = torch.tensor([row["prompt"] for row in rows])
+        return Batch(torch.ones(len(rows), count, 1, dtype=torch.bool), scores, images=images, label=label, columns=columns)
+    if tokenizer is None:
+        target = torch.tensor([row["responses"] for row in rows])  # one length in a table
+        mask = torch.ones_like(target, dtype=torch.bool)
+        return Batch(mask, scores, target=target, label=torch.tensor([row["prompt"] for row in rows]), columns=columns)
+
+    rows = [encode(row, tokenizer) for row in rows]
+    round_up = bucket if fixed else int
+    trees = [row["tree"] for row in rows]
+    size = round_up(max(len(tree[0]) for tree in trees))
+    # first-fit, the longest first: a packed row holds as many trees as fit
+    free, place = [], {}
+    for b in sorted(range(len(trees)), key=lambda b: (-len(trees[b][0]), b)):
+        n = next((n for n, room in enumerate(free) if room >= len(trees[b][0])), len(free))
+        if n == len(free):
+            free.append(size)
+        place[b] = (n, size - free[n])
+        free[n] -= len(trees[b][0])
+    height = round_up(len(free))
+    used = [0] * height
+    for b in range(len(trees)):
+        used[place[b][0]] += len(trees[b][3])
+    groups = round_up(max(used) + 1)
+    length = round_up(max(len(t) for tree in trees for t in tree[5]))
+    tokens = np.full((height, size), tokenizer.pad, dtype=np.int64)
+    position, branch = np.zeros_like(tokens), np.full_like(tokens, groups - 1)
+    sees = np.zeros((height, groups, groups), dtype=bool)
+    sees[:, groups - 1, groups - 1] = True
+    source = np.zeros((len(rows), count, length), dtype=np.int64)
+    target, mask = np.zeros_like(source), np.zeros(source.shape, dtype=bool)
+    parents = np.full((len(rows), count), -1, dtype=np.int64)
+    first = [0] * height
+    for b, (ids, positions, branches, visible, sources, targets) in enumerate(trees):
+        n, offset = place[b]
+        end, g = offset + len(ids), first[n]
+        tokens[n, offset:end], position[n, offset:end], branch[n, offset:end] = ids, positions, np.add(branches, g)
+        sees[n, g : g + len(visible), g : g + len(visible)] = visible
+        first[n] += len(visible)
+        parents[b, : len(targets)] = rows[b]["parents"]
+        for k, (where, what) in enumerate(zip(sources, targets)):
+            source[b, k, : len(what)], target[b, k, : len(what)], mask[b, k, : len(what)] = np.add(where, n * size + offset), what, True
+    tensors = {
+        k: torch.from_numpy(v) for k, v in locals().items() if k in ("tokens", "position", "branch", "sees", "source", "target", "parents")
+    }
+    return Batch(torch.from_numpy(mask), scores, columns=columns, **tensors)
+
+
+def _column(values, count):
+    """A column as a tensor: (B,) of numbers, (B, K) of K numbers, (B, K, T) of K lists (zeros where shorter), or stacked arrays."""
+    if isinstance(values[0], torch.Tensor):
+        return torch.stack(values)
+    if isinstance(values[0], (list, tuple)) and isinstance(values[0][0], (list, tuple)):
+        out = np.zeros((len(values), count, max(len(x) for value in values for x in value)))
+        for b, value in enumerate(values):
+            for k, x in enumerate(value):
+                out[b, k, : len(x)] = x
+    elif isinstance(values[0], (list, tuple)):
+        out = np.zeros((len(values), count))
+        for b, value in enumerate(values):
+            out[b, : len(value)] = value
+    else:
+        out = np.array(values)
+    return torch.from_numpy(out).to(torch.get_default_dtype() if out.dtype.kind == "f" else torch.int64)
+
+
+def fit_context(rows, tokenizer, context, truncate=False):
+    """(rows, number cut): every path of every row fits into `context` tokens. A longer prompt is refused with a ValueError, or, with
+    `truncate`, loses its beginning (at least half the context is kept for it) and then each response its end, without end token."""
+    out, cut = [], 0
+    for row in rows:
+        row = encode(row, tokenizer)
+        longest = max(row["tree"][1]) + 2
+        if longest > context:
+            if not truncate:
+                raise ValueError(f"a prompt with its responses takes {longest} tokens, the context holds {context}; --truncate cuts it")
+            if any(p != -1 for p in row["parents"]) or row.get("context"):
+                raise ValueError(f"a chain or tree of {longest} tokens does not fit into the context of {context} and cannot be cut")
+            cut += 1
+            prompt = row["prompt"] if not isinstance(row["prompt"], str) else tokenizer.encode(row["prompt"])
+            texts = [tokenizer.encode(r) if isinstance(r, str) else list(r) for r in row["responses"]]
+            prompt = prompt[-max(context // 2, context - max(map(len, texts)) - 1) :]
+            room = context - len(prompt)
+            ends = row.get("ends") or [True] * len(texts)
+            ends = [bool(e) and len(t) < room for t, e in zip(texts, ends)]
+            bare = {k: v for k, v in row.items() if k != "tree"}
+            row = encode(bare | {"prompt": prompt, "responses": [t[:room] for t in texts], "ends": ends}, tokenizer)
+        out.append(row)
+    return out, cut
+
+
+# ---------------------------------------------------------------- labels
+
+
+def label(rows, rng, temperature=1.0, flip=0.0, length_bias=0.0, verifier=False, prefers=None, lengths=None):
+    """Give `scores` to rows that carry their true `reward` (K,), as an annotator would.
+
+    K = 2: the first wins with probability sigmoid((reward difference + length_bias * length difference) / temperature) (Bradley-Terry), is
+    flipped with probability `flip`, and the preferred response comes first with scores [1, 0]. `prefers` (one probability a row) replaces
+    the sigmoid's reward part. K > 2: scores are the rewards plus Gumbel noise of that temperature (Plackett-Luce), then each pair of
+    neighbours in that order changes places with probability `flip`. temperature 0: no noise. A verifier's reward is the score itself,
+    inverted with probability `flip`. Labels are drawn once, when the data are built."""
+    out = []
+    for i, row in enumerate(rows):
+        reward = torch.as_tensor(row["reward"], dtype=torch.float64)
+        biased = reward + length_bias * torch.as_tensor(lengths[i], dtype=torch.float64) if length_bias else reward
+        draw = torch.rand(len(reward), dtype=torch.float64, generator=rng)
+        switch = torch.rand(len(reward), dtype=torch.float64, generator=rng) < flip
+        if verifier:
+            out.append(row | {"scores": torch.where(switch, 1 - reward, reward).tolist()})
+            continue
+        if len(reward) == 2:
+            z = biased[0] - biased[1]
+            if prefers is not None:
+                z = torch.logit(torch.as_tensor(prefers[i], dtype=torch.float64)) + z - (reward[0] - reward[1])
+            p = torch.sigmoid(z / temperature) if temperature else (torch.sign(z) + 1) / 2
+            first = (draw[0] < p) ^ switch[0]
+            order = [0, 1] if first else [1, 0]
+            out.append(reorder(row, order) | {"scores": [1.0, 0.0]})
+            continue
+        noisy = biased - temperature * torch.log(-torch.log(draw))
+        order, values = noisy.argsort(descending=True).tolist(), noisy.sort(descending=True).values
+        for a in range(len(order) - 1):
+            if switch[a]:
+                order[a], order[a + 1] = order[a + 1], order[a]
+        scores = torch.zeros_like(noisy)
+        scores[order] = values
+        out.append(row | {"scores": scores.tolist()})
+    return out
+
+
+def reorder(row, order):
+    """The row with its K responses, and every column of K values, in another order (rows without parents)."""
+
+    def move(value):
+        if isinstance(value, torch.Tensor) and value.dim() and len(value) == len(order):
+            return value[order]
+        return [value[k] for k in order] if isinstance(value, list) and len(value) == len(order) else value
+
+    return {k: v if k in ("prompt", "tree") else move(v) for k, v in row.items()}
+
+
+# ---------------------------------------------------------------- claims
+
+
+@dataclass
+class Claim:
+    """One claim of a paper as an experiment: ours against a baseline, seed by seed."""
+
+    text: str
+    metric: str
+    ours: list  # a value per seed
+    baseline: list
+    margin: float = 0.0  # the mean difference must exceed it
+    expected: bool = True  # False: a negative control, or what did not reproduce
+    difference: float = field(init=False)
+    interval: list = field(init=False)  # paired 95 % (Student's t); [nan, nan] from a single seed
+    holds: bool = field(init=False)
+
+    def __post_init__(self):
+        differences = np.subtract(self.ours, self.baseline)
+        self.difference = float(differences.mean())
+        self.interval = interval(differences)
+        agree = bool((differences > 0).all())
+        if len(differences) >= 5:
+            agree = self.interval[0] > 0
+        self.holds = bool(agree and self.difference > self.margin)
+
+
+def interval(values):
+    """95 % interval of the mean of a few values by Student's t, as [low, high]."""
+    values = np.asarray(values, dtype=float)
+    if len(values) < 2:
+        return [math.nan, math.nan]
+    from scipy.stats import t
+
+    half = float(t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
+    return [float(values.mean()) - half, float(values.mean()) + half]
+
+
+def wilson(wins, n):
+    """95 % interval of a share (Wilson's score), as [low, high]; ties may count half."""
+    if not n:
+        return [math.nan, math.nan]
+    z, p = 1.959964, wins / n
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return [(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)]

@@ -1,0 +1,455 @@
+"""What a person sees: evaluation, the progress bar, tables, samples and pictures. Part of train.py's Lab, moved here to keep that readable."""
+
+import io
+import json
+import math
+import os
+import shutil
+import sys
+import time
+
+import numpy as np
+import torch
+
+from data import interval, wilson, write_beside, write_text
+
+# ---------------------------------------------------------------- measuring
+
+
+def best_and_worst(scores, mask):
+    """Index (B,) of the best and of the worst scored response that is there."""
+    present = mask.any(-1)
+    best = scores.masked_fill(~present, -math.inf).argmax(1)
+    worst = scores.masked_fill(~present, math.inf).argmin(1)
+    return best, worst
+
+
+def common_metrics(logps, ref_logps, batch):
+    """Metrics of every method, from the best and the worst scored response of each row: the log-ratio margin (nats, without beta), the
+    share of rows where it is positive, and the raw log-probs. Without a reference the log-probs themselves are compared."""
+    best, worst = best_and_worst(batch.scores, batch.mask)
+    total = (logps * batch.mask).sum(-1)
+    ratio = total if ref_logps is None else total - (ref_logps * batch.mask).sum(-1)
+
+    def pick(x, index):
+        return x.gather(1, index[:, None])[:, 0]
+
+    margin = pick(ratio, best) - pick(ratio, worst)
+    return {
+        "margin": margin.mean(),
+        "accuracy": ((margin > 0).float() + 0.5 * (margin == 0).float()).mean(),
+        "chosen_logp": pick(total, best).mean(),
+        "rejected_logp": pick(total, worst).mean(),
+    }
+
+
+@torch.no_grad()
+def sequence_kl(lab, policy, reference, rows):
+    """KL(policy || reference) of whole responses in nats, one value a sampled response: the sum over tokens of the exact KL between the two
+    next-token distributions at the prefixes that the policy wrote."""
+    out, size = [], max(1, min(64, 2**27 // (reference.config.vocab_size * max(2, lab.max_response) * len(rows[0]["responses"]))))
+    for start in range(0, len(rows), size):
+        batch = lab._collate(rows[start : start + size])
+        with lab._autocast():
+            p, q = (model.logits(batch).float().log_softmax(-1) for model in (policy, reference))
+        out.append(((p.exp() * (p - q)).sum(-1) * batch.mask).sum(-1).flatten())
+    return torch.cat(out).tolist()
+
+
+def eval_prompts(lab, n):
+    """The evaluation's prompts: the same for every method and seed of a world."""
+    return lab.world.prompts(n, lab._generator("evaluation", lab.settings.base_seed))
+
+
+def eval_pairs(lab):
+    """Held-out rows with clean labels: the file's, or pairs sampled from the base model and ordered by the truth (ties are left out)."""
+    world, s = lab.world, lab.settings
+    if not hasattr(world, "reward"):
+        return lab._adopt(world.held_out[: s.eval_size])
+
+    def draw():
+        prompts = world.prompts(s.eval_size, lab._generator("held-out", s.base_seed))
+        rows = lab.sample(lab.reference, prompts, 2, lab._generator("held-out samples", s.base_seed))
+        kept = []
+        for row, (a, b) in zip(rows, lab.truth(rows)):
+            if a != b:
+                kept.append(row | {"scores": [float(a > b), float(b > a)]})
+        return kept
+
+    fingerprint = getattr(lab.reference, "fingerprint", None)
+    return lab._adopt(
+        lab.cached(
+            [
+                "held-out",
+                fingerprint,
+                getattr(world, "key", lambda: world.name)(),
+                s.eval_size,
+                s.base_seed,
+                s.temperature,
+                lab.max_response,
+            ],
+            draw,
+        )
+    )
+
+
+def pair_stats(lab, policy):
+    """Accuracy of the implicit reward (log-ratio to the base model) on all held-out pairs of different scores, ties counting half, and the
+    raw log-probs of the best and the worst response."""
+    rows = eval_pairs(lab)
+    if not rows:
+        return {}
+    ours, base = lab._logps(policy, rows), lab._reference_logps(lab.reference, rows)
+    wins, count, chosen, rejected = 0.0, 0, [], []
+    for row, mine, theirs in zip(rows, ours, base):
+        scores, total = row["scores"], [sum(x) for x in mine]
+        ratio = [a - sum(b) for a, b in zip(total, theirs)]
+        for i in range(len(scores)):
+            for j in range(len(scores)):
+                if scores[i] > scores[j]:
+                    wins, count = wins + (ratio[i] > ratio[j]) + 0.5 * (ratio[i] == ratio[j]), count + 1
+        chosen.append(total[int(np.argmax(scores))])
+        rejected.append(total[int(np.argmin(scores))])
+    low_high = wilson(wins, count)
+    out = {"accuracy": wins / count, "accuracy_interval": low_high} if count else {}
+    return out | {"chosen_logp": float(np.mean(chosen)), "rejected_logp": float(np.mean(rejected))}
+
+
+def diversity(responses):
+    """Distinct pairs of neighbouring tokens, as a share of all such pairs in all responses (distinct-2)."""
+    pairs = [pair for ids in responses for pair in zip(ids, ids[1:])]
+    return len(set(pairs)) / max(1, len(pairs))
+
+
+@torch.no_grad()
+def evaluate(lab, policy):
+    """{name: value} of a model, see Lab.evaluate."""
+    world, kind, reference = lab.world, lab.world.kind, lab.reference
+    training = policy.training
+    policy.eval()
+    out = {}
+    if kind == "table":
+        truth = world.rewards()
+        out = {"reward": policy.expect(truth), "kl": policy.kl(reference)}
+    elif kind == "images":
+        rows = lab.sample(policy, eval_prompts(lab, lab.settings.eval_size), 1, lab._generator("evaluation samples"))
+        rewards = [r[0] for r in lab.truth(rows)]
+        out = {"reward": float(np.mean(rewards)), "reward_interval": interval(rewards)}
+    else:
+        n = lab.settings.eval_size if hasattr(world, "reward") else min(lab.settings.eval_size, 16)
+        prompts = eval_prompts(lab, n)
+        rows = lab._adopt(lab.sample(policy, prompts, 1, lab._generator("evaluation samples")))
+        if hasattr(world, "reward"):
+            base_rows = lab.sample(reference, prompts, 1, lab._generator("evaluation samples"))
+            rewards, base = ([r[0] for r in lab.truth(x)] for x in (rows, base_rows))
+            wins = sum((a > b) + 0.5 * (a == b) for a, b in zip(rewards, base))
+            out = {"reward": float(np.mean(rewards)), "reward_interval": interval(rewards)}
+            out |= {"win_rate": wins / n, "win_rate_interval": wilson(wins, n)}
+        out["kl"] = float(np.mean(sequence_kl(lab, policy, reference, rows)))
+        out["length"] = float(np.mean([len(row["responses"][0]) for row in rows]))
+        out["diversity"] = diversity([row["responses"][0] for row in rows])
+        out |= pair_stats(lab, policy)
+    if hasattr(world, "measure"):
+        out |= {k: float(v) for k, v in world.measure(policy, lab).items()}
+    policy.train(training)
+    return out
+
+
+@torch.no_grad()
+def glance(lab, policy):
+    """A quick look while training: true reward and KL on a few prompts (nothing in a world without a truth)."""
+    world, n = lab.world, min(128, lab.settings.eval_size)
+    if world.kind == "table":
+        return {"reward": policy.expect(world.rewards()), "kl": policy.kl(lab.reference)}
+    if not hasattr(world, "reward"):
+        return {k: v for k, v in pair_stats(lab, policy).items() if not isinstance(v, list)} if lab.settings.eval_every else {}
+    rows = lab._adopt(lab.sample(policy, eval_prompts(lab, n), 1, lab._generator("glance")))
+    out = {"reward": float(np.mean(lab.truth(rows)))}
+    if world.kind == "text":
+        out["kl"] = float(np.mean(sequence_kl(lab, policy, lab.reference, rows)))
+    return out
+
+
+def at_kl(curve, metric, kl):
+    """The metric of a curve (points with "kl" and the metric, in the order of training) where it first reaches `kl`, by linear interpolation."""
+    for a, b in zip(curve, curve[1:]):
+        if min(a["kl"], b["kl"]) <= kl <= max(a["kl"], b["kl"]):
+            share = 0.0 if a["kl"] == b["kl"] else (kl - a["kl"]) / (b["kl"] - a["kl"])
+            return a[metric] + share * (b[metric] - a[metric])
+    raise ValueError(f"the curve never reaches a KL of {kl:.3g} (it ends at {curve[-1]['kl']:.3g})")
+
+
+# ---------------------------------------------------------------- the terminal
+
+
+class Progress:
+    """One line that says how far a loop is, what it sees, and the time left; a line at every tenth where the output is no terminal."""
+
+    def __init__(self, title, steps, first=0, quiet=False):
+        self.title, self.steps, self.first, self.quiet = title, steps, first, quiet or not steps
+        self.start, self.tty, self.tenth = time.time(), sys.stderr.isatty(), -1
+
+    def show(self, step, values):
+        if self.quiet:
+            return
+        spent = time.time() - self.start
+        left = spent / max(1, step - self.first) * (self.steps - step)
+        names = [n for n in ("loss", "margin", "accuracy") if n in values]
+        line = f"{self.title} {step:>4}/{self.steps}  " + "  ".join(f"{n} {values[n]:.3f}" for n in names) + f"  {clock(left)} left"
+        if self.tty:
+            width = shutil.get_terminal_size().columns - 1
+            sys.stderr.write("\r" + line[:width].ljust(width))
+            sys.stderr.flush()
+        elif step * 10 // self.steps > self.tenth:
+            self.tenth = step * 10 // self.steps
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self):
+        if self.tty and not self.quiet:
+            sys.stderr.write("\n")
+
+
+def clock(seconds):
+    """Seconds as 0:07 or 1:02:03."""
+    seconds = int(seconds + 0.5)
+    hours, minutes = seconds // 3600, seconds // 60 % 60
+    return f"{hours}:{minutes:02d}:{seconds % 60:02d}" if hours else f"{minutes}:{seconds % 60:02d}"
+
+
+def header(lab, name, module, cfg, model):
+    """The first lines of a run."""
+    title = (module.__doc__ or name).strip().splitlines()[0] if module else name
+    config = "  ".join(f"{k} {v}" for k, v in vars(cfg).items() if v is not None) if cfg else ""
+    tokenizer = getattr(model, "tokenizer", None)
+    dtype = "bfloat16 autocast" if lab.bf16 else "float32"
+    lines = [
+        title,
+        f"world {lab.world.name}   model {type(model).__name__}, {count(model):,} parameters   {lab.device.type}, {dtype}, {torch.get_num_threads()} threads",
+    ]
+    if tokenizer is not None:
+        lines[1] += f"   tokenizer {tokenizer.name} ({tokenizer.vocab_size:,} tokens)"
+    lines.append(f"steps {lab.steps}   batch_size {lab.batch_size}   lr {lab.lr:g}   seed {lab.settings.seed}   {config}".rstrip())
+    return "\n".join(lines)
+
+
+def count(model):
+    """Number of parameters."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def number(value, width=None):
+    """A number (with its 95 % interval as half a width) in few digits; "-" for none."""
+    if value is None:
+        return "-"
+    text = f"{value:.3f}" if abs(value) < 1000 else f"{value:.0f}"
+    if width is not None and all(math.isfinite(x) for x in width):
+        text += f" +-{(width[1] - width[0]) / 2:.3f}"
+    return text
+
+
+def table(rows, head):
+    """Lines of a plain table: the first column to the left, the others to the right."""
+    rows = [[str(cell) for cell in row] for row in [head, *rows]]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip() for row in rows
+    )
+
+
+def before_after(before, after):
+    """The table of a run."""
+    names = [n for n in after if not n.endswith("_interval")]
+    rows = [[n, *(number(side.get(n), side.get(n + "_interval")) for side in (before, after))] for n in names]
+    return table(rows, ["", "before", "after"])
+
+
+def side_by_side(lab, policy, n=4):
+    """A few evaluation prompts with the answers of the base model and of the policy, as text."""
+    prompts, lines = eval_prompts(lab, n), []
+    generators = (lab._generator("samples"), lab._generator("samples"))
+    base, ours = (lab.sample(model, prompts, 1, rng) for model, rng in zip((lab.reference, policy), generators))
+    truths = [lab.truth(rows) for rows in (base, ours)] if hasattr(lab.world, "reward") else None
+    for i, prompt in enumerate(prompts):
+        lines.append(f"> {lab.text(prompt).strip()}")
+        for name, rows, side in (("before", base, 0), ("after ", ours, 1)):
+            reward = f" [{truths[side][i][0]:+.2f}]" if truths else ""
+            end = "" if rows[i]["ends"][0] else " ..."
+            lines.append(f"  {name}{reward} {lab.text(rows[i]['responses'][0]).strip()}{end}".replace("\n", "\n      "))
+    return "\n".join(lines)
+
+
+def show(lab, row, batch):
+    """Print one row as the model sees it (--show): tokens, what they may look at, and what is scored."""
+    print(f"one row of the first batch: {batch.mask.shape[1]} responses, scores {[round(s, 3) for s in row['scores']]}")
+    if lab.world.kind != "text":
+        print(f"prompt {row['prompt']}; mask {tuple(batch.mask.shape)}, all ones")
+        for name in ("images", "t", "noise", "target"):
+            if getattr(batch, name) is not None:
+                print(f"{name} {tuple(getattr(batch, name).shape)}")
+        return
+    tokens, position, branch, sees, sources, targets = row["tree"]
+    scored = {}
+    for k, (where, what) in enumerate(zip(sources, targets)):
+        for i, token in zip(where, what):
+            scored.setdefault(i, []).append((k, token))
+    tokenizer = lab.world.tokenizer
+
+    def piece(token):
+        return {tokenizer.eot: "<end>", tokenizer.pad: "<pad>"}.get(token) or repr(tokenizer.decode([token]))
+
+    rows = []
+    for i, token in enumerate(tokens):
+        where = "prompt" if branch[i] == 0 else f"response {branch[i] - 1}"
+        seen = "+".join("prompt" if g == 0 else f"r{g - 1}" for g in np.flatnonzero(sees[branch[i]]))
+        rows.append([i, position[i], where, piece(token), seen, ", ".join(f"r{k}: {piece(t)}" for k, t in scored.get(i, [])) or "-"])
+    print(table(rows, ["index", "position", "branch", "token", "sees", "scored as its next"]))
+    print(f"{sum(map(len, targets))} scored tokens; the batch: tokens {tuple(batch.tokens.shape)}, log-probs {tuple(batch.mask.shape)}")
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def figure(path, draw, size=(10, 6)):
+    """Make a picture with matplotlib (no window, no global state) and write it in one step; `draw(figure)` fills it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(fig)
+    draw(fig)
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png", dpi=110)
+
+    def write(temporary):
+        with open(temporary, "wb") as file:
+            file.write(buffer.getvalue())
+
+    write_beside(path, write)
+
+
+def read_metrics(out):
+    """The lines of metrics.jsonl of the last stage that trained."""
+    path = os.path.join(out, "metrics.jsonl")
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding="utf-8") as file:
+        lines = [json.loads(line) for line in file if line.strip()]
+    return [line for line in lines if line["stage"] == lines[-1]["stage"]]
+
+
+def curves(lab, title):
+    """curves.png: loss, margin, accuracy, raw chosen and rejected log-probs, reward and KL against the step."""
+    lines = read_metrics(lab.out)
+    if not lines:
+        return
+    steps = [line["step"] for line in lines]
+
+    def smooth(values):
+        width = max(1, len(values) // 20)
+        total = np.cumsum([0.0, *values])
+        return [(total[i + 1] - total[max(0, i + 1 - width)]) / (i + 1 - max(0, i + 1 - width)) for i in range(len(values))]
+
+    def draw(fig):
+        axes = fig.subplots(2, 3)
+        fig.suptitle(title)
+        panels = [("loss", ["loss"]), ("margin (nats, without beta)", ["margin"]), ("accuracy of the margin", ["accuracy"])]
+        panels.append(("log-prob of the responses (nats)", ["chosen_logp", "rejected_logp"]))
+        for ax, (name, keys) in zip(axes.flat, panels):
+            for i, key in enumerate(keys):
+                values = [line.get(key, math.nan) for line in lines]
+                ax.plot(steps, values, color=f"C{i}", alpha=0.25, linewidth=0.8)
+                ax.plot(steps, smooth(values), color=f"C{i}", label=key.replace("_logp", ""))
+            ax.set_title(name, fontsize=10)
+            if len(keys) > 1:
+                ax.legend(frameon=False)
+        points = [p for p in lab.curve if "reward" in p]
+        for ax, key, name in ((axes.flat[4], "reward", "true reward of samples"), (axes.flat[5], "kl", "KL from the base model (nats)")):
+            kept = [p for p in points if key in p]
+            if kept:
+                ax.plot([p["step"] for p in kept], [p[key] for p in kept], "o-", color="C2" if key == "reward" else "C3")
+                ax.set_title(name, fontsize=10)
+            else:
+                ax.axis("off")
+        for ax in axes.flat:
+            ax.set_xlabel("step", fontsize=8)
+            ax.spines[["top", "right"]].set_visible(False)
+
+    figure(os.path.join(lab.out, "curves.png"), draw, (12, 6.5))
+
+
+def sweep_table(results, varied):
+    """One line a setting, the mean over seeds with its 95 % interval. results: list of (settings dict, after dict)."""
+    groups = {}
+    for settings, after in results:
+        groups.setdefault(tuple(settings[name] for name in varied), []).append(after)
+    names = [n for n in results[0][1] if not n.endswith("_interval")]
+    rows = []
+    for key, group in groups.items():
+        cells = []
+        for name in names:
+            values = [after[name] for after in group if name in after]
+            cells.append(number(float(np.mean(values)), interval(values)) if values else "-")
+        rows.append([*key, len(group), *cells])
+    return table(rows, [*varied, "seeds", *names])
+
+
+def sweep_plot(path, results, varied):
+    """One picture of a sweep: the reward (or accuracy) against a numeric setting, a line a method; otherwise against the KL. Bars: 95 %."""
+    metric = "reward" if "reward" in results[0][1] else "accuracy"
+    if metric not in results[0][1]:
+        return False
+    numeric = [n for n in varied if n != "method" and all(isinstance(s[n], (int, float)) for s, _ in results)]
+    axis = numeric[0] if numeric else None
+    if axis is None and "kl" not in results[0][1]:
+        return False
+    groups = {}
+    for settings, after in results:
+        key = tuple(str(settings[n]) for n in varied if n != axis)
+        groups.setdefault(key, {}).setdefault(settings[axis] if axis else 0, []).append(after)
+
+    def draw(fig):
+        ax = fig.subplots()
+        for i, (key, points) in enumerate(groups.items()):
+            xs, ys, bars = [], [], []
+            for x, afters in sorted(points.items()):
+                values = [a[metric] for a in afters]
+                xs.append(x if axis else float(np.mean([a["kl"] for a in afters])))
+                ys.append(float(np.mean(values)))
+                low, high = interval(values)
+                bars.append((high - low) / 2 if math.isfinite(low) else 0.0)
+            ax.errorbar(xs, ys, bars, fmt="o-" if axis else "o", color=f"C{i}", capsize=3, label=" ".join(key))
+        ax.set_xlabel(axis or "KL from the base model (nats)")
+        ax.set_ylabel("true reward" if metric == "reward" else "accuracy on held-out pairs")
+        ax.spines[["top", "right"]].set_visible(False)
+        if any(any(key) for key in groups):
+            ax.legend(frameon=False)
+
+    figure(path, draw, (7, 4.5))
+    return True
+
+
+def claims_table(claims):
+    """Claims as a table: what, ours, baseline, the paired difference with its interval and margin, and whether it holds."""
+    rows = []
+    for c in claims:
+        ours, baseline = (number(float(np.mean(side))) for side in (c.ours, c.baseline))
+        verdict = (
+            ("holds" if c.holds else "NOT REPRODUCED HERE")
+            if c.expected
+            else ("holds against expectation" if c.holds else "does not hold, as expected")
+        )
+        rows.append([c.text, c.metric, ours, baseline, number(c.difference, c.interval), number(c.margin), verdict])
+    return table(rows, ["claim", "metric", "ours", "baseline", "difference", "margin", ""])
+
+
+def write_json(path, value):
+    """Write JSON in one step; NaN becomes null."""
+
+    def clean(x):
+        if isinstance(x, float) and not math.isfinite(x):
+            return None
+        if isinstance(x, dict):
+            return {k: clean(v) for k, v in x.items()}
+        return [clean(v) for v in x] if isinstance(x, (list, tuple)) else x
+
+    write_text(path, json.dumps(clean(value), indent=1) + "\n")

@@ -1,0 +1,155 @@
+"""Sums of two numbers, worked out digit by digit from the right; a verifier for the answer and for every step.
+
+    347+58=7+8=15,4+5+1=10,3+0=3:405
+
+The prompt ends with the first "="; each step adds the two digits of a place and the carry of the step before, and the answer stands after the
+colon. Difficulty = digits of the longer number (1 to 5).
+
+Any chain of right steps counts, not this one string: operands in any order, zeros written or left out (4+5+1=10, 1+5+4=10; 3+0=3, 3=3), results
+and answers with leading zeros, a last step for the carry alone, spaces, and steps parted by "," ";" or a line break. A step is marked as a
+teacher does: it is right if it follows from the sum and from the carry *as the step before wrote it*, so that a mistake is counted where it is
+made. The places of the longer number must all be there: one that is left out is a wrong step, so the bare answer earns nothing.
+
+The reward is 1 for the right answer reached without a wrong step, else 0. A chain with a wrong step and the right answer (half of the slips in
+the demonstrations are of the pen alone) is told apart by `verify` and `verify_steps`.
+
+The demonstrations slip more often the longer the sum, so a base model trained on them has right and wrong samples at every difficulty.
+"""
+
+import random
+import re
+
+import torch
+
+import data
+from nanomodel import GPT, GPTConfig
+
+DIGITS = 5  # the longest numbers
+SLIP = 0.03  # wrong steps of the demonstrations: this times the number of digits
+NUMBERS = re.compile(r"([0-9]+)\+([0-9]+)=")
+STEP = re.compile(r"([0-9](?:\+[0-9]){0,2})=([0-9]{1,2})")
+
+
+def numbers(prompt):
+    """The two numbers of a prompt such as "347+58="; ValueError for any other text."""
+    match = NUMBERS.fullmatch(prompt)
+    if not match:
+        raise ValueError(f"{prompt!r} is not a sum such as '347+58='")
+    return int(match[1]), int(match[2])
+
+
+def digit(number, place):
+    """The digit of a number at a place, 0 = the units."""
+    return number // 10**place % 10
+
+
+class World:
+    """Text with a verifier; nothing is downloaded or kept."""
+
+    name, kind, verifier = "arithmetic", "text", True
+    max_prompt, max_response = 2 * DIGITS + 2, 47
+    base = dict(steps=300, batch_size=64, lr=3e-3)
+    pairs = dict(prompts=2048, steps=200, lr=5e-4, batch_size=32)
+
+    def __init__(self):
+        self.tokenizer = data.Tokenizer.toy(["+1="])  # a carry is one token; all else is single characters
+
+    def model(self):
+        """A fresh GPT: four layers of width 64, about 0.2M parameters (the digits are found by counting, which takes depth)."""
+        return GPT(
+            GPTConfig(
+                vocab_size=self.tokenizer.vocab_size,
+                hidden_size=64,
+                intermediate_size=172,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                num_key_value_heads=4,
+                max_position_embeddings=self.max_prompt + self.max_response,
+            ),
+            self.tokenizer,
+        )
+
+    def _prompt(self, rng, digits):
+        """A number of exactly that many digits and one of at most as many, in either order."""
+        both = [rng.randrange(10 ** (d - 1) if d > 1 else 0, 10**d) for d in (digits, rng.randint(1, digits))]
+        rng.shuffle(both)
+        return f"{both[0]}+{both[1]}="
+
+    def prompts(self, n, rng, digits=None):
+        """n sums of that difficulty (1 to 5); without it, of all difficulties alike. ValueError outside 1 to 5."""
+        if digits is not None and not 1 <= digits <= DIGITS:
+            raise ValueError(f"digits={digits} must be 1 to {DIGITS}")
+        rng = random.Random(int(torch.randint(2**62, (), generator=rng)))
+        return [self._prompt(rng, digits or rng.randint(1, DIGITS)) for _ in range(n)]
+
+    def demonstrate(self, prompt, rng, slip=0.0):
+        """One worked sum (text); each step is wrong with probability `slip`: its carry forgotten, or its result one off.
+
+        Half the time the wrong result is carried on, half the time it is a slip of the pen and the rest goes on as if it were right."""
+        a, b = numbers(prompt)
+        steps, answer, carry = [], "", 0
+        for place in range(self.difficulty(prompt)):
+            given = [digit(a, place), digit(b, place)] + [carry] * (carry > 0)
+            total = written = sum(given)
+            if rng.random() < slip:
+                if carry and rng.random() < 0.5:
+                    given.pop()
+                    written = sum(given)
+                else:
+                    written += rng.choice([-1, 1]) if written else 1
+                total = rng.choice([total, written])
+            steps.append("+".join(map(str, given)) + f"={written}")
+            answer, carry = str(total % 10) + answer, total // 10
+        return ",".join(steps) + ":" + (str(carry) if carry else "") + answer
+
+    def demonstrations(self, n, rng):
+        """n rows with one worked sum each, slips included."""
+        prompts = self.prompts(n, rng)
+        rng = random.Random(int(torch.randint(2**62, (), generator=rng)))
+        return [{"prompt": p, "responses": [self.demonstrate(p, rng, SLIP * self.difficulty(p))], "scores": [1.0]} for p in prompts]
+
+    def difficulty(self, prompt):
+        """Digits of the longer number."""
+        return len(str(max(numbers(prompt))))
+
+    def _parts(self, response):
+        """(work, answer) of a response, text or token ids, without white space around signs."""
+        text = response if isinstance(response, str) else self.tokenizer.decode(response)
+        work, _, answer = text.rpartition(":")
+        return work.replace(" ", ""), answer.strip()
+
+    def verify(self, prompt, response):
+        """Is the answer right? It is what stands after the last colon, or the whole response when there is none."""
+        answer = self._parts(response)[1]
+        # compared as text: int() refuses very long numbers
+        return bool(re.fullmatch("[0-9]+", answer)) and (answer.lstrip("0") or "0") == str(sum(numbers(prompt)))
+
+    def verify_steps(self, prompt, response):
+        """Is each step right? A list of bools: the steps in the order written, then False for every place that is left out."""
+        a, b = numbers(prompt)
+        work = self._parts(response)[0]
+        steps, marks, carry = re.split("[,;\n]", work) if work else [], [], 0
+        for place, step in enumerate(steps):
+            given = [digit(a, place), digit(b, place), carry]
+            match = STEP.fullmatch(step)
+            operands, result = (match[1].split("+"), int(match[2])) if match else ([], None)
+            # zeros need not be written
+            same = sorted(int(x) for x in operands if x != "0") == sorted(x for x in given if x)
+            marks.append(same and result == sum(given))
+            carry = result // 10 if match else sum(given) // 10
+        return marks + [False] * (self.difficulty(prompt) - len(steps))
+
+    def reward(self, prompts, responses):
+        """The truth: n prompts (text) and n responses (text or token ids) -> (n,) float64, 1 = right answer and no wrong step, else 0."""
+        right = [self.verify(p, r) and all(self.verify_steps(p, r)) for p, r in zip(prompts, responses, strict=True)]
+        return torch.tensor(right, dtype=torch.float64)
+
+    def measure(self, policy, lab):
+        """Share of rewarded samples by difficulty: {"success_1": ..., ..., "success_5": ...}."""
+        prompts = {d: self.prompts(64, lab.rng(f"measure {d}"), digits=d) for d in range(1, DIGITS + 1)}
+        rows = iter(lab.sample(policy, [p for those in prompts.values() for p in those], 4))
+        success = {}
+        for d, those in prompts.items():
+            flat = [(row["prompt"], response) for row in (next(rows) for _ in those) for response in row["responses"]]
+            success[f"success_{d}"] = float(self.reward(*zip(*flat)).mean())
+        return success

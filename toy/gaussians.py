@@ -1,0 +1,102 @@
+"""Gaussians on a ring: points whose density is known exactly, so that leaving the data shows as a number.
+
+Eight modes stand on the unit circle, in the plane or in a random plane of a D-dimensional space; a response is one point and the
+only prompt is 0. The reward is the point's first coordinate within the plane. On the data it is at most about 1, at one mode;
+off the data it has no bound, so a policy that exploits it shows a reward above 1 and an off-manifold fraction that rises to 1.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nanomodel import Denoiser, NoiseEmbedding
+
+
+class MLP(Denoiser):
+    """Denoiser of points (D,): two hidden layers; noise level and class enter beside the point."""
+
+    def __init__(self, dim=2, width=96, classes=1, **how):
+        super().__init__((dim,), classes, **how)
+        self.condition = NoiseEmbedding(classes, width)
+        self.input, self.hidden, self.output = nn.Linear(dim, width), nn.Linear(width, width), nn.Linear(width, dim)
+
+    def forward(self, x, noise_level, label):
+        h = F.silu(self.input(x) + self.condition(noise_level, label))
+        return self.output(F.silu(self.hidden(h)))
+
+
+class World:
+    name, kind = "gaussians", "images"
+    base = dict(steps=3000, batch_size=512, lr=3e-3)
+    pairs = dict(prompts=4096, steps=300, lr=1e-4, batch_size=256)
+
+    def __init__(self, dim=2, modes=8, std=0.1, clean=1.0, **model):
+        """dim >= 2: the space around the ring; std of every mode in every direction; clean: share of the demonstrations that comes from
+        the ring, the rest from `contaminated`'s uniform; further arguments go to the MLP. ValueError: a value out of range."""
+        if dim < 2 or modes < 1 or std <= 0 or not 0 <= clean <= 1:
+            raise ValueError(f"dim {dim}, modes {modes}, std {std}, clean {clean}: expected dim >= 2, modes >= 1, std > 0, clean in [0, 1]")
+        self.dim, self.std, self.clean, self.how = dim, std, clean, model
+        angle = torch.arange(modes, dtype=torch.float64) * (2 * math.pi / modes)
+        ring = torch.stack([angle.cos(), angle.sin()], 1)  # (M, 2)
+        random = torch.randn(dim, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        self.plane = torch.linalg.qr(random)[0] if dim > 2 else torch.eye(2, dtype=torch.float64)  # (D, 2), orthonormal
+        self.modes = ring @ self.plane.T  # (M, D)
+
+    def model(self):
+        return MLP(self.dim, **self.how)
+
+    def prompts(self, n, rng):
+        return [0] * n
+
+    def points(self, n, rng, clean=1.0):
+        """(n, D) float32 draws, each from the ring with probability `clean`, else uniform on the square [-1.5, 1.5]^2 of the plane,
+        blurred like the modes in every other direction."""
+        mode = torch.randint(len(self.modes), (n,), generator=rng)
+        noise = self.std * torch.randn(n, self.dim, generator=rng, dtype=torch.float64)
+        square = 3 * torch.rand(n, 2, generator=rng, dtype=torch.float64) - 1.5
+        stray = torch.rand(n, 1, generator=rng) >= clean
+        off_plane = noise - noise @ self.plane @ self.plane.T
+        return torch.where(stray, square @ self.plane.T + off_plane, self.modes[mode] + noise).float()
+
+    def contaminated(self, n, rng):
+        """(n, D): 70 % ring, 30 % uniform (DDO, a flawed training set)."""
+        return self.points(n, rng, clean=0.7)
+
+    def demonstrations(self, n, rng):
+        """n rows of one point (1, D)."""
+        return [{"prompt": 0, "responses": x[None], "scores": [1.0]} for x in self.points(n, rng, self.clean)]
+
+    def reward(self, prompts, responses):
+        """(n,) float64: first coordinate in the plane, x[0] for D = 2; 0 where it is not finite."""
+        return (points(responses) @ self.plane[:, 0]).nan_to_num(0.0, 0.0, 0.0)
+
+    def log_density(self, x):
+        """(n,) float64: exact log density of the clean mixture at points (n, D)."""
+        square = torch.cdist(points(x), self.modes).square()  # (n, M)
+        constant = self.dim / 2 * math.log(2 * math.pi * self.std**2) + math.log(len(self.modes))
+        return torch.logsumexp(-square / (2 * self.std**2), 1) - constant
+
+    def off_manifold(self, x):
+        """Share of points (n, D) farther than 3 std from every mode; for D > 2 farther than about 1 % of the data itself, as in the plane."""
+        radius = 3 + (math.sqrt(2 * self.dim - 1) - math.sqrt(3)) / math.sqrt(2)  # a normal vector's length is about normal (Fisher)
+        return (self._nearest(x)[0] > radius * self.std).double().mean().item()
+
+    def mode_entropy(self, x):
+        """Entropy of the nearest mode among points (n, D), 1 = all modes alike, 0 = one mode."""
+        share = self._nearest(x)[1].bincount(minlength=len(self.modes)).double() / len(x)
+        return (-torch.special.xlogy(share, share).sum() / math.log(max(2, len(self.modes)))).item()
+
+    def _nearest(self, x):
+        return torch.cdist(points(x), self.modes).min(1)
+
+    def measure(self, policy, lab):
+        """off_manifold and mode_entropy of 4,000 samples."""
+        x = policy.sample([0], 4000, lab.rng("measure"), steps=50)[0]
+        return {"off_manifold": self.off_manifold(x), "mode_entropy": self.mode_entropy(x)}
+
+
+def points(x):
+    """Responses as float64 points (n, D) on the CPU."""
+    return (x if isinstance(x, torch.Tensor) else torch.stack(list(x))).detach().cpu().double()
