@@ -1,4 +1,4 @@
-"""What a person sees: evaluation, the progress bar, tables, samples and pictures. Part of train.py's Lab, moved here to keep that readable."""
+"""What a person sees: evaluation, the progress bar, tables, samples and pictures."""
 
 import io
 import json
@@ -171,7 +171,7 @@ def glance(lab, policy):
 
 
 def at_kl(curve, metric, kl):
-    """The metric of a curve (points with "kl" and the metric, in the order of training) where it first reaches `kl`, by linear interpolation."""
+    """The metric of a curve (points with "kl" and the metric, as training went) where it first reaches `kl`, by linear interpolation."""
     for a, b in zip(curve, curve[1:]):
         if min(a["kl"], b["kl"]) <= kl <= max(a["kl"], b["kl"]):
             share = 0.0 if a["kl"] == b["kl"] else (kl - a["kl"]) / (b["kl"] - a["kl"])
@@ -276,6 +276,12 @@ def side_by_side(lab, policy, n=4):
             end = "" if rows[i]["ends"][0] else " ..."
             lines.append(f"  {name}{reward} {lab.text(rows[i]['responses'][0]).strip()}{end}".replace("\n", "\n      "))
     return "\n".join(lines)
+
+
+def pictures(lab, policy, k=8):
+    """k images of every class from the base model and from the policy, from the same noise: two tensors (classes, k, C, H, W)."""
+    prompts = list(range(policy.classes))
+    return [model.sample(prompts, k, lab._generator("samples")).cpu() for model in (lab.reference, policy)]
 
 
 def show(lab, row, batch):

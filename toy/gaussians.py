@@ -79,7 +79,7 @@ class World:
         return torch.logsumexp(-square / (2 * self.std**2), 1) - constant
 
     def off_manifold(self, x):
-        """Share of points (n, D) farther than 3 std from every mode; for D > 2 farther than about 1 % of the data itself, as in the plane."""
+        """Share of points (n, D) farther than 3 std from every mode, or for D > 2 than about 1 % of the data are, as in the plane."""
         radius = 3 + (math.sqrt(2 * self.dim - 1) - math.sqrt(3)) / math.sqrt(2)  # a normal vector's length is about normal (Fisher)
         return (self._nearest(x)[0] > radius * self.std).double().mean().item()
 

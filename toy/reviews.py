@@ -1,15 +1,15 @@
 """Product reviews: text from a small grammar, with a true reward that can be computed.
 
-A prompt names a product and may hold the first words of a review; the response is the rest of it:
+A prompt names a product and may hold the first words of its review; the response is the rest (here after the bar):
 
-    review of the camera : the lens is | not very sharp but i really like the colors .
+    review of the camera : the lens is | not very sharp but i love the colors .
 
-The reward is what a careful reader would say: the sentiment, with negation and degree ("not bad" is mildly good, "not" in the prompt turns the
-best next word around), less a price for every place where the grammar is broken, for every content word said twice, for every word that belongs
-to another product, and for a review that does not end. Sentiment is a mean, so that length alone earns nothing, and no reward of a
-pair tells these parts apart: a policy pushed too far trades grammar for praise, and the true reward falls while its own implicit reward rises.
+The truth is the sentiment, with degree and negation ("not bad" is mildly good, and a prompt that ends in "not" turns the best next word
+around), less a price for each place where the grammar is broken, each content word said again, each word that belongs to another product,
+and a review that does not end. Sentiment is averaged, so length alone earns nothing. Labels only tell which of two reviews is better: a
+policy pushed too hard buys praise with grammar and repetition, and its true reward falls while its implicit reward goes on rising.
 
-The same clauses make the demonstrations and check the responses. Demonstrations are as often bad-tempered as kind, and a little careless.
+The same clauses write the demonstrations and check the responses. Demonstrations are as often bad-tempered as kind, and a little careless.
 """
 
 import random
@@ -34,17 +34,19 @@ PRODUCTS = {
     "tent": ("floor porch fabric rope", "poles pegs", "roomy waterproof", "damp cramped"),
     "sofa": ("cover frame backrest armrest", "cushions legs", "soft cozy", "saggy creaky"),
 }
-# opinions by strength; "uses" of each in a clause below
-QUALITY = {
-    2: "great excellent superb amazing perfect wonderful outstanding fantastic brilliant gorgeous",
-    1: "good nice decent pleasant solid useful handy reliable elegant fine neat sensible",
-    -1: "bad poor flimsy clumsy awkward cheap ugly odd annoying boring weak fragile",
-    -2: "terrible awful horrible dreadful useless hideous pathetic atrocious disgusting unbearable",
+# words that carry an opinion, by its strength; a degree multiplies it
+LEVELS = {
+    "QUALITY": {
+        2: "great excellent superb amazing perfect wonderful outstanding fantastic brilliant gorgeous",
+        1: "good nice decent pleasant solid useful handy reliable elegant fine neat sensible",
+        -1: "bad poor flimsy clumsy awkward cheap ugly odd annoying boring weak fragile",
+        -2: "terrible awful horrible dreadful useless hideous pathetic atrocious disgusting unbearable",
+    },
+    "FEEL": {2: "love adore", 1: "like enjoy trust", -1: "dislike distrust", -2: "hate despise"},
+    "MANNER": {2: "flawlessly perfectly", 1: "well nicely", -1: "badly poorly", -2: "terribly miserably"},
+    "ADVICE": {2: "recommend praise", 1: "buy keep", -1: "return avoid", -2: "ban burn"},
+    "DEGREE": {0.5: "slightly somewhat fairly", 1.0: "quite rather", 1.5: "very really truly", 2.0: "extremely absolutely incredibly"},
 }
-FEEL = {2: "love adore", 1: "like enjoy trust", -1: "dislike distrust", -2: "hate despise"}
-MANNER = {2: "flawlessly perfectly", 1: "well nicely", -1: "badly poorly", -2: "terribly miserably"}
-ADVICE = {2: "recommend praise", 1: "buy keep", -1: "return avoid", -2: "ban burn"}
-DEGREE = {0.5: "slightly somewhat fairly", 1.0: "quite rather", 1.5: "very really truly", 2.0: "extremely absolutely incredibly"}
 PLAIN = {
     "GOT": "bought ordered got borrowed rented",
     "WHEN": "week month year summer winter",
@@ -53,7 +55,7 @@ PLAIN = {
     "OFTEN": "day morning evening weekend",
     "COMMON": "price design quality look service warranty",
 }
-# [ ] may be left out, | separates alternatives, capitals name a class above; A_ and AN_ are its words that go with "a" and with "an"
+# [ ] may be left out, | separates alternatives, capitals name a class of words; A_ and AN_ are those that follow "a" and "an"
 CLAUSES = """the PART|COMMON|PRODUCT is|was [ DEGREE ] QUALITY
 the PARTS are|were [ DEGREE ] QUALITY
 it is|was [ DEGREE ] QUALITY
@@ -68,22 +70,18 @@ i FEEL the PART|PARTS|COMMON|PRODUCT
 i do not FEEL the PART|PARTS|COMMON|PRODUCT
 i would [ not ] ADVICE it|this
 i GOT it last WHEN
-my WHO USES it every OFTEN"""
+my WHO USES it every OFTEN""".splitlines()
 JOIN = ("and", "but", "because", "although")
 HEAD = "review of the PRODUCT :"
 WEIGHTS = {"sentiment": 1.5, "broken": -0.5, "repeated": -0.5, "astray": -0.5, "unended": -1.0}
-CENTRE = 0.25  # the reward of the base model is about 0
-SLIP = 0.01  # careless words of the demonstrations
+CENTRE = 0.25  # puts the base model at about 0
+SLIP = 0.01  # share of the words that a demonstration loses, doubles or swaps
 
 
-def spread(levels):
-    """{level: "words"} -> {word: level}."""
-    return {word: level for level, words in levels.items() for word in words.split()}
-
-
-OPINION = spread(QUALITY) | spread(FEEL) | spread(MANNER) | spread(ADVICE)
+STRENGTH = {name: {word: level for level, words in levels.items() for word in words.split()} for name, levels in LEVELS.items()}
+DEGREE = STRENGTH["DEGREE"]
+OPINION = {word: level for name in ("QUALITY", "FEEL", "MANNER", "ADVICE") for word, level in STRENGTH[name].items()}
 OPINION |= {word: sign for parts in PRODUCTS.values() for sign, words in ((1, parts[2]), (-1, parts[3])) for word in words.split()}
-STRENGTH = spread(DEGREE)
 OWN = {product: {product, *" ".join(parts).split()} for product, parts in PRODUCTS.items()}
 EVERY_OWN = set().union(*OWN.values())
 
@@ -91,69 +89,58 @@ EVERY_OWN = set().union(*OWN.values())
 def classes(products):
     """The word classes for a review of one of `products`: {class: [words]}."""
     parts = [" ".join(column).split() for column in zip(*(PRODUCTS[product] for product in products))]
-    table = {name: words.split() for name, words in PLAIN.items()} | {"PRODUCT": list(products), "PART": parts[0], "PARTS": parts[1]}
-    table |= {"QUALITY": [*spread(QUALITY), *parts[2], *parts[3]], "DEGREE": list(STRENGTH)}
-    table |= {"FEEL": list(spread(FEEL)), "MANNER": list(spread(MANNER)), "ADVICE": list(spread(ADVICE))}
-    table["A_QUALITY"] = [word for word in table["QUALITY"] if word[0] not in "aeiou" or word.startswith("use")]
-    table["AN_QUALITY"] = [word for word in table["QUALITY"] if word not in table["A_QUALITY"]]
-    return {name: list(dict.fromkeys(words)) for name, words in table.items()}
+    table = {name: words.split() for name, words in PLAIN.items()} | {name: list(levels) for name, levels in STRENGTH.items()}
+    table |= {"PRODUCT": list(products), "PART": parts[0], "PARTS": parts[1], "QUALITY": [*table["QUALITY"], *parts[2], *parts[3]]}
+    table["AN_QUALITY"] = [word for word in table["QUALITY"] if word[0] in "aeiou" and not word.startswith("use")]
+    table["A_QUALITY"] = [word for word in table["QUALITY"] if word not in table["AN_QUALITY"]]
+    return table
 
 
 def options(slot, table):
+    """The words that may stand in a slot of a clause."""
     return [word for name in slot.split("|") for word in table.get(name, [name])]
 
 
 class World:
-    """Text; the truth is `reward`. Nothing is downloaded or kept: two worlds are the same world."""
+    """Text. Prompts and demonstrations come from the given generator alone; the truth is `reward`, and `parts` shows its working."""
 
     name, kind = "reviews", "text"
     max_prompt, max_response = 9, 32
-    base = dict(steps=600, batch_size=64, lr=6e-3)
-    pairs = dict(prompts=4096, steps=200, lr=5e-4, batch_size=32)
+    base = dict(steps=600, batch_size=64, lr=6e-3, demonstrations=16384)
+    pairs = dict(prompts=4096, steps=200, lr=1e-3, batch_size=64)
 
     def __init__(self):
         self.table = {product: classes([product]) for product in PRODUCTS}
         everything = classes(list(PRODUCTS))
-        self.content = {word for words in everything.values() for word in words}
-        # one state per slot of a clause; arcs[word] = {state: the states it may follow}. State 0 is the boundary between clauses, 1 a complete clause
-        self.arcs = {word: {0: [1]} for word in (".", *JOIN)}
-        state = 1
-        for clause in CLAUSES.splitlines():
-            before, slots = [0], clause.split()
-            for i, slot in enumerate(slots):
+        self.content = {word for words in everything.values() for word in words} - set(DEGREE)
+        # the grammar as an automaton, arcs[word] = {state: states before it}; in state 0 a clause begins, the others are a slot each
+        state, complete = 0, []
+        self.arcs = {word: {0: complete} for word in (".", *JOIN)}
+        for clause in CLAUSES:
+            before = [0]
+            for slot in clause.split():
                 if slot == "[":
                     skipped = before
                 elif slot == "]":
                     before = before + skipped
                 else:
                     state += 1
-                    to = 1 if i == len(slots) - 1 else state
                     for word in options(slot, everything):
-                        arcs = self.arcs.setdefault(word, {})
-                        arcs[to] = arcs.get(to, []) + before
+                        self.arcs.setdefault(word, {})[state] = before
                     before = [state]
-        words = [*HEAD.replace("PRODUCT", "").split(), *self.arcs]
-        self.tokenizer = data.Tokenizer.toy([words[0]] + [" " + word for word in dict.fromkeys(words)])
+            complete += before
+        first, *head = HEAD.split()
+        self.tokenizer = data.Tokenizer.toy([first] + [" " + word for word in (*head, *self.arcs)])
 
     def model(self):
         """A fresh GPT: two layers of width 96, about 0.25M parameters."""
-        return GPT(
-            GPTConfig(
-                vocab_size=self.tokenizer.vocab_size,
-                hidden_size=96,
-                intermediate_size=256,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=64,
-            ),
-            self.tokenizer,
-        )
+        shape = dict(hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+        return GPT(GPTConfig(vocab_size=self.tokenizer.vocab_size, max_position_embeddings=64, **shape), self.tokenizer)
 
     def clause(self, product, sign, used, rng):
-        """The words of one random clause whose opinion, if it has one, has this sign; content words of `used` are avoided and added to it."""
+        """The words of a random clause whose opinion, if any, has this sign; content words in `used` are avoided, its own added there."""
         words, keep, negated = [], True, False
-        for slot in rng.choice(CLAUSES.splitlines()).split():
+        for slot in rng.choice(CLAUSES).split():
             if slot == "[":
                 keep = rng.random() < 0.4
             elif slot == "]":
@@ -167,20 +154,23 @@ class World:
         return words
 
     def review(self, product, rng):
-        """The words of one review, without a slip: 1 to 4 clauses in one mood, at most 30 words, and the length of the first clause."""
-        mood, used, words, sign = rng.choice((-0.8, 0.0, 0.8)), set(), [], 0
+        """One review without a slip, and the length of its first clause: 1 to 4 clauses in one mood, at most 29 words."""
+        mood, used, words, sign, first = rng.choice((-0.8, 0.0, 0.8)), set(), [], 0, 0
         for _ in range(rng.randint(1, 4)):
             before, sign = sign, 1 if rng.uniform(-1, 1) < mood else -1
             clause = self.clause(product, sign, used, rng)
             if len(words) + len(clause) > 28:
                 break
-            joint = [rng.choice([".", *JOIN[sign != before :: 2]])] if words else []
-            words += joint + clause
-            first = first if joint else len(clause)
+            joint = [
+                ".",
+                *JOIN[sign != before :: 2],
+            ]  # "and" and "because" between clauses that agree, "but" and "although" where they do not
+            words += [rng.choice(joint), *clause] if words else clause
+            first = first or len(clause)
         return words + ["."], first
 
     def demonstrations(self, n, rng):
-        """n rows of one response each: a random review, its first 0 to 4 words in the prompt, and SLIP of the other words lost, doubled or swapped."""
+        """n rows of one response each, a random review with a few slips; its first 0 to 4 words, which have none, stand in the prompt."""
         rng, rows = random.Random(int(torch.randint(2**62, (), generator=rng))), []
         for _ in range(n):
             product = rng.choice(list(PRODUCTS))
@@ -209,20 +199,20 @@ class World:
         return min(cost.values())
 
     def parts(self, prompt, response):
-        """What the reward is made of: {"sentiment", "broken", "repeated", "astray", "unended"}; text or, for the response, token ids."""
+        """What the reward of one response (text or token ids) is made of: {name of WEIGHTS: number}, to be weighed and summed."""
         response = response if isinstance(response, str) else self.tokenizer.decode(response)
         head, _, opening = prompt.partition(" :")
-        words = (opening + response).split()
+        words = opening.split() + response.split()
         opinions, sign, degree = [], 1.0, 1.0
         for word in words:
             if word == "." or word in JOIN:
                 sign, degree = 1.0, 1.0
             elif word == "not":
                 sign = -0.75
-            elif word in STRENGTH:
-                degree = STRENGTH[word]
+            elif word in DEGREE:
+                degree = DEGREE[word]
             elif word in OPINION:
-                opinions.append(OPINION[word] * (sign if sign < 0 else degree))  # "not bad" is mild, "not very good" the same as "not good"
+                opinions.append(OPINION[word] * (degree if sign > 0 else sign))  # "not very good" says no more than "not good"
                 sign, degree = 1.0, 1.0
         content = [word for word in words if word in self.content]
         foreign = EVERY_OWN - OWN.get(head.split(" ")[-1], EVERY_OWN)
@@ -231,7 +221,7 @@ class World:
             "broken": self.broken(words),
             "repeated": len(content) - len(set(content)),
             "astray": sum(word in foreign for word in words),
-            "unended": words[-1:] != ["."],
+            "unended": float(words[-1:] != ["."]),
         }
 
     def reward(self, prompts, responses):
@@ -240,4 +230,7 @@ class World:
         return torch.tensor([CENTRE + sum(WEIGHTS[name] * value for name, value in part.items()) for part in parts], dtype=torch.float64)
 
     def measure(self, policy, lab):
-        """What the reward of sampled reviews is made of: the mean of each part."""
+        """Each part of the reward, on average over 256 sampled reviews."""
+        rows = lab.sample(policy, self.prompts(256, lab.rng("measure prompts")), 1, lab.rng("measure samples"))
+        parts = [self.parts(row["prompt"], row["responses"][0]) for row in rows]
+        return {name: sum(part[name] for part in parts) / len(parts) for name in WEIGHTS}

@@ -1,0 +1,122 @@
+"""IRPO - In-context Ranking Preference Optimization (2025), arXiv:2504.15477
+
+A prompt and a list of items stand in one context; the feedback is sparse and graded: a few items are marked relevant, more or less so. DPO
+would compare one pair of them. IRPO gives every item a term "this one beats the rest of the list" and weights it as NDCG does, by the gain
+of its relevance and the discount of its rank, so that the order among the relevant items is learnt too.
+
+    r_j  = mean_t [ log pi(e_j,t | prompt, items before) - log pi_ref(same) ]          the score of item j
+    w_j  = (2^y_j - 1) / log2(1 + k_j)                                                 its relevance y_j and label rank k_j: data
+    z_i  = - log sum_{j in J_i} exp( beta (r_j - r_i) )                                item i against its competitors J_i
+    loss = - mean_i w_i log sigmoid(z_i)
+
+Another method has the same abbreviation: Iterative Reasoning Preference Optimization (arXiv:2404.19733).
+
+The paper and its code differ in J_i and in the reductions, and the optimum depends on it, so both are fields. Free scores settle where
+p = softmax(beta r) has p_i ~ w_i for `excl`, p_i (1 + p_i) ~ w_i for `incl` and p_i (1 + (n - 2) p_i) ~ w_i for `code`. An item with w = 0
+is pushed away without end in all three.
+
+What this file does differently from the paper:
+1. lists are the given candidates; the variant in which the policy writes the list itself is left out
+2. a batch is the mean over its lists (the code sums), so that the learning rate does not depend on the batch
+3. the item is left out of its own sum exactly (the code subtracts 100 before the multiplication by beta, which fails at beta = 0.01), and
+   log-probs are those of the next token (the code scores a token with the prediction made after it)
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+FAMILY, KINDS = "lists", ("text", "images", "table")
+DEFAULTS = dict(world="ranking")
+
+
+@dataclass
+class Config:
+    beta: float = 1.0  # scale of the log-ratios (the code's scripts)
+    inner: str = "code"  # competitors of an item: excl (the others), incl (itself too), code (the mean of the others)
+    reduce: str = "mean"  # over the items of a list: mean (the code), sum
+    weights: str = "ndcg"  # ndcg: (2^y - 1) / log2(1 + k); position: 1 / log2(1 + k); reciprocal: (2^y - 1) / k
+
+    def __post_init__(self):
+        if not 0 < self.beta < float("inf"):
+            raise ValueError(f"beta = {self.beta} must be positive and finite")
+        for name, allowed in dict(
+            inner=("excl", "incl", "code"), reduce=("mean", "sum"), weights=("ndcg", "position", "reciprocal")
+        ).items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} = {getattr(self, name)} must be one of {', '.join(allowed)}")
+
+
+def label_ranks(batch):
+    """The rank (B, K) of each item by its label, 1 = best: the column `rank`, else from the scores, ties in the order of the list.
+    Absent items come last, or have rank 0 in the column."""
+    if getattr(batch, "rank", None) is not None:
+        return batch.rank
+    order = batch.scores.masked_fill(~batch.mask.any(-1), -torch.inf).argsort(dim=1, descending=True, stable=True)
+    return order.argsort(1) + 1
+
+
+def relevance_weights(batch, cfg):
+    """The weight w (B, K) of each item, 0 for an absent one; from batch.mask, batch.scores and the label ranks."""
+    y, k = batch.scores, label_ranks(batch).clamp(min=1)
+    gain = torch.ones_like(y) if cfg.weights == "position" else 2**y - 1
+    return (gain / (k if cfg.weights == "reciprocal" else torch.log2(1 + k.to(y.dtype)))) * batch.mask.any(-1)
+
+
+def check_lists(batch):
+    """ValueError unless every row is a list of 2 or more items with relevance >= 0 and ranks 1 to n. An item without a scored token is an
+    absent one, and then it has neither relevance nor rank."""
+    if batch.mask.device.type != "cpu":  # on CUDA the question would make the device wait
+        return
+    present = batch.mask.any(-1)
+    if (present.sum(1) < 2).any():
+        raise ValueError("a list needs at least 2 items with something to score")
+    if (batch.scores < 0).any():
+        raise ValueError(f"relevance {batch.scores.min():g} is negative: the gain 2^y - 1 wants scores of 0 or more")
+    ranks = getattr(batch, "rank", None)
+    if ((batch.scores != 0) & ~present).any() or (ranks is not None and ((ranks != 0) & ~present).any()):
+        raise ValueError("an item has no scored token but a relevance or a rank")
+    if ranks is not None:
+        places = torch.arange(1, ranks.shape[1] + 1)
+        wanted = torch.where(places <= present.sum(1, keepdim=True), places, 0)
+        if not torch.equal(ranks.sort(1).values.to(wanted.dtype), wanted.sort(1).values):
+            raise ValueError("the ranks of a list must be 1 to n, each once")
+
+
+def item_scores(logps, ref_logps, batch):
+    """r (B, K), the MEAN over an item's tokens of the log-ratio, in float32 or better; 0 for an absent item."""
+    logps, ref_logps = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logps, ref_logps))
+    return (logps - ref_logps).sum(-1) / batch.mask.sum(-1).clamp(min=1)
+
+
+def loss(logps, ref_logps, batch, cfg):
+    """IRPO's loss on lists of K items with relevance batch.scores (B, K) >= 0 and, where there is one, the column `rank` (B, K).
+
+    logps, ref_logps (B, K, T), 0 outside batch.mask (B, K, T) -> losses (B,) in nats, metrics. ValueError: see check_lists."""
+    check_lists(batch)
+    r, present = item_scores(logps, ref_logps, batch), batch.mask.any(-1)  # (B, K)
+    w = relevance_weights(batch, cfg).to(r.dtype)
+    n = present.sum(1)  # (B,)
+    against = cfg.beta * (r[:, None, :] - r[:, :, None])  # (B, i, j)
+    out = ~present[:, None, :]
+    if cfg.inner != "incl":
+        out = out | torch.eye(len(r[0]), dtype=torch.bool, device=r.device)
+    z = -against.masked_fill(out, -torch.inf).logsumexp(2)  # item i beats the rest
+    if cfg.inner == "code":
+        z = z + (n - 1).to(r.dtype).log()[:, None]
+    losses = -(w * F.logsigmoid(z)).sum(1)
+    if cfg.reduce == "mean":
+        losses = losses / n
+    # how far the policy's order is from the label's, over what counts
+    disagreement = (w * torch.sigmoid(-z)).sum() / w.sum().clamp(min=torch.finfo(w.dtype).tiny)
+    return losses, {"disagreement": disagreement.detach()}
+
+
+def run(lab, cfg):
+    policy = lab.base()
+    if hasattr(lab.world, "lists"):
+        data = lab.rows(lab.world.lists(lab.prompts, lab.rng("lists")))
+    else:  # the lists of --data, or k labelled samples
+        data = lab.preferences(policy)
+    return lab.align(policy, data, loss, cfg)

@@ -1,0 +1,347 @@
+"""DisCO's loss against worked numbers, closed-form gradients and limits; its baselines against their definitions and prop. 1."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from methods.disco import Config, gap, loss
+
+PLUS, MINUS = (-0.5, -0.9), (-1.0, -0.2, -0.7)
+OLD = ((-1.0, -2.0), (-1.5, -0.5), (-0.7, -0.7))
+NEW = ((-0.9, -1.9), (-1.6, -0.5), (-0.7, -0.8))
+BASELINES = ("grpo", "dr_grpo", "dapo")
+
+
+def tensor(x):
+    return torch.tensor(x, dtype=torch.float64)
+
+
+def batch_of(scores, mask=None):
+    scores = tensor(scores) if not isinstance(scores, torch.Tensor) else scores
+    return SimpleNamespace(scores=scores, mask=torch.ones(*scores.shape, 1, dtype=torch.bool) if mask is None else mask)
+
+
+def group(right, wrong):
+    """Scores of one group as (1, K), and which are right and wrong."""
+    s = tensor([*right, *wrong])[None]
+    is_right = (torch.arange(s.shape[1]) < len(right))[None]
+    return s, is_right, ~is_right
+
+
+def ragged(seed, rows=6, count=5, length=4):
+    """Random groups of 1 to `count` responses of 1 to `length` tokens: logps (with gradient), ref_logps, batch, responses a row."""
+    g = torch.Generator().manual_seed(seed)
+    n = torch.randint(1, count + 1, (rows,), generator=g)
+    n[0] = count
+    size = torch.randint(1, length + 1, (rows, count), generator=g) * (torch.arange(count) < n[:, None])
+    mask = torch.arange(length) < size[..., None]
+    ref = -torch.rand(rows, count, length, generator=g, dtype=torch.float64) * 2 * mask
+    logps = (ref + 0.4 * torch.randn(ref.shape, generator=g, dtype=torch.float64)) * mask
+    scores = torch.randint(0, 2, (rows, count), generator=g).double() * (size > 0)
+    scores[0, :2] = tensor([1.0, 0.0])
+    return logps.requires_grad_(), ref, batch_of(scores, mask), n
+
+
+def gradient(logps, ref, batch, cfg):
+    return torch.autograd.grad(loss(logps, ref, batch, cfg)[0].mean(), logps)[0] * batch.mask
+
+
+def free(**fields):
+    """A config of which the penalty never acts."""
+    return Config(beta=0.0, **fields)
+
+
+# ---- the objective
+
+
+def test_worked_scores():
+    assert gap(*group(PLUS, MINUS)).item() == pytest.approx(-0.0666667, abs=1e-7)
+    for tau, expected in ((0.01, -0.489014), (0.1, -0.390844), (1, -0.122082), (10, -0.0721280), (1000, -0.0667211)):
+        assert gap(*group(PLUS, MINUS), tau).item() == pytest.approx(expected, abs=1e-6)
+    assert gap(*group(PLUS, MINUS), 1e-4).item() == pytest.approx(-0.5, abs=2e-4)
+    assert gap(*group(PLUS, MINUS), 1e7).item() == pytest.approx(gap(*group(PLUS, MINUS)).item(), abs=1e-7)
+
+
+def test_weights_of_the_wrong_responses():
+    s, right, wrong = group(PLUS, MINUS)
+    s.requires_grad_()
+    (grad,) = torch.autograd.grad(gap(s, right, wrong, 1.0).sum(), s)
+    assert grad[0].tolist() == pytest.approx([0.5, 0.5, -0.218560, -0.486415, -0.295025], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("score", "s", "j1", "j2", "tau"),
+    [("l_ratio", (1.10517, 0.952419, 0.952419), 0.152752, 0.152752, 1.0), ("log_l", (-1.40, -1.05, -0.75), -0.5, -0.501125, 10.0)],
+)
+def test_worked_tokens(score, s, j1, j2, tau):
+    batch = batch_of([[1.0, 0.0, 0.0]], torch.ones(1, 3, 2, dtype=torch.bool))
+    new, old = tensor(NEW)[None], tensor(OLD)[None]
+    ours = new.mean(-1) if score == "log_l" else (new - old).exp().mean(-1)
+    assert ours[0].tolist() == pytest.approx(s, abs=1e-5)
+    for cfg, expected in ((Config(variant="disco_b", score=score), j1), (Config(score=score, tau=tau), j2)):
+        losses, metrics = loss(new, old, batch, cfg)
+        assert -losses.item() == pytest.approx(expected, abs=1e-6)
+        assert metrics["round_kl"].item() == pytest.approx(0, abs=1e-15) and metrics["hinge"] == 0
+    assert loss(new, old, batch, Config(estimator="k3"))[1]["round_kl"].item() == pytest.approx(0.00333611, abs=1e-8)
+
+
+def test_j2_is_below_j1_and_rises_with_tau():
+    g = torch.Generator().manual_seed(0)
+    s = torch.randn(20, 7, generator=g, dtype=torch.float64)
+    right = torch.rand(20, 7, generator=g) < 0.4
+    values = torch.stack([gap(s, right, ~right, tau) for tau in (0.01, 0.1, 1.0, 10.0, 1e6)] + [gap(s, right, ~right)])
+    assert (values[1:] >= values[:-1] - 1e-8).all()
+    mixed = right.any(1) & (~right).any(1)
+    worst = s.masked_fill(right, -math.inf).max(1).values
+    lowest = (s * right).sum(1) / right.sum(1) - worst
+    torch.testing.assert_close(gap(s, right, ~right, 1e-5)[mixed], lowest[mixed], atol=1e-4, rtol=0)
+
+
+def test_one_wrong_response_needs_no_tau():
+    for tau in (0.01, 1.0, 50.0):
+        torch.testing.assert_close(gap(*group(PLUS, MINUS[:1]), tau), gap(*group(PLUS, MINUS[:1])))
+
+
+@pytest.mark.parametrize("tau", [None, 0.3, 1.0])
+def test_invariances(tau):
+    value = gap(*group(PLUS, MINUS), tau)
+    shifted = gap(*group([x + 5 for x in PLUS], [x + 5 for x in MINUS]), tau)
+    s, right, wrong = group(PLUS, MINUS)
+    order = torch.tensor([3, 0, 4, 2, 1])
+    for other in (shifted, gap(s[:, order], right[:, order], wrong[:, order], tau), gap(*group(PLUS, MINUS * 2), tau)):
+        torch.testing.assert_close(other, value)
+
+
+@pytest.mark.parametrize("score", ["log_l", "l_ratio"])
+@pytest.mark.parametrize("variant", ["disco", "disco_b"])
+def test_gradient_in_closed_form(variant, score):
+    logps, ref, batch, n = ragged(1)
+    cfg = free(variant=variant, score=score, **({"tau": 0.4} if variant == "disco" else {}))
+    expected, length = torch.zeros_like(ref), batch.mask.sum(-1).clamp(min=1)
+    inner = torch.ones_like(ref) if score == "log_l" else (logps - ref).exp().detach()
+    s = ((logps if score == "log_l" else inner) * batch.mask).sum(-1).detach() / length
+    for b in range(len(n)):
+        plus = [k for k in range(n[b]) if batch.scores[b, k] == 1]
+        minus = [k for k in range(n[b]) if batch.scores[b, k] == 0]
+        if plus and minus:
+            share = (s[b, minus] / 0.4).softmax(0) if variant == "disco" else torch.ones(len(minus)) / len(minus)
+            expected[b, plus] -= (inner[b, plus] / length[b, plus, None]) / len(plus)
+            expected[b, minus] += inner[b, minus] / length[b, minus, None] * share[:, None]
+    torch.testing.assert_close(gradient(logps, ref, batch, cfg), expected * batch.mask / len(n))
+
+
+def test_gradient_by_finite_differences():
+    logps, ref, batch, _ = ragged(2, rows=3, count=3, length=2)
+    for cfg in (Config(delta=0.0, estimator="k3", beta=3.0), Config(score="l_ratio", beta=0.0), *(Config(variant=v) for v in BASELINES)):
+        assert torch.autograd.gradcheck(lambda x: loss(x * batch.mask, ref, batch, cfg)[0], logps)
+
+
+def test_on_policy():
+    """At pi = pi_old: every l_ratio is 1, so J is 0; both scores have one gradient in J1; no wrong response is heavier; no KL."""
+    logps, ref, batch, _ = ragged(3)
+    same = ref.clone().requires_grad_()
+    for variant in ("disco", "disco_b"):
+        losses, metrics = loss(same, ref, batch, Config(variant=variant, score="l_ratio"))
+        assert losses.abs().max() < 1e-12 and metrics["round_kl"] == 0 and metrics["hinge"] == 0
+    ratio_b = gradient(same, ref, batch, Config(variant="disco_b", score="l_ratio"))
+    torch.testing.assert_close(gradient(same, ref, batch, Config(variant="disco_b", score="log_l")), ratio_b)
+    torch.testing.assert_close(gradient(same, ref, batch, Config(score="l_ratio")), ratio_b)
+
+
+def test_without_the_penalty_the_objective_has_no_end():
+    batch, old = batch_of([[1.0, 0.0]]), torch.zeros(1, 2, 1, dtype=torch.float64)
+    values = [loss(tensor([[[-0.1], [low]]]), old, batch, free())[0].item() for low in (-1.0, -10.0, -100.0, -1000.0)]
+    assert values == sorted(values, reverse=True) and values[-1] < -900
+    assert loss(tensor([[[-0.1], [-1000.0]]]), old, batch, Config())[0].item() > 0
+
+
+# ---- the trust region
+
+
+def shifted(kl, fields):
+    """Loss and its summed gradient where every token lost `kl` of log-prob; no group is mixed, so that the penalty stands alone."""
+    ref = torch.full((2, 3, 2), -1.0, dtype=torch.float64)
+    logps = (ref - kl).requires_grad_()
+    losses, metrics = loss(logps, ref, batch_of(torch.zeros(2, 3).double(), torch.ones(2, 3, 2, dtype=torch.bool)), Config(**fields))
+    (grad,) = torch.autograd.grad(losses.mean(), logps)
+    return losses, grad.sum().item(), metrics
+
+
+@pytest.mark.parametrize(("kl", "penalty", "slope"), [(1e-4, 0.0, 0.0), (2e-4, 1e-5, 0.2), (1e-3, 8.1e-4, 1.8), (-0.5, 0.0, 0.0)])
+@pytest.mark.parametrize("variant", ["disco", "disco_b"])
+def test_worked_penalties(variant, kl, penalty, slope):
+    losses, grad, metrics = shifted(kl, dict(variant=variant, beta=1e3, delta=1e-4))
+    assert losses.tolist() == pytest.approx([penalty] * 2, abs=1e-12) and grad == pytest.approx(-slope, abs=1e-9)
+    assert metrics["round_kl"].item() == pytest.approx(kl) and metrics["mixed"] == 0
+    # the official code multiplies a detached hinge by the KL: half the gradient (0.1 and 0.9 here)
+    x = torch.tensor(kl, dtype=torch.float64, requires_grad=True)
+    ((1e3 * (x - 1e-4).clamp(min=0)).detach() * x).backward()
+    assert x.grad.item() == pytest.approx(-grad / 2, abs=1e-9)
+
+
+def test_groups_without_contrast_still_count_in_the_kl():
+    logps, ref, batch, _ = ragged(4)
+    expected = ((ref - logps) * batch.mask).sum() / batch.mask.sum()
+    assert loss(logps, ref, batch, Config())[1]["round_kl"].item() == pytest.approx(expected.item())
+    batch.scores[1:] = 0
+    losses, metrics = loss(logps, ref, batch, Config(delta=0.0))
+    assert metrics["round_kl"].item() == pytest.approx(expected.item()) and metrics["mixed"].item() == pytest.approx(1 / len(ref))
+    assert losses[1:].tolist() == pytest.approx([1e3 * max(expected.item(), 0) ** 2] * (len(ref) - 1))
+
+
+def test_k1_has_the_gradient_of_the_forward_kl():
+    """Responses in exact proportion to pi_old: -E[grad log pi] is the gradient of KL(pi_old || pi)."""
+    counts = torch.tensor([5, 3, 2])
+    action = torch.repeat_interleave(torch.arange(3), counts)
+    old = (counts / 10).double().log()
+    logits = tensor([0.3, -0.2, 0.5]).requires_grad_()
+    logp = logits.log_softmax(0)
+    kl = loss(logp[action][None, :, None], old[action][None, :, None], batch_of(torch.zeros(1, 10).double()), Config(delta=0.0, beta=1.0))[
+        0
+    ].sqrt()
+    exact = (old.exp() * (old - logp)).sum()
+    assert kl.item() == pytest.approx(exact.item())
+    torch.testing.assert_close(torch.autograd.grad(kl.sum(), logits, retain_graph=True)[0], torch.autograd.grad(exact, logits)[0])
+
+
+# ---- the baselines
+
+
+@pytest.mark.parametrize(
+    ("k", "grpo", "bessel", "dr_grpo"),
+    [(1, 0.330719, 0.309359, 0.109375), (2, 0.433013, 0.405046, 0.1875), (4, 0.5, 0.467707, 0.25), (7, 0.330719, 0.309359, 0.109375)],
+)
+def test_weight_of_a_question_in_each_method(k, grpo, bessel, dr_grpo):
+    """Prop. 1 for 8 responses, k of them right: what multiplies the gradient of the gap."""
+    batch = batch_of([[1.0] * k + [0.0] * (8 - k)])
+    same = torch.full((1, 8, 1), -1.0, dtype=torch.float64, requires_grad=True)
+    weight = {}
+    for cfg in (Config(), Config(variant="disco_b"), *(Config(variant=v) for v in BASELINES)):
+        grad = gradient(same, same.detach(), batch, cfg)[0, :, 0] * (cfg.normaliser or 1.0)
+        assert grad.sum().item() == pytest.approx(0, abs=1e-12)
+        weight[cfg.variant] = -grad[:k].sum().item()
+    assert weight["grpo"] == pytest.approx(grpo, abs=1e-6) == pytest.approx(math.sqrt(k / 8 * (1 - k / 8)), abs=1e-6)
+    assert weight["grpo"] * math.sqrt(7 / 8) == pytest.approx(bessel, abs=1e-6)  # with the n - 1 of the official code
+    assert weight["dr_grpo"] == pytest.approx(dr_grpo, abs=1e-6)
+    assert weight["dapo"] == pytest.approx(weight["grpo"])
+    assert weight["disco"] == pytest.approx(1) == pytest.approx(weight["disco_b"])
+
+
+@pytest.mark.parametrize(("variant", "high"), [("grpo", 0.2), ("dr_grpo", 0.2), ("dapo", 0.28)])
+def test_proposition_1_with_clipping(variant, high):
+    """J = weight * gap of the clipped scores f+(x) = min(x, 1 + high), f-(x) = max(x, 1 - epsilon), on responses of one length."""
+    g = torch.Generator().manual_seed(5)
+    ref = -torch.rand(9, 8, 3, generator=g, dtype=torch.float64)
+    logps = ref + 0.5 * torch.randn(ref.shape, generator=g, dtype=torch.float64)
+    batch = batch_of((torch.rand(9, 8, generator=g) < 0.4).double(), torch.ones(9, 8, 3, dtype=torch.bool))
+    losses, _ = loss(logps, ref, batch, Config(variant=variant))
+    ratio, right = (logps - ref).exp(), batch.scores == 1
+    assert ((ratio > 1.28) | (ratio < 0.8)).any()
+    s = torch.where(right[..., None], ratio.clamp(max=1 + high), ratio.clamp(min=0.8)).mean(-1)
+    p = batch.scores.mean(1)
+    weight = p * (1 - p) * 3 / 48 if variant == "dr_grpo" else (p * (1 - p)).sqrt()
+    torch.testing.assert_close(-losses, weight * gap(s, right, ~right), atol=1e-14, rtol=0)
+
+
+@pytest.mark.parametrize("variant", BASELINES)
+def test_ragged_groups_against_the_definition(variant):
+    logps, ref, batch, n = ragged(6)
+    cfg = Config(variant=variant)
+    high = cfg.epsilon_high or cfg.epsilon
+    rows, total = [], batch.mask.sum()
+    for b in range(len(n)):
+        rewards = batch.scores[b, : n[b]]
+        spread = rewards.std(unbiased=False) if variant != "dr_grpo" else tensor(1.0)
+        terms = []
+        for k in range(n[b]):
+            A = (rewards[k] - rewards.mean()) / spread if spread > 0 else tensor(0.0)
+            ratio = (logps[b, k] - ref[b, k])[batch.mask[b, k]].exp()
+            token = torch.minimum(ratio * A, ratio.clamp(1 - cfg.epsilon, 1 + high) * A)
+            terms.append({"grpo": token.mean(), "dr_grpo": token.sum() / 48, "dapo": token.sum() * len(n) / total}[variant])
+        rows.append(-torch.stack(terms).sum() / (1 if variant == "dapo" else n[b]))
+    losses, _ = loss(logps, ref, batch, cfg)
+    torch.testing.assert_close(losses, torch.stack(rows))
+    torch.testing.assert_close(gradient(logps, ref, batch, cfg), torch.autograd.grad(torch.stack(rows).mean(), logps)[0])
+
+
+# ---- batches
+
+
+@pytest.mark.parametrize("cfg", [Config(), Config(score="l_ratio"), Config(variant="disco_b"), *(Config(variant=v) for v in BASELINES)])
+def test_no_group_mixed_is_a_differentiable_zero(cfg):
+    _, ref, batch, _ = ragged(7)
+    same = ref.clone().requires_grad_()
+    for right in (True, False):
+        batch.scores = (batch.mask.any(-1) & right).double()
+        losses, metrics = loss(same, ref, batch, cfg)
+        assert (losses == 0).all() and (gradient(same, ref, batch, cfg) == 0).all() and metrics["mixed"] == 0
+
+
+@pytest.mark.parametrize("cfg", [Config(), Config(variant="disco_b"), Config(variant="grpo"), Config(variant="dr_grpo")])
+def test_absent_responses_change_nothing(cfg):
+    logps, ref, batch, n = ragged(8)
+    logps = logps.detach()
+    losses, _ = loss(logps, ref, batch, cfg)
+    for b in range(len(n)):
+        one, m = slice(b, b + 1), n[b]
+        alone = batch_of(batch.scores[one, :m], batch.mask[one, :m])
+        value, _ = loss(logps[one, :m], ref[one, :m], alone, cfg)
+        if cfg.beta is not None:  # the penalty belongs to the mini-batch
+            kls = [loss(*x, cfg)[1]["round_kl"] for x in ((logps, ref, batch), (logps[one, :m], ref[one, :m], alone))]
+            whole, own = (cfg.beta * (kl - cfg.delta).clamp(min=0).square() for kl in kls)
+            value = value + whole - own
+        torch.testing.assert_close(losses[one], value)
+
+
+def test_losses_are_in_float32_or_better():
+    batch = batch_of(torch.tensor([[1.0, 0.0]]))
+    for variant in ("disco", *BASELINES):
+        for dtype, expected in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+            x = torch.zeros(1, 2, 1, dtype=dtype)
+            assert loss(x, x, batch, Config(variant=variant))[0].dtype == expected
+
+
+def test_batches_that_are_refused():
+    x = torch.zeros(1, 2, 1, dtype=torch.float64)
+    for scores in ([[1.0, 0.5]], [[1.0, -1.0]], [[2.0, 0.0]]):
+        with pytest.raises(ValueError, match="neither 0 nor 1"):
+            loss(x, x, batch_of(scores), Config())
+    for scores, mask in (([[1.0, 0.0]], [[[False], [True]]]), ([[0.0, 0.0]], [[[False], [False]]])):
+        with pytest.raises(ValueError, match="no scored token"):
+            loss(x, x, batch_of(scores, torch.tensor(mask)), Config())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(tau=0.0),
+        dict(tau=-1.0),
+        dict(beta=-1.0),
+        dict(delta=-0.1),
+        dict(delta=math.inf),
+        dict(score="logp"),
+        dict(estimator="k2"),
+        dict(variant="ppo"),
+        dict(epsilon=0.2),
+        dict(normaliser=10.0),
+        dict(tau=1.0, variant="disco_b"),
+        dict(score="log_l", variant="grpo"),
+        dict(beta=0.1, variant="dapo"),
+        dict(epsilon_high=0.3, variant="grpo"),
+        dict(epsilon=-0.2, variant="grpo"),
+        dict(normaliser=0.0, variant="dr_grpo"),
+    ],
+)
+def test_config_is_checked(fields):
+    name, value = next(iter(fields.items()))
+    with pytest.raises(ValueError, match=f"{name} = {value}"):
+        Config(**fields)
+
+
+def test_every_variant_has_its_defaults():
+    assert vars(Config()) | {"delta": None} == dict(
+        variant="disco", score="log_l", tau=1.0, delta=None, beta=1000.0, estimator="k1", epsilon=None, epsilon_high=None, normaliser=None
+    )
+    assert Config(variant="dapo").epsilon_high == 0.28 and Config(variant="grpo").epsilon == 0.2 and Config(variant="disco_b").tau is None

@@ -1,0 +1,362 @@
+"""IRPO's loss against hand-computed lists, closed-form gradients and optima, DPO and softmax-DPO as its special cases."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from methods import dpo
+from methods.irpo import Config, label_ranks, loss, relevance_weights
+
+R, Y, K = (0.5, -0.2, 0.1, -0.4), (0.0, 2.0, 1.0, 0.0), (3, 1, 2, 4)  # the hand case
+W = (0.0, 3.0, 0.630930, 0.0)
+LSE = (0.453287, 1.430871, 1.043513, 1.673300)
+
+
+def lists(y, k=None, mask=None):
+    """A batch of one-token items: relevance y (K,) or (B, K), ranks k of the same shape or None."""
+    y = torch.tensor(y, dtype=torch.float64) if not isinstance(y, torch.Tensor) else y
+    y = y.view(-1, y.shape[-1])
+    mask = torch.ones(*y.shape, 1, dtype=torch.bool) if mask is None else mask
+    batch = SimpleNamespace(mask=mask, scores=y)
+    if k is not None:
+        batch.rank = torch.as_tensor(k).view(y.shape)
+    return batch
+
+
+def value(r, y, k=None, **fields):
+    """Loss and dL/dr of one list with item scores r."""
+    logps = torch.tensor(r, dtype=torch.float64)[None, :, None].requires_grad_()
+    losses, _ = loss(logps, torch.zeros_like(logps), lists(y, k), Config(**fields))
+    (grad,) = torch.autograd.grad(losses.sum(), logps)
+    return losses.item(), grad.flatten()
+
+
+def ragged(seed, rows=5, count=6, length=4):
+    """Random log-probs of lists of 2 to `count` items of 1 to `length` tokens, in float64; what is absent is left out at the end."""
+    g = torch.Generator().manual_seed(seed)
+    n = torch.randint(2, count + 1, (rows,), generator=g)
+    n[0] = count
+    size = torch.randint(1, length + 1, (rows, count), generator=g) * (torch.arange(count) < n[:, None])
+    mask = torch.arange(length) < size[..., None]
+    logps, ref = (torch.randn(rows, count, length, generator=g, dtype=torch.float64) * mask for _ in range(2))
+    y = torch.randint(0, 4, (rows, count), generator=g).double() * (size > 0)
+    return logps.requires_grad_(), ref, lists(y, mask=mask), n
+
+
+def item_scores(logps, ref, mask):
+    return ((logps - ref) * mask).sum(-1) / mask.sum(-1).clamp(min=1)
+
+
+def by_hand(r, w, beta, inner, reduce):
+    """One list, from the definition, item by item."""
+    n, total = len(r), 0.0
+    for i in range(n):
+        others = [j for j in range(n) if j != i or inner == "incl"]
+        z = -torch.logsumexp(torch.stack([beta * (r[j] - r[i]) for j in others]), 0) + (math.log(n - 1) if inner == "code" else 0)
+        total = total - w[i] * F.logsigmoid(z)
+    return total / n if reduce == "mean" else total
+
+
+def optimum(y, k, **fields):
+    """p = softmax(beta r) of the free scores that minimise the loss of one list."""
+    cfg, batch = Config(**fields), lists(y, k)
+    r = torch.zeros(1, len(y), 1, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([r], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss(r, torch.zeros_like(r), batch, cfg)[0].sum()
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    return (cfg.beta * r.detach().flatten()).softmax(0)
+
+
+# ---- numbers
+
+
+@pytest.mark.parametrize(
+    ("inner", "reduce", "expected"),
+    [
+        ("excl", "sum", 0.598139),
+        ("excl", "mean", 0.299069),
+        ("code", "sum", 0.598139),
+        ("code", "mean", 0.299069),
+        ("incl", "sum", 1.036287),
+    ],
+)
+def test_two_items(inner, reduce, expected):
+    assert value((0.3, -0.1), (1.0, 0.0), (1, 2), beta=0.5, inner=inner, reduce=reduce)[0] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("inner", ["excl", "code"])
+def test_two_one_token_items_are_dpo_in_value_and_gradient(inner):
+    g = torch.Generator().manual_seed(0)
+    logps, ref = (torch.randn(7, 2, 1, generator=g, dtype=torch.float64) for _ in range(2))
+    logps.requires_grad_()
+    batch = lists(torch.tensor([[1.0, 0.0]] * 7))
+    ours, _ = loss(logps, ref, batch, Config(beta=0.3, inner=inner, reduce="sum"))
+    theirs, _ = dpo.loss(logps, ref, batch, dpo.Config(beta=0.3))
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(*(torch.autograd.grad(x.sum(), logps)[0] for x in (ours, theirs)))
+    halved, _ = loss(logps, ref, batch, Config(beta=0.3, inner=inner, reduce="mean"))
+    torch.testing.assert_close(halved, theirs / 2)
+    incl, _ = loss(logps, ref, batch, Config(beta=0.3, inner="incl", reduce="sum"))
+    assert (incl - theirs).min() > 0.1
+
+
+def test_one_positive_is_softmax_dpo_and_cross_entropy():
+    y, k = (1.0, 0.0, 0.0, 0.0), (1, 2, 3, 4)
+    ours = value(R, y, k, beta=0.5, inner="excl", reduce="sum")[0]
+    r = torch.tensor(R, dtype=torch.float64)
+    sdpo = -F.logsigmoid(-torch.logsumexp(0.5 * (r[1:] - r[0]), 0))
+    assert ours == pytest.approx(1.150903, abs=1e-6)
+    assert ours == pytest.approx(sdpo.item()) == pytest.approx(F.cross_entropy(0.5 * r[None], torch.tensor([0])).item())
+    assert value(R, y, k, beta=0.5, inner="code", reduce="mean")[0] == pytest.approx(0.135632, abs=1e-6)
+
+
+def test_weights_of_the_hand_case():
+    got = {weights: relevance_weights(lists(Y, K), Config(weights=weights))[0].tolist() for weights in ("ndcg", "position", "reciprocal")}
+    assert got["ndcg"] == pytest.approx(W, abs=1e-6)
+    assert got["position"] == pytest.approx([0.5, 1.0, 0.630930, 0.430677], abs=1e-6)
+    assert got["reciprocal"] == pytest.approx([0.0, 3.0, 0.5, 0.0], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("inner", "reduce", "expected", "gradient"),
+    [
+        ("excl", "sum", 5.784534, (1.410905, -2.299365, 0.314828, 0.573631)),
+        ("incl", "sum", 6.459906, (1.171684, -1.932906, 0.284853, 0.476371)),
+        ("code", "mean", 0.759806, (0.250580, -0.416720, 0.064262, 0.101878)),
+    ],
+)
+def test_hand_case(inner, reduce, expected, gradient):
+    got, grad = value(R, Y, K, beta=1.0, inner=inner, reduce=reduce)
+    assert got == pytest.approx(expected, abs=1e-6) and grad.tolist() == pytest.approx(gradient, abs=1e-6)
+    assert grad.sum().item() == pytest.approx(0, abs=1e-12)
+
+
+def test_log_sum_exp_of_each_item():
+    for i, expected in enumerate(LSE):  # with weight 1 on item i alone the loss is softplus of its log-sum-exp
+        y, k = [0.0] * 4, [2, 3, 4]
+        y[i] = 1.0
+        k.insert(i, 1)
+        got = value(R, y, k, beta=1.0, inner="excl", reduce="sum")[0]
+        assert math.log(math.expm1(got)) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("inner", "reduce", "expected"), [("code", "mean", 0.629192), ("excl", "sum", 5.033537), ("incl", "sum", 5.843756)]
+)
+def test_at_the_reference(inner, reduce, expected):
+    total = sum(W)
+    formula = {"code": math.log(2) * total / 4, "excl": math.log(4) * total, "incl": math.log(5) * total}[inner]
+    got = value((0.0,) * 4, Y, K, inner=inner, reduce=reduce)[0]
+    assert got == pytest.approx(expected, abs=1e-6) == pytest.approx(formula, abs=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.01, 0.1, 1.0, 20.0])
+def test_the_item_itself_is_left_out_whatever_beta(beta):
+    """Subtracting 100 before the multiplication by beta, instead of leaving the item out, adds 0.1157 to z's sum at beta = 0.01."""
+    assert value((0.0,) * 4, Y, K, beta=beta)[0] == pytest.approx(math.log(2) * sum(W) / 4, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("inner", "expected"),
+    [("excl", (0.745253, 0.201515, 0.053232)), ("incl", (0.677810, 0.246664, 0.075527)), ("code", (0.677810, 0.246664, 0.075527))],
+)
+def test_optimum_of_free_scores(inner, expected):
+    for beta in (1.0, 0.3):
+        got = optimum((3.0, 2.0, 1.0), (1, 2, 3), beta=beta, inner=inner)
+        assert got.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+# ---- identities
+
+
+@pytest.mark.parametrize("inner", ["excl", "incl", "code"])
+def test_optimum_is_where_the_weights_say(inner):
+    y, k = (1.5, 3.0, 0.5, 2.0, 1.0), (3, 1, 5, 2, 4)
+    p, n = optimum(y, k, inner=inner), 5
+    w = relevance_weights(lists(y, k), Config())[0]
+    shape = {"excl": p, "incl": p * (1 + p), "code": p * (1 + (n - 2) * p)}[inner]
+    torch.testing.assert_close(shape / shape.sum(), w / w.sum(), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.5, 2.0])
+def test_optimum_of_a_policy_over_the_whole_list(beta):
+    """Where the list is every action there is, pi is pi_ref p^(1/beta), normalised."""
+    ref = torch.tensor([0.1, 0.6, 0.3], dtype=torch.float64).log()
+    logits = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([logits], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe")
+    batch, cfg = lists((3.0, 2.0, 1.0), (1, 2, 3)), Config(beta=beta, inner="excl")
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss(logits.log_softmax(0)[None, :, None], ref[None, :, None], batch, cfg)[0].sum()
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    w = relevance_weights(batch, cfg)[0]
+    torch.testing.assert_close(logits.detach().softmax(0), (ref + (w / w.sum()).log() / beta).softmax(0), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("reduce", ["sum", "mean"])
+@pytest.mark.parametrize("inner", ["excl", "incl", "code"])
+@pytest.mark.parametrize("weights", ["ndcg", "position", "reciprocal"])
+def test_ragged_lists_against_the_definition(inner, reduce, weights):
+    logps, ref, batch, n = ragged(3)
+    losses, _ = loss(logps, ref, batch, Config(beta=0.7, inner=inner, reduce=reduce, weights=weights))
+    r, expected = item_scores(logps, ref, batch.mask), []
+    for b in range(len(n)):
+        order = sorted(range(n[b]), key=lambda j: -batch.scores[b, j])
+        y, k = batch.scores[b].tolist(), {j: place + 1 for place, j in enumerate(order)}
+        form = {
+            "ndcg": lambda j: (2 ** y[j] - 1) / math.log2(1 + k[j]),
+            "position": lambda j: 1 / math.log2(1 + k[j]),
+            "reciprocal": lambda j: (2 ** y[j] - 1) / k[j],
+        }[weights]
+        expected.append(by_hand(r[b, : n[b]], [form(j) for j in range(n[b])], 0.7, inner, reduce))
+    torch.testing.assert_close(losses, torch.stack(expected))
+    ours, theirs = (torch.autograd.grad(x.sum(), logps, retain_graph=True)[0] * batch.mask for x in (losses, torch.stack(expected)))
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("inner", ["excl", "incl", "code"])
+def test_gradient_in_closed_form(inner):
+    """dL/dr_k = beta (sum_i w_i a_i rho_ik - w_k a_k), spread evenly over an item's tokens."""
+    logps, ref, batch, n = ragged(4)
+    cfg = Config(beta=0.7, inner=inner, reduce="sum")
+    grad = torch.autograd.grad(loss(logps, ref, batch, cfg)[0].sum(), logps)[0] * batch.mask
+    r, w = item_scores(logps, ref, batch.mask).detach(), relevance_weights(batch, cfg)
+    for b in range(len(n)):
+        m = int(n[b])
+        d = 0.7 * (r[b, None, :m] - r[b, :m, None])  # (i, j)
+        if inner != "incl":
+            d = d.masked_fill(torch.eye(m, dtype=torch.bool), -math.inf)
+        rho, z = d.softmax(-1), -d.logsumexp(-1) + (math.log(m - 1) if inner == "code" else 0)
+        wa = w[b, :m] * torch.sigmoid(-z)
+        torch.testing.assert_close(grad[b, :m].sum(-1), 0.7 * (wa @ rho - wa))
+        if inner == "excl":  # the weighted softmax cross-entropy
+            p, total = (0.7 * r[b, :m]).softmax(0), w[b].sum()
+            torch.testing.assert_close(torch.sigmoid(z), p)
+            torch.testing.assert_close(grad[b, :m].sum(-1), 0.7 * (total * p - w[b, :m]))
+            entropy = (w[b, :m] * (torch.logsumexp(0.7 * r[b, :m], 0) - 0.7 * r[b, :m])).sum()
+            torch.testing.assert_close(loss(logps, ref, batch, cfg)[0][b].detach(), entropy)
+    torch.testing.assert_close(grad, (grad.sum(-1) / batch.mask.sum(-1).clamp(min=1))[..., None] * batch.mask)
+
+
+def test_gradient_by_finite_differences():
+    logps, ref, batch, _ = ragged(5, rows=2, count=3, length=2)
+    for inner in ("excl", "incl", "code"):
+        assert torch.autograd.gradcheck(lambda x: loss(x * batch.mask, ref, batch, Config(inner=inner))[0], logps)
+
+
+def test_irrelevant_items_are_driven_away_without_end():
+    """With w_k = 0 the gradient on r_k stays positive, W p_k beta: only the network or the number of steps holds it."""
+    for r0 in (0.0, -5.0, -20.0):
+        _, grad = value((1.0, 0.2, r0), (2.0, 1.0, 0.0), (1, 2, 3), inner="excl", reduce="sum")
+        p = torch.tensor((1.0, 0.2, r0), dtype=torch.float64).softmax(0)[2]
+        assert grad[2].item() == pytest.approx((3 + 0.630930) * p.item(), rel=1e-5) and grad[2] > 0
+
+
+def test_drawing_a_competitor_by_rho_has_less_variance_than_uniformly():
+    _, grad = value(R, (0.0, 1.0, 0.0, 0.0), (2, 1, 3, 4), inner="excl", reduce="sum")
+    rho = grad / -grad[1]  # a (rho - e_i), so that what is left of item i is -1
+    rho[1] = 0.0
+    assert rho.sum().item() == pytest.approx(1)
+    steps = torch.eye(4, dtype=torch.float64)[1] - torch.eye(4, dtype=torch.float64)  # e_i - e_j
+    mean = rho @ steps
+
+    def variance(chance, draws):
+        return (chance * (draws - mean).square().sum(1)).sum().item()
+
+    uniform = torch.tensor([1.0, 0.0, 1.0, 1.0], dtype=torch.float64) / 3
+    assert variance(rho, steps) == pytest.approx(0.625678, abs=1e-6)
+    assert variance(uniform, 3 * rho[:, None] * steps) == pytest.approx(0.871611, abs=1e-6)
+
+
+@pytest.mark.parametrize("inner", ["excl", "incl", "code"])
+def test_invariances(inner):
+    logps, ref, batch, _ = ragged(6)
+    cfg = Config(beta=0.8, inner=inner)
+    before, _ = loss(logps, ref, batch, cfg)
+    # one constant on every token of a list is one constant on every item, for scores are means
+    torch.testing.assert_close(loss((logps + 3.7) * batch.mask, ref, batch, cfg)[0], before)
+    batch.rank = label_ranks(batch) * batch.mask.any(-1)
+    torch.testing.assert_close(loss(logps, ref, batch, cfg)[0], before)  # the ranks that the scores imply
+    order = torch.tensor([4, 2, 0, 5, 1, 3])
+    moved = lists(batch.scores[:, order], batch.rank[:, order], batch.mask[:, order])
+    torch.testing.assert_close(loss(logps[:, order], ref[:, order], moved, cfg)[0], before)
+
+
+def test_ranks_from_scores_take_ties_as_they_come():
+    ranked, plain = lists((1.0, 2.0, 1.0, 0.0), (2, 1, 3, 4)), lists((1.0, 2.0, 1.0, 0.0))
+    assert torch.equal(relevance_weights(ranked, Config()), relevance_weights(plain, Config()))
+    turned = lists((1.0, 2.0, 1.0, 0.0), (3, 1, 2, 4))  # a column `rank` goes first
+    assert not torch.equal(relevance_weights(turned, Config()), relevance_weights(plain, Config()))
+
+
+@pytest.mark.parametrize("inner", ["excl", "incl", "code"])
+def test_nothing_relevant_is_a_differentiable_zero(inner):
+    logps, ref, batch, _ = ragged(7)
+    batch.scores = torch.zeros_like(batch.scores)
+    losses, metrics = loss(logps, ref, batch, Config(inner=inner))
+    (grad,) = torch.autograd.grad(losses.mean(), logps)
+    assert (losses == 0).all() and (grad == 0).all() and all(torch.isfinite(m) for m in metrics.values())
+
+
+def test_absent_items_change_nothing():
+    logps, ref, batch, n = ragged(8)
+    losses, _ = loss(logps, ref, batch, Config())
+    for b in range(len(n)):
+        alone = lists(batch.scores[b : b + 1, : n[b]], mask=batch.mask[b : b + 1, : n[b]])
+        torch.testing.assert_close(loss(logps[b : b + 1, : n[b]], ref[b : b + 1, : n[b]], alone, Config())[0][0], losses[b])
+
+
+def test_losses_are_in_float32_or_better():
+    logps = torch.zeros(1, 4, 1, dtype=torch.bfloat16)
+    batch = lists(Y, K)
+    batch.scores = batch.scores.float()
+    assert loss(logps, logps, batch, Config())[0].dtype == torch.float32
+    assert loss(logps.double(), logps.double(), batch, Config())[0].dtype == torch.float64
+
+
+# ---- refusals
+
+
+def test_lists_that_are_refused():
+    def run(batch):
+        logps = torch.zeros(batch.mask.shape, dtype=torch.float64)
+        return loss(logps, logps, batch, Config())
+
+    empty = torch.ones(1, 3, 1, dtype=torch.bool)
+    empty[0, 1] = False
+    for batch, message in (
+        (lists((1.0,)), "2 items"),
+        (lists((0.0, 0.0, 1.0), mask=empty & torch.tensor([[[0], [0], [1]]])), "2 items"),
+        (lists((1.0, -0.5)), "negative"),
+        (lists((1.0, 0.0, 0.0), (1, 2, 2)), "1 to n"),
+        (lists((1.0, 0.0, 0.0), (0, 1, 2)), "1 to n"),
+        (lists((1.0, 0.0, 0.0), (1, 2, 4)), "1 to n"),
+        (lists((0.0, 1.0, 0.0), mask=empty), "no scored token"),  # relevance without tokens
+        (lists((1.0, 0.0, 0.0), (1, 2, 3), mask=empty), "no scored token"),  # a rank without tokens
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(batch)
+    absent = lists((1.0, 0.0, 0.0), (1, 0, 2), mask=empty)  # no relevance, no rank: a shorter list
+    assert torch.isfinite(run(absent)[0]).all()
+
+
+@pytest.mark.parametrize(
+    "fields", [dict(beta=0.0), dict(beta=-1.0), dict(beta=math.inf), dict(inner="all"), dict(reduce="max"), dict(weights="dcg")]
+)
+def test_config_is_checked(fields):
+    ((name, value),) = fields.items()
+    with pytest.raises(ValueError, match=f"{name} = {value}"):
+        Config(**fields)
