@@ -69,7 +69,7 @@ def load_tensors(path):
 
 
 class DataError(ValueError):
-    """A fault in a file the user gave: one line that names the file, the line (in Parquet and on the Hub the row, from 1) and the column."""
+    """A fault in a file the user gave: one line that names file, line (in Parquet and on the Hub the row, from 1) and column."""
 
 
 def error_line(error):
@@ -120,7 +120,7 @@ class Tokenizer:
 
     def __init__(self, name, engine, eot, pad, vocab_size):
         self.name, self.engine, self.eot, self.pad, self.vocab_size = name, engine, eot, pad, vocab_size
-        self.chat, self.folder = None, None  # chat template: function of messages, add_generation_prompt -> text
+        self.chat, self.files = None, None  # chat template: function of messages, add_generation_prompt -> text; what `save` writes
 
     def __deepcopy__(self, memo):
         return self  # immutable: a frozen copy of a model shares it
@@ -158,21 +158,25 @@ class Tokenizer:
     @classmethod
     def load(cls, folder):
         """The tokenizer of a checkpoint folder, read by the `tokenizers` library; ValueError when there is none."""
-        path, settings = os.path.join(folder, "tokenizer.json"), {}
-        for name in ("config.json", "tokenizer_config.json"):
-            if os.path.exists(os.path.join(folder, name)):
-                with open(os.path.join(folder, name), encoding="utf-8") as file:
-                    settings |= json.load(file)
-        if settings.get("tiktoken") == "gpt2":
-            return cls.text()
-        if not os.path.exists(path):
-            raise ValueError(f"{folder} has no tokenizer.json")
         import tokenizers
 
+        settings, files = {}, {}
+        for name in ("tokenizer.json", "chat_template.jinja", "config.json", "tokenizer_config.json"):
+            if not os.path.exists(path := os.path.join(folder, name)):
+                continue
+            try:
+                with open(path, encoding="utf-8") as file:
+                    files[name] = file.read()
+                settings |= json.loads(files[name]) if name.endswith("config.json") else {}
+            except (OSError, ValueError, TypeError) as error:
+                raise ValueError(f"{path} cannot be read: {error_line(error)}") from None
+        files.pop("config.json", None)
+        if "tokenizer.json" not in files:
+            raise ValueError(f"{folder} has no tokenizer.json")
         try:
-            engine = tokenizers.Tokenizer.from_file(path)
+            engine = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
         except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+            raise ValueError(f"{folder}/tokenizer.json cannot be read: {error_line(error)}") from None
         engine.no_truncation()
         engine.no_padding()
 
@@ -190,8 +194,10 @@ class Tokenizer:
         pad = identity("pad_token")
         if pad is None or pad == eot:  # the end must be learnt, so padding is another token
             pad = 0 if eot else 1
-        tokenizer = cls(settings.get("nanopref_tokenizer", "tokenizer.json"), engine, eot, pad, engine.get_vocab_size())
-        tokenizer.chat, tokenizer.folder = chat_template(folder), folder
+        own = settings.get("nanopref_tokenizer")
+        engine.encode_special_tokens = bool(own)  # tiktoken reads "<|end|>" in a text as text, a chat template means the token
+        tokenizer = cls(own or "tokenizer.json", engine, eot, pad, engine.get_vocab_size())
+        tokenizer.chat, tokenizer.files = chat_template(folder), files
         return tokenizer
 
     def encode(self, text):
@@ -208,35 +214,32 @@ class Tokenizer:
         return self.engine.decode(ids, skip_special_tokens=False)
 
     def save(self, folder):
-        """Write tokenizer.json and tokenizer_config.json, readable by `tokenizers` and `transformers` (GPT-2's is named, not copied)."""
-        os.makedirs(folder, exist_ok=True)
-        if self.folder is not None:  # a checkpoint's own files, as they were
-            for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-                if os.path.exists(os.path.join(self.folder, name)):
-                    with open(os.path.join(self.folder, name), encoding="utf-8") as file:
-                        write_text(os.path.join(folder, name), file.read())
-            return
-        if self.name == "gpt2":
-            settings = {"eos_token": "<|endoftext|>", "tiktoken": "gpt2"}
-        else:
-            settings = {"eos_token": "<|end|>", "pad_token": "<|pad|>", "nanopref_tokenizer": self.name}
-            write_text(os.path.join(folder, "tokenizer.json"), json.dumps(self._huggingface()))
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
-        write_text(os.path.join(folder, "tokenizer_config.json"), json.dumps(settings))
+        """Write tokenizer.json and tokenizer_config.json, readable by `tokenizers` and `transformers`; a checkpoint's own as they were."""
+        self.files = self.files or self._huggingface()
+        for name, text in self.files.items():
+            write_text(os.path.join(folder, name), text)
 
     def _huggingface(self):
-        """A toy encoding in the format of tokenizer.json: whole pieces are looked up, so that no merges are needed."""
+        """{file name: text} of a tiktoken encoding in Hugging Face's layout."""
         letters = [*range(33, 127), *range(161, 173), *range(174, 256)]  # byte-level BPE writes every byte as a printable letter
         letter = {b: chr(b) for b in letters} | {b: chr(256 + i) for i, b in enumerate(sorted(set(range(256)) - set(letters)))}
         vocab = {"".join(letter[b] for b in token): i for token, i in self.engine._mergeable_ranks.items()}
-        model = dict(type="BPE", vocab=vocab, merges=[], ignore_merges=True, fuse_unk=False, byte_fallback=False)
-        split = dict(type="Split", pattern=dict(Regex=self.engine._pat_str), behavior="Isolated", invert=False)
+        # tiktoken merges any two neighbours that make a token, the lowest rank first
+        halves = ((token[:i], token[i:]) for token in sorted(vocab, key=vocab.get) for i in range(1, len(token)))
+        merges = [[a, b] for a, b in halves if a in vocab and b in vocab]
+        model = dict(type="BPE", vocab=vocab, merges=merges, ignore_merges=True, fuse_unk=False, byte_fallback=False)
+        pattern = GPT2_PATTERN if self.name == "gpt2" else self.engine._pat_str  # tiktoken's own spelling means something else there
+        split = dict(type="Split", pattern=dict(Regex=pattern), behavior="Isolated", invert=False)
         level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
+        special = self.engine._special_tokens | {"<|pad|>": self.pad}
         flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-        added = [dict(id=i, content=s) | flags for s, i in self.engine._special_tokens.items()]
+        added = [dict(id=i, content=s) | flags for s, i in special.items()]
         empty = dict(truncation=None, padding=None, normalizer=None, post_processor=None)
         split = dict(type="Sequence", pretokenizers=[split, level])
-        return dict(version="1.0", added_tokens=added, pre_tokenizer=split, decoder=level, model=model) | empty
+        tokenizer = dict(version="1.0", added_tokens=added, pre_tokenizer=split, decoder=level, model=model) | empty
+        eot = next(s for s, i in special.items() if i == self.eot)
+        settings = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=eot, pad_token="<|pad|>", nanopref_tokenizer=self.name)
+        return {"tokenizer.json": json.dumps(tokenizer), "tokenizer_config.json": json.dumps(settings)}
 
 
 # ---------------------------------------------------------------- rows and the Batch
@@ -290,6 +293,10 @@ def encode(row, tokenizer):
     count = len(row["responses"])
     parents = row.get("parents") or [-1] * count
     context = row.get("context") or [[]] * count
+    ends = row.get("ends") or [k not in parents for k in range(count)]
+    for name, values in dict(parents=parents, context=context, ends=ends).items():
+        if len(values) != count:
+            raise ValueError(f"{count} responses, but {len(values)} {name}")
     prompt = ids(row["prompt"]) or [tokenizer.eot]  # something has to predict the first token
     tokens, position, branch = list(prompt), list(range(len(prompt))), [0] * len(prompt)
     last, ancestors, sources, targets = {-1: len(prompt) - 1}, [{0}], [], []
@@ -298,8 +305,7 @@ def encode(row, tokenizer):
             raise ValueError(f"parents {parents}: response {k} must continue an earlier response or the prompt (-1)")
         leaf = k not in parents
         before, response = ids(context[k]), ids(response)
-        ends = row["ends"][k] if row.get("ends") is not None else leaf
-        response = response + [tokenizer.eot] * bool(ends)
+        response = response + [tokenizer.eot] * bool(ends[k])
         path, start = before + response, len(tokens)
         fed = path[:-1] if leaf else path
         tokens += fed
@@ -317,7 +323,7 @@ def encode(row, tokenizer):
 
 
 def bucket(n):
-    """n rounded up to one of few sizes (8 steps an octave at most 25 % apart), so that shapes repeat."""
+    """n rounded up to one of few sizes (four an octave, at most 25 % apart), so that shapes repeat."""
     step = max(1, 1 << max(0, (n - 1).bit_length() - 3))
     return -(-n // step) * step
 
@@ -330,15 +336,18 @@ def collate(rows, tokenizer=None, fixed=False):
     scores = torch.zeros(len(rows), count)
     for b, row in enumerate(rows):
         scores[b, : len(row["responses"])] = torch.as_tensor(row.get("scores", [0.0] * len(row["responses"])))
-    columns = {name: _column([row[name] for row in rows], count) for name in rows[0] if name not in OWN}
+
+    def columns(length=0):
+        return {name: _column([row[name] for row in rows], count, length) for name in rows[0] if name not in OWN}
+
     if isinstance(rows[0]["responses"], torch.Tensor):
         images = torch.stack([row["responses"] for row in rows])
         label = torch.tensor([row["prompt"] for row in rows])
-        return Batch(torch.ones(len(rows), count, 1, dtype=torch.bool), scores, images=images, label=label, columns=columns)
+        return Batch(torch.ones(len(rows), count, 1, dtype=torch.bool), scores, images=images, label=label, columns=columns())
     if tokenizer is None:
         target = torch.tensor([row["responses"] for row in rows])  # one length in a table
         mask = torch.ones_like(target, dtype=torch.bool)
-        return Batch(mask, scores, target=target, label=torch.tensor([row["prompt"] for row in rows]), columns=columns)
+        return Batch(mask, scores, target=target, label=torch.tensor([row["prompt"] for row in rows]), columns=columns())
 
     rows = [encode(row, tokenizer) for row in rows]
     round_up = bucket if fixed else int
@@ -378,15 +387,15 @@ def collate(rows, tokenizer=None, fixed=False):
     tensors = {
         k: torch.from_numpy(v) for k, v in locals().items() if k in ("tokens", "position", "branch", "sees", "source", "target", "parents")
     }
-    return Batch(torch.from_numpy(mask), scores, columns=columns, **tensors)
+    return Batch(torch.from_numpy(mask), scores, columns=columns(length), **tensors)
 
 
-def _column(values, count):
-    """A column as a tensor: (B,) of numbers, (B, K) of K numbers, (B, K, T) of K lists (zeros where shorter), or stacked arrays."""
+def _column(values, count, length):
+    """A column as a tensor: (B,) of numbers, (B, K) of K numbers, (B, K, T) of K lists (zeros up to `length`), or stacked arrays."""
     if isinstance(values[0], torch.Tensor):
         return torch.stack(values)
     if isinstance(values[0], (list, tuple)) and isinstance(values[0][0], (list, tuple)):
-        out = np.zeros((len(values), count, max(len(x) for value in values for x in value)))
+        out = np.zeros((len(values), count, max(length, *(len(x) for value in values for x in value))))
         for b, value in enumerate(values):
             for k, x in enumerate(value):
                 out[b, k, : len(x)] = x
@@ -412,7 +421,7 @@ def fit_context(rows, tokenizer, context, truncate=False):
             if any(p != -1 for p in row["parents"]) or row.get("context"):
                 raise ValueError(f"a chain or tree of {longest} tokens does not fit into the context of {context} and cannot be cut")
             cut += 1
-            prompt = row["prompt"] if not isinstance(row["prompt"], str) else tokenizer.encode(row["prompt"])
+            prompt = (row["prompt"] if not isinstance(row["prompt"], str) else tokenizer.encode(row["prompt"])) or [tokenizer.eot]
             texts = [tokenizer.encode(r) if isinstance(r, str) else list(r) for r in row["responses"]]
             prompt = prompt[-max(context // 2, context - max(map(len, texts)) - 1) :]
             room = context - len(prompt)
@@ -434,7 +443,7 @@ def label(rows, rng, temperature=1.0, flip=0.0, length_bias=0.0, verifier=False,
     flipped with probability `flip`, and the preferred response comes first with scores [1, 0]. `prefers` (one probability a row) replaces
     the sigmoid's reward part. K > 2: scores are the rewards plus Gumbel noise of that temperature (Plackett-Luce), then each pair of
     neighbours in that order changes places with probability `flip`. temperature 0: no noise. A verifier's reward is the score itself,
-    inverted with probability `flip`. Labels are drawn once, when the data are built."""
+    inverted with probability `flip` (of two, the better comes first). Labels are drawn once, when the data are built."""
     out = []
     for i, row in enumerate(rows):
         reward = torch.as_tensor(row["reward"], dtype=torch.float64)
@@ -442,7 +451,9 @@ def label(rows, rng, temperature=1.0, flip=0.0, length_bias=0.0, verifier=False,
         draw = torch.rand(len(reward), dtype=torch.float64, generator=rng)
         switch = torch.rand(len(reward), dtype=torch.float64, generator=rng) < flip
         if verifier:
-            out.append(row | {"scores": torch.where(switch, 1 - reward, reward).tolist()})
+            scores = torch.where(switch, 1 - reward, reward).tolist()
+            row = row | {"scores": scores}
+            out.append(reorder(row, [1, 0]) if len(scores) == 2 and scores[1] > scores[0] else row)
             continue
         if len(reward) == 2:
             z = biased[0] - biased[1]
@@ -468,11 +479,11 @@ def reorder(row, order):
     """The row with its K responses, and every column of K values, in another order (rows without parents)."""
 
     def move(value):
-        if isinstance(value, torch.Tensor) and value.dim() and len(value) == len(order):
+        if isinstance(value, (torch.Tensor, np.ndarray)) and value.ndim and len(value) == len(order):
             return value[order]
-        return [value[k] for k in order] if isinstance(value, list) and len(value) == len(order) else value
+        return [value[k] for k in order] if isinstance(value, (list, tuple)) and len(value) == len(order) else value
 
-    return {k: v if k in ("prompt", "tree") else move(v) for k, v in row.items()}
+    return {k: v if k == "prompt" else move(v) for k, v in row.items() if k != "tree"}  # a tree is laid out in one order
 
 
 # ---------------------------------------------------------------- claims

@@ -173,7 +173,7 @@ class Lab:
             value = getattr(settings, name)
             setattr(self, name, own.get(name, default) if value is None else value)
         self.stage_number, self.depth, self.draws, self.fits, self.children = 0, 0, {}, 0, {}
-        self.seconds, self.curve, self.reference, self.started = {}, [], None, time.time()
+        self.seconds, self.curve, self.reference, self.context, self.started = {}, [], None, None, time.time()
 
     # -- stages and randomness
 
@@ -244,7 +244,7 @@ class Lab:
         model = world.model().to(self.device)
         self.context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
         if not getattr(world, "base", None) or stage == "raw" or settings.base_steps == 0:
-            model.fingerprint = digest("raw", settings.base_seed, *source(nanomodel, data_module, sys.modules[type(world).__module__]))
+            model.fingerprint = digest("raw", settings.base_seed, world_key(world), *source(nanomodel, data_module, sys.modules[type(world).__module__]))
             return self._as_reference(model)
         recipe = world.base | ({} if settings.base_steps is None else {"steps": settings.base_steps})
         key = digest(
@@ -266,7 +266,9 @@ class Lab:
                 batch = self._collate([rows[i % len(rows)] for i in range(step * recipe["batch_size"], (step + 1) * recipe["batch_size"])])
                 return model.prepare(batch, self._generator("base", settings.base_seed, step)) if world.kind == "images" else batch
 
-            return self._fit(model, batches, loss, recipe["steps"], lr=recipe["lr"], decay=True, title="base model", record=False)[0]
+            return self._fit(
+                model, batches, loss, recipe["steps"], lr=recipe["lr"], warmup=20, clip=1.0, decay=True, title="base model", record=False
+            )[0]
 
         def weights():
             return self.cached(key, train)
@@ -290,6 +292,8 @@ class Lab:
         """Rows made ready for this world's model: text laid out as prompt trees that fit the context."""
         if self.world.kind != "text":
             return rows
+        if self.context is None:
+            raise ValueError("the context is that of the model: call lab.base() first")
         rows, cut = fit_context(rows, self.world.tokenizer, self.context, self.settings.truncate)
         if cut and not self.quiet:
             print(f"{cut} of {len(rows)} rows were cut to the context of {self.context} tokens")
@@ -369,7 +373,8 @@ class Lab:
             verifier = getattr(world, "verifier", False)
             if verifier and (s.length_bias or s.label_temperature != 1):
                 raise ValueError(f"{world.name} has a verifier: --label_temperature and --length_bias have no meaning there")
-            return label(rows, self.rng("labels"), s.label_temperature, s.flip, s.length_bias, verifier, prefers, lengths)
+            rows = label(rows, self.rng("labels"), s.label_temperature, s.flip, s.length_bias, verifier, prefers, lengths)
+            return [row for row in rows if k > 2 or row["scores"][0] != row["scores"][1]]  # a verifier's ties are no pairs
 
         def rows():
             if not fingerprint:
@@ -379,7 +384,13 @@ class Lab:
                 self._isolated(draw, nth),
             )
 
-        return self._adopt(self._stage("preferences", rows))
+        kept = self._stage("preferences", rows)
+        same = sum(len(set(map(str, row["responses"]))) == 1 for row in kept) if self.world.kind == "text" else 0
+        if (same or len(kept) < n) and not self.quiet and not self.depth:
+            print(f"{n - len(kept)} of {n} rows had equal scores and were left out, {same} hold one response {k} times")
+        if not kept:
+            raise ValueError(f"none of {n} prompts gave a pair of different scores in {self.world.name}; more --prompts may")
+        return self._adopt(kept)
 
     def draws_of_base(self, fingerprint):
         """How often preferences were drawn from this very model before: the n-th draw gives the same rows in every run of the same seed."""
@@ -434,7 +445,7 @@ class Lab:
         loss(logps, ref_logps, batch, cfg) -> losses (B,), metrics. reference: "start" (a frozen copy of the policy at this call), "round"
         (at each call of data), a model, a function (policy, step) -> model, or None (none is made or run; ref_logps is None).
         prepare(policy, batch) -> batch draws what two scores must share; score(model, batch) -> logps, by default model.logps(batch).
-        watch(policy, step) -> {name: value}, looked at every `eval_every` steps; by default the true reward and the KL. `lab.curve` keeps it."""
+        watch(policy, step) -> {name: value}, every `eval_every` steps; by default the true reward and the KL. `lab.curve` keeps it."""
         steps = self.steps if steps is None else steps
         if isinstance(reference, str) and reference not in ("start", "round"):
             raise ValueError(f'reference {reference!r} must be "start", "round", a model, a function or None')
@@ -553,11 +564,10 @@ class Lab:
         model.fingerprint, self.curve = None, value["curve"]
         return model
 
-    def _fit(
-        self, model, batches, loss, steps, lr=None, optimizer=None, watch=None, decay=False, state=None, title="training", record=True
-    ):
+    def _fit(self, model, batches, loss, steps, optimizer=None, watch=None, decay=False, state=None, title="training", record=True, **how):
         """The loop -> (weights, curve). A checkpoint every few seconds; Ctrl-C ends after the step at hand, with one."""
-        lr, warmup = lr or self.lr, min(self.settings.warmup, max(1, steps // 5))
+        how = {"lr": self.lr, "warmup": self.settings.warmup, "clip": self.settings.clip} | {k: v for k, v in how.items() if v is not None}
+        lr, warmup = how["lr"], min(how["warmup"], max(1, steps // 5))
         params = [p for p in model.parameters() if p.requires_grad]
         optimizer = (optimizer or self._adamw(lr))(params)
         peaks = [group["lr"] for group in optimizer.param_groups]
@@ -566,6 +576,10 @@ class Lab:
         log = self.out and record and os.path.join(self.out, "metrics.jsonl")
         first, curve, pending = 0, [], []
         kept = load_value(path) if path else None
+        if log and os.path.exists(log) and not kept and self.fits == 1:  # what an earlier try wrote before its first checkpoint
+            with open(log, encoding="utf-8") as file:
+                lines = [line for line in file if line.endswith("\n") and json.loads(line)["stage"] < self.stage_number]
+            write_text(log, "".join(lines))
         if kept:
             first, curve, self.draws = kept["step"], kept["curve"], kept["draws"]
             if state:
@@ -619,7 +633,7 @@ class Lab:
             while step < steps:
                 for group, peak in zip(optimizer.param_groups, peaks):
                     cosine = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / steps)) if decay else 1.0
-                    group["lr"] = peak * min(1.0, (step + 1) / warmup) * cosine
+                    group["lr"] = peak * min(1.0, (step + 1) / max(1, warmup)) * cosine
                 if self.compiled and self.device.type == "cuda":
                     torch.compiler.cudagraph_mark_step_begin()
                 batch = batches(step)
@@ -627,7 +641,7 @@ class Lab:
                 value = losses.mean()
                 optimizer.zero_grad(set_to_none=True)
                 value.backward()
-                norms = [torch.nn.utils.clip_grad_norm_(group["params"], self.settings.clip) for group in optimizer.param_groups]
+                norms = [torch.nn.utils.clip_grad_norm_(group["params"], how["clip"]) for group in optimizer.param_groups]
                 optimizer.step()
                 step += 1
                 pending.append((step, {"loss": value.detach(), "grad_norm": torch.stack(norms).max(), "lr": group["lr"]} | metrics))

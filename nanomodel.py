@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data import Tokenizer, load_tensors, save_tensors, write_text
+from data import Tokenizer, error_line, load_tensors, save_tensors, write_text
 
 # ---------------------------------------------------------------- folders
 
@@ -38,11 +38,16 @@ def read_checkpoint(folder):
         raise ValueError(f"{folder} is no checkpoint: it has no config.json") from None
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"{folder}/config.json cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder}/config.json is no JSON object")
     index = os.path.join(folder, "model.safetensors.index.json")
     names = ["model.safetensors"]
     if os.path.exists(index):
-        with open(index, encoding="utf-8") as file:
-            names = sorted({os.path.basename(name) for name in json.load(file)["weight_map"].values()})
+        try:
+            with open(index, encoding="utf-8") as file:
+                names = sorted({os.path.basename(name) for name in json.load(file)["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError, OSError):
+            raise ValueError(f"{index} is no readable index of weights") from None
     weights = {}
     for name in names:
         if not os.path.exists(os.path.join(folder, name)):
@@ -176,7 +181,8 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(n, s, self.heads, self.head_dim).transpose(1, 2)
         k = self.k_proj(x).view(n, s, self.kv_heads, self.head_dim).transpose(1, 2)
         v = self.v_proj(x).view(n, s, self.kv_heads, self.head_dim).transpose(1, 2)
-        return rotate(q, cos[:, None], sin[:, None]), rotate(k, cos[:, None], sin[:, None]), v
+        q, k = (rotate(x, cos[:, None], sin[:, None]).to(v.dtype) for x in (q, k))  # under autocast the angles stay in float32
+        return q, k, v
 
     def forward(self, x, cos, sin, mask, keep=None):
         q, k, v = self.project(x, cos, sin)
@@ -287,9 +293,10 @@ class GPT(nn.Module):
     def logps(self, batch):
         """(B, K, T) log-probabilities of the response tokens in float32 or better, 0 outside batch.mask."""
         h, mask = self.hidden(batch).flatten(0, 1), batch.mask
-        # on a CPU skip the padding; on CUDA a fixed shape is worth more than the rows it saves
-        where = mask if not h.is_cuda else torch.ones_like(mask)
-        rows, target = h[batch.source[where]], batch.target[where]
+        if h.is_cuda:  # a fixed shape is worth more there than the padded rows it costs
+            rows, target = h[batch.source.flatten()], batch.target.flatten()
+        else:
+            rows, target = h[batch.source[mask]], batch.target[mask]
         pieces = max(1, -(-len(rows) * self.config.vocab_size // self.chunk))
         size = -(-len(rows) // pieces) or 1
         out = []
@@ -301,7 +308,7 @@ class GPT(nn.Module):
         flat = torch.cat(out)
         if h.is_cuda:
             return flat.view(mask.shape) * mask
-        return torch.zeros(mask.shape, dtype=flat.dtype).masked_scatter(mask, flat)
+        return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
 
     def _token_logps(self, rows, target):
         logits = self.unembed(rows)
@@ -341,13 +348,15 @@ class GPT(nn.Module):
     @torch.no_grad()
     def sample(self, prompts, k, rng, max_tokens=64, temperature=1.0):
         """n prompts (text or token ids) -> n lists of k responses (token ids). A response that ended carries the end token as its last id;
-        one without it was cut at `max_tokens`. temperature 0 is greedy. Draws from the torch.Generator `rng` alone."""
-        prompts = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
-        longest = max(map(len, prompts)) + 1
-        if longest > self.config.max_position_embeddings:
-            raise ValueError(f"a prompt of {longest - 1} tokens leaves no room in a context of {self.config.max_position_embeddings}")
-        max_tokens = min(max_tokens, self.config.max_position_embeddings - longest + 1)
-        eot = self.tokenizer.eot
+        one without it was cut at `max_tokens` or at the end of the context. temperature 0 is greedy. Draws from the torch.Generator
+        `rng` alone. ValueError: a prompt as long as the context."""
+        eot, context = self.tokenizer.eot, self.config.max_position_embeddings
+        # something has to predict the first token (as in `data.encode`)
+        prompts = [(self.tokenizer.encode(p) if isinstance(p, str) else list(p)) or [eot] for p in prompts]
+        rooms = [context - len(p) for p in prompts]
+        if min(rooms) < 1:
+            raise ValueError(f"a prompt of {context - min(rooms)} tokens leaves no room in a context of {context}")
+        max_tokens = min(max_tokens, max(rooms))
         cache, logits = self.prefill(prompts, k, max_tokens)
         logits, chosen = logits[:, None].expand(-1, k, -1), []
         done = torch.zeros(len(prompts), k, dtype=torch.bool, device=self.device)
@@ -356,16 +365,16 @@ class GPT(nn.Module):
                 token = logits.argmax(-1)
             else:
                 # one uniform number a sample against the cumulated probabilities: a third of multinomial's time at these sizes
-                total = (logits.float() / temperature).softmax(-1).cumsum(-1).to(rng.device)  # (n, k, V)
-                draw = torch.rand(len(prompts), k, 1, generator=rng, device=rng.device) * total[..., -1:]
-                token = torch.searchsorted(total, draw, right=True)[..., 0].clamp(max=total.shape[-1] - 1).to(self.device)
+                total = (logits.float() / temperature).softmax(-1).cumsum(-1)  # (n, k, V)
+                draw = torch.rand(len(prompts), k, 1, generator=rng, device=rng.device).to(total.device) * total[..., -1:]
+                token = torch.searchsorted(total, draw, right=True)[..., 0].clamp(max=total.shape[-1] - 1)
             chosen.append(token)
             done |= token == eot
             if step + 1 == max_tokens or ((step % 8 == 7 or not done.is_cuda) and bool(done.all())):
                 break
             logits = self.decode(cache, token)
         out = torch.stack(chosen, -1).tolist()
-        return [[ids[: ids.index(eot) + 1] if eot in ids else ids for ids in group] for group in out]
+        return [[(ids[: ids.index(eot) + 1] if eot in ids else ids)[:room] for ids in group] for group, room in zip(out, rooms)]
 
     # -- folders
 
@@ -388,26 +397,30 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder):
-        """Load a Llama-family checkpoint from a folder or Hub name in float32. ValueError in one line when it is none, or of another family."""
+        """Load a Llama-family checkpoint from a folder or Hub name in float32. ValueError in one line: none there, or another family."""
         folder, config, weights = read_checkpoint(folder)
         if config.get("model_type") != "llama":
             raise ValueError(f"{folder}: model_type {config.get('model_type')!r} is not of the Llama family")
-        scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        if scaling.get("rope_type", scaling.get("type", "default")) != "default":
+        scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+        if not isinstance(scaling, dict) or scaling.get("rope_type", scaling.get("type", "default")) != "default":
             raise ValueError(f"{folder}: rotary scaling {scaling} is not supported")
         if config.get("attention_bias") or config.get("mlp_bias") or config.get("hidden_act", "silu") != "silu":
             raise ValueError(f"{folder}: biases or activations other than Llama's are not supported")
-        config.setdefault("rope_theta", scaling.get("rope_theta", 10000.0))
+        config = {k: v for k, v in config.items() if v is not None}
+        # what a Llama config.json leaves out
+        config = dict(rms_norm_eps=1e-6, max_position_embeddings=2048, rope_theta=10000.0, tie_word_embeddings=False) | scaling | config
         config.setdefault("num_key_value_heads", config.get("num_attention_heads"))
-        config.setdefault("tie_word_embeddings", False)
         try:
             missing = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"} - set(config)
             if missing:
                 raise KeyError(f"no {', '.join(sorted(missing))}")
-            config = GPTConfig(**{f.name: config[f.name] for f in fields(GPTConfig) if config.get(f.name) is not None})
-        except (TypeError, KeyError, ZeroDivisionError) as error:
-            raise ValueError(f"{folder}/config.json does not describe a Llama model: {error}") from None
-        model = cls(config, Tokenizer.load(folder))
+            config = GPTConfig(**{f.name: config[f.name] for f in fields(GPTConfig) if f.name in config})
+            model = cls(config)
+        except (TypeError, KeyError, ZeroDivisionError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{folder}/config.json does not describe a Llama model: {error_line(error)}") from None
+        model.tokenizer = Tokenizer.load(folder)
+        if model.tokenizer.vocab_size > config.vocab_size:
+            raise ValueError(f"{folder}: the tokenizer has {model.tokenizer.vocab_size} tokens, the model {config.vocab_size}")
         weights = {k.removeprefix("model."): v.float() for k, v in weights.items()}
         if config.tie_word_embeddings:
             weights.pop("lm_head.weight", None)

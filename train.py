@@ -377,7 +377,8 @@ def one_line(error):
     if isinstance(error, OSError):
         return True
     frames = traceback.extract_tb(error.__traceback__)
-    return isinstance(error, ValueError) and os.path.dirname(os.path.abspath(frames[-1].filename)).startswith(HERE)
+    ours = os.path.abspath(frames[-1].filename).startswith(HERE + os.sep)
+    return isinstance(error, ValueError) and ours and (frames[-1].line or "").startswith("raise")
 
 
 def cli(argv):

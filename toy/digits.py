@@ -103,7 +103,7 @@ class World:
         """(n,) float64: log p(prompt | image), not counted below -5, plus three times the mean pixel in [-1, 1]."""
         images = responses if isinstance(responses, torch.Tensor) else torch.stack(list(responses))
         agreement = self.classify(images).gather(1, torch.as_tensor(prompts).view(-1, 1)).squeeze(1)
-        return agreement.clamp(min=FLOOR) + INK * shown(images).flatten(1).mean(1)
+        return agreement.clamp(min=FLOOR) + INK * shown(images).flatten(1).mean(1).clamp(max=0.0)
 
     def frechet(self, images):
         """Frechet distance in pixel space between images (n, C, H, W) and the data: |m - m'|^2 + tr(S + S' - 2 (S S')^(1/2));
