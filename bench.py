@@ -181,8 +181,8 @@ def rows_logps(bench, model, rows):
     start = torch.tensor([len(row["prompt"]) for row in rows]).repeat_interleave(bench.settings.k)[:, None]
     place, end = torch.arange(1, tokens.shape[1])[None], torch.tensor([len(p) for p in paths])[:, None]
     tokens, mask = tokens.to(bench.device), ((place >= start) & (place < end)).to(bench.device)
-    logits = model.unembed(plain_hidden(model, tokens))[:, :-1]
-    logps = -F.cross_entropy(logits.float().transpose(1, 2), tokens[:, 1:], reduction="none")  # (B*K, S-1)
+    logits = model.unembed(plain_hidden(model, tokens[:, :-1])).float()  # (B*K, S-1, V)
+    logps = -F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(mask.shape)
     return (logps * mask).sum(-1).view(len(rows), -1)
 
 

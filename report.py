@@ -222,12 +222,10 @@ def header(lab, name, module, cfg, model):
     config = "  ".join(f"{k} {v}" for k, v in vars(cfg).items() if v is not None) if cfg else ""
     tokenizer = getattr(model, "tokenizer", None)
     dtype = "bfloat16 autocast" if lab.bf16 else "float32"
-    lines = [
-        title,
-        f"world {lab.world.name}   model {type(model).__name__}, {count(model):,} parameters   {lab.device.type}, {dtype}, {torch.get_num_threads()} threads",
-    ]
-    if tokenizer is not None:
-        lines[1] += f"   tokenizer {tokenizer.name} ({tokenizer.vocab_size:,} tokens)"
+    parts = [f"world {lab.world.name}", f"model {type(model).__name__}, {count(model):,} parameters"]
+    parts += [f"tokenizer {tokenizer.name} ({tokenizer.vocab_size:,} tokens)"] if tokenizer is not None else []
+    parts += [f"{lab.device.type}, {dtype}, {torch.get_num_threads()} threads"]
+    lines = [title, "   ".join(parts)]
     lines.append(f"steps {lab.steps}   batch_size {lab.batch_size}   lr {lab.lr:g}   seed {lab.settings.seed}   {config}".rstrip())
     return "\n".join(lines)
 

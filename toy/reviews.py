@@ -107,7 +107,7 @@ class World:
     name, kind = "reviews", "text"
     max_prompt, max_response = 9, 32
     base = dict(steps=600, batch_size=64, lr=6e-3, demonstrations=16384)
-    pairs = dict(prompts=4096, steps=200, lr=1e-3, batch_size=64)
+    pairs = dict(prompts=4096, steps=200, lr=7e-4, batch_size=64)
 
     def __init__(self):
         self.table = {product: classes([product]) for product in PRODUCTS}
