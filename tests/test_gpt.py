@@ -112,7 +112,8 @@ def grow(kind, n=5, seed=3):
         if kind == "packed":
             row["prompt"] = words(g, 40, 40) if b == 0 else row["prompt"]
         if kind == "empty":  # no prompt; a step of the tree without a token of its own
-            row |= dict(prompt=[], responses=[[], [4, 5], []], parents=[-1, 0, 0], ends=[False, True, True], context=[[9], [], [3, 3]])
+            row |= dict(prompt=[], responses=[[8], [], [4, 5], []], parents=[-1, 0, 1, 1], ends=[False, False, True, True])
+            row["context"] = [[9], [], [], [3, 3]]
     return rows
 
 

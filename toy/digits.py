@@ -5,6 +5,8 @@ asks for a digit that the classifier recognises and for thick strokes. It is bou
 method pays for it shows in the Frechet distance between its samples and the data.
 """
 
+import hashlib
+
 import torch
 import torch.nn.functional as F
 
@@ -83,6 +85,10 @@ class World:
         # of two classes scikit-learn keeps one logit
         return (weight, bias) if len(weight) > 1 else (torch.cat([0 * weight, weight]), torch.cat([0 * bias, bias]))
 
+    def key(self):
+        """What tells this world from others of the same source: a hash of its images and labels."""
+        return hashlib.sha256(self.images.numpy().tobytes() + self.labels.numpy().tobytes()).hexdigest()
+
     def model(self):
         return UNet(self.config)
 
@@ -115,7 +121,7 @@ class World:
         values, vectors = torch.linalg.eigh(own_cov)
         root = vectors * values.clamp(min=0).sqrt() @ vectors.T
         cross = torch.linalg.eigvalsh(root @ cov @ root).clamp(min=0).sqrt().sum()
-        return float((mean - own_mean).square().sum() + cov.trace() + own_cov.trace() - 2 * cross)
+        return max(0.0, float((mean - own_mean).square().sum() + cov.trace() + own_cov.trace() - 2 * cross))
 
     def measure(self, policy, lab):
         """{frechet, agreement}: of samples in the data's class proportions, at most 2,000; the share the classifier reads as asked."""
@@ -133,7 +139,7 @@ class World:
         for axes, images, title in zip(figure.subplots(1, 2), (before, after), ("before", "after")):
             tiles = F.pad(shown(images) / 2 + 0.5, (1, 1, 1, 1), value=0.5)
             grid = tiles.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)  # (classes H, k W, C)
-            axes.imshow(grid.expand(-1, -1, 3), interpolation="nearest")
+            axes.imshow(grid.expand(-1, -1, 3).numpy(), interpolation="nearest")
             axes.set(title=title, xticks=[], yticks=[])
         write_beside(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
 

@@ -44,6 +44,10 @@ class World:
         self.plane = torch.linalg.qr(random)[0] if dim > 2 else torch.eye(2, dtype=torch.float64)  # (D, 2), orthonormal
         self.modes = ring @ self.plane.T  # (M, D)
 
+    def key(self):
+        """What tells this world from others of the same source."""
+        return f"{self.dim} {self.modes.tolist()} {self.std} {self.clean} {self.how}"
+
     def model(self):
         return MLP(self.dim, **self.how)
 

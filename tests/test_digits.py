@@ -1,0 +1,166 @@
+"""The digits world: its data, its truth, its distance, and files of other images."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from nanomodel import UNet
+from toy.digits import World, moments
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def world():
+    return World()
+
+
+def test_real_digits_scaled_to_one(world):
+    assert world.images.shape == (1797, 1, 8, 8) and world.images.dtype == torch.float32
+    assert world.images.min() == -1 and world.images.max() == 1 and world.config.classes == 10
+    assert (World.name, World.kind) == ("digits", "images")
+
+
+def test_rows(world):
+    rows = world.demonstrations(300, rng())
+    assert {row["prompt"] for row in rows} == set(range(10)) == set(world.prompts(300, rng()))
+    assert all(row["responses"].shape == (1, 1, 8, 8) and row["scores"] == [1.0] and type(row["prompt"]) is int for row in rows)
+    again = world.demonstrations(300, rng())
+    assert all(torch.equal(a["responses"], b["responses"]) for a, b in zip(rows, again))
+    label = torch.tensor([row["prompt"] for row in rows])
+    assert (world.classify(torch.cat([row["responses"] for row in rows])).argmax(1) == label).double().mean() > 0.95
+
+
+def test_reward_is_classifier_plus_bounded_ink(world):
+    label, images = world.labels.tolist(), world.images
+    reward = world.reward(label, images)
+    assert reward.shape == (1797,) and reward.dtype == torch.float64
+    agreement = world.classify(images)[range(1797), label]
+    torch.testing.assert_close(reward, agreement.clamp(min=-5) + 3 * images.double().flatten(1).mean(1).clamp(max=0), rtol=0, atol=1e-12)
+    assert torch.equal(reward[:5], world.reward(label[:5], list(images[:5])))  # a list of images is as good
+    # the right class and more ink are worth something
+    assert (reward > world.reward([(c + 1) % 10 for c in label], images)).double().mean() > 0.99
+    bolder = (images + 0.3 * (images > -0.5)).clamp(-1, 1)
+    assert world.reward(label, bolder).mean() > reward.mean() + 0.1
+    # white paper, or pixels beyond white, are not
+    assert world.reward(label, torch.ones_like(images)).mean() < reward.mean()
+    assert torch.equal(world.reward(label, images.clamp(-1, 1)), world.reward(label, torch.where(images == 1, 1e6, images.double())))
+    for odd in (float("nan"), float("inf"), -float("inf"), 1e30):
+        value = world.reward(label[:1], torch.full((1, 1, 8, 8), odd))
+        assert value.isfinite() and -8 <= value <= 0
+
+
+def test_frechet_distance(world):
+    assert abs(world.frechet(world.images)) < 1e-8
+    order = torch.randperm(1797, generator=rng())
+    half = World(world.images[order[:898], 0].numpy() + 1, world.labels[order[:898]].numpy())
+    assert 0.2 < half.frechet(world.images[order[898:]]) < 0.4
+    # a shift costs its square, a scaling the square of what it adds to each standard deviation
+    assert abs(world.frechet(world.images + 0.5) - 64 * 0.25) < 1e-4
+    mean = world.images.mean(0)
+    spread = world.images.double().flatten(1).var(0).sum().item()
+    assert abs(world.frechet(mean + 1.5 * (world.images - mean)) - 0.25 * spread) < 1e-4
+    assert world.frechet(torch.full((3, 1, 8, 8), float("nan"))) == float("inf")
+
+
+def test_frechet_distance_against_the_general_matrix_root(world):
+    images = torch.randn(500, 1, 8, 8, generator=rng(), dtype=torch.float64) * torch.linspace(0.1, 1, 8)
+    (m, S), (n, T) = moments(images), world.moments
+    # the eigenvalues of S T are those of its root, squared: no symmetry needed
+    cross = torch.linalg.eigvals(S @ T).real.clamp(min=0).sqrt().sum()
+    assert abs(world.frechet(images) - ((m - n).square().sum() + S.trace() + T.trace() - 2 * cross).item()) < 1e-4
+
+
+def test_model_fits_and_is_measured(world):
+    model = world.model()
+    assert isinstance(model, UNet) and 100_000 < sum(p.numel() for p in model.parameters()) < 350_000
+    copycat = SimpleNamespace(sample=lambda labels, k, rng: torch.stack([world.images[world.labels == c][:k] for c in labels]))
+    assert world.model().sample([1, 2], 3, rng(), steps=1).shape == (2, 3, 1, 8, 8)
+    values = world.measure(copycat, SimpleNamespace(rng=lambda name: rng()))
+    assert set(values) == {"frechet", "agreement"} and values["agreement"] > 0.85 and values["frechet"] > 1
+
+
+def test_picture(world, tmp_path):
+    images = torch.stack([world.images[world.labels == c][:4] for c in range(10)])
+    world.picture(tmp_path / "samples.png", images, images + 0.5)
+    assert (tmp_path / "samples.png").read_bytes()[:4] == b"\x89PNG" and len(list(tmp_path.iterdir())) == 1
+
+
+# ---------------------------------------------------------------- other images
+
+
+def squares(n=60, side=28, channels=None, classes=3):
+    """Classes of noise that differ in which rows are bright."""
+    label = np.arange(n) % classes
+    images = np.random.RandomState(0).randint(0, 100, (n, side, side) + ((channels,) if channels else ())).astype(np.uint8)
+    for i, c in enumerate(label):
+        images[i, c * side // classes : (c + 1) * side // classes] += 155
+    return images, label.astype(np.uint8)
+
+
+@pytest.mark.parametrize("side, size, expected", [(28, None, 14), (16, None, 16), (28, 8, 8), (32, None, 16), (9, 8, 8)])
+def test_npz_files(tmp_path, side, size, expected):
+    images, labels = squares(side=side)
+    np.savez_compressed(tmp_path / "images.npz", images=images, labels=labels)
+    world = World.from_npz(tmp_path / "images.npz", size=size)
+    assert world.images.shape == (60, 1, expected, expected) and world.config.classes == 3
+    assert (world.classify(world.images).argmax(1) == world.labels).all()
+    assert world.model().sample([2], 2, rng(), steps=1).shape == (1, 2, 1, expected, expected)
+    if side == 28 and size is None:  # means of 2 x 2 pixels
+        blocks = images.reshape(60, 14, 2, 14, 2).mean((2, 4)) / images.max() * 2 - 1
+        torch.testing.assert_close(world.images[:, 0].double(), torch.from_numpy(blocks), rtol=0, atol=1e-6)
+
+
+def test_colour_and_two_classes(tmp_path):
+    world = World(*squares(side=8, channels=3, classes=2))
+    assert world.images.shape == (60, 3, 8, 8) and world.classify(world.images).shape == (60, 2)
+    assert (world.classify(world.images).argmax(1) == world.labels).all()
+    assert abs(world.frechet(world.images)) < 1e-6
+    world.picture(tmp_path / "samples.png", world.images[:4].view(2, 2, 3, 8, 8), world.images[:4].view(2, 2, 3, 8, 8))
+    assert world.key() != World(*squares(side=8, channels=3, classes=3)).key()
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(images=None), "no array named images"),
+        (dict(labels=None), "no array named labels"),
+        (dict(labels=np.arange(59) % 3), "expected 60 ints"),
+        (dict(labels=np.arange(60) % 3 + 1), "each from 0 on"),
+        (dict(labels=np.zeros(60, int)), "two or more classes"),
+        (dict(labels=np.ones(60) * 0.5), "expected 60 ints"),
+        (dict(images=np.zeros((60, 28, 28), np.uint8)), "0 = black"),
+        (dict(images=np.full((60, 28, 28), np.nan)), "0 = black"),
+        (dict(images=-np.ones((60, 28, 28))), "0 = black"),
+        (dict(images=np.ones((60, 784), np.uint8)), "(N, H, W)"),
+        (dict(images=np.ones((60, 3, 28, 28), np.uint8)), "(N, H, W)"),
+        (dict(images=np.ones((0, 28, 28), np.uint8), labels=np.zeros(0, int)), "(N, H, W)"),
+        (dict(images=np.ones((60, 7, 7), np.uint8)), "even height and width"),
+        (dict(images=np.array([{}] * 60)), "allow_pickle"),
+    ],
+)
+def test_files_that_do_not_fit_are_refused_in_one_line(tmp_path, change, words):
+    images, labels = squares()
+    arrays = {name: array for name, array in (dict(images=images, labels=labels) | change).items() if array is not None}
+    np.savez(tmp_path / "images.npz", **arrays)
+    with pytest.raises(ValueError) as error:
+        World.from_npz(tmp_path / "images.npz")
+    assert "images.npz" in str(error.value) and words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_is_no_archive_is_refused_in_one_line(tmp_path):
+    (tmp_path / "text.npz").write_text("images")
+    np.save(tmp_path / "array.npz.npy", np.ones(3))
+    images, labels = squares()
+    np.savez(tmp_path / "cut.npz", images=images, labels=labels)
+    whole = (tmp_path / "cut.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "broken.npz").write_bytes(whole[:5000] + bytes(2000) + whole[7000:])
+    for name in ("text.npz", "array.npz.npy", "cut.npz", "broken.npz", "missing.npz", "."):
+        with pytest.raises(ValueError) as error:
+            World.from_npz(tmp_path / name)
+        assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
