@@ -386,8 +386,11 @@ class Lab:
 
         kept = self._stage("preferences", rows)
         same = sum(len(set(map(str, row["responses"]))) == 1 for row in kept) if self.world.kind == "text" else 0
-        if (same or len(kept) < n) and not self.quiet and not self.depth:
-            print(f"{n - len(kept)} of {n} rows had equal scores and were left out, {same} hold one response {k} times")
+        if not self.quiet and not self.depth:
+            if len(kept) < n:
+                print(f"{n - len(kept)} of {n} pairs had equal scores and were left out")
+            if same:
+                print(f"{same} of {len(kept)} rows hold the same response {k} times: they teach nothing")
         if not kept:
             raise ValueError(f"none of {n} prompts gave a pair of different scores in {self.world.name}; more --prompts may")
         return self._adopt(kept)

@@ -11,19 +11,25 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nanomodel import Denoiser, NoiseEmbedding
+from nanomodel import Denoiser
 
 
 class MLP(Denoiser):
-    """Denoiser of points (D,): two hidden layers; noise level and class enter beside the point."""
+    """Denoiser of points (D,): two hidden layers, the point and smooth features of the time go in, the class does not.
 
-    def __init__(self, dim=2, width=96, classes=1, **how):
-        super().__init__((dim,), classes, **how)
-        self.condition = NoiseEmbedding(classes, width)
-        self.input, self.hidden, self.output = nn.Linear(dim, width), nn.Linear(width, width), nn.Linear(width, dim)
+    The features are few on purpose: they blur the last noise levels, so that the base model leaves points between the modes as the
+    papers' larger models do. With the UNet's features it leaves fewer, and DPO narrows to one mode before it leaves the data.
+    """
+
+    def __init__(self, dim=2, width=96, **how):
+        super().__init__((dim,), 1, **how)
+        self.input, self.hidden, self.output = nn.Linear(dim + 8, width), nn.Linear(width, width), nn.Linear(width, dim)
 
     def forward(self, x, noise_level, label):
-        h = F.silu(self.input(x) + self.condition(noise_level, label))
+        # about t / T of the linear schedule: -log alpha_bar = log(1 + sigma^2) grows with the square of t, to 10
+        time = (F.softplus(8 * noise_level) / 10).sqrt()[:, None]  # (n, 1)
+        angle = math.pi * torch.cat([time, 2 * time, 4 * time, 8 * time], 1)  # (n, 4)
+        h = F.silu(self.input(torch.cat([x, angle.sin(), angle.cos()], 1)))
         return self.output(F.silu(self.hidden(h)))
 
 
