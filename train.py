@@ -367,6 +367,9 @@ def start(flags, owners, out):
         if len(runs) > 1:
             return many_runs(runs, out)
         one_run(method, settings, cfg, out)
+    except OSError as error:
+        hint = f"{error.strerror}; the last checkpoint is kept, go on with: python train.py --resume {out}"
+        raise OSError(error.errno, hint, error.filename) from None
     except KeyboardInterrupt:
         print(f"\nstopped; go on with: python train.py --resume {out}", file=sys.stderr)
         return 130

@@ -35,6 +35,13 @@ def test_rows(world):
     assert (world.classify(torch.cat([row["responses"] for row in rows])).argmax(1) == label).double().mean() > 0.95
 
 
+def test_classifier_on_held_out_digits(world):
+    order = torch.randperm(1797, generator=rng())
+    part = World(world.images[order[:1300], 0].numpy() + 1, world.labels[order[:1300]].numpy())
+    right = part.classify(world.images[order[1300:]]).argmax(1) == world.labels[order[1300:]]
+    assert abs(right.double().mean() - 0.97) < 0.015
+
+
 def test_reward_is_classifier_plus_bounded_ink(world):
     label, images = world.labels.tolist(), world.images
     reward = world.reward(label, images)
