@@ -345,14 +345,13 @@ def collate(rows, tokenizer=None, fixed=False):
     def columns(length=0):
         return {name: _column([row[name] for row in rows], count, length) for name in rows[0] if name not in OWN}
 
-    if isinstance(rows[0]["responses"], torch.Tensor):
-        images = torch.stack([row["responses"] for row in rows])
-        label = torch.tensor([row["prompt"] for row in rows])
-        return Batch(torch.ones(len(rows), count, 1, dtype=torch.bool), scores, images=images, label=label, columns=columns())
     if tokenizer is None:
-        target = torch.tensor([row["responses"] for row in rows])  # one length in a table
-        mask = torch.ones_like(target, dtype=torch.bool)
-        return Batch(mask, scores, target=target, label=torch.tensor([row["prompt"] for row in rows]), columns=columns())
+        responses = _stack([torch.as_tensor(row["responses"]) for row in rows], count)  # in a table all have one length
+        mask = _stack([torch.ones(len(row["responses"]), dtype=torch.bool) for row in rows], count)[..., None]  # (B, K, 1)
+        label = torch.tensor([row["prompt"] for row in rows])
+        if isinstance(rows[0]["responses"], torch.Tensor):
+            return Batch(mask, scores, images=responses, label=label, columns=columns())
+        return Batch(mask.repeat(1, 1, responses.shape[2]), scores, target=responses, label=label, columns=columns())
 
     rows = [encode(row, tokenizer) for row in rows]
     round_up = bucket if fixed else int
@@ -395,10 +394,18 @@ def collate(rows, tokenizer=None, fixed=False):
     return Batch(torch.from_numpy(mask), scores, columns=columns(length), **tensors)
 
 
+def _stack(values, count):
+    """Tensors (k, ...) with k up to `count` as one (B, count, ...), zeros where a response is absent."""
+    out = values[0].new_zeros(len(values), count, *values[0].shape[1:])
+    for row, value in zip(out, values):
+        row[: len(value)] = value
+    return out
+
+
 def _column(values, count, length):
     """A column as a tensor: (B,) of numbers, (B, K) of K numbers, (B, K, T) of K lists (zeros up to `length`), or stacked arrays."""
     if isinstance(values[0], torch.Tensor):
-        return torch.stack(values)
+        return torch.stack(values) if len({v.shape for v in values}) == 1 else _stack(values, count)
     if isinstance(values[0], (list, tuple)) and isinstance(values[0][0], (list, tuple)):
         out = np.zeros((len(values), count, max(length, *(len(x) for value in values for x in value))))
         for b, value in enumerate(values):

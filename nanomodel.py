@@ -534,6 +534,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self.shape, self.classes, self.prediction, self.sd = tuple(shape), classes, prediction, sd
         self.register_buffer("alpha_bar", alpha_bar(schedule).float(), persistent=False)
+        mixture(prediction, self.alpha_bar)  # refuses an unknown one
 
     @property
     def device(self):
@@ -646,7 +647,7 @@ class UNetConfig:
     size: tuple = (8, 8)  # height and width
     classes: int = 10
     width: int = 32  # channels at full resolution, twice as many at half
-    prediction: str = "eps"
+    prediction: str = "v_vp"
     schedule: str = "linear"
     sd: float = 1.0
 

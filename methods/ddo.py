@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from nanomodel import to_sigma
 from toy import bandit, gaussians
 
-FAMILY, KINDS = "self-play", ("text", "images", "table")
+FAMILY, KINDS, NEEDS = "images", ("text", "images", "table"), "demonstrations"
 DEFAULTS = dict(world="digits")
 
 

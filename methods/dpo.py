@@ -63,7 +63,7 @@ def preferred(logps, ref_logps, batch, cfg):
     return -logps[:, 0].sum(-1) / batch.mask[:, 0].sum(-1).clamp(min=1), {}
 
 
-def exact(lab, beta, objective=loss):
+def recover(lab, beta, objective=loss):
     """A table trained on all ordered pairs, each with its exact Bradley-Terry weight -> (J of it, J of the optimum of eq. 4)."""
     here, cfg = lab.at(world="bandit"), Config(beta=beta)
     reference, policy, batch = here.base(), here.base(), collate(here.world.pairs_all(here.world.reference))
@@ -82,9 +82,9 @@ def claim(lab):
     fine-tuning on the preferred responses does not. On text it has more true reward at the same KL than that fine-tuning."""
     claims = []
     for beta in (0.2, 0.5, 1.0, 2.0):
-        ours, optimum = exact(lab, beta)
+        ours, optimum = recover(lab, beta)
         claims.append(lab.exact(f"J of DPO at beta {beta} is that of the optimum", ours, optimum, 1e-4))
-    tuned, _ = exact(lab, beta, preferred)
+    tuned, _ = recover(lab, beta, preferred)
     claims.append(lab.compare(f"J above supervised fine-tuning at beta {beta}", "J", [ours], [tuned]))
     ours, baseline = [], []
     for seed in lab.seeds:

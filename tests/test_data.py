@@ -234,6 +234,12 @@ def test_images_and_tables_fill_their_own_fields():
     assert batch.mask.shape == (3, 2, 1) and batch.mask.all() and batch.ink.tolist() == [0.5] * 3
     table = collate([dict(prompt=1, responses=[[0, 2], [1, 1], [2, 0]], scores=[3.0, 2.0, 1.0])])
     assert table.target.tolist() == [[[0, 2], [1, 1], [2, 0]]] and table.mask.shape == (1, 3, 2) and table.label.tolist() == [1]
+    rows = [dict(prompt=0, responses=images[0, :1], at=torch.ones(1)), dict(prompt=1, responses=images[1], at=torch.ones(2))]
+    batch = collate(rows)  # an absent response
+    assert batch.mask[..., 0].tolist() == [[True, False], [True, True]] and batch.images[0, 1].count_nonzero() == 0
+    assert torch.equal(batch.images[1], images[1]) and batch.scores.tolist() == [[0.0, 0.0]] * 2 and batch.at.tolist() == [[1, 0], [1, 1]]
+    table = collate([dict(prompt=0, responses=[[0, 2], [1, 1]]), dict(prompt=1, responses=[[2, 2]])])
+    assert table.mask.tolist() == [[[True] * 2] * 2, [[True] * 2, [False] * 2]] and table.target.tolist()[1] == [[2, 2], [0, 0]]
 
 
 # ---------------------------------------------------------------- the context

@@ -52,7 +52,7 @@ class World:
     pairs = dict(prompts=2048, steps=200, lr=5e-4, batch_size=32)
 
     def __init__(self):
-        self.tokenizer = data.Tokenizer.toy(["+1="])  # a carry is one token; all else is single characters
+        self.tokenizer = data.Tokenizer.toy(["+0=", "+1="])  # a carry is one token; all else is single characters
 
     def model(self):
         """A fresh GPT: two layers of width 96, about 0.25M parameters."""
@@ -94,16 +94,16 @@ class World:
         a, b = numbers(prompt)
         steps, answer, carry = [], "", 0
         for place in range(self.difficulty(prompt)):
-            given = [digit(a, place), digit(b, place)] + [carry] * (carry > 0)
+            given = [digit(a, place), digit(b, place), carry]
             total = written = sum(given)
             if rng.random() < slip:
                 if carry and rng.random() < 0.5:
-                    given.pop()
+                    given[2] = 0
                     written = sum(given)
                 else:
                     written += rng.choice([-1, 1]) if written else 1
                 total = rng.choice([total, written])
-            steps.append("+".join(map(str, given)) + f"={written}")
+            steps.append("+".join(map(str, given)) + f"={written:02d}")
             answer, carry = str(total % 10) + answer, total // 10
         return ",".join(steps) + ":" + (str(carry) if carry else "") + answer
 

@@ -1,8 +1,8 @@
 """Handwritten digits: a prompt is a class, a response an image, the truth a fixed classifier's opinion plus the ink spent.
 
 The images are scikit-learn's 1,797 real 8x8 digits, or those of an .npz file (`World.from_npz`), scaled to [-1, 1]. The reward
-asks for a digit that the classifier recognises and for thick strokes. It is bounded, yet it is no judge of handwriting: what a
-method pays for it shows in the Frechet distance between its samples and the data.
+asks for a digit that the classifier recognises and for thick strokes, up to half of the pixels, so a white page is worse than a
+digit. It is no judge of handwriting: what a method pays for it shows in the Frechet distance between its samples and the data.
 """
 
 import hashlib
@@ -14,13 +14,13 @@ from data import write_beside
 from nanomodel import UNet, UNetConfig
 
 FLOOR = -5.0  # least log-probability that counts: an image of another class costs this much and no more
-INK = 3.0  # what the mean pixel is worth
+INK = 3.0  # what the mean pixel is worth, up to an image that is half white
 
 
 class World:
     name, kind = "digits", "images"
-    base = dict(steps=600, batch_size=128, lr=5e-3)
-    pairs = dict(prompts=2048, steps=100, lr=2e-4, batch_size=64)
+    base = dict(steps=500, batch_size=128, lr=5e-3)
+    pairs = dict(prompts=1024, steps=100, lr=2e-4, batch_size=64)
 
     def __init__(self, images=None, labels=None, size=None):
         """images: (N, H, W) or (N, H, W, 1 or 3) numbers, 0 = black, the largest = white; labels: (N,) ints, every class from 0 on; size:
@@ -106,7 +106,7 @@ class World:
         return (shown(images).flatten(1) @ self.weight.T + self.bias).log_softmax(1)
 
     def reward(self, prompts, responses):
-        """(n,) float64: log p(prompt | image), not counted below -5, plus three times the mean pixel in [-1, 1]."""
+        """(n,) float64, -8 to 0: log p(prompt | image), not counted below -5, plus three times the mean pixel, not counted above 0."""
         images = responses if isinstance(responses, torch.Tensor) else torch.stack(list(responses))
         agreement = self.classify(images).gather(1, torch.as_tensor(prompts).view(-1, 1)).squeeze(1)
         return agreement.clamp(min=FLOOR) + INK * shown(images).flatten(1).mean(1).clamp(max=0.0)

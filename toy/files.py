@@ -257,6 +257,7 @@ class World:
         # a checkpoint wants smaller steps than a model of yesterday
         self.pairs = dict(steps=100, batch_size=8, lr=5e-6 if start is not None else 3e-4, prompts=len(self.train))
         self.base = dict(steps=100, batch_size=8, lr=1e-3)
+        self.single = len(rows[0]["responses"]) == 1  # answers with a label, nothing to compare
         if not self.held_out:
             raise DataError(f"{settings.data}: one prompt only, so no held-out pairs")
 
@@ -273,9 +274,12 @@ class World:
         return GPT(GPTConfig(vocab_size=self.tokenizer.vocab_size, max_position_embeddings=self.context, **shape), self.tokenizer)
 
     def demonstrations(self, n, rng):
-        """The best response of each training row, in a circle of n."""
+        """The best response of each training row (single answers: the good ones), in a circle of n."""
         best = [max(range(len(row["scores"])), key=row["scores"].__getitem__) for row in self.train]
-        rows = [{"prompt": row["prompt"], "responses": [row["responses"][k]], "scores": [1.0]} for row, k in zip(self.train, best)]
+        best = [(row, k) for row, k in zip(self.train, best) if not self.single or row["scores"][k] > 0]
+        if not best:
+            raise DataError(f"{self.name} has no answer that is labelled good")
+        rows = [{"prompt": row["prompt"], "responses": [row["responses"][k]], "scores": [1.0]} for row, k in best]
         return [rows[i % len(rows)] for i in range(n)]
 
     def prompts(self, n, rng):
@@ -284,8 +288,6 @@ class World:
 
     def pairs_or_lists(self, k):
         """Training rows; with k = 2 the best and the worst response of each list (chains and trees stay as they are)."""
-        if any(len(row["responses"]) < 2 for row in self.train):
-            raise DataError(f"{self.name} has single answers (completion/label), not pairs; a method on single answers can use it (--list)")
         return [as_pair(row) for row in self.train] if k == 2 else self.train
 
 
