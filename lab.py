@@ -244,7 +244,9 @@ class Lab:
         model = world.model().to(self.device)
         self.context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
         if not getattr(world, "base", None) or stage == "raw" or settings.base_steps == 0:
-            model.fingerprint = digest("raw", settings.base_seed, world_key(world), *source(nanomodel, data_module, sys.modules[type(world).__module__]))
+            model.fingerprint = digest(
+                "raw", settings.base_seed, world_key(world), *source(nanomodel, data_module, sys.modules[type(world).__module__])
+            )
             return self._as_reference(model)
         recipe = world.base | ({} if settings.base_steps is None else {"steps": settings.base_steps})
         key = digest(

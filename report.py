@@ -158,7 +158,7 @@ def evaluate(lab, policy):
 @torch.no_grad()
 def glance(lab, policy):
     """A quick look while training: true reward and KL on a few prompts (nothing in a world without a truth)."""
-    world, n = lab.world, min(128, lab.settings.eval_size)
+    world, n = lab.world, max(2, lab.settings.eval_size // 2)
     if world.kind == "table":
         return {"reward": policy.expect(world.rewards()), "kl": policy.kl(lab.reference)}
     if not hasattr(world, "reward"):
@@ -239,7 +239,7 @@ def number(value, width=None):
     """A number (with its 95 % interval as half a width) in few digits; "-" for none."""
     if value is None:
         return "-"
-    text = f"{value:.3f}" if abs(value) < 1000 else f"{value:.0f}"
+    text = f"{value:.1e}" if 0 < abs(value) < 5e-4 else f"{value:.3f}" if abs(value) < 1000 else f"{value:.0f}"
     if width is not None and all(math.isfinite(x) for x in width):
         text += f" +-{(width[1] - width[0]) / 2:.3f}"
     return text
@@ -437,11 +437,7 @@ def claims_table(claims):
     rows = []
     for c in claims:
         ours, baseline = (number(float(np.mean(side))) for side in (c.ours, c.baseline))
-        verdict = (
-            ("holds" if c.holds else "NOT REPRODUCED HERE")
-            if c.expected
-            else ("holds against expectation" if c.holds else "does not hold, as expected")
-        )
+        verdict = ("holds" if c.holds else "not reproduced here") + ("" if c.expected else " (not expected to hold)")
         rows.append([c.text, c.metric, ours, baseline, number(c.difference, c.interval), number(c.margin), verdict])
     return table(rows, ["claim", "metric", "ours", "baseline", "difference", "margin", ""])
 

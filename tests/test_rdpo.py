@@ -1,4 +1,4 @@
-"""rDPO: its values and identities in closed form, its errors, and what it recovers from flipped labels where everything can be enumerated."""
+"""rDPO: its values and identities in closed form, its errors, and what it recovers from flipped labels where all can be enumerated."""
 
 import inspect
 import itertools
@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
+from lab import Lab, Settings
 from methods import dpo
 from methods.rdpo import DEFAULTS, FAMILY, KINDS, Config, check_pairs, conservative_dpo, exact, far_slope, loss, population, run, six
 from toy.bandit import World
-from train import Lab, Settings
 
 
 def pair(z, beta=1.0):
@@ -231,7 +231,9 @@ def test_a_prompts_constant_padding_order_and_batch_do_not_matter():
         torch.testing.assert_close(loss(*one[:2], SimpleNamespace(mask=one[2]), cfg)[0], plain[b : b + 1])
 
 
-@pytest.mark.parametrize(("dtype", "out"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)])
+@pytest.mark.parametrize(
+    ("dtype", "out"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)]
+)
 def test_dtypes(dtype, out):
     logps, ref_logps, batch = ragged()
     value, metrics = loss(logps.detach().to(dtype), ref_logps.to(dtype), batch, Config())

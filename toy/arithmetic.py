@@ -1,19 +1,19 @@
 """Sums of two numbers, worked out digit by digit from the right; a verifier for the answer and for every step.
 
-    347+58=7+8=15,4+5+1=10,3+0=3:405
+    347+58=7+8+0=15,4+5+1=10,3+0+1=04:405
 
-The prompt ends with the first "="; each step adds the two digits of a place and the carry of the step before, and the answer stands after the
-colon. Difficulty = digits of the longer number (1 to 5).
+The prompt ends with the first "="; each step adds the two digits of a place and the carry of the step before; the answer stands after the
+colon. Difficulty = digits of the longer number (1 to 5). Demonstrations write every zero, so that each step takes the same seven tokens and
+a model that finds its digits by counting learns faster.
 
-Any chain of right steps counts, not this one string: operands in any order, zeros written or left out (4+5+1=10, 1+5+4=10; 3+0=3, 3=3), results
-and answers with leading zeros, a last step for the carry alone, spaces, and steps parted by "," ";" or a line break. A step is marked as a
-teacher does: it is right if it follows from the sum and from the carry *as the step before wrote it*, so that a mistake is counted where it is
-made. The places of the longer number must all be there: one that is left out is a wrong step, so the bare answer earns nothing.
+Any chain of right steps counts, not this one string: operands in any order, zeros written or left out (3+0+1=04, 1+3=4), answers with
+leading zeros, a last step for the carry alone, spaces, and steps parted by "," ";" or a line break. A step is marked as a teacher does: it
+is right if it follows from the sum and from the carry *as the step before wrote it*, so that a mistake is counted where it is made. All
+places of the longer number must be there: one that is left out is a wrong step, so the bare answer earns nothing.
 
-The reward is 1 for the right answer reached without a wrong step, else 0. A chain with a wrong step and the right answer (half of the slips in
-the demonstrations are of the pen alone) is told apart by `verify` and `verify_steps`.
-
-The demonstrations slip more often the longer the sum, so a base model trained on them has right and wrong samples at every difficulty.
+The reward is 1 for the right answer reached without a wrong step, else 0; `verify` and `verify_steps` tell a chain apart that has a wrong
+step and yet the right answer. Demonstrations slip more often the longer the sum, half the time with the pen alone, so that a base model
+trained on them has right and wrong samples at every difficulty.
 """
 
 import random
@@ -25,7 +25,7 @@ import data
 from nanomodel import GPT, GPTConfig
 
 DIGITS = 5  # the longest numbers
-SLIP = 0.04  # wrong steps of the demonstrations: this times the number of digits
+SLIP = 0.01  # wrong steps of the demonstrations: this times the squared number of digits
 NUMBERS = re.compile(r"([0-9]+)\+([0-9]+)=")
 STEP = re.compile(r"([0-9](?:\+[0-9]){0,2})=([0-9]{1,2})")
 
@@ -47,12 +47,12 @@ class World:
     """Text with a verifier; nothing is downloaded or kept."""
 
     name, kind, verifier = "arithmetic", "text", True
-    max_prompt, max_response = 2 * DIGITS + 2, 47
+    max_prompt, max_response = 2 * DIGITS + 2, 48
     base = dict(steps=1000, batch_size=16, lr=3e-3)
     pairs = dict(prompts=2048, steps=200, lr=5e-4, batch_size=32)
 
     def __init__(self):
-        self.tokenizer = data.Tokenizer.toy(["+0=", "+1="])  # a carry is one token; all else is single characters
+        self.tokenizer = data.Tokenizer.toy(["+0=", "+1="])  # a carry with its signs is one token, all else single characters
 
     def model(self):
         """A fresh GPT: two layers of width 96, about 0.25M parameters."""
@@ -65,8 +65,8 @@ class World:
                 num_attention_heads=6,
                 num_key_value_heads=2,
                 max_position_embeddings=self.max_prompt + self.max_response,
-                rope_theta=1000.0,  # the longest sum has 59 tokens
-                tie_word_embeddings=False,  # 16 of 259 rows are in use, and tied ones spend the input's width on ruling out the others
+                rope_theta=1000.0,  # a sum has at most 60 tokens
+                tie_word_embeddings=False,  # 17 of 260 rows are in use, and tied ones spend the input's width on ruling out the others
             ),
             self.tokenizer,
         )
@@ -75,17 +75,16 @@ class World:
                 weight *= (768 / weight.shape[1]) ** 0.5 if weight.dim() == 2 else 1
         return model
 
-    def _prompt(self, rng, digits):
-        """A number of exactly that many digits and one of at most as many."""
-        a, b = (rng.randrange(10 ** (d - 1) if d > 1 else 0, 10**d) for d in (digits, rng.randint(1, digits)))
-        return f"{a}+{b}="
-
     def prompts(self, n, rng, digits=None):
         """n sums of that difficulty (1 to 5); without it, of all difficulties alike. ValueError outside 1 to 5."""
         if digits is not None and not 1 <= digits <= DIGITS:
             raise ValueError(f"digits={digits} must be 1 to {DIGITS}")
-        rng = random.Random(int(torch.randint(2**62, (), generator=rng)))
-        return [self._prompt(rng, digits or rng.randint(1, DIGITS)) for _ in range(n)]
+        rng, prompts = random.Random(int(torch.randint(2**62, (), generator=rng))), []
+        for _ in range(n):
+            longer = digits or rng.randint(1, DIGITS)
+            a, b = (rng.randrange(10 ** (d - 1) if d > 1 else 0, 10**d) for d in (longer, rng.randint(1, longer)))
+            prompts.append(f"{a}+{b}=")
+        return prompts
 
     def demonstrate(self, prompt, rng, slip=0.0):
         """One worked sum (text); each step is wrong with probability `slip`: its carry forgotten, or its result one off.
@@ -111,23 +110,21 @@ class World:
         """n rows with one worked sum each, slips included."""
         prompts = self.prompts(n, rng)
         rng = random.Random(int(torch.randint(2**62, (), generator=rng)))
-        return [{"prompt": p, "responses": [self.demonstrate(p, rng, SLIP * self.difficulty(p))], "scores": [1.0]} for p in prompts]
+        return [{"prompt": p, "responses": [self.demonstrate(p, rng, SLIP * self.difficulty(p) ** 2)], "scores": [1.0]} for p in prompts]
 
     def difficulty(self, prompt):
         """Digits of the longer number."""
         return len(str(max(numbers(prompt))))
 
     def _parts(self, response):
-        """(work, answer) of a response, text or token ids, without white space around signs."""
-        text = response if isinstance(response, str) else self.tokenizer.decode(response)
-        work, _, answer = text.rpartition(":")
+        """(work, answer) of a response, text or token ids, without spaces."""
+        work, _, answer = (response if isinstance(response, str) else self.tokenizer.decode(response)).rpartition(":")
         return work.replace(" ", ""), answer.strip()
 
     def verify(self, prompt, response):
         """Is the answer right? It is what stands after the last colon, or the whole response when there is none."""
         answer = self._parts(response)[1]
-        # compared as text: int() refuses very long numbers
-        return bool(re.fullmatch("[0-9]+", answer)) and (answer.lstrip("0") or "0") == str(sum(numbers(prompt)))
+        return bool(re.fullmatch("[0-9]+", answer)) and (answer.lstrip("0") or "0") == str(sum(numbers(prompt)))  # int() has a limit
 
     def verify_steps(self, prompt, response):
         """Is each step right? A list of bools: the steps in the order written, then False for every place that is left out."""
@@ -138,8 +135,7 @@ class World:
             given = [digit(a, place), digit(b, place), carry]
             match = STEP.fullmatch(step)
             operands, result = (match[1].split("+"), int(match[2])) if match else ([], None)
-            # zeros need not be written
-            same = sorted(int(x) for x in operands if x != "0") == sorted(x for x in given if x)
+            same = sorted(int(x) for x in operands if x != "0") == sorted(x for x in given if x)  # zeros need not be written
             marks.append(same and result == sum(given))
             carry = result // 10 if match else sum(given) // 10
         return marks + [False] * (self.difficulty(prompt) - len(steps))
@@ -151,10 +147,9 @@ class World:
 
     def measure(self, policy, lab):
         """Share of rewarded samples by difficulty: {"success_1": ..., ..., "success_5": ...}."""
-        prompts = {d: self.prompts(64, lab.rng(f"measure {d}"), digits=d) for d in range(1, DIGITS + 1)}
-        rows = iter(lab.sample(policy, [p for those in prompts.values() for p in those], 4))
         success = {}
-        for d, those in prompts.items():
-            flat = [(row["prompt"], response) for row in (next(rows) for _ in those) for response in row["responses"]]
-            success[f"success_{d}"] = float(self.reward(*zip(*flat)).mean())
+        for digits in range(1, DIGITS + 1):
+            rows = lab.sample(policy, self.prompts(64, lab.rng(f"sums of {digits}"), digits), 4)
+            flat = [(row["prompt"], response) for row in rows for response in row["responses"]]
+            success[f"success_{digits}"] = float(self.reward(*zip(*flat)).mean())
         return success

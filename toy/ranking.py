@@ -1,14 +1,14 @@
 """Ranking in context: a query, a list of dishes, and how well each answers the query.
 
-    find cheap cold sweet: honey nut cake, soup, lemon tea, ...
+    find cheap cold sweet: honey mint cake, soup, bean lemon tea, ...
 
-60 dishes of 1 to 3 words. Each word has a random hidden vector of 8 qualities, and a dish has the sum of its words', scaled to the same spread;
-a query names 2 to 4 qualities by one of their poles (sweet or sour), and a dish answers it as far as it lies towards those poles. Nothing of
+60 dishes of 1 to 3 words. Each word has a random hidden vector of 8 qualities, and a dish has the sum of its words', scaled to one spread;
+a query names 2 to 4 qualities by one of their poles (sweet or sour), and a dish answers it as far as it lies towards those poles. None of
 this is in the text: which words are sweet has to be learnt from graded lists. In a list the best dish has relevance 3, the next two 2, the
-next two 1, the others 0 (IRPO's setting, arXiv:2504.15477, with more grades).
+next two 1, the others 0 (the setting of IRPO, arXiv:2504.15477, with one more grade).
 
-A row is a whole list in one context, a chain whose order is shuffled once, so that the position says nothing about the relevance; separators
-are not scored. Demonstrations are lists in random order: a base model knows the format and the dishes, and nothing of relevance.
+A row is a whole list in one context, a chain whose order is shuffled once, so that a place says nothing about the relevance; separators are
+not scored. Demonstrations are lists in random order: a base model knows the format and the dishes, and nothing of relevance.
 """
 
 import random
@@ -26,9 +26,10 @@ LENGTH, SHORTEST, LONGEST = 10, 8, 20  # items of a list: by default, and of the
 
 
 def dcg(relevance, k):
-    """Discounted cumulative gain of the first k places: relevance (..., K) in the order of the list -> (...); (2^y - 1) / log2(1 + place)."""
+    """Discounted cumulative gain of the first k places, (2^y - 1) / log2(1 + place): relevance (..., K) in the list's order -> (...)."""
     top = relevance[..., :k].to(torch.float64)
-    return ((2**top - 1) / torch.log2(torch.arange(2, top.shape[-1] + 2, dtype=torch.float64))).sum(-1)
+    place = torch.arange(1, top.shape[-1] + 1, dtype=torch.float64, device=top.device)
+    return ((2**top - 1) / torch.log2(1 + place)).sum(-1)
 
 
 def ndcg(scores, relevance, k):
@@ -53,9 +54,7 @@ class World:
         two = [(taste, kind) for taste in TASTES for kind in KINDS]
         three = [(other, *pair) for pair in two for other in TASTES if other < pair[0]]
         dishes = [(kind,) for kind in KINDS] + rng.sample(two, 24) + rng.sample(three, 24)
-        self.qualities = {
-            " ".join(dish): [sum(column) / len(dish) ** 0.5 for column in zip(*(vectors[word] for word in dish))] for dish in dishes
-        }
+        self.qualities = {" ".join(dish): [sum(q) / len(dish) ** 0.5 for q in zip(*(vectors[word] for word in dish))] for dish in dishes}
         self.items = list(self.qualities)
         self.tokenizer = data.Tokenizer.toy(["find", *(" " + word for word in POLES + TASTES + KINDS)])
 
@@ -116,8 +115,8 @@ class World:
         return sum(self.qualities[item][place // 2] * (-1) ** place for place in places) / len(places) ** 0.5
 
     def relevance(self, prompt, items):
-        """Grades (K,) float64 of K items among themselves: 3 for the best, 2 for the next two, 1 for the next two, 0 for the others, for what
-        is no item of this world, and for an item that stood before."""
+        """Grades (K,) float64 of K items among themselves: 3 for the best, 2 for the next two, 1 for the next two, else 0. What is no item
+        of this world, or stood in the list before, has 0."""
         items = [item.strip() for item in items]
         score = {item: self.answers(prompt, item) for item in items if item in self.qualities}
         grade = dict(zip(sorted(score, key=score.get, reverse=True), GRADES))
@@ -133,13 +132,13 @@ class World:
             text = response if isinstance(response, str) else self.tokenizer.decode(response)
             grade = dict(zip(self.items, self.relevance(prompt, self.items).tolist()))
             listed = torch.tensor([grade.pop(item.strip(), 0.0) for item in text.split(",")])
-            out.append(dcg(listed, 10) / dcg(torch.tensor(GRADES), 10))
-        return torch.stack(out)
+            out.append(float(dcg(listed, 10) / dcg(torch.tensor(GRADES), 10)))
+        return torch.tensor(out, dtype=torch.float64)
 
     @torch.no_grad()
     def measure(self, policy, lab):
-        """NDCG@1, @5 and @10 on 256 new lists of 10: the candidates are scored in one context by the mean log-prob of their tokens, minus the
-        reference's where the lab has one, and put in that order."""
+        """NDCG@1, @5 and @10 on 256 new lists of 10. The candidates are scored in one context, by the mean log-prob of their tokens minus
+        the reference's (where the lab has one), and put in that order."""
         rows, parts = self.lists(256, lab.rng("lists")), []
         reference = getattr(lab, "reference", None)
         for start in range(0, len(rows), 64):
