@@ -184,8 +184,10 @@ def listwise(logps, ref_logps, batch, cfg):
 def ours(bench, model, reference):
     """nanopref: a prompt once for its responses, only response rows before the vocabulary matrix, log-probs per token."""
     known = bench.known(lambda rows: reference.logps(collate(rows, bench.tokenizer).to(bench.device)))
-    rows, plain = [row | {"ref_logps": x} for row, x in zip(bench.rows, known)], (lambda model, batch: model.logps(batch), bench.loss)
-    compiled = [torch.compile(f, mode="reduce-overhead" if bench.cuda else "default", dynamic=False) for f in plain]
+    rows = [row | {"ref_logps": x} for row, x in zip(bench.rows, known)]
+    plain = compiled = lambda model, batch: model.logps(batch), bench.loss
+    if bench.compiled:
+        compiled = [torch.compile(f, mode="reduce-overhead" if bench.cuda else "default", dynamic=False) for f in plain]
 
     def score(i):
         if bench.compiled and bench.cuda:
@@ -253,6 +255,7 @@ def trl(bench, model, reference):
         from trl import DPOConfig, DPOTrainer
     except ImportError as error:
         raise ValueError(f"--against trl needs the package {error.name}: pip install trl transformers") from None
+    transformers.logging.disable_progress_bar()
     names = [str(i) for i in range(bench.settings.vocab - 2)] + ["<end>", "<pad>"]
     engine = tokenizers.Tokenizer(tokenizers.models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<pad>"))
     engine.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()

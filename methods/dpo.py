@@ -1,8 +1,8 @@
 """DPO - Direct Preference Optimization: Your Language Model is Secretly a Reward Model (2023), arXiv:2305.18290
 
-Reinforcement learning from preferences fits a reward model, then maximises reward - beta KL(policy || reference). That optimum is known:
-pi(y|x) = pi_ref(y|x) exp(r(x,y) / beta) / Z(x) (eq. 4). Turned round, the policy itself is the reward model, r = beta log(pi / pi_ref) up to
-a constant of the prompt that cancels in a pair, so that a logistic loss on pairs is all that is left.
+Reinforcement learning from preferences fits a reward model, then maximises reward - beta KL(policy || reference). Its optimum is known:
+pi(y|x) = pi_ref(y|x) exp(r(x,y) / beta) / Z(x) (eq. 4). Turned round, the policy itself is the reward model, r = beta log(pi / pi_ref) up
+to a constant of the prompt that cancels in a pair, so that a logistic loss on pairs is all that is left.
 
     loss = -log sigmoid( beta [ (log pi(y_w) - log pi_ref(y_w)) - (log pi(y_l) - log pi_ref(y_l)) ] )        (eq. 7)
 
@@ -82,9 +82,9 @@ def claim(lab):
     fine-tuning on the preferred responses does not. On text it ends with more true reward than that fine-tuning on the same pairs.
 
     What did not reproduce is more reward at the *same* KL. The fine-tuning stops by itself near a KL of 0.5 to 0.7, since the preferred
-    responses are but half of the samples, and up to there it gets as much reward for its KL as DPO does. Tried on seed 100: beta 0.1
-    (0.2 reward at KL 0.6, the fine-tuning 0.35 to 0.4), 0.5 (0.31) and 1 (0.40), and learning rates of 7e-4 and 2e-3 for both; the claim below
-    takes beta 1, the best of them. DPO's gain lies at the KL that fine-tuning never reaches."""
+    responses are but half of the samples, and up to there it gets as much reward for its KL as DPO does. Tried on seed 100: beta 0.1 (0.2
+    reward at KL 0.6, the fine-tuning 0.35 to 0.4), 0.5 (0.31) and 1 (0.40), and learning rates of 7e-4 and 2e-3 for both; the claim
+    below takes beta 1, the best of them. DPO's gain lies at the KL that fine-tuning never reaches."""
     claims = []
     for beta in (0.2, 0.5, 1.0, 2.0):
         ours, optimum = recover(lab, beta)

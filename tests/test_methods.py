@@ -33,8 +33,8 @@ def test_parts_and_their_order(name):
 @pytest.mark.parametrize("name", FILES)
 def test_imports_go_one_way(name):
     for node in ast.walk(ast.parse(FILES[name])):
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        for imported in names:
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        for imported in names + ([node.module or ""] if isinstance(node, ast.ImportFrom) else []):
             assert imported.split(".")[0] not in ("methods", "train", "lab", "report"), f"{name} imports {imported}"
 
 

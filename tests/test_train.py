@@ -149,7 +149,8 @@ def killed_at(monkeypatch, call):
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path, monkeypatch, world):
     monkeypatch.setattr(Lab, "checkpoint_every", 0.0)  # a checkpoint at every step
     monkeypatch.setattr(time, "time", lambda: 0.0)
-    argv = ["--method", "dpo", "--world", world, "--base_steps", "2", "--steps", "9", "--prompts", "24", "--batch_size", "8", "--eval_size", "8"]
+    argv = ["--method", "dpo", "--world", world, "--base_steps", "2", "--steps", "9", "--prompts", "24", "--batch_size", "8"]
+    argv += ["--eval_size", "8"]
     assert train.cli([*argv, "--out", "whole"]) == 0
     Lab.memory.clear()
     loss = killed_at(monkeypatch, 6)
@@ -224,7 +225,8 @@ def test_two_fits_in_one_stage_do_not_share_a_checkpoint(tmp_path, monkeypatch):
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
-    command = [sys.executable, os.path.join(lab_module.HERE, "train.py"), "--method", "dpo", "--world", "bandit", "--steps", "100000", "--out", "run"]
+    command = [sys.executable, os.path.join(lab_module.HERE, "train.py"), "--method", "dpo", "--world", "bandit"]
+    command += ["--steps", "100000", "--out", "run"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path)
     deadline = time.time() + 60
     while time.time() < deadline and not (tmp_path / "run" / "metrics.jsonl").exists():
