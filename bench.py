@@ -51,9 +51,9 @@ PEAK = {"H100 PCIe": (756, 51), "H100": (989, 67), "H200": (989, 67), "A100": (3
 class Settings:
     """What is timed."""
 
-    layers: int = 6  # of the GPT
-    dim: int = 192  # hidden size; SwiGLU is 8/3 of it
-    heads: int = 6  # query heads
+    layers: int = 3  # of the GPT
+    dim: int = 256  # hidden size; SwiGLU is 8/3 of it
+    heads: int = 4  # query heads
     kv_heads: int | None = None  # key and value heads; default: as many as heads
     vocab: int = 4096  # tokens; the last two are the end and the padding
     prompt: int = 128  # tokens of a prompt

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from data import collate
-from toy.arithmetic import World
+from toy.arithmetic import SLIP, World
 
 WORLD = World()
 PROMPT, CHAIN = "347+58=", "7+8+0=15,4+5+1=10,3+0+1=04:405"
@@ -105,7 +105,7 @@ def test_demonstrations_slip_more_often_the_longer_the_sum():
     reward = WORLD.reward([row["prompt"] for row in rows], [row["responses"][0] for row in rows])
     digits = torch.tensor([WORLD.difficulty(row["prompt"]) for row in rows])
     right = [reward[digits == d].mean().item() for d in range(1, 6)]
-    assert right == pytest.approx([(1 - 0.01 * d * d) ** d for d in range(1, 6)], abs=0.06)
+    assert right == pytest.approx([(1 - SLIP * d * d) ** d for d in range(1, 6)], abs=0.06)
     answers = torch.tensor([WORLD.verify(row["prompt"], row["responses"][0]) for row in rows])
     assert 0.05 < (answers.double() - reward).mean() < 0.2  # slips of the pen
 

@@ -25,7 +25,7 @@ import data
 from nanomodel import GPT, GPTConfig
 
 DIGITS = 5  # the longest numbers
-SLIP = 0.01  # wrong steps of the demonstrations: this times the squared number of digits
+SLIP = 0.012  # wrong steps of the demonstrations: this times the squared number of digits
 NUMBERS = re.compile(r"([0-9]+)\+([0-9]+)=")
 STEP = re.compile(r"([0-9](?:\+[0-9]){0,2})=([0-9]{1,2})")
 
