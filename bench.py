@@ -14,9 +14,9 @@ and optimizer.
 
 Both take the same few steps in float32 first, and their losses must agree; then they take turns (A B A B ...), and the times are medians.
 Peak memory is measured on a step of its own, not compiled: what it holds at most, weights and optimizer state included, by the
-allocator's count (CUDA: max_memory_allocated) or the profiler's list of allocations (CPU). tokens_s counts a prompt once for its K
-responses. MFU is the arithmetic that a step needs over the card's peak. The uncached sampler reads prompt and response again for each
-token and draws it in the same way.
+allocator's count (CUDA: max_memory_allocated) or the profiler's list of allocations (CPU: asked for, touched or not). tokens_s counts a
+prompt once for its K responses. MFU is the arithmetic that a step needs over the card's peak. The uncached sampler reads prompt and
+response again for each token and draws it in the same way.
 """
 
 import contextlib

@@ -61,7 +61,7 @@ class Settings:
 
     def __post_init__(self):
         for name, low in dict(
-            steps=0, base_steps=0, batch_size=1, warmup=0, prompts=1, k=2, eval_every=1, eval_size=2, max_response=1
+            steps=0, base_steps=0, batch_size=1, warmup=0, prompts=1, k=2, eval_every=1, eval_size=2, max_response=1, context=8
         ).items():
             if getattr(self, name) is not None and getattr(self, name) < low:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least {low}")
@@ -71,10 +71,15 @@ class Settings:
         for name in ("temperature", "label_temperature"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"--{name} {getattr(self, name)} must be 0 or more and finite")
+        if self.image_size is not None and self.image_size < 2:
+            raise ValueError(f"--image_size {self.image_size} must be at least 2")
         if not 0 <= self.flip <= 1:
             raise ValueError(f"--flip {self.flip} must be between 0 and 1")
-        if not math.isfinite(self.length_bias):
-            raise ValueError(f"--length_bias {self.length_bias} must be finite")
+        if not abs(self.length_bias) < 1e6:
+            raise ValueError(f"--length_bias {self.length_bias} must be below a million")
+        for name in ("seed", "base_seed"):
+            if abs(getattr(self, name)) >= 2**63:
+                raise ValueError(f"--{name} {getattr(self, name)} must fit into 64 bits")
         for name, allowed in dict(dtype=("auto", "float32", "bfloat16"), compile=("auto", "on", "off")).items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"--{name} {getattr(self, name)} must be one of {', '.join(allowed)}")
@@ -167,6 +172,7 @@ class Lab:
         self.compiled = settings.compile == "on" or (settings.compile == "auto" and self.device.type == "cuda")
         self.start = load_pretrained(settings.init).to(self.device) if settings.init else None
         self.world = make_world(settings, self.start)
+        refuse_idle(settings, self.world, self.start)
         own = getattr(self.world, "pairs", {})
         for name in ("steps", "batch_size", "lr", "prompts", "k", "max_response", "eval_every", "base_steps"):
             default = {"k": 2, "eval_every": None, "max_response": getattr(self.world, "max_response", None)}.get(name)
@@ -238,7 +244,8 @@ class Lab:
         if settings.init:
             self.context = getattr(self.start.config, "max_position_embeddings", None)
             model = copy.deepcopy(self.start)
-            model.fingerprint = digest("init", os.path.abspath(settings.init), self._init_stamp())
+            code = source(nanomodel, data_module, sys.modules[type(world).__module__])
+            model.fingerprint = digest("init", os.path.abspath(settings.init), self._init_stamp(), code)
             return self._as_reference(model)
         torch.manual_seed(settings.base_seed)
         model = world.model().to(self.device)
@@ -316,8 +323,6 @@ class Lab:
             if self.settings.truncate:  # as `fit_context` does with rows
                 room = max(self.context // 2, self.context - self.max_response)
                 prompts = [(self.world.tokenizer.encode(p) if isinstance(p, str) else p)[-room:] for p in prompts]
-        elif self.settings.temperature != 1:
-            raise ValueError(f"--temperature has no meaning in the {kind} world {self.world.name}")
         for start in range(0, len(prompts), chunk):
             part = prompts[start : start + chunk]
             with self._autocast():
@@ -546,7 +551,7 @@ class Lab:
         fingerprint = getattr(model, "fingerprint", None)
         if not fingerprint:
             return self._logps(model, rows)
-        content = [[row["tree"][i] for i in (0, 1, 2, 4, 5)] for row in rows]
+        content = [[*row["tree"][:3], row["tree"][3].tolist(), *row["tree"][4:]] for row in rows]
         return self.cached(["logps", fingerprint, content, self.batch_size], lambda: self._logps(model, rows))
 
     def _compile(self, function):
@@ -786,6 +791,22 @@ def make_world(settings, start=None):
     if getattr(start, "tokenizer", None) is not None:
         world.tokenizer = start.tokenizer
     return world
+
+
+def refuse_idle(settings, world, start):
+    """ValueError naming settings that would do nothing in this world, and a model of --init that is none of this world's kind."""
+    fits = {"text": nanomodel.GPT, "images": nanomodel.UNet}.get(world.kind, ())
+    if start is not None and not isinstance(start, fits):
+        raise ValueError(f"--init {settings.init} is a {type(start).__name__}, {world.name} is a world of {world.kind}")
+    if isinstance(start, nanomodel.UNet) and (start.shape, start.classes) != (world.model().shape, world.model().classes):
+        raise ValueError(f"--init {settings.init} makes images of shape {start.shape}, {world.name} has {world.model().shape}")
+    idle = ["flip", "label_temperature", "length_bias", "image_size"] if settings.data and world.kind == "text" else []
+    idle += [] if world.kind == "text" else ["max_response", "length_bias", "temperature", "context", "truncate"]
+    idle += ["base_steps", "context"] if settings.init else []
+    idle += [] if getattr(world, "base", None) else ["base_steps"]
+    bad = [name for name in dict.fromkeys(idle) if getattr(settings, name) != getattr(Settings, name)]
+    if bad:
+        raise ValueError(f"--{', --'.join(bad)} would do nothing in {world.name}" + (" with --init" if settings.init else ""))
 
 
 def worlds():

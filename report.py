@@ -100,18 +100,17 @@ def pair_stats(lab, policy):
     if not rows:
         return {}
     ours, base = lab._logps(policy, rows), lab._reference_logps(lab.reference, rows)
-    wins, count, chosen, rejected = 0.0, 0, [], []
+    shares, chosen, rejected = [], [], []
     for row, mine, theirs in zip(rows, ours, base):
         scores, total = row["scores"], [sum(x) for x in mine]
         ratio = [a - sum(b) for a, b in zip(total, theirs)]
-        for i in range(len(scores)):
-            for j in range(len(scores)):
-                if scores[i] > scores[j]:
-                    wins, count = wins + (ratio[i] > ratio[j]) + 0.5 * (ratio[i] == ratio[j]), count + 1
+        better = [(i, j) for i in range(len(scores)) for j in range(len(scores)) if scores[i] > scores[j]]
+        won = [(ratio[i] > ratio[j]) + 0.5 * (ratio[i] == ratio[j]) for i, j in better]
+        shares += [sum(won) / len(won)] if won else []
         chosen.append(total[int(np.argmax(scores))])
         rejected.append(total[int(np.argmin(scores))])
-    low_high = wilson(wins, count)
-    out = {"accuracy": wins / count, "accuracy_interval": low_high} if count else {}
+    # a row counts once: the pairs of one list are not independent
+    out = {"accuracy": float(np.mean(shares)), "accuracy_interval": wilson(sum(shares), len(shares))} if shares else {}
     return out | {"chosen_logp": float(np.mean(chosen)), "rejected_logp": float(np.mean(rejected))}
 
 
@@ -246,12 +245,13 @@ def number(value, width=None):
 
 
 def table(rows, head):
-    """Lines of a plain table: the first column to the left, the others to the right."""
-    rows = [[str(cell) for cell in row] for row in [head, *rows]]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths))).rstrip() for row in rows
-    )
+    """Lines of a plain table: numbers to the right, texts to the left."""
+    body = [[str(cell) for cell in row] for row in rows]
+    texts = [any(not cell[:1].isdigit() and cell[:1] not in ("-", "+", "") for cell in column) for column in zip(*body)]
+    cells = [[str(cell) for cell in head], *body]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    lines = [[cell.ljust(w) if text else cell.rjust(w) for cell, w, text in zip(row, widths, texts)] for row in cells]
+    return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 def before_after(before, after):

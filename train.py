@@ -27,7 +27,7 @@ import torch
 
 import report
 from data import plain_chat, write_text
-from lab import HERE, Lab, Settings, Stop, make_world, methods, pick_device, unknown, worlds
+from lab import HERE, Lab, Settings, Stop, load_pretrained, make_world, methods, pick_device, refuse_idle, unknown, worlds
 
 ACTIONS = dict(
     method="the paper to run (see --list); a list runs all of them, `all` every one that fits",
@@ -138,7 +138,10 @@ def combinations(flags, owners):
             grid[name] = [convert(name, part, kinds[name][0]) for part in flags[name].split(",")]
         defaults = dict(module.DEFAULTS) if module and len(names) == 1 else {}
         if "data" in grid:
-            defaults.pop("world", None)
+            defaults = {}
+        for name in getattr(module, "UNUSED", ()):
+            if name in grid:
+                raise ValueError(f"--{name} does nothing under {method}")
         for values in itertools.product(*grid.values()):
             chosen = dict(zip(grid, values))
             settings = Settings(**(defaults | {k: v for k, v in chosen.items() if k in own}))
@@ -176,8 +179,10 @@ def new_folder(settings, label):
             raise ValueError(f"--out {out} is not empty; --overwrite empties it, --resume goes on with it")
         if not os.path.exists(os.path.join(out, "run.json")):
             raise ValueError(f"--out {out} does not look like a run (no run.json), so it is not emptied")
-        if settings.init and os.path.realpath(settings.init) == os.path.realpath(out):
-            raise ValueError(f"--out {out} is also --init")
+        for name in ("init", "data"):
+            value = getattr(settings, name)
+            if value and (os.path.realpath(value) + os.sep).startswith(os.path.realpath(out) + os.sep):
+                raise ValueError(f"--{name} {value} lies in --out {out}, which --overwrite would empty")
         shutil.rmtree(out)
     elif os.path.exists(out) and not os.path.isdir(out):
         raise ValueError(f"--out {out} is a file")
@@ -199,9 +204,13 @@ def one_run(method, settings, cfg, out, show=False, quiet=False):
     say = (lambda *a: None) if quiet else print
     done = out and os.path.join(out, "summary.json")
     if out and os.path.exists(done):  # a sweep that goes on
+        shutil.rmtree(os.path.join(out, "stages"), ignore_errors=True)
+        say(f"{out} is finished already")
         with open(done, encoding="utf-8") as file:
             return json.load(file)
     say(report.header(lab, method, module, cfg, lab.base()))
+    for reason, n in getattr(lab.world, "counts", {}).items():
+        say(f"{n} rows of {lab.world.name} are left out: {reason}")
     model = module.run(lab, cfg)
     if model is None:
         return {"method": method, "world": lab.world.name, "seed": settings.seed}
@@ -337,6 +346,9 @@ def start(flags, owners, out):
     runs = combinations(flags, owners)
     method, settings, cfg, _ = runs[0]
     if "prompt" in flags:
+        useful = {"prompt", "init", "world", "data", "temperature", "seed", "max_response", "device", "dtype", "base_seed", "base_steps"}
+        if set(flags) - useful:
+            raise ValueError(f"--{', --'.join(sorted(set(flags) - useful))} does nothing beside --prompt")
         return ask(dataclasses.replace(settings, temperature=settings.temperature if "temperature" in flags else 0.0), flags["prompt"])
     if method is None:
         raise ValueError("--method is needed (see --list)")
@@ -344,14 +356,30 @@ def start(flags, owners, out):
         with contextlib.suppress(Stop):
             one_run(method, dataclasses.replace(settings, out=None), cfg, None, show=True, quiet=True)
         return None
-    for name, run_settings, _, _ in {r[0]: r for r in runs}.values():
-        world = make_world(run_settings)
-        check_fit(name, load_method(name), world)
-    pick_device(settings.device)
     claim = "claim" in flags
-    label = f"{method if len({r[0] for r in runs}) == 1 else 'sweep'}-" + ("claim" if claim else world.name)
+    if claim and set(flags) - {"method", "claim", "seeds", "seed", "out", "overwrite", "device", "dtype", "compile"}:
+        raise ValueError("--claim sets its own data and hyper-parameters; it takes --seeds, --seed, --out, --device, --dtype, --compile")
+    fitting, place = {}, "claim"
+    for name, run_settings, _, _ in runs if not claim else []:
+        if name in fitting:
+            continue
+        start = load_pretrained(run_settings.init) if run_settings.init else None
+        world = make_world(run_settings, start)
+        refuse_idle(run_settings, world, start)
+        place = world.name
+        try:
+            check_fit(name, load_method(name), world)
+            fitting[name] = True
+        except ValueError as error:
+            if flags["method"] != "all":
+                raise
+            print(f"left out: {error}", file=sys.stderr)
+            fitting[name] = False
+    runs = [run for run in runs if claim or fitting[run[0]]]
+    method, settings, cfg, _ = runs[0]
+    pick_device(settings.device)
     if out is None:
-        out = new_folder(settings, label)
+        out = new_folder(settings, f"{method if len({r[0] for r in runs}) == 1 else 'sweep'}-{place}")
     report.write_json(
         os.path.join(out, "run.json"),
         {"flags": flags, "settings": dataclasses.asdict(settings), "config": vars(cfg), "versions": versions()},
@@ -359,10 +387,6 @@ def start(flags, owners, out):
     try:
         if claim:
             names = list(dict.fromkeys(r[0] for r in runs))
-            if set(flags) - {"method", "claim", "seeds", "seed", "out", "overwrite", "device", "dtype", "compile"}:
-                raise ValueError(
-                    "--claim sets its own data and hyper-parameters; it takes --seeds, --seed, --out, --device, --dtype, --compile"
-                )
             seeds = sorted({r[1].seed for r in runs})
             plain = Settings(seed=seeds[0], device=settings.device, dtype=settings.dtype, compile=settings.compile)
             codes = [run_claims(n, plain, seeds, out if len(names) == 1 else os.path.join(out, n)) for n in names]
@@ -391,6 +415,8 @@ def cli(argv):
     """`main` with a user's mistake as one line on stderr -> exit status (0, 1 a claim does not hold, 2 bad input, 130 interrupted)."""
     try:
         return main(argv) or 0
+    except KeyboardInterrupt:
+        return 130
     except (ValueError, OSError) as error:
         if not one_line(error):
             raise

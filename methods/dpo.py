@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from data import collate
 
 FAMILY, KINDS = "pairs", ("text", "images", "table")
+UNUSED = ("k",)  # run settings that leave no choice here
 DEFAULTS = dict(world="reviews")
 
 

@@ -22,6 +22,7 @@ from data import collate
 from toy import bandit
 
 FAMILY, KINDS = "pairs", ("text", "images", "table")
+UNUSED = ("k",)  # run settings that leave no choice here
 DEFAULTS = dict(world="reviews", flip=0.3)
 
 
@@ -137,7 +138,7 @@ def far_slope(flip, epsilon):
 
 
 def noisy(lab, flip):
-    """Reward and KL while rDPO (beta 0.3), DPO and conservative DPO (beta 0.1) train on the same flipped pairs -> {name: a curve a seed}."""
+    """Reward and KL while rDPO, DPO and conservative DPO train on the same flipped pairs -> {name: a curve a seed}."""
     contest = dict(rdpo=(loss, Config(0.3, flip)), dpo=(loss, Config(0.1, 0.0)), conservative=(conservative_dpo, Config(0.1, flip)))
     curves = {name: [] for name in contest}
     for seed in lab.seeds:

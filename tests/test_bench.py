@@ -155,7 +155,7 @@ def test_trl_has_the_same_losses_or_is_asked_for_in_one_line(capsys):
         (["--json=maybe"], "--json maybe: not true or false"),
         (["dpo"], "unexpected 'dpo': flags begin with --"),
         (["--dim", "64", "--heads", "3"], "--dim 64 must be a multiple of twice --heads 3"),
-        (["--heads", "6", "--kv_heads", "4"], "--kv_heads 4 must divide --heads 6"),
+        (["--heads", "4", "--kv_heads", "3"], "--kv_heads 3 must divide --heads 4"),
         (["--against", "dpo"], "--against dpo must be one of rows, trl, none"),
         (["--against", "trl", "--k", "8"], "--against trl compares pairs, not --k 8"),
         (["--dtype", "float16"], "--dtype float16 must be one of auto, float32, bfloat16"),

@@ -38,18 +38,13 @@ def numbers(prompt):
     return int(match[1]), int(match[2])
 
 
-def digit(number, place):
-    """The digit of a number at a place, 0 = the units."""
-    return number // 10**place % 10
-
-
 class World:
     """Text with a verifier; nothing is downloaded or kept."""
 
     name, kind, verifier = "arithmetic", "text", True
     max_prompt, max_response = 2 * DIGITS + 2, 48
     base = dict(steps=1000, batch_size=16, lr=3e-3)
-    pairs = dict(prompts=2048, steps=200, lr=5e-4, batch_size=32)
+    pairs = dict(prompts=4096, steps=100, lr=3e-5, batch_size=32)
 
     def __init__(self):
         self.tokenizer = data.Tokenizer.toy(["+0=", "+1="])  # a carry with its signs is one token, all else single characters
@@ -93,7 +88,7 @@ class World:
         a, b = numbers(prompt)
         steps, answer, carry = [], "", 0
         for place in range(self.difficulty(prompt)):
-            given = [digit(a, place), digit(b, place), carry]
+            given = [a // 10**place % 10, b // 10**place % 10, carry]
             total = written = sum(given)
             if rng.random() < slip:
                 if carry and rng.random() < 0.5:
@@ -132,7 +127,7 @@ class World:
         work = self._parts(response)[0]
         steps, marks, carry = re.split("[,;\n]", work) if work else [], [], 0
         for place, step in enumerate(steps):
-            given = [digit(a, place), digit(b, place), carry]
+            given = [a // 10**place % 10, b // 10**place % 10, carry]
             match = STEP.fullmatch(step)
             operands, result = (match[1].split("+"), int(match[2])) if match else ([], None)
             same = sorted(int(x) for x in operands if x != "0") == sorted(x for x in given if x)  # zeros need not be written

@@ -251,7 +251,7 @@ class World:
         tokenizer = start.tokenizer if start is not None else Tokenizer.text()
         rows, self.counts = read_preferences(settings.data, tokenizer.chat)
         self.name, self.tokenizer = Path(str(settings.data)).name, tokenizer
-        self.train, self.held_out = split(rows, settings.seed)
+        self.train, self.held_out = split(rows, settings.base_seed)
         self.context = settings.context or 512
         self.max_response = 64
         # a checkpoint wants smaller steps than a model of yesterday

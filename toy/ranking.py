@@ -46,7 +46,7 @@ class World:
     name, kind = "ranking", "text"
     max_prompt, max_response = 6, 4 * LONGEST
     base = dict(steps=250, batch_size=32, lr=3e-3)
-    pairs = dict(prompts=4096, steps=300, lr=2e-3, batch_size=32)
+    pairs = dict(prompts=4096, steps=300, lr=1e-3, batch_size=32)
 
     def __init__(self):
         rng = random.Random(0)
