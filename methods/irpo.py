@@ -185,8 +185,8 @@ def shuffled_agreement(policy, reference, rows, tokenizer, rng):
 
 
 def claim(lab):
-    """Free scores settle where the weights say (exact). On lists in context IRPO ranks better than softmax-DPO, and that better than DPO, at
-    equal lists and steps, for neither baseline ever compares two relevant items; and its scores do not hang on the order of the list.
+    """Free scores settle where the weights say (exact). On lists in context IRPO ranks better than softmax-DPO, and that better than DPO,
+    at equal lists and steps, for neither baseline ever compares two relevant items; and its scores do not hang on the order of the list.
 
     What helps is that every item is compared with the rest, not the gain 2^y - 1: ..."""
     claims, found, agree = [], {}, []

@@ -27,7 +27,7 @@ def test_parts_and_their_order(name):
     assert list(inspect.signature(module.loss).parameters) == ["logps", "ref_logps", "batch", "cfg"]
     assert list(inspect.signature(module.run).parameters) == ["lab", "cfg"]
     assert list(inspect.signature(module.claim).parameters) == ["lab"] and module.claim.__doc__
-    assert FILES[name].count("\n") <= 220
+    assert FILES[name].count("\n") <= 260
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -59,12 +59,12 @@ def test_losses_upcast_by_promotion_and_never_synchronise(name):
 
 
 def test_rdpo_differs_from_dpo_by_its_paper():
-    """`diff methods/dpo.py methods/rdpo.py` shows the paper: in the code up to `claim`, few lines differ."""
+    """`diff methods/dpo.py methods/rdpo.py` shows the paper: in the code up to the end of `run`, few lines differ."""
     import difflib
 
     def code(name):
         text = FILES[name]
-        return text[text.index("@dataclass") : text.index("def claim")].splitlines()
+        return text[text.index("@dataclass") : text.index("return lab.align")].splitlines()
 
     changed = [line for line in difflib.ndiff(code("dpo"), code("rdpo")) if line[:2] in ("+ ", "- ")]
-    assert len(changed) < 60
+    assert len(changed) < 30
