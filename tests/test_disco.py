@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from methods.disco import Config, gap, loss
+from methods.disco import Config, gap, loss, stationary_kl, tables
 
 PLUS, MINUS = (-0.5, -0.9), (-1.0, -0.2, -0.7)
 OLD = ((-1.0, -2.0), (-1.5, -0.5), (-0.7, -0.7))
@@ -152,9 +152,9 @@ def test_on_policy():
 
 def test_without_the_penalty_the_objective_has_no_end():
     batch, old = batch_of([[1.0, 0.0]]), torch.zeros(1, 2, 1, dtype=torch.float64)
-    values = [loss(tensor([[[-0.1], [low]]]), old, batch, free())[0].item() for low in (-1.0, -10.0, -100.0, -1000.0)]
+    values = [loss(tensor([[[-0.1], [low]]]), old, batch, free(score="log_l"))[0].item() for low in (-1.0, -10.0, -100.0, -1000.0)]
     assert values == sorted(values, reverse=True) and values[-1] < -900
-    assert loss(tensor([[[-0.1], [-1000.0]]]), old, batch, Config())[0].item() > 0
+    assert loss(tensor([[[-0.1], [-1000.0]]]), old, batch, Config(score="log_l"))[0].item() > 0
 
 
 # ---- the trust region
@@ -341,7 +341,49 @@ def test_config_is_checked(fields):
 
 
 def test_every_variant_has_its_defaults():
-    assert vars(Config()) | {"delta": None} == dict(
-        variant="disco", score="log_l", tau=1.0, delta=None, beta=1000.0, estimator="k1", epsilon=None, epsilon_high=None, normaliser=None
+    idle = dict(epsilon=None, epsilon_high=None, normaliser=None)
+    assert vars(Config()) == dict(variant="disco", score="l_ratio", tau=1.0, delta=0.001, beta=1000.0, estimator="k1") | idle
+    assert Config(score="log_l").tau == 10 and Config(variant="disco_b").tau is None
+    assert (
+        Config(variant="grpo").epsilon == 0.2 and Config(variant="dapo").epsilon_high == 0.28 and Config(variant="dr_grpo").normaliser == 48
     )
-    assert Config(variant="dapo").epsilon_high == 0.28 and Config(variant="grpo").epsilon == 0.2 and Config(variant="disco_b").tau is None
+
+
+# ---- the tables of the claim
+
+
+def test_tables():
+    """Steps to success 1/2 from 0.3, 0.1, 0.03, 0.01, 0.003; steps to overtake a dominant wrong answer, and to success 1/2 there."""
+    found = tables()
+    assert found["disco_b"] == [17, 44, 69, 91, 114]
+    assert found["grpo"] == pytest.approx([18, 53, 109, 194, 358], rel=0.01)
+    assert found["dr_grpo"] == pytest.approx([18, 66, 194, 532, 1688], rel=0.025)
+    assert [found[f"tau {tau}"] for tau in (None, 10.0, 1.0, 0.3)] == [[47, 65], [45, 65], [36, 62], [35, 61]]
+
+
+def region(g):
+    """KL(uniform || pi), its slope, and the probability of being right, for a gap g of the logits of 4 right and 16 wrong responses."""
+    p = 4 * math.exp(g) / (4 * math.exp(g) + 16)
+    return -0.2 * math.log(p / 0.2) - 0.8 * math.log((1 - p) / 0.8), p - 0.2, p
+
+
+def at_rest(gradient, low=0.0, high=2.0):
+    """KL where a rising function of that gap crosses 0."""
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (low, middle) if gradient(*region(middle)) > 0 else (middle, high)
+    return region(low)[0]
+
+
+def test_the_penalty_holds_the_kl_near_delta_whatever_the_score():
+    """At rest 2 beta (KL - delta) KL' = J'. With a KL of constant weight the score's scale decides: at weight 1 log_l has no optimum at
+    all, and at 10 the two scores end a factor of 1.9 apart."""
+    slope = {"log_l": lambda p: 1.0, "l_ratio": lambda p: (1 / 0.2 + 1 / 0.8) * p * (1 - p)}  # J' in the gap
+    for score, expected in (("l_ratio", (0.01068, 0.01773, 0.05472)), ("log_l", (0.00951, 0.01638, 0.05336))):
+        for delta, known in zip((0.001, 0.01, 0.05), expected):
+            kl = at_rest(lambda kl, dkl, p: 2e3 * max(kl - delta, 0) * dkl - slope[score](p))
+            assert kl == pytest.approx(known, abs=1e-5)
+            assert stationary_kl(Config("disco_b", score=score, delta=delta)) == pytest.approx(kl, abs=1e-6)
+    log_l, l_ratio = (at_rest(lambda kl, dkl, p: 10 * dkl - slope[score](p)) for score in ("log_l", "l_ratio"))
+    assert l_ratio / log_l == pytest.approx(1.86, abs=0.01)
+    assert all(region(g)[1] < 1.0 for g in (1.0, 10.0, 30.0))
