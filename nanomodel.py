@@ -131,6 +131,13 @@ def visible(branch, sees):
     return causal & sees[n, branch[:, :, None], branch[:, None, :]]
 
 
+def blocks(mask, size=128):
+    """The rule for long rows on a CPU, in blocks of queries: list of (the keys that some query of the block sees, (N, 1, size, keys) bool).
+    With 8 responses in a row, three of four pairs of positions do not see each other."""
+    parts = [(part.flatten(0, 1).any(0).nonzero()[:, 0], part) for part in mask.split(size, 1)]
+    return [(keys, part[:, None, :, keys]) for keys, part in parts]
+
+
 def flex_mask(branch, sees):
     """The same rule as a FlexAttention block mask (CUDA: blocks that nobody sees are never computed)."""
     from torch.nn.attention.flex_attention import create_block_mask
@@ -142,8 +149,9 @@ def flex_mask(branch, sees):
 
 
 def attention(q, k, v, mask):
-    """Scaled dot-product attention, q (N, H, S, D), k and v with fewer heads; mask a boolean (N, S, S) or a FlexAttention block mask."""
-    if not isinstance(mask, torch.Tensor):
+    """Scaled dot-product attention, q (N, H, S, D), k and v with fewer heads; mask a boolean (N, S, S), `blocks` of it or a FlexAttention
+    block mask."""
+    if not isinstance(mask, (torch.Tensor, list)):
         from torch.nn.attention.flex_attention import flex_attention
 
         if q.is_cuda:
@@ -152,7 +160,12 @@ def attention(q, k, v, mask):
     repeat = q.shape[1] // k.shape[1]
     if repeat > 1:  # the fused CPU kernel wants equal heads
         k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
+    if isinstance(mask, torch.Tensor):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
+    some = [
+        (part, k.index_select(2, keys), v.index_select(2, keys), seen) for part, (keys, seen) in zip(q.split(mask[0][1].shape[2], 2), mask)
+    ]
+    return torch.cat([F.scaled_dot_product_attention(*each) for each in some], 2)
 
 
 _COMPILED = {}
@@ -184,11 +197,12 @@ class Attention(nn.Module):
         q, k = (rotate(x, cos[:, None], sin[:, None]).to(v.dtype) for x in (q, k))  # under autocast the angles stay in float32
         return q, k, v
 
-    def forward(self, x, cos, sin, mask, keep=None):
+    def forward(self, x, cos, sin, mask, keep=None, rows=None):
         q, k, v = self.project(x, cos, sin)
         if keep is not None:  # the prompt's keys and values, for sampling
             keep.append((k, v))
-        return self.o_proj(attention(q, k, v, mask).transpose(1, 2).flatten(2))
+        out = attention(q, k, v, mask).transpose(1, 2).flatten(2)
+        return self.o_proj(out if rows is None else out.flatten(0, 1)[rows])
 
     def step(self, x, cos, sin, prompt_kv, seen, own_kv, length):
         """One new token for each of K samples: x (B, K, hidden). The prompt's keys (B, Hkv, P, D), visible where `seen` (B, P), are shared
@@ -231,8 +245,10 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, attend):
-        x = x + attend(self.self_attn, self.input_layernorm(x))
+    def forward(self, x, attend, rows=None):
+        """x (N, S, hidden) -> the same, or (len(rows), hidden): only some positions of the flattened N*S go on behind the attention."""
+        out = attend(self.self_attn, self.input_layernorm(x))
+        x = (x if rows is None else x.flatten(0, 1)[rows]) + out
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -272,31 +288,32 @@ class GPT(nn.Module):
         """Logits (..., V) of hidden states (..., hidden)."""
         return F.linear(h, self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight)
 
-    def hidden(self, batch, layers=None):
-        """Hidden states of a packed batch: (N, S, hidden) after the last norm, or a list of them after each layer named in `layers`
-        (0 = the embeddings, i = after layer i, before the last norm)."""
+    def hidden(self, batch, layers=None, rows=None):
+        """Hidden states of a packed batch: (N, S, hidden) after the last norm, (len(rows), hidden) at the positions `rows` of the flattened
+        N*S, or a list of them after each layer named in `layers` (0 = the embeddings, i = after layer i, before the last norm)."""
         x = self.embed_tokens(batch.tokens)
         cos, sin = rotary(batch.position, self.config.head_dim, self.config.rope_theta, x.dtype)
         long = x.is_cuda and batch.tokens.shape[1] >= 512
         mask = (flex_mask if long else visible)(batch.branch, batch.sees)
+        if not x.is_cuda and x.shape[1] > 192:
+            mask = blocks(mask)
         states = [x] if layers is not None else None
-        for layer in self.layers:
-            x = layer(x, lambda attn, y: attn(y, cos, sin, mask))
+        for i, layer in enumerate(self.layers):
+            some = rows if i + 1 == len(self.layers) else None  # behind the last attention nobody asks for the others
+            x = layer(x, lambda attn, y: attn(y, cos, sin, mask, rows=some), some)
             if layers is not None:
                 states.append(x)
         return self.norm(x) if layers is None else [states[i] for i in layers]
 
     def logits(self, batch):
         """(B, K, T, V): the whole vocabulary at the rows that predict a response token."""
-        return self.unembed(self.hidden(batch).flatten(0, 1)[batch.source])
+        return self.unembed(self.hidden(batch, rows=batch.source.flatten()).view(*batch.source.shape, -1))
 
     def logps(self, batch):
         """(B, K, T) log-probabilities of the response tokens in float32 or better, 0 outside batch.mask."""
-        h, mask = self.hidden(batch).flatten(0, 1), batch.mask
-        if h.is_cuda:  # a fixed shape is worth more there than the padded rows it costs
-            rows, target = h[batch.source.flatten()], batch.target.flatten()
-        else:
-            rows, target = h[batch.source[mask]], batch.target[mask]
+        mask, cuda = batch.mask, batch.mask.is_cuda  # on CUDA a fixed shape is worth more than the padded rows it costs
+        source, target = (batch.source.flatten(), batch.target.flatten()) if cuda else (batch.source[mask], batch.target[mask])
+        rows = self.hidden(batch, rows=source)
         pieces = max(1, -(-len(rows) * self.config.vocab_size // self.chunk))
         size = -(-len(rows) // pieces) or 1
         out = []
@@ -306,7 +323,7 @@ class GPT(nn.Module):
             else:
                 out.append(self._token_logps(part, goal))
         flat = torch.cat(out)
-        if h.is_cuda:
+        if cuda:
             return flat.view(mask.shape) * mask
         return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
 
