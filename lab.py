@@ -175,7 +175,7 @@ class Lab:
         refuse_idle(settings, self.world, self.start)
         own = getattr(self.world, "pairs", {})
         for name in ("steps", "batch_size", "lr", "prompts", "k", "max_response", "eval_every", "base_steps"):
-            default = {"k": 2, "eval_every": None, "max_response": getattr(self.world, "max_response", None)}.get(name)
+            default = {"k": 4, "eval_every": None, "max_response": getattr(self.world, "max_response", None)}.get(name)
             value = getattr(settings, name)
             setattr(self, name, own.get(name, default) if value is None else value)
         self.stage_number, self.depth, self.draws, self.fits, self.children = 0, 0, {}, 0, {}
@@ -377,10 +377,8 @@ class Lab:
                 a, b = ([self.text(row["responses"][i]) for row in rows] for i in (0, 1))
                 prefers = world.prefers(prompts, a, b).tolist()
             lengths = [[len(r) for r in row["responses"]] for row in rows]
-            verifier = getattr(world, "verifier", False)
-            if verifier and (s.length_bias or s.label_temperature != 1):
-                raise ValueError(f"{world.name} has a verifier: --label_temperature and --length_bias have no meaning there")
-            rows = label(rows, self.rng("labels"), s.label_temperature, s.flip, s.length_bias, verifier, prefers, lengths)
+            noise = (s.label_temperature, s.flip, s.length_bias, getattr(world, "verifier", False))
+            rows = label(rows, self.rng("labels"), *noise, prefers, lengths)
             return [row for row in rows if k > 2 or row["scores"][0] != row["scores"][1]]  # a verifier's ties are no pairs
 
         def rows():
@@ -612,14 +610,14 @@ class Lab:
 
         def flush():
             """Read the metrics of the last steps (the only synchronisation), stop at a NaN, write them down."""
-            lines = []
+            lines, wrong = [], None
             for at, values in pending:
                 values = {k: float(v) for k, v in values.items()}
                 for name, value in values.items():
-                    if not math.isfinite(value):
-                        raise Diverged(
-                            f"{title}: {name} became {value} at step {at}; the last good checkpoint is kept. A lower --lr may help"
-                        )
+                    if not math.isfinite(value) and not wrong:
+                        wrong = f"{title}: {name} became {value} at step {at}; a lower --lr may help"
+                if wrong:
+                    break
                 lines.append(json.dumps({"stage": self.stage_number, "step": at} | values))
                 bar.show(at, values)
             pending.clear()
@@ -627,6 +625,9 @@ class Lab:
                 os.makedirs(os.path.dirname(log), exist_ok=True)
                 with open(log, "a", encoding="utf-8") as file:
                     file.write("\n".join(lines) + "\n")
+            if wrong:
+                good = path and load_value(path)
+                raise Diverged(wrong + (f". The checkpoint of step {good['step']} is kept in {self.out}" if good else ""))
 
         def look_at(step):
             model.eval()
@@ -800,7 +801,8 @@ def refuse_idle(settings, world, start):
         raise ValueError(f"--init {settings.init} is a {type(start).__name__}, {world.name} is a world of {world.kind}")
     if isinstance(start, nanomodel.UNet) and (start.shape, start.classes) != (world.model().shape, world.model().classes):
         raise ValueError(f"--init {settings.init} makes images of shape {start.shape}, {world.name} has {world.model().shape}")
-    idle = ["flip", "label_temperature", "length_bias", "image_size"] if settings.data and world.kind == "text" else []
+    idle = ["flip", "label_temperature", "length_bias", "image_size", "k"] if settings.data and world.kind == "text" else []
+    idle += ["label_temperature", "length_bias"] if getattr(world, "verifier", False) else []
     idle += [] if world.kind == "text" else ["max_response", "length_bias", "temperature", "context", "truncate"]
     idle += ["base_steps", "context"] if settings.init else []
     idle += [] if getattr(world, "base", None) else ["base_steps"]

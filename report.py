@@ -46,12 +46,13 @@ def common_metrics(logps, ref_logps, batch):
 @torch.no_grad()
 def sequence_kl(lab, policy, reference, rows):
     """KL(policy || reference) of whole responses in nats, one value a sampled response: the sum over tokens of the exact KL between the two
-    next-token distributions at the prefixes that the policy wrote."""
+    next-token distributions at the prefixes that the policy wrote, at the temperature it wrote them with (1 for greedy samples)."""
+    heat = lab.settings.temperature or 1.0
     out, size = [], max(1, min(64, 2**27 // (reference.config.vocab_size * max(2, lab.max_response) * len(rows[0]["responses"]))))
     for start in range(0, len(rows), size):
         batch = lab._collate(rows[start : start + size])
         with lab._autocast():
-            p, q = (model.logits(batch).float().log_softmax(-1) for model in (policy, reference))
+            p, q = ((model.logits(batch).float() / heat).log_softmax(-1) for model in (policy, reference))
         out.append(((p.exp() * (p - q)).sum(-1) * batch.mask).sum(-1).flatten())
     return torch.cat(out).tolist()
 

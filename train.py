@@ -111,6 +111,8 @@ def combinations(flags, owners):
     names = flags.get("method", "").split(",") if flags.get("method") else [None]
     if names == ["all"]:
         names = methods()
+    if len(set(names)) < len(names):
+        raise ValueError(f"--method {flags['method']} names a method twice")
     own = explanations(Settings)
     configs = {f for f in flags if f in owners}
     for name in sorted(configs):
@@ -139,6 +141,9 @@ def combinations(flags, owners):
         defaults = dict(module.DEFAULTS) if module and len(names) == 1 else {}
         if "data" in grid:
             defaults = {}
+        for name, values in grid.items():
+            if len(set(values)) < len(values):
+                raise ValueError(f"--{name} {flags.get(name)} names a value twice")
         for name in getattr(module, "UNUSED", ()):
             if name in grid:
                 raise ValueError(f"--{name} does nothing under {method}")
@@ -151,8 +156,8 @@ def combinations(flags, owners):
     return runs
 
 
-def check_fit(method, module, world):
-    """ValueError when a method cannot use a world, with the methods that can."""
+def check_fit(method, module, world, settings):
+    """ValueError when a method cannot use a world, with the methods that can, or a setting does nothing with the two."""
     if world.kind not in module.KINDS:
         able = [n for n in methods() if world.kind in load_method(n).KINDS]
         raise ValueError(
@@ -165,6 +170,11 @@ def check_fit(method, module, world):
     if needs != "demonstrations" and getattr(world, "single", False):
         able = [n for n in methods() if getattr(load_method(n), "NEEDS", "") == "demonstrations"]
         raise ValueError(f"{world.name} has single answers (completion/label), {method} needs {needs}; {', '.join(able)} can use it")
+    if module.FAMILY == "lists" and hasattr(world, "lists"):  # given, graded by the truth; only their length is a choice
+        idle = [n for n in ("flip", "label_temperature", "length_bias") if getattr(settings, n) != getattr(Settings, n)]
+        if idle:
+            raise ValueError(f"--{', --'.join(idle)} would do nothing with the lists of {world.name}")
+        world.lists(1, torch.Generator(), settings.k)
 
 
 def new_folder(settings, label):
@@ -186,7 +196,10 @@ def new_folder(settings, label):
         shutil.rmtree(out)
     elif os.path.exists(out) and not os.path.isdir(out):
         raise ValueError(f"--out {out} is a file")
-    os.makedirs(out, exist_ok=True)
+    try:
+        os.makedirs(out, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written: {error.strerror}") from None
     return out
 
 
@@ -200,7 +213,7 @@ def versions():
 def one_run(method, settings, cfg, out, show=False, quiet=False):
     """One alignment: header, training, before/after table, samples, files -> summary dict."""
     lab, module = Lab(settings, out, quiet, show), load_method(method)
-    check_fit(method, module, lab.world)
+    check_fit(method, module, lab.world, settings)
     say = (lambda *a: None) if quiet else print
     done = out and os.path.join(out, "summary.json")
     if out and os.path.exists(done):  # a sweep that goes on
@@ -236,7 +249,10 @@ def one_run(method, settings, cfg, out, show=False, quiet=False):
         model.save_pretrained(out)
     report.write_json(os.path.join(out, "summary.json"), summary)
     shutil.rmtree(os.path.join(out, "stages"), ignore_errors=True)
-    say(f"\n{report.clock(time.time() - lab.started)} in all; written to {out}/: " + ", ".join(sorted(os.listdir(out))))
+    say(
+        f"\n{report.clock(time.time() - lab.started)} in all; written to {out}/: "
+        + ", ".join(sorted(n for n in os.listdir(out) if n[0] != "."))
+    )
     return summary
 
 
@@ -368,7 +384,7 @@ def start(flags, owners, out):
         refuse_idle(run_settings, world, start)
         place = world.name
         try:
-            check_fit(name, load_method(name), world)
+            check_fit(name, load_method(name), world, run_settings)
             fitting[name] = True
         except ValueError as error:
             if flags["method"] != "all":
@@ -380,6 +396,8 @@ def start(flags, owners, out):
     pick_device(settings.device)
     if out is None:
         out = new_folder(settings, f"{method if len({r[0] for r in runs}) == 1 else 'sweep'}-{place}")
+        local = {name: os.path.abspath(flags[name]) for name in ("data", "init") if os.path.exists(flags.get(name, ""))}
+        flags = flags | local  # --resume may be called from another folder
     report.write_json(
         os.path.join(out, "run.json"),
         {"flags": flags, "settings": dataclasses.asdict(settings), "config": vars(cfg), "versions": versions()},

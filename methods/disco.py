@@ -33,7 +33,7 @@ import torch
 from toy import bandit
 
 FAMILY, KINDS, NEEDS = "online", ("text",), "verifier"
-DEFAULTS = dict(world="arithmetic", k=8, steps=160, batch_size=16, lr=3e-4)
+DEFAULTS = dict(world="arithmetic", steps=160, batch_size=16, lr=3e-4)
 
 # what each variant reads, with its defaults
 CONSTRAINED = dict(score="l_ratio", delta=0.001, beta=1000.0, estimator="k1")

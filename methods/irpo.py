@@ -116,12 +116,26 @@ def loss(logps, ref_logps, batch, cfg):
     return losses, {"disagreement": disagreement.detach()}
 
 
+def graded(rows):
+    """Sampled lists with sparse relevance in place of their rewards: 2 for the best response, 1 for the next, 0 for the others. Pairs and a
+    verifier's lists have scores of 0 and 1 and stay as they are."""
+    out = []
+    for row in rows:
+        scores = row["scores"]
+        if not set(scores) <= {0.0, 1.0}:
+            scores = [float(max(0, 2 - sum(other > score for other in scores))) for score in scores]
+        out.append(row | {"scores": scores})
+    return out
+
+
 def run(lab, cfg):
     policy = lab.base()
     if hasattr(lab.world, "lists"):
-        data = lab.rows(lab.world.lists(lab.prompts, lab.rng("lists")))
-    else:  # the lists of --data, or k labelled samples
+        data = lab.rows(lab.world.lists(lab.prompts, lab.rng("lists"), lab.settings.k))
+    elif lab.settings.data and lab.world.kind == "text":
         data = lab.preferences(policy)
+    else:  # k labelled samples
+        data = graded(lab.preferences(policy))
     return lab.align(policy, data, loss, cfg)
 
 

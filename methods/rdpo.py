@@ -72,12 +72,12 @@ def claim(lab):
     costs little, one that is too high has no optimum (exact).
 
     On reviews, with sure annotators (label temperature 0.25) and every pair seen once: at one beta rDPO ends with more true reward than
-    both when 20 % of the labels are flipped. It pays with KL, and at one KL nothing is gained. The exact table shows why: DPO with a smaller
-    beta (0.0719 for 0.5, at 40 % flips) has the KL of rDPO's optimum and all but 0.0004 of its reward. What rDPO buys is that beta means
-    what it says. Also not reproduced, on tuning seeds 100 to 102 at beta 1: 40 % flips, where 6,400 pairs teach little (rDPO -0.07, 0.14,
-    0.13, DPO -0.01, 0.06, 0.01), and the cost of an epsilon that is too high (0.4 for 0.2: 0.52, 0.37, 0.50; the right one 0.30, 0.32, 0.35
-    at half the KL): 200 steps end far from where it diverges. At beta 0.1 the three are alike. Pairs seen three times at a learning rate of
-    7e-4 are memorised, by rDPO most (30 % flips: -0.50 at a KL of 9, DPO -0.34 at 7)."""
+    both when 20 % of the labels are flipped. It pays with KL, and at one KL nothing is gained. The exact table shows why: DPO with a
+    smaller beta (0.0719 for 0.5, at 40 % flips) has the KL of rDPO's optimum and all but 0.0004 of its reward. What rDPO buys is that
+    beta means what it says. Also not reproduced, on tuning seeds 100 to 102 at beta 1: 40 % flips, where 6,400 pairs teach little (rDPO
+    -0.07, 0.14, 0.13, DPO -0.01, 0.06, 0.01), and the cost of an epsilon that is too high (0.4 for 0.2: 0.52, 0.37, 0.50; the right one
+    0.30, 0.32, 0.35 at half the KL): 200 steps end far from where it diverges. At beta 0.1 the three are alike. Pairs seen three times at
+    a learning rate of 7e-4 are memorised, by rDPO most (30 % flips: -0.50 at a KL of 9, DPO -0.34 at 7)."""
     claims = [*on_six_responses(lab), same_kl(lab)]
     for flip in (0.2, 0.4):
         reward, curves = on_reviews(lab, flip)
@@ -171,7 +171,7 @@ def same_kl(lab):
 
 
 def on_reviews(lab, flip):
-    """Train on the same flipped pairs at beta 1 -> {name: true reward of 4,000 samples, a number a seed}, {name: curves of reward and KL}."""
+    """Train on the same flipped pairs at beta 1 -> {name: true reward of 4,000 samples, one a seed}, {name: curves of reward and KL}."""
     contest = {"rDPO": (loss, flip), "DPO": (loss, 0.0), "conservative DPO": (conservative_dpo, flip), "too high": (loss, 0.4)}
     reward, curves = {name: [] for name in contest}, {name: [] for name in contest}
     for seed in lab.seeds:

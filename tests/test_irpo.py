@@ -7,8 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lab import Lab, Settings
 from methods import dpo
-from methods.irpo import Config, dpo_loss, free_scores, label_ranks, loss, relevance_weights, sdpo_loss
+from methods.irpo import Config, dpo_loss, free_scores, graded, label_ranks, loss, relevance_weights, run, sdpo_loss
 from toy.ranking import ndcg
 
 R, Y, K = (0.5, -0.2, 0.1, -0.4), (0.0, 2.0, 1.0, 0.0), (3, 1, 2, 4)  # the hand case
@@ -439,3 +440,19 @@ def test_config_is_checked(fields):
     ((name, value),) = fields.items()
     with pytest.raises(ValueError, match=f"{name} = {value}"):
         Config(**fields)
+
+
+def test_sampled_lists_get_sparse_relevance():
+    rows = [{"scores": s} for s in ([-0.3, 1.2, 0.4, -2.0], [1.0, 0.0], [0.0, 1.0, 1.0, 0.0], [-1.0, -1.0, -1.0])]
+    assert [row["scores"] for row in graded(rows)] == [[0.0, 2.0, 1.0, 0.0], [1.0, 0.0], [0.0, 1.0, 1.0, 0.0], [2.0, 2.0, 2.0]]
+
+
+@pytest.mark.parametrize("world, k, items", [("ranking", None, 10), ("ranking", 5, 5), ("reviews", None, 4), ("bandit", 3, 3)])
+def test_k_is_the_length_of_the_lists(world, k, items):
+    seen = []
+    lab = Lab(
+        Settings(world=world, k=k, base_steps=1 if world != "bandit" else None, steps=1, batch_size=4, prompts=4, eval_size=2), quiet=True
+    )
+    lab.align = lambda policy, data, loss, cfg: seen.extend(data)
+    run(lab, Config())
+    assert {len(row["responses"]) for row in seen} == {items} and all(min(row["scores"]) >= 0 for row in seen)

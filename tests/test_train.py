@@ -12,9 +12,11 @@ import torch
 
 import lab as lab_module
 import methods.dpo
+import report
 import train
 from data import collate
 from lab import Lab, Settings
+from nanomodel import GPT
 
 TINY = ["--base_steps", "4", "--steps", "12", "--prompts", "24", "--batch_size", "8", "--eval_size", "8", "--max_response", "8"]
 
@@ -167,6 +169,104 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path, monkeypatch, world):
         assert weights(tmp_path / "whole") == weights(tmp_path / "cut")
 
 
+def counted(monkeypatch, name, call=None):
+    """Count the calls of a GPT method, and die at one of them."""
+    calls, method = [0], getattr(GPT, name)
+
+    def counting(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == call:
+            raise Killed
+        return method(*args, **kwargs)
+
+    monkeypatch.setattr(GPT, name, counting)
+    return calls, method
+
+
+def test_a_run_killed_at_any_moment_resumes(tmp_path, monkeypatch):
+    """In base training, in sampling, in scoring, in an evaluation: wherever the model is used."""
+    monkeypatch.setattr(Lab, "checkpoint_every", 0.0)
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    argv = ["--method", "dpo", "--steps", "4", "--prompts", "16", "--batch_size", "8", "--eval_size", "4", "--base_steps", "5"]
+    argv += ["--max_response", "6", "--out"]
+    moments = {}
+    for name in ("logps", "decode"):
+        calls, method = counted(monkeypatch, name)
+        Lab.memory.clear()
+        monkeypatch.setattr(lab_module, "CACHE", str(tmp_path / f"cache-{name}"))
+        assert train.cli([*argv, f"whole-{name}"]) == 0
+        monkeypatch.setattr(GPT, name, method)
+        moments[name] = sorted({3, calls[0] // 2, calls[0]})
+    assert weights(tmp_path / "whole-logps") == weights(tmp_path / "whole-decode")
+    for name, calls in moments.items():
+        for call in calls:
+            out = f"cut-{name}-{call}"
+            monkeypatch.setattr(lab_module, "CACHE", str(tmp_path / f"cache-{out}"))
+            Lab.memory.clear()
+            _, method = counted(monkeypatch, name, call)
+            with pytest.raises(Killed):
+                train.cli([*argv, out])
+            monkeypatch.setattr(GPT, name, method)
+            Lab.memory.clear()
+            assert train.cli(["--resume", out]) == 0
+            assert weights(tmp_path / out) == weights(tmp_path / "whole-logps"), out
+            for file in ("metrics.jsonl", "summary.json", "samples.txt"):
+                assert (tmp_path / out / file).read_bytes() == (tmp_path / "whole-logps" / file).read_bytes(), (out, file)
+
+
+def test_a_killed_sweep_goes_on(tmp_path, monkeypatch):
+    argv = ["--method", "dpo", "--world", "bandit", "--steps", "6", "--flip", "0,0.3", "--seeds", "2", "--out"]
+    assert train.cli([*argv, "whole"]) == 0
+    loss = killed_at(monkeypatch, 15)  # in the third of four runs
+    with pytest.raises(Killed):
+        train.cli([*argv, "cut"])
+    monkeypatch.setattr(methods.dpo, "loss", loss)
+    assert len(list((tmp_path / "cut").glob("*/summary.json"))) == 2
+    assert train.cli(["--resume", "cut"]) == 0
+    assert (tmp_path / "cut" / "sweep.json").read_bytes() == (tmp_path / "whole" / "sweep.json").read_bytes()
+
+
+def test_a_killed_claim_goes_on(tmp_path, monkeypatch):
+    def claim(lab):
+        found = []
+        for seed in lab.seeds:
+            here = lab.at(seed=seed, world="bandit", steps=6)
+            policy = here.base()
+            here.align(policy, here.preferences(policy, k=2), methods.dpo.loss, methods.dpo.Config())
+            found.append(here.curve[-1])
+        return [lab.compare("a claim", "reward", found, [0.0] * len(found))]
+
+    monkeypatch.setattr(methods.dpo, "claim", claim)
+    argv = ["--method", "dpo", "--claim", "--seeds", "3", "--out"]
+    codes = [train.cli([*argv, "whole"])]
+    loss = killed_at(monkeypatch, 9)  # at the second seed
+    with pytest.raises(Killed):
+        train.cli([*argv, "cut"])
+    calls = [0]
+
+    def counting(*args):
+        calls[0] += 1
+        return loss(*args)
+
+    monkeypatch.setattr(methods.dpo, "loss", counting)
+    codes.append(train.cli(["--resume", "cut"]))
+    assert codes[0] == codes[1] and calls[0] == 12  # the first seed was not trained again
+    whole, cut = (json.loads((tmp_path / n / "claim.json").read_text())[0]["ours"] for n in ("whole", "cut"))
+    assert whole == cut and len(set(whole)) == 3
+
+
+def test_a_run_resumes_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows_file(tmp_path / "pairs.jsonl", PAIRS)
+    loss = killed_at(monkeypatch, 2)
+    with pytest.raises(Killed):
+        train.cli(["--method", "dpo", "--data", "pairs.jsonl", *TINY, "--context", "64", "--out", "run"])
+    monkeypatch.setattr(methods.dpo, "loss", loss)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert train.cli(["--resume", str(tmp_path / "run")]) == 0
+
+
 def rounds(lab, policy, log):
     def data(policy, round):
         log.append(round)
@@ -287,6 +387,13 @@ PAIRS = [{"prompt": f"question {i} ?", "chosen": f"yes {i}", "rejected": f"no {i
         (["--method", "dpo", "--data", "nothing.jsonl"], ["nothing.jsonl"]),
         (["--method", "dpo", "--world", "digits", "--temperature", "0.5", "--base_steps", "0"], ["--temperature"]),
         (["--method", "dpo", "--claim", "--lr", "0.1"], ["--claim"]),
+        (["--method", "dpo", "--seed", "0,0"], ["--seed", "twice"]),
+        (["--method", "dpo,dpo"], ["dpo,dpo", "twice"]),
+        (["--method", "dpo", "--out", "/dev/null/run"], ["--out /dev/null/run"]),
+        (["--method", "irpo", "--flip", "0.1"], ["--flip", "ranking"]),
+        (["--method", "irpo", "--k", "30"], ["k=30", "20"]),
+        (["--method", "disco", "--length_bias", "1"], ["--length_bias", "arithmetic"]),
+        (["--method", "ddo", "--flip", "0.1"], ["--flip", "ddo"]),
         (["--resume", "nowhere"], ["nowhere"]),
         (["--seed", "1"], ["--method"]),
     ],
@@ -420,7 +527,9 @@ def test_a_nan_stops_the_run_and_is_named(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(methods.dpo, "loss", broken)
     assert train.cli(["--method", "dpo", "--world", "bandit", "--steps", "20", "--out", "run"]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "loss" in error and "step 7" in error and "nan" in error
+    assert "loss" in error and "step 7" in error and "nan" in error and "checkpoint" not in error  # there is none yet
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6]
 
 
 def test_two_runs_share_a_cache(tmp_path):
@@ -429,6 +538,27 @@ def test_two_runs_share_a_cache(tmp_path):
     both = [subprocess.Popen([*command, name], cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL) for name in ("a", "b")]
     assert [process.wait(timeout=120) for process in both] == [0, 0]
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_the_kl_is_that_of_the_sampled_distributions(temperature):
+    """Its mean over samples is that of the log-ratio of whole responses, of which it is the version with less noise."""
+    lab = Lab(Settings(world="reviews", base_steps=30, temperature=temperature, max_response=6), quiet=True)
+    policy = lab.base()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in policy.parameters():
+            p += p.std() * torch.randn_like(p)
+    rows = lab._adopt(lab.sample(policy, lab.world.prompts(500, lab.rng("prompts")), 4))
+    kl, ratio = report.sequence_kl(lab, policy, lab.reference, rows), []
+    for start in range(0, 500, 50):
+        batch = collate(rows[start : start + 50], lab.world.tokenizer)
+        with torch.no_grad():
+            p, q = ((m.logits(batch) / temperature).log_softmax(-1).gather(-1, batch.target[..., None]) for m in (policy, lab.reference))
+        ratio += ((p - q)[..., 0] * batch.mask).sum(-1).flatten().tolist()
+    ratio, kl = torch.tensor(ratio), torch.tensor(kl)
+    error = (ratio - kl).std() / len(kl) ** 0.5
+    assert kl.mean() > 10 * error and abs(ratio.mean() - kl.mean()) < 4 * error and (kl >= -1e-6).all()
 
 
 def test_reference_logps_of_fixed_rows_are_the_frozen_model_s(tmp_path):

@@ -44,7 +44,7 @@ class World:
     name, kind, verifier = "arithmetic", "text", True
     max_prompt, max_response = 2 * DIGITS + 2, 48
     base = dict(steps=1000, batch_size=16, lr=3e-3)
-    pairs = dict(prompts=4096, steps=100, lr=3e-5, batch_size=32)
+    pairs = dict(prompts=4096, steps=100, lr=3e-5, batch_size=32, k=8)
 
     def __init__(self):
         self.tokenizer = data.Tokenizer.toy(["+0=", "+1="])  # a carry with its signs is one token, all else single characters
