@@ -72,7 +72,7 @@ def loss(logps, ref_logps, batch, cfg):
     logps, ref_logps = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logps, ref_logps))
     real, fake = (logps - ref_logps).sum(-1).unbind(1)  # r (B,): SUM over all tokens (eq. 1), not mean
     losses = -F.logsigmoid(cfg.beta * real) - cfg.alpha * F.logsigmoid(-cfg.beta * fake)  # eq. 13: not one sigmoid for both
-    right = torch.cat([real, -fake]).detach()
+    right = torch.cat([real, -fake])
     told_apart = ((right > 0).to(right.dtype) + 0.5 * (right == 0)).mean()  # the discriminator's accuracy
     return losses, {"real_ratio": real.detach().mean(), "fake_ratio": fake.detach().mean(), "told_apart": told_apart}
 

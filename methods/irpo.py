@@ -56,7 +56,7 @@ def label_ranks(batch):
     Absent items come last, or have rank 0 in the column."""
     if getattr(batch, "rank", None) is not None:
         return batch.rank
-    order = batch.scores.masked_fill(~batch.mask.any(-1), -torch.inf).argsort(dim=1, descending=True, stable=True)
+    order = batch.scores.masked_fill(~batch.mask.any(-1), -torch.inf).argsort(descending=True, stable=True)
     return order.argsort(1) + 1
 
 
@@ -83,7 +83,7 @@ def check_lists(batch):
     if ranks is not None:
         places = torch.arange(1, ranks.shape[1] + 1)
         wanted = torch.where(places <= present.sum(1, keepdim=True), places, 0)
-        if not torch.equal(ranks.sort(1).values.to(wanted.dtype), wanted.sort(1).values):
+        if not (ranks.sort(1).values == wanted.sort(1).values).all():
             raise ValueError("the ranks of a list must be 1 to n, each once")
 
 
@@ -104,7 +104,7 @@ def loss(logps, ref_logps, batch, cfg):
     against = cfg.beta * (r[:, None, :] - r[:, :, None])  # (B, i, j)
     out = ~present[:, None, :]
     if cfg.inner != "incl":
-        out = out | torch.eye(len(r[0]), dtype=torch.bool, device=r.device)
+        out = out | torch.eye(r.shape[1], dtype=torch.bool, device=r.device)
     z = -against.masked_fill(out, -torch.inf).logsumexp(2)  # item i beats the rest
     if cfg.inner == "code":
         z = z + (n - 1).to(r.dtype).log()[:, None]
@@ -112,8 +112,8 @@ def loss(logps, ref_logps, batch, cfg):
     if cfg.reduce == "mean":
         losses = losses / n
     # how far the policy's order is from the label's, over what counts
-    disagreement = (w * torch.sigmoid(-z)).sum() / w.sum().clamp(min=torch.finfo(w.dtype).tiny)
-    return losses, {"disagreement": disagreement.detach()}
+    disagreement = (w * torch.sigmoid(-z).detach()).sum() / w.sum().clamp(min=torch.finfo(w.dtype).tiny)
+    return losses, {"disagreement": disagreement}
 
 
 def graded(rows):

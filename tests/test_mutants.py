@@ -1,0 +1,360 @@
+"""Proof that the numbers of the suite would notice: every single edit of a loss changes a value, a gradient, a metric or an error.
+
+For each `loss` in methods/ and each function of its file that it calls, all single-edit mutants are made (an operator swapped, an operand,
+sign or call dropped, a constant changed, a sum for a mean, two arguments exchanged, an argument detached, a condition turned
+round) and run on random ragged inputs with every variant of its Config. A mutant that makes no difference is a survivor, and stands in
+SURVIVORS with the reason why nobody could tell it from the original."""
+
+import ast
+import copy
+import importlib
+import inspect
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import lab as lab_module
+
+# ---------------------------------------------------------------- inputs
+
+
+def ragged(k, scores, seed, dtype=torch.float64, absent=False, scale=1.0, batch=5, length=4):
+    """Random log-probs of `batch` rows of k responses of 1 to `length` tokens -> (logps, ref_logps, batch)."""
+    rng = torch.Generator().manual_seed(seed)
+    count = torch.randint(1, length + 1, (batch, k), generator=rng)
+    if absent:  # the last response of every other row is not there
+        count[::2, -1] = 0
+    mask = torch.arange(length) < count[..., None]
+    logps, ref_logps = ((-scale * torch.rand(batch, k, length, generator=rng, dtype=torch.float64) - 0.1) * mask for _ in range(2))
+    scores = scores(batch, k, rng).to(torch.float64) * mask.any(-1)
+    columns = dict(mask=mask, scores=scores, parents=torch.full((batch, k), -1))
+    return logps.to(dtype), ref_logps.to(dtype), SimpleNamespace(**columns)
+
+
+def first_wins(batch, k, rng):
+    return torch.eye(k)[0].expand(batch, k).clone()
+
+
+def grades(batch, k, rng):
+    return torch.randint(0, 4, (batch, k), generator=rng)
+
+
+def verdicts(batch, k, rng):
+    return torch.randint(0, 2, (batch, k), generator=rng)
+
+
+def changed(item, **columns):
+    """The same inputs with other columns."""
+    logps, ref_logps, batch = item
+    return logps, ref_logps, SimpleNamespace(**vars(batch) | columns)
+
+
+def elsewhere(item):
+    """The same inputs on a device where nobody can look at values: what is asked there would fail."""
+    logps, ref_logps, batch = item
+    return logps.to("meta"), ref_logps.to("meta"), SimpleNamespace(**{k: v.to("meta") for k, v in vars(batch).items()})
+
+
+def pairs():
+    """Pairs, in two precisions and sizes, some at the reference; and what is refused: lists, flat log-probs, a response without tokens."""
+    inputs = [ragged(2, first_wins, 0), ragged(2, first_wins, 1, scale=9.0), ragged(2, first_wins, 2, torch.bfloat16)]
+    logps, ref_logps, batch = inputs[0]
+    tied = (torch.where(torch.arange(5)[:, None, None] < 2, ref_logps, logps), ref_logps, batch)
+    flat = [(logps[0], ref_logps[0], batch), (logps[..., 0], ref_logps[..., 0], batch)]
+    return [*inputs, tied, elsewhere(tied), *flat, ragged(3, first_wins, 3), ragged(2, first_wins, 4, absent=True)]
+
+
+def ranked(item):
+    """A column `rank`, 1 to n in a random order, 0 for what is absent."""
+    present = item[2].mask.any(-1)
+    draw = torch.rand(present.shape, generator=torch.Generator().manual_seed(9)).masked_fill(~present, 2.0)
+    return changed(item, rank=(draw.argsort(1).argsort(1) + 1) * present)
+
+
+def lists():
+    """Lists of graded items with and without given ranks; refused: no list, negative grades, wrong ranks, graded absent items."""
+    inputs = [ragged(5, grades, 0), ragged(5, grades, 1, absent=True), ragged(4, grades, 2, torch.bfloat16)]
+    inputs += [ranked(inputs[0]), ranked(inputs[1]), ragged(2, first_wins, 3)]
+    first = [x.roll(1, 1) for x in inputs[1][:2]]  # the absent item comes first
+    inputs += [changed((*first, inputs[1][2]), mask=inputs[1][2].mask.roll(1, 1), scores=2.0 * (inputs[1][2].scores.roll(1, 1) > 2))]
+    inputs += [changed(inputs[0], scores=0 * inputs[0][2].scores), changed(inputs[3], rank=inputs[3][2].rank.double())]
+    bad, twice = ragged(3, grades, 4, absent=True), ranked(inputs[0])
+    graded = bad[2].scores.clone()
+    graded[0, -1] = 1.0
+    zero = inputs[0][2].scores.clone()
+    zero[0, 0] = -1.0
+    wrong = twice[2].rank.clone()
+    wrong[0, 0] = wrong[0, 1]
+    places = ranked(inputs[1])[2].rank.clone()
+    places[0, -1] = 7
+    bad_inputs = [ragged(2, first_wins, 5, absent=True), changed(bad, scores=graded), changed(inputs[0], scores=zero)]
+    return [*inputs, elsewhere(inputs[3]), *bad_inputs, changed(twice, rank=wrong), changed(inputs[1], rank=places)]
+
+
+def groups():
+    """Groups of verified responses, some all right or all wrong, near and far from pi_old; and what is refused."""
+    inputs = [ragged(6, verdicts, 0), ragged(6, verdicts, 1, absent=True), ragged(2, verdicts, 2), ragged(4, verdicts, 3, torch.bfloat16)]
+    logps, ref_logps, batch = ragged(4, verdicts, 4)
+    near = (ref_logps + 0.01 * logps, ref_logps, batch)
+    far = ragged(4, verdicts, 5, scale=4.0)
+    half, lone = batch.scores.clone(), ragged(3, verdicts, 6, absent=True)
+    half[0, 0] = 0.5
+    right = lone[2].scores.clone()
+    right[0, -1] = 1.0
+    empty = changed(lone, mask=lone[2].mask & (torch.arange(5) > 0)[:, None, None], scores=lone[2].scores * (torch.arange(5) > 0)[:, None])
+    return [*inputs, near, far, elsewhere(near), changed((logps, ref_logps, batch), scores=half), changed(lone, scores=right), empty]
+
+
+# every variant of every method: the fields of its Config, and the inputs that drive it
+CASES = {
+    "dpo": ([dict(beta=0.3), dict(beta=1.7)], pairs),
+    "rdpo": ([dict(beta=0.3, epsilon=0.2), dict(beta=1.7, epsilon=0.0)], pairs),
+    "ddo": ([dict(beta=0.3, alpha=1.9), dict(beta=1.7, alpha=0.0)], pairs),
+    "irpo": (
+        [dict(beta=0.7, inner=i, reduce=r) for i in ("excl", "incl", "code") for r in ("mean", "sum")]
+        + [dict(beta=0.7, weights=w) for w in ("position", "reciprocal")],
+        lists,
+    ),
+    "disco": (
+        [
+            dict(variant=v, score=s, delta=0.05, beta=3.0, estimator=e)
+            for v in ("disco", "disco_b")
+            for s in ("log_l", "l_ratio")
+            for e in ("k1", "k3")
+        ]
+        + [dict(variant="grpo", epsilon=0.3), dict(variant="dr_grpo", epsilon=0.3, normaliser=7.0)]
+        + [dict(variant="dapo", epsilon=0.2, epsilon_high=0.4), dict(variant="dapo", epsilon=0.4, epsilon_high=0.2)],
+        groups,
+    ),
+}
+
+# mutants that nobody could tell from the original: {method: {what was edited: why it is the same}}
+SORTED = "batch.scores.masked_fill(~batch.mask.any(-1), -torch.inf).argsort(descending=True"
+SURVIVORS = {
+    "irpo": {
+        "label_ranks: True -> False": "stable=True: a CPU sorts short rows stably anyway",
+        f"label_ranks: {SORTED}, stable=True) -> {SORTED})": "the same",
+    },
+    "disco": {"loss: 1.0 -> 2.0": "the divisor of the advantages of a group all right or all wrong, which are 0"},
+}
+
+
+# ---------------------------------------------------------------- mutants
+
+
+SWAPS = {
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult, ast.FloorDiv: ast.Mult,
+    ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.BitXor: ast.BitOr, ast.And: ast.Or, ast.Or: ast.And,
+    ast.Gt: ast.Lt, ast.Lt: ast.Gt, ast.GtE: ast.LtE, ast.LtE: ast.GtE, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+}  # fmt: skip
+TWINS = dict(sum="mean", max="min", amax="amin", maximum="minimum", any="all", argmax="argmin")
+TWINS |= {b: a for a, b in TWINS.items()}
+
+
+def changed_node(node, **fields):
+    new = copy.deepcopy(node)
+    for name, value in fields.items():
+        setattr(new, name, value)
+    return new
+
+
+def edits(node, graph):
+    """What may stand in the place of a node; graph: does a gradient go through it?"""
+    if isinstance(node, ast.BinOp):
+        if type(node.op) in SWAPS:
+            yield changed_node(node, op=SWAPS[type(node.op)]())
+        yield node.left
+        yield node.right
+    elif isinstance(node, ast.UnaryOp):
+        yield node.operand
+    elif isinstance(node, ast.Compare) and type(node.ops[0]) in SWAPS:
+        yield changed_node(node, ops=[SWAPS[type(node.ops[0])](), *node.ops[1:]])
+    elif isinstance(node, ast.BoolOp):
+        yield changed_node(node, op=SWAPS[type(node.op)]())
+        yield from node.values
+    elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
+        yield ast.Constant(not node.value)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, (int, float)):
+        yield ast.Constant(node.value + 1)
+    elif isinstance(node, ast.IfExp):
+        yield node.body
+        yield node.orelse
+    elif isinstance(node, ast.If):
+        yield changed_node(node, test=ast.UnaryOp(ast.Not(), node.test))
+    elif isinstance(node, ast.AugAssign) and type(node.op) in SWAPS:
+        yield changed_node(node, op=SWAPS[type(node.op)]())
+    elif isinstance(node, ast.Call):
+        yield from edits_of_call(node, graph)
+    elif graph and isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+        other = {"logps": "ref_logps", "ref_logps": "logps", "chosen": "rejected", "rejected": "chosen"}.get(node.id)
+        if other:
+            yield ast.Name(other, ast.Load())
+
+
+def edits_of_call(node, graph):
+    """The call left out, its name for its twin's, two arguments exchanged, an argument detached or left out."""
+    method = isinstance(node.func, ast.Attribute) and not (isinstance(node.func.value, ast.Name) and node.func.value.id in ("torch", "F"))
+    if method:
+        yield node.func.value
+    elif node.args and not isinstance(node.args[0], (ast.GeneratorExp, ast.Starred)):
+        yield node.args[0]
+    if isinstance(node.func, ast.Attribute) and node.func.attr in TWINS:
+        yield changed_node(node, func=changed_node(node.func, attr=TWINS[node.func.attr]))
+    if len(node.args) >= 2 and getattr(node.func, "attr", "") not in (
+        "promote_types",
+        "minimum",
+        "maximum",
+        "equal",
+    ):  # these are symmetric
+        yield changed_node(node, args=[node.args[1], node.args[0], *node.args[2:]])
+    for i, arg in enumerate(node.args):
+        if graph and not isinstance(arg, (ast.Constant, ast.GeneratorExp, ast.Starred)):
+            yield changed_node(node, args=[*node.args[:i], ast.Call(ast.Name("_detached", ast.Load()), [arg], []), *node.args[i + 1 :]])
+    if method and graph:
+        inner = ast.Call(ast.Name("_detached", ast.Load()), [node.func.value], [])
+        yield changed_node(node, func=changed_node(node.func, value=inner))
+    for i in range(len(node.keywords)):
+        yield changed_node(node, keywords=node.keywords[:i] + node.keywords[i + 1 :])
+
+
+def sites(function):
+    """(path, node, whether a gradient goes through) of all nodes of a function that may be edited: not its docstring, its signature, nor
+    what an error says. None goes through a check that stands alone, a condition, and what is detached."""
+
+    def walk(node, path, graph):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            graph = graph and node.func.attr not in ("dim", "detach")
+        graph = graph and not isinstance(node, (ast.Expr, ast.Compare))
+        yield path, node, graph
+        if isinstance(node, (ast.Raise, ast.JoinedStr)):
+            return
+        for name, value in ast.iter_fields(node):
+            if isinstance(value, ast.AST):
+                yield from walk(value, (*path, name), graph)
+            elif isinstance(value, list):
+                for i, child in enumerate(value):
+                    if isinstance(child, ast.AST):
+                        yield from walk(child, (*path, (name, i)), graph)
+
+    for i, statement in enumerate(function.body):
+        yield from walk(statement, (("body", i),), True)
+
+
+def replaced(function, path, new):
+    """A copy of a function with another node at a path."""
+    out = node = copy.deepcopy(function)
+    for step in path[:-1]:
+        node = getattr(node, step[0])[step[1]] if isinstance(step, tuple) else getattr(node, step)
+    if isinstance(path[-1], tuple):
+        getattr(node, path[-1][0])[path[-1][1]] = copy.deepcopy(new)
+    else:
+        setattr(node, path[-1], copy.deepcopy(new))
+    return ast.fix_missing_locations(out)
+
+
+def functions_of(module):
+    """The functions of a file that its loss is made of: itself and what it calls, and so on."""
+    tree = {f.name: f for f in ast.parse(inspect.getsource(module)).body if isinstance(f, ast.FunctionDef)}
+    found, ask = {}, ["loss"]
+    while ask:
+        name = ask.pop()
+        if name in tree and name not in found:
+            found[name] = tree[name]
+            ask += [node.id for node in ast.walk(tree[name]) if isinstance(node, ast.Name)]
+    return found
+
+
+def mutants(module):
+    """(what was edited, functions of the mutant) for every single edit."""
+    found = functions_of(module)
+    for name, function in found.items():
+        original = ast.unparse(function)
+        for path, node, graph in sites(function):
+            for new in edits(node, graph):
+                mutant = replaced(function, path, new)
+                if ast.unparse(mutant) != original:
+                    before, after = (ast.unparse(x).split("\n")[0] for x in (node, new))
+                    yield f"{name}: {before} -> {after}", found | {name: mutant}
+
+
+def built(module, functions):
+    """The loss made of these functions, and a list that fills when `_detached` cut a gradient."""
+    cut = []
+
+    def detached(x):
+        if isinstance(x, torch.Tensor) and x.requires_grad:
+            cut.append(True)
+            return x.detach()
+        return x
+
+    space = dict(vars(module)) | {"_detached": detached}
+    code = ast.fix_missing_locations(ast.Module(list(functions.values()), []))
+    exec(compile(code, module.__file__, "exec"), space)
+    return space["loss"], cut
+
+
+def outcome(loss, cfg, item):
+    """Losses, gradient and metrics on one input, or the kind of error."""
+    logps, ref_logps, batch = item
+    logps = logps.clone().requires_grad_()
+    batch = SimpleNamespace(**{k: v.clone() for k, v in vars(batch).items()})
+    try:
+        losses, metrics = loss(logps, ref_logps.clone(), batch, cfg)
+        (gradient,) = torch.autograd.grad(losses.sum(), [logps], allow_unused=True) if losses.requires_grad else (None,)
+        gradient = torch.zeros_like(logps) if gradient is None else gradient
+        if logps.is_meta:
+            return "ran", None
+        free = [value.requires_grad for value in metrics.values()]  # a metric that carries a graph keeps it alive
+        return [losses.detach(), gradient, *(value.detach() for value in metrics.values()), torch.tensor(free)], list(metrics)
+    except Exception as error:  # noqa: BLE001 - a mutant may do anything
+        return f"{type(error).__name__}: {error}", None
+
+
+def differ(a, b):
+    if isinstance(a[0], str) or isinstance(b[0], str) or a[1] != b[1]:
+        return a != b
+    return any(
+        x.dtype != y.dtype or x.shape != y.shape or not torch.allclose(x.double(), y.double(), rtol=1e-9, atol=1e-12, equal_nan=True)
+        for x, y in zip(a[0], b[0])
+    )
+
+
+def survivors(name):
+    """(how many mutants there are, {what was edited} of those that made no difference)."""
+    module, (configs, make) = importlib.import_module(f"methods.{name}"), CASES[name]
+    runs = [(module.Config(**fields), item) for item in make() for fields in configs]
+    loss, _ = built(module, functions_of(module))
+    runs = [(run, outcome(loss, *run)) for run in runs]
+    count, alive = 0, []
+    for text, functions in mutants(module):
+        loss, cut = built(module, functions)
+        told = next((i for i, (run, known) in enumerate(runs) if differ(outcome(loss, *run), known)), None)
+        if told is not None:
+            runs.insert(0, runs.pop(told))  # what told this one will tell the next
+        if "_detached" in text and not cut and told is None:
+            continue  # nothing was detached: no edit
+        count += 1
+        if told is None:
+            alive.append(text)
+    return count, alive
+
+
+# ---------------------------------------------------------------- tests
+
+
+def test_every_loss_is_here():
+    with_loss = {n for n in lab_module.methods() if hasattr(importlib.import_module(f"methods.{n}"), "loss")}
+    assert set(CASES) == with_loss
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_no_mutant_survives_without_a_reason(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        count, alive = survivors(name)
+    assert count >= 40
+    reasons = SURVIVORS.get(name, {})
+    assert sorted(set(alive) - set(reasons)) == [] and sorted(set(reasons) - set(alive)) == []
