@@ -389,6 +389,8 @@ def sweep_table(results, varied):
         groups.setdefault(tuple(settings[name] for name in varied), []).append(after)
     names = [n for n in results[0][1] if not n.endswith("_interval")]
     rows = []
+    if varied == ["method"] and "reward" in names:  # a ranking
+        groups = dict(sorted(groups.items(), key=lambda item: -float(np.mean([after["reward"] for after in item[1]]))))
     for key, group in groups.items():
         cells = []
         for name in names:
@@ -441,6 +443,25 @@ def claims_table(claims):
         verdict = ("holds" if c.holds else "not reproduced here") + ("" if c.expected else " (not expected to hold)")
         rows.append([c.text, c.metric, ours, baseline, number(c.difference, c.interval), number(c.margin), verdict])
     return table(rows, ["claim", "metric", "ours", "baseline", "difference", "margin", ""])
+
+
+def claims_markdown(lines):
+    """Claims, as train.py writes them to claim.json, as Markdown: a section a paper with its command, time and commit, a row a claim."""
+    out, paper = [], None
+    for c in lines:
+        if c["paper"] != paper:
+            paper = c["paper"]
+            made = f"`{c['command']}`: {c['seconds']:.0f} s, commit {c['commit'] or 'unknown'}" if "command" in c else ""
+            head = ["claim", "metric", "ours", "baseline", "difference (95 %)", "margin", "expected", ""]
+            out += ["", f"**{paper}** {made}".rstrip(), "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        cells = [c["text"].replace("|", "/"), "", "", "", "", ""]
+        if "metric" in c:
+            ours, baseline = (number(float(np.mean(c[side]))) for side in ("ours", "baseline"))
+            low, high = (math.nan if x is None else x for x in c["interval"])
+            spread = f" [{number(low)}, {number(high)}]" if math.isfinite(low) else ""
+            cells[1:] = [c["metric"], ours, baseline, number(c["difference"]) + spread, number(c["margin"])]
+        out.append(f"| {' | '.join([*cells, 'yes' if c['expected'] else 'no', 'holds' if c['holds'] else 'not reproduced here'])} |")
+    return "\n".join(out[1:]) + "\n"
 
 
 def write_json(path, value):

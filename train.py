@@ -19,6 +19,7 @@ import math
 import os
 import re
 import shutil
+import subprocess
 import sys
 import time
 import traceback
@@ -275,19 +276,63 @@ def many_runs(runs, out):
     print(f"written to {out}/: sweep.txt, sweep.json" + (", sweep.png" if plotted else "") + ", a folder a run")
 
 
-def run_claims(method, settings, seeds, out):
-    """The claims of one method's file -> exit status: 0 if every expected one holds, 1 if not."""
+def commit():
+    """The commit of this code, with a + when files differ from it; "" where there is none."""
+    git = ["git", "-C", HERE]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        name, dirty = (
+            subprocess.run([*git, *ask], capture_output=True, text=True, check=True).stdout.strip()
+            for ask in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        )
+        return name + "+" * bool(dirty)
+    return ""
+
+
+def run_claims(method, settings, seeds, out, quiet=False):
+    """The claims of one method's file, as written to claim.json: a list of dicts, one a claim."""
     module, start = load_method(method), time.time()
-    print(f"{(module.__doc__ or method).strip().splitlines()[0]}\nclaims on seeds {', '.join(map(str, seeds))}", flush=True)
-    lab = Lab(settings, out, quiet=not sys.stderr.isatty(), seeds=len(seeds))
+    say = (lambda *a, **k: None) if quiet else print
+    say(f"{(module.__doc__ or method).strip().splitlines()[0]}\nclaims on seeds {', '.join(map(str, seeds))}", flush=True)
+    lab = Lab(settings, out, quiet=quiet or not sys.stderr.isatty(), seeds=len(seeds))
     claims = module.claim(lab)
-    print("\n" + report.claims_table(claims))
+    say("\n" + report.claims_table(claims))
     command = f"python train.py --method {method} --claim --seeds {len(seeds)}" + (f" --seed {seeds[0]}" if seeds[0] else "")
-    lines = [dataclasses.asdict(c) | {"paper": method, "seconds": round(time.time() - start, 1), "command": command} for c in claims]
+    about = {"paper": method, "seconds": round(time.time() - start, 1), "command": command, "commit": commit()}
+    lines = [dataclasses.asdict(c) | about for c in claims]
+    write_text(os.path.join(out, "claim.md"), report.claims_markdown(lines))
     report.write_json(os.path.join(out, "claim.json"), lines)
     shutil.rmtree(os.path.join(out, "stages"), ignore_errors=True)
-    print(f"{report.clock(time.time() - start)} in all; written to {out}/claim.json")
-    return 0 if all(c.holds for c in claims if c.expected) else 1
+    say(f"{report.clock(time.time() - start)} in all; written to {out}/: claim.json, claim.md")
+    return lines
+
+
+def all_claims(names, settings, seeds, out):
+    """The claims of many methods, each in its own folder; goes on after a failure, and with what an earlier call finished -> claims."""
+    lines, start, ran = [], time.time(), 0
+    for i, name in enumerate(names):
+        folder, failed = os.path.join(out, name), ""
+        try:
+            with open(os.path.join(folder, "claim.json"), encoding="utf-8") as file:
+                found = json.load(file)
+        except (OSError, ValueError):
+            ran += 1
+            try:
+                found = run_claims(name, settings, seeds, folder, quiet=True)
+            except Exception as error:  # noqa: BLE001 - one paper must not stop the others
+                os.makedirs(folder, exist_ok=True)
+                write_text(os.path.join(folder, "error.txt"), traceback.format_exc())
+                failed, text = f"failed, see {folder}/error.txt: ", f"failed: {type(error).__name__}: {error}"
+                found = [{"paper": name, "text": " ".join(text.split()), "expected": True, "holds": False}]
+        lines += found
+        left = (time.time() - start) / max(1, ran) * (len(names) - i - 1)
+        hopes = [c for c in found if c["expected"]]
+        say = f"{failed}{sum(c['holds'] for c in hopes)} of {len(hopes)} expected claims hold"
+        say += f", {len(found) - len(hopes)} more were not expected to" if len(found) > len(hopes) else ""
+        print(f"[{i + 1}/{len(names)}] {name}: {say}; {report.clock(left)} left", flush=True)
+        write_text(os.path.join(out, "claims.md"), report.claims_markdown(lines))
+        report.write_json(os.path.join(out, "claims.json"), lines)
+    print(f"{report.clock(time.time() - start)} in all; written to {out}/: claims.json, claims.md, a folder a method")
+    return lines
 
 
 def ask(settings, prompt):
@@ -407,8 +452,8 @@ def start(flags, owners, out):
             names = list(dict.fromkeys(r[0] for r in runs))
             seeds = sorted({r[1].seed for r in runs})
             plain = Settings(seed=seeds[0], device=settings.device, dtype=settings.dtype, compile=settings.compile)
-            codes = [run_claims(n, plain, seeds, out if len(names) == 1 else os.path.join(out, n)) for n in names]
-            return max(codes)
+            lines = run_claims(method, plain, seeds, out) if len(names) == 1 else all_claims(names, plain, seeds, out)
+            return 0 if all(c["holds"] for c in lines if c["expected"]) else 1
         if len(runs) > 1:
             return many_runs(runs, out)
         one_run(method, settings, cfg, out)

@@ -1,5 +1,6 @@
 """The command line: runs, files, bad input, interrupted runs. Small worlds and few steps; nothing is downloaded."""
 
+import importlib
 import json
 import os
 import signal
@@ -253,6 +254,39 @@ def test_a_killed_claim_goes_on(tmp_path, monkeypatch):
     assert codes[0] == codes[1] and calls[0] == 12  # the first seed was not trained again
     whole, cut = (json.loads((tmp_path / n / "claim.json").read_text())[0]["ours"] for n in ("whole", "cut"))
     assert whole == cut and len(set(whole)) == 3
+
+
+def test_the_claims_of_many_methods_go_on_after_a_failure_and_are_resumed(tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def claim(name, differ):
+        def make(lab):
+            ran.append(name)
+            if name == "irpo" and len(ran) < 4:
+                raise RuntimeError("no luck | at all")
+            return [
+                lab.compare("a claim", "reward", differ, [0.0] * 3, margin=0.5),
+                lab.compare("a control", "kl", [0.0], [1.0], expected=False),
+            ]
+
+        monkeypatch.setattr(importlib.import_module(f"methods.{name}"), "claim", make)
+
+    claim("dpo", [1.0, 2.0, 3.0]), claim("irpo", [1.0, 1.0, 1.0]), claim("rdpo", [1.0, 2.0, 0.6])
+    argv = ["--method", "dpo,irpo,rdpo", "--claim", "--seeds", "3"]
+    assert train.cli([*argv, "--out", "all"]) == 1 and ran == ["dpo", "irpo", "rdpo"]
+    out = capsys.readouterr().out
+    assert "[1/3] dpo: 1 of 1 expected claims hold, 1 more were not expected to" in out and "failed, see all/irpo/error.txt" in out
+    assert "no luck" in (tmp_path / "all" / "irpo" / "error.txt").read_text()
+    lines = json.loads((tmp_path / "all" / "claims.json").read_text())
+    assert [c["paper"] for c in lines] == ["dpo", "dpo", "irpo", "rdpo", "rdpo"]
+    assert [c["holds"] for c in lines] == [True, False, False, True, False]
+    assert (
+        lines[0]["difference"] == 2.0 and lines[0]["command"] == "python train.py --method dpo --claim --seeds 3" and "commit" in lines[0]
+    )
+    markdown = (tmp_path / "all" / "claims.md").read_text()
+    assert "| a claim | reward | 2.000 | 0.000 | 2.000 [-0.484, 4.484] | 0.500 | yes | holds |" in markdown
+    assert "| a control | kl | 0.000 | 1.000 | -1.000 | 0.000 | no | not reproduced here |" in markdown and "no luck / at all" in markdown
+    assert train.cli(["--resume", "all"]) == 0 and ran == ["dpo", "irpo", "rdpo", "irpo"]
 
 
 def test_a_run_resumes_from_another_folder(tmp_path, monkeypatch):
