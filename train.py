@@ -460,6 +460,10 @@ def start(flags, owners, out):
     except OSError as error:
         hint = f"{error.strerror}; the last checkpoint is kept, go on with: python train.py --resume {out}"
         raise OSError(error.errno, hint, error.filename) from None
+    except ValueError:
+        if os.listdir(out) == ["run.json"]:  # refused before anything was made: the next try may have the same --out
+            shutil.rmtree(out)
+        raise
     except KeyboardInterrupt:
         print(f"\nstopped; go on with: python train.py --resume {out}", file=sys.stderr)
         return 130

@@ -478,6 +478,13 @@ def small(monkeypatch):
 FILE = ["--base_steps", "2", "--steps", "3", "--batch_size", "4", "--eval_size", "4", "--max_response", "4"]
 
 
+def test_a_refused_run_leaves_no_folder(tmp_path, capsys, monkeypatch):
+    small(monkeypatch)
+    path = rows_file(tmp_path / "long.jsonl", [row | {"chosen": "yes " * 300} for row in PAIRS])
+    refused(capsys, ["--method", "dpo", "--data", path, "--context", "64", "--out", "run"], "--truncate")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_prompt_longer_than_the_context(tmp_path, capsys, monkeypatch):
     small(monkeypatch)
     path = rows_file(tmp_path / "pairs.jsonl", [PAIRS[i] | {"prompt": "long " * 20 + str(i)} for i in range(20)])
