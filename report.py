@@ -274,7 +274,8 @@ def side_by_side(lab, policy, n=4):
             reward = f" [{truths[side][i][0]:+.2f}]" if truths else ""
             end = "" if rows[i]["ends"][0] else " ..."
             lines.append(f"  {name}{reward} {lab.text(rows[i]['responses'][0]).strip()}{end}".replace("\n", "\n      "))
-    return "\n".join(lines)
+    text = "\n".join(lines)  # an untrained model of bytes writes anything, and a terminal obeys control characters
+    return "".join(c if c == "\n" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def pictures(lab, policy, k=8):
