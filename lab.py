@@ -355,9 +355,10 @@ class Lab:
         """A response or prompt as text (text worlds); what it is already, otherwise."""
         return self.world.tokenizer.decode(response) if self.world.kind == "text" and not isinstance(response, str) else response
 
-    def preferences(self, policy, k=None, n=None):
-        """Rows with labels: k samples (default --k) a prompt from the policy for n prompts (default --prompts), scored and labelled by the
-        world; with --data, the file's training rows (k = 2: the best and the worst response of each). Pairs: the preferred one first."""
+    def preferences(self, policy, k=None, n=None, ties=False):
+        """Rows with labels: k samples (default --k) a prompt from the policy for n prompts (default --prompts), scored and labelled by
+        the world; with --data, the file's training rows (k = 2: the best and the worst response of each). Pairs: the preferred one first,
+        and those that a verifier scores alike only with `ties`."""
         s = self.settings
         if s.data and self.world.kind == "text":
             rows = self.world.pairs_or_lists(k)[: n or self.prompts]
@@ -379,13 +380,13 @@ class Lab:
             lengths = [[len(r) for r in row["responses"]] for row in rows]
             noise = (s.label_temperature, s.flip, s.length_bias, getattr(world, "verifier", False))
             rows = label(rows, self.rng("labels"), *noise, prefers, lengths)
-            return [row for row in rows if k > 2 or row["scores"][0] != row["scores"][1]]  # a verifier's ties are no pairs
+            return [row for row in rows if ties or k > 2 or row["scores"][0] != row["scores"][1]]
 
         def rows():
             if not fingerprint:
                 return draw()
             return self.cached(
-                ["preferences", fingerprint, world_key(self.world), k, n, s.seed, nth, labels, *source(data_module)],
+                ["preferences", fingerprint, world_key(self.world), k, n, ties, s.seed, nth, labels, *source(data_module)],
                 self._isolated(draw, nth),
             )
 

@@ -47,8 +47,8 @@ class Config:
             raise ValueError(f"beta = {self.beta} must be positive and finite")
         if not 0 <= self.alpha < math.inf:
             raise ValueError(f"alpha = {self.alpha} must be 0 or more and finite")
-        if self.rounds < 1:
-            raise ValueError(f"rounds = {self.rounds} must be at least 1")
+        if not (isinstance(self.rounds, int) and self.rounds >= 1):
+            raise ValueError(f"rounds = {self.rounds} must be a whole number of 1 or more")
         given = self.p_mean is not None and self.p_std is not None and math.isfinite(self.p_mean) and 0 < self.p_std < math.inf
         if not given and (self.p_mean, self.p_std) != (None, None):
             raise ValueError(f"p_mean = {self.p_mean} and p_std = {self.p_std} are a finite and a positive number, or both not given")
@@ -106,7 +106,7 @@ def one_round(lab, policy, cfg, steps, loss=loss):
 def real_and_fake(real, fake):
     """Rows of one real response, rows of one sample for the same prompt -> rows of both, scores [1, 0]."""
     rows = []
-    for a, b in zip(real, fake):
+    for a, b in zip(real, fake, strict=True):
         both = [a["responses"], b["responses"]]
         row = dict(prompt=a["prompt"], responses=torch.cat(both) if isinstance(both[0], torch.Tensor) else both[0] + both[1])
         rows.append(row | {"scores": [1.0, 0.0]} | ({"ends": [True, *b["ends"]]} if "ends" in b else {}))
@@ -173,16 +173,28 @@ def on_a_ring(lab, clean):
         return how["prepare"](base, batch.to(start.device))
 
     start.fit(base, batches, lambda model, batch: likelihood(how["score"](model, batch), None, batch, None), 3500, lr=3e-3, decay=True)
-    off = {"the likelihood alone": [], "alpha 0": [], "DDO": []}
+    contest = {
+        "the likelihood alone": (likelihood, 1.0, 400),
+        "alpha 0": (loss, 0.0, 400),
+        "the likelihood, twice the steps": (likelihood, 1.0, 800),
+        "DDO": (loss, 1.0, 400),
+    }
+    off, modes = {name: [] for name in contest}, {name: [] for name in contest}
     for seed in lab.seeds:
         here = start.at(seed=seed, prompts=8192)
         here.world = world
-        for name, objective, alpha in zip(off, (likelihood, loss, loss), (1.0, 0.0, 1.0)):
-            policy = one_round(here, copy.deepcopy(base), Config(0.1, alpha, 1, -1.2, 1.2), 400, objective)
-            off[name].append(here.stage("off", lambda: world.off_manifold(here.sample(policy, [0], 6000)[0]["responses"])))
-    ours, text = off.pop("DDO"), "points off the ring, " + ("pretrained with dirt" if clean < 1 else "pretrained without dirt")
-    how = dict(smaller=True, margin=0.02, expected=clean < 1)
-    return [lab.compare(f"{text}, against {name}", "off_manifold", ours, other, **how) for name, other in off.items()]
+        for name, (objective, alpha, steps) in contest.items():
+            policy = one_round(here, copy.deepcopy(base), Config(0.1, alpha, 1, -1.2, 1.2), steps, objective)
+            points = here.stage("points", lambda: here.sample(policy, [0], 6000)[0]["responses"])
+            off[name].append(world.off_manifold(points))
+            modes[name].append(world.mode_entropy(points))
+    text = "pretrained " + ("with dirt" if clean < 1 else "without dirt")
+    claims = []
+    for name in list(contest)[:3]:
+        how = dict(smaller=True, margin=0.02, expected=clean < 1 and contest[name][2] == 400)
+        claims.append(lab.compare(f"points off the ring, {text}, against {name}", "off_manifold", off["DDO"], off[name], **how))
+    even = f"evenness of the eight modes, {text}, against the likelihood alone"
+    return [*claims, lab.compare(even, "mode_entropy", modes["DDO"], modes["the likelihood alone"], expected=False)]
 
 
 def likelihood(logps, ref_logps, batch, cfg):

@@ -104,7 +104,8 @@ def gap(s, right, wrong, tau=None):
     if tau is None:
         rest = mean_of(s, wrong)
     else:
-        rest = tau * ((s / tau).masked_fill(~wrong, -torch.inf).logsumexp(1) - wrong.sum(1).to(s.dtype).log())
+        some = wrong | ~mixed[:, None]  # a set that is never empty, so that no infinity meets the gradient
+        rest = tau * ((s / tau).masked_fill(~some, -torch.inf).logsumexp(1) - some.sum(1).to(s.dtype).log())
     return torch.where(mixed, mean_of(s, right) - rest, 0.0)
 
 
@@ -120,7 +121,7 @@ def loss(logps, ref_logps, batch, cfg):
     right, wrong = batch.scores == 1, present & (batch.scores == 0)
     mixed = right.any(1) & wrong.any(1)
     change = logps - ref_logps  # (B, K, T)
-    ratio = change.exp()
+    ratio = change.clamp(max=60.0).exp()  # float32 ends at 88, and 0 * inf is no gradient
     kl = (ratio - 1 - change if cfg.estimator == "k3" else -change).sum() / tokens
     metrics = {"round_kl": kl.detach(), "mixed": mixed.to(kl.dtype).mean()}
     if cfg.variant in ("disco", "disco_b"):
@@ -146,7 +147,7 @@ def run(lab, cfg):
     questions = lab.settings.prompts or 4 * lab.batch_size
 
     def data(policy, round):
-        return lab.preferences(policy, k=lab.k, n=questions)
+        return lab.preferences(policy, k=lab.k, n=questions, ties=True)
 
     return lab.align(policy, data, loss, cfg, reference="round", every=-(-questions // lab.batch_size))
 
@@ -205,7 +206,7 @@ def stationary_kl(cfg):
 
 
 def tables():
-    """The card's three tables, deterministic: {name: steps or KL}."""
+    """Three tables without chance: {name: steps or KL}."""
     p = torch.tensor([0.3, 0.1, 0.03, 0.01, 0.003], dtype=torch.float64)[:, None]
     start = torch.cat([p, ((1 - p) / 49).expand(-1, 49)], 1)
     out = {}

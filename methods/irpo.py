@@ -75,8 +75,9 @@ def check_lists(batch):
     present = batch.mask.any(-1)
     if (present.sum(1) < 2).any():
         raise ValueError("a list needs at least 2 items with something to score")
-    if (batch.scores < 0).any():
-        raise ValueError(f"relevance {batch.scores.min():g} is negative: the gain 2^y - 1 wants scores of 0 or more")
+    wrong = ~((batch.scores >= 0) & (batch.scores < 64))  # NaN is neither
+    if wrong.any():
+        raise ValueError(f"relevance {batch.scores[wrong][0]:g}: the gain 2^y - 1 wants scores of 0 to 63")
     ranks = getattr(batch, "rank", None)
     if ((batch.scores != 0) & ~present).any() or (ranks is not None and ((ranks != 0) & ~present).any()):
         raise ValueError("an item has no scored token but a relevance or a rank")

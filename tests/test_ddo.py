@@ -519,3 +519,65 @@ def test_a_run_moves_a_diluted_table_towards_the_data():
     lab.world = counting()
     policy = run(lab, Config(beta=1.0, alpha=1.0, rounds=2))
     assert policy.expect(lab.world.rewards()) > 0.8
+
+
+def test_told_apart_counts_real_above_and_fake_below():
+    _, metrics = loss(*ratios([1.0, -1.0, 0.0], [-2.0, -3.0, 0.5]), Config())
+    assert metrics["told_apart"].item() == pytest.approx(3.5 / 6)
+
+
+def test_a_round_worse_than_the_best_before_is_dropped():
+    lab = Lab(Settings(world="gaussians", base_steps=2, steps=4, batch_size=8, prompts=32), quiet=True)
+    distances, ended = iter([3.0, 1.0, 2.0]), []
+    lab.world.frechet, lab.world.measure = True, lambda policy, lab: {"frechet": next(distances)}
+    align = lab.align
+
+    def note(*rest, **how):
+        out = align(*rest, **how)
+        ended.append(out.output.weight.detach().clone())
+        return out
+
+    lab.align = note
+    assert torch.equal(run(lab, Config(rounds=2)).output.weight, ended[0])
+
+
+def test_a_round_meets_samples_of_its_own_start_for_the_prompts_of_the_real_ones(monkeypatch):
+    lab = Lab(Settings(world="bandit", steps=20, batch_size=64, prompts=640, lr=0.1), quiet=True)
+    lab.world = World(prompts=3, data=torch.arange(27.0))
+    asked, joined, sample, join, align, ended = [], [], lab.sample, ddo.real_and_fake, lab.align, []
+
+    def note(policy, prompts, k, rng=None):
+        asked.append(policy.probs().detach().clone())
+        return sample(policy, prompts, k, rng)
+
+    def pair(real, fake):
+        joined.append(([row["prompt"] for row in real], [row["prompt"] for row in fake]))
+        return join(real, fake)
+
+    def trained(*rest, **how):
+        out = align(*rest, **how)
+        ended.append(out.probs().detach().clone())
+        return out
+
+    lab.sample, lab.align = note, trained
+    monkeypatch.setattr(ddo, "real_and_fake", pair)
+    run(lab, Config(rounds=2))
+    assert all(a == b and len(set(a)) == 3 for a, b in joined)
+    torch.testing.assert_close(asked[1], ended[0])
+    assert not torch.allclose(asked[1], asked[0], atol=1e-2)
+
+
+def test_noise_is_drawn_anew_and_at_the_nearest_level():
+    model = MLP()
+
+    def way(mean, std):
+        return ddo.edm_noise(Lab(Settings(world="gaussians"), quiet=True), Config(p_mean=mean, p_std=std), model)["prepare"]
+
+    prepare = way(-1.2, 1.2)
+    first, second = (prepare(model, SimpleNamespace(images=torch.zeros(64, 2, 2))) for _ in range(2))
+    assert not torch.equal(first.t, second.t) and not torch.equal(first.noise, second.noise)
+    levels = to_sigma(model.alpha_bar).log()
+    for t in (1, 10, 500, 900):
+        for share in (-0.4, 0.4):  # of the way to the neighbour
+            mean = (levels[t] + abs(share) * (levels[t + (1 if share > 0 else -1)] - levels[t])).item()
+            assert (way(mean, 1e-9)(model, SimpleNamespace(images=torch.zeros(4, 2, 2))).t == t).all()

@@ -9,7 +9,19 @@ import torch.nn.functional as F
 
 from lab import Lab, Settings
 from methods import dpo
-from methods.irpo import Config, dpo_loss, free_scores, graded, label_ranks, loss, relevance_weights, run, sdpo_loss
+from methods.irpo import (
+    Config,
+    dpo_loss,
+    free_scores,
+    graded,
+    label_ranks,
+    loss,
+    relevance_weights,
+    run,
+    sdpo_loss,
+    shuffled_agreement,
+    with_roles,
+)
 from toy.ranking import ndcg
 
 R, Y, K = (0.5, -0.2, 0.1, -0.4), (0.0, 2.0, 1.0, 0.0), (3, 1, 2, 4)  # the hand case
@@ -420,7 +432,9 @@ def test_lists_that_are_refused():
     for batch, message in (
         (lists((1.0,)), "2 items"),
         (lists((0.0, 0.0, 1.0), mask=empty & torch.tensor([[[0], [0], [1]]])), "2 items"),
-        (lists((1.0, -0.5)), "negative"),
+        (lists((1.0, -0.5)), "-0.5"),
+        (lists((1.0, float("nan"))), "nan"),
+        (lists((1.0, 64.0)), "64"),
         (lists((1.0, 0.0, 0.0), (1, 2, 2)), "1 to n"),
         (lists((1.0, 0.0, 0.0), (0, 1, 2)), "1 to n"),
         (lists((1.0, 0.0, 0.0), (1, 2, 4)), "1 to n"),
@@ -456,3 +470,55 @@ def test_k_is_the_length_of_the_lists(world, k, items):
     lab.align = lambda policy, data, loss, cfg: seen.extend(data)
     run(lab, Config())
     assert {len(row["responses"]) for row in seen} == {items} and all(min(row["scores"]) >= 0 for row in seen)
+
+
+def graded_rows(y, **columns):
+    y = tensor(y)
+    return SimpleNamespace(scores=y, mask=torch.ones(*y.shape, 1, dtype=torch.bool), **columns)
+
+
+def test_disagreement_is_the_weighted_share_of_what_is_not_yet_won():
+    r = tensor([[0.5, -0.2, 0.1, -0.4]])[..., None].requires_grad_()
+    _, metrics = loss(r, torch.zeros_like(r), graded_rows([[0.0, 2.0, 1.0, 0.0]]), Config(inner="excl"))
+    p, w = r[0, :, 0].softmax(0), tensor([0.0, 3.0, 1 / math.log2(3), 0.0])  # sigmoid(z_i) = p_i
+    assert metrics["disagreement"].item() == pytest.approx(((w * (1 - p)).sum() / w.sum()).item())
+    assert not metrics["disagreement"].requires_grad
+
+
+def test_softmax_dpo_leaves_out_absent_items():
+    batch = graded_rows([[1.0, 0.0, 0.0]], role=tensor([[1.0, -1.0, 0.0]]))
+    r = tensor([[0.3, -0.1, 0.0]])[..., None]
+    batch.mask[0, 2] = False
+    assert sdpo_loss(r, torch.zeros_like(r), batch, Config(beta=0.5))[0].item() == pytest.approx(math.log1p(math.exp(-0.2)))
+
+
+def test_roles_are_one_relevant_and_one_irrelevant_item():
+    rows, rng = [{"scores": [0.0, 2.0, 0.0, 1.0]}] * 200, torch.Generator().manual_seed(0)
+    roles = tensor([row["role"] for row in with_roles(rows, rng)])
+    assert (roles.sum(1) == 0).all() and (roles.abs().sum(1) == 2).all()
+    assert (roles[:, [1, 3]].max(1).values == 1).all() and (roles[:, [0, 2]].min(1).values == -1).all()
+    assert ((roles == 1).any(0) == torch.tensor([False, True, False, True])).all() and (roles.abs().sum(0) > 60).all()
+
+
+def test_shuffled_agreement():
+    """Scores that belong to the items agree in any order, scores that belong to the places do not."""
+    world = Lab(Settings(world="ranking"), quiet=True).world
+    rows = world.lists(40, torch.Generator().manual_seed(0))
+
+    class Scorer:
+        def __init__(self, of):
+            self.of = of
+
+        def logps(self, batch):
+            return self.of(batch)[..., None] * batch.mask
+
+    by_item = Scorer(lambda batch: (batch.target * batch.mask).double().cumsum(-1)[..., -1].sin())
+    by_place = Scorer(lambda batch: torch.arange(batch.mask.shape[1]).double().expand(batch.mask.shape[:2]))
+    nothing = Scorer(lambda batch: torch.zeros(batch.mask.shape[:2], dtype=torch.float64))
+
+    def agreement(policy, reference):
+        return shuffled_agreement(policy, reference, rows, world.tokenizer, torch.Generator().manual_seed(1))
+
+    assert agreement(by_item, nothing) == pytest.approx(1.0, abs=0.02)
+    assert agreement(nothing, by_item) == pytest.approx(1.0, abs=0.02)
+    assert abs(agreement(by_place, nothing)) < 0.2
