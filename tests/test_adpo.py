@@ -1,0 +1,333 @@
+"""ADPO against its paper's card: values, gradients, targets, special cases, anchors, errors."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lab import Lab, Settings
+from methods import dpo
+from methods.adpo import TARGETS, Averaging, Config, kernel_ranks, loss, run, targets
+from toy.bandit import Table
+
+ELL, REF, Q = [-1.0, -2.0, -1.5, -3.0], [-1.2, -1.6, -1.5, -2.5], [0.5, 0.1, 0.3, 0.1]
+REWARDS = [1.0, 0.2, -0.3, 0.5]
+
+
+def a_list(ell=ELL, ref=REF, scores=REWARDS, q=None, dtype=torch.float64):
+    """One list of responses of one token -> logps, ref_logps (1, K, 1), batch."""
+    logps = torch.tensor(ell, dtype=dtype).view(1, -1, 1).requires_grad_()
+    batch = SimpleNamespace(mask=torch.ones(1, len(ell), 1, dtype=torch.bool), scores=torch.tensor([scores], dtype=dtype))
+    if q is not None:
+        batch.q = torch.tensor([q], dtype=dtype)
+    return logps, torch.tensor(ref, dtype=dtype).view(1, -1, 1), batch
+
+
+def ragged(rows=5, count=4, length=6, seed=0, dtype=torch.float64):
+    """Random lists of 1 to `count` responses of 1 to `length` tokens, with scores and targets q; 0 where nothing is."""
+    rng = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, length + 1, (rows, count, 1), generator=rng)
+    n = torch.randint(2, count + 1, (rows, 1), generator=rng)
+    n[0], n[1] = count, 1
+    present = torch.arange(count) < n
+    mask = (torch.arange(length) < lengths) & present[..., None]
+    logps, ref_logps = (-3 * torch.rand(rows, count, length, generator=rng, dtype=dtype) * mask for _ in range(2))
+    scores = torch.randn(rows, count, generator=rng, dtype=dtype) * present
+    q = torch.rand(rows, count, generator=rng, dtype=dtype) * present
+    return logps.requires_grad_(), ref_logps, SimpleNamespace(mask=mask, scores=scores, q=q / q.sum(1, keepdim=True))
+
+
+def grad_of(value, x):
+    return torch.autograd.grad(value.sum(), x)[0]
+
+
+@pytest.mark.parametrize(
+    "tau, value, kl, grad",
+    [
+        (1.0, 1.242264, 0.073981, [-0.150854, 0.091616, -0.014143, 0.073381]),
+        (0.5, 1.176656, 0.008374, [-0.098332, 0.071577, 0.004406, 0.022349]),
+        (2.0, 1.304063, 0.135780, None),
+    ],
+)
+def test_the_worked_example(tau, value, kl, grad):
+    logps, ref_logps, batch = a_list(q=Q)
+    losses, metrics = loss(logps, ref_logps, batch, Config(tau=tau, target="given"))
+    assert losses.item() == pytest.approx(value, abs=1e-6) and metrics["gap"].item() == pytest.approx(kl, abs=1e-6)
+    found = grad_of(losses, logps).flatten()
+    assert abs(found.sum()) < 1e-12
+    if grad:
+        assert found.tolist() == pytest.approx(grad, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "tau, optimum",
+    [(0.5, [0.501130, 0.150227, 0.287566, 0.061078]), (1.0, [0.612347, 0.082094, 0.272183, 0.033377])]
+    + [(2.0, [0.766631, 0.020556, 0.204456, 0.008357])],
+)
+def test_the_optimum_is_the_anchor_times_q_to_the_tau(tau, optimum):
+    best = (torch.tensor(REF, dtype=torch.float64) + tau * torch.tensor(Q, dtype=torch.float64).log()).log_softmax(0)
+    assert best.exp().tolist() == pytest.approx(optimum, abs=1e-6)
+    logps, ref_logps, batch = a_list(best.tolist(), q=Q)
+    assert grad_of(loss(logps, ref_logps, batch, Config(tau=tau, target="given"))[0], logps).abs().max() < 1e-8
+
+
+def test_the_hessian_at_the_optimum():
+    tau, q = 2.0, torch.tensor(Q, dtype=torch.float64)
+    _, ref_logps, batch = a_list(q=Q)
+
+    def value(x):
+        return loss(x.view(1, 4, 1), ref_logps, batch, Config(tau=tau, target="given"))[0].sum()
+
+    best = torch.tensor(REF, dtype=torch.float64) + tau * q.log()
+    hessian = torch.autograd.functional.hessian(value, best)
+    torch.testing.assert_close(hessian, (q.diag() - q[:, None] * q) / tau**2, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("smoothing, value", [(0.0, 0.663597), (0.2, 0.675597)])
+def test_pairs_are_dpo_and_its_smoothed_form(smoothing, value):
+    logps, ref_logps, batch = a_list(ELL[:2], REF[:2], [1.0, 0.0])
+    losses, _ = loss(logps, ref_logps, batch, Config(tau=10.0, target="hard", smoothing=smoothing))
+    assert losses.item() == pytest.approx(value, abs=1e-6)
+    given, _ = loss(
+        logps,
+        ref_logps,
+        SimpleNamespace(**vars(batch), q=torch.tensor([[1 - smoothing, smoothing]])),
+        Config(tau=10.0, target="given"),
+    )
+    assert given.item() == pytest.approx(value, abs=1e-6)
+
+
+@pytest.mark.parametrize("target", ["hard", "order"])
+@pytest.mark.parametrize("beta", [0.1, 2.0])
+def test_random_pairs_are_dpo_in_value_and_gradient(target, beta):
+    rng = torch.Generator().manual_seed(0)
+    mask = torch.arange(6) < torch.randint(1, 7, (8, 2, 1), generator=rng)
+    logps, ref_logps = (-3 * torch.rand(8, 2, 6, generator=rng, dtype=torch.float64) * mask for _ in range(2))
+    batch = SimpleNamespace(mask=mask, scores=torch.tensor([[1.0, 0.0]]).repeat(8, 1))
+    logps.requires_grad_()
+    ours, plain = (
+        loss(logps, ref_logps, batch, Config(tau=1 / beta, target=target))[0],
+        dpo.loss(logps, ref_logps, batch, dpo.Config(beta))[0],
+    )
+    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-12)
+    torch.testing.assert_close(grad_of(ours, logps), grad_of(plain, logps), rtol=0, atol=1e-12)
+
+
+def test_one_hot_without_an_anchor_is_supervised_fine_tuning_when_the_list_is_all_there_is():
+    logits = torch.tensor(ELL, dtype=torch.float64, requires_grad=True)
+    _, _, batch = a_list()
+    ours = loss(logits.log_softmax(0).view(1, 4, 1), None, batch, Config(target="hard", anchor="uniform"))[0]
+    plain = -logits.log_softmax(0)[0]
+    assert ours.item() == pytest.approx(plain.item(), abs=1e-12)
+    torch.testing.assert_close(grad_of(ours, logits), grad_of(plain, logits))
+
+
+def test_distillation_ends_at_the_teacher_and_the_max_entropy_target_at_its_own():
+    teacher = torch.tensor([0.3, -1.0, 2.0, 0.1], dtype=torch.float64).log_softmax(0)
+    heat = 3.0
+    logps, _, batch = a_list(teacher.tolist(), q=(teacher / heat).softmax(0).tolist())
+    assert grad_of(loss(logps, None, batch, Config(tau=heat, target="given", anchor="uniform"))[0], logps).abs().max() < 1e-8
+    logps, _, batch = a_list((torch.tensor(REWARDS).double() / 0.7).log_softmax(0).tolist())
+    assert grad_of(loss(logps, None, batch, Config(target="raw", beta_r=0.7, anchor="uniform"))[0], logps).abs().max() < 1e-8
+
+
+def test_a_soft_pair_settles_at_the_margin_logit_p_over_beta():
+    beta, p = 0.5, 0.8
+    logps, ref_logps, batch = a_list([math.log(p / (1 - p)) / beta, 0.0], [0.0, 0.0], [1.0, 0.0], q=[p, 1 - p])
+    assert grad_of(loss(logps, ref_logps, batch, Config(tau=1 / beta, target="given"))[0], logps).abs().max() < 1e-8
+
+
+@pytest.mark.parametrize(
+    "target, beta_r, scores, q",
+    [
+        ("raw", 0.5, REWARDS, [0.608254, 0.122804, 0.045177, 0.223764]),
+        ("zscore", 0.5, REWARDS, [0.819065, 0.043407, 0.006922, 0.130607]),
+        ("kde", 1.0, REWARDS, [0.73481, 0.07688, 0.01784, 0.17047]),
+        ("raw", 0.5, [1.0, 0.2, -0.3, 100.0], [0.0, 0.0, 0.0, 1.0]),
+        ("kde", 1.0, [1.0, 0.2, -0.3, 100.0], [0.07295, 0.06750, 0.06426, 0.79529]),
+        ("zscore", 0.5, [0.3] * 4, [0.25] * 4),
+        ("kde", 0.5, [0.3] * 4, [0.25] * 4),
+    ],
+)
+def test_targets(target, beta_r, scores, q):
+    _, _, batch = a_list(scores=scores)
+    found = targets(batch, batch.mask.any(-1), Config(target=target, beta_r=beta_r))
+    assert found.flatten().tolist() == pytest.approx(q, abs=1e-5)
+
+
+def test_smoothed_ranks():
+    _, _, batch = a_list()
+    ranks = kernel_ranks(batch.scores, batch.mask.any(-1)).sigmoid().flatten().tolist()
+    assert ranks == pytest.approx([0.86520, 0.40176, 0.13480, 0.59824], abs=1e-5)
+    _, _, batch = a_list(scores=[1.0, 0.2, -0.3, 100.0])
+    assert kernel_ranks(batch.scores, batch.mask.any(-1)).max().item() == pytest.approx(1.9459, abs=1e-4)
+
+
+def test_plackett_luce_in_values():
+    logps, ref_logps, batch = a_list([0.5, 0.1, -0.4], [0.0] * 3, [3.0, 2.0, 1.0])
+    assert loss(logps, ref_logps, batch, Config(target="order"))[0].item() == pytest.approx(1.204948 / 2, abs=1e-6)
+    turned = a_list([-0.4, 0.5, 0.1], [0.0] * 3, [1.0, 3.0, 2.0])
+    assert loss(*turned, Config(target="order"))[0].item() == pytest.approx(1.204948 / 2, abs=1e-6)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("reduce", ["sum", "mean"])
+def test_gradients_on_ragged_lists(target, reduce):
+    logps, ref_logps, batch = ragged()
+    cfg = Config(tau=0.7, target=target, reduce=reduce)
+    assert torch.autograd.gradcheck(lambda x: loss(x, ref_logps, batch, cfg)[0], logps)
+    assert torch.autograd.gradcheck(lambda x: loss(logps.detach(), x, batch, cfg)[0], ref_logps.clone().requires_grad_())
+    losses, _ = loss(logps, ref_logps, batch, cfg)
+    grad = grad_of(losses, logps)
+    assert (losses[1], grad[1].abs().sum()) == (0.0, 0.0)  # alone in its list
+    assert grad[:, :, 0].isfinite().all()
+    if target != "order":
+        present, tokens = batch.mask.any(-1), batch.mask.sum(-1).clamp(min=1)
+        u = ((logps - ref_logps).sum(-1) / (tokens if reduce == "mean" else 1) / cfg.tau).masked_fill(~present, -math.inf)
+        by_hand = (u.softmax(1) - targets(batch, present, cfg)) / cfg.tau / (tokens if reduce == "mean" else 1)
+        torch.testing.assert_close(grad, by_hand.detach()[..., None].expand_as(grad), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_absent_members_rows_and_a_constant_of_the_list_do_not_matter(target):
+    logps, ref_logps, batch = ragged(seed=3)
+    logps, cfg = logps.detach(), Config(target=target)
+    plain = loss(logps, ref_logps, batch, cfg)[0]
+    wide = {k: torch.nn.functional.pad(v, (0, 2)) for k, v in vars(batch).items() if k != "mask"}
+    more = [torch.nn.functional.pad(x, (0, 1, 0, 2)) for x in (logps, ref_logps, batch.mask)]
+    torch.testing.assert_close(loss(*more[:2], SimpleNamespace(mask=more[2], **wide), cfg)[0], plain)
+    for b in range(5):
+        one = SimpleNamespace(**{k: v[b : b + 1] for k, v in vars(batch).items()})
+        torch.testing.assert_close(loss(logps[b : b + 1], ref_logps[b : b + 1], one, cfg)[0][0], plain[b])
+    first = torch.zeros_like(logps)
+    first[..., 0] = 2.0 * batch.mask.any(-1)
+    torch.testing.assert_close(loss(logps + first, ref_logps, batch, cfg)[0], plain)
+    if target != "given":
+        moved = SimpleNamespace(**vars(batch) | {"scores": (batch.scores + 5.0) * batch.mask.any(-1)})
+        torch.testing.assert_close(loss(logps, ref_logps, moved, cfg)[0], plain, rtol=0, atol=1e-6)
+
+
+def test_at_the_anchor_every_list_costs_the_log_of_its_length():
+    logps, _, batch = ragged()
+    n = batch.mask.any(-1).sum(1, keepdim=True)
+    losses, _ = loss(logps, logps.detach(), batch, Config(tau=0.8))
+    torch.testing.assert_close(losses, n[:, 0].double().log())
+    present = batch.mask.any(-1)
+    expected = (1 / n - targets(batch, present, Config())) / 0.8 * present
+    torch.testing.assert_close(grad_of(losses, logps)[..., 0], expected)
+
+
+def test_equal_scores_pull_back_to_the_anchor():
+    logps, ref_logps, batch = a_list(scores=[0.3] * 4)
+    grad = grad_of(loss(logps, ref_logps, batch, Config())[0], logps).flatten()
+    u = (logps - ref_logps).flatten()
+    torch.testing.assert_close(grad, u.softmax(0).detach() - 0.25)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("count", [1, 2, 16])
+def test_huge_log_ratios_and_long_lists_stay_finite(dtype, target, count):
+    for far in (1e4, -1e4, 0.0):
+        logps, ref_logps, batch = a_list([far] + [0.0] * (count - 1), [0.0] * count, [1.0] * count, q=[1 / count] * count)
+        logps = logps.detach().to(dtype).requires_grad_()
+        losses, metrics = loss(logps, ref_logps.to(dtype), batch, Config(target=target))
+        assert (
+            losses.dtype == torch.promote_types(dtype, torch.float32)
+            and losses.isfinite().all()
+            and all(m.isfinite() for m in metrics.values())
+        )
+        assert grad_of(losses, logps).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "plain, change",
+    [({}, dict(tau=2.0)), ({}, dict(target="raw")), ({}, dict(beta_r=1.0)), ({}, dict(reduce="mean"))]
+    + [(dict(target="hard"), dict(smoothing=0.1)), ({}, dict(target="kde")), ({}, dict(target="order"))],
+)
+def test_every_field_of_the_loss_counts(plain, change):
+    logps, ref_logps, batch = ragged()
+    values = [loss(logps, ref_logps, batch, Config(**cfg))[0].sum() for cfg in (plain, plain | change)]
+    grads = [grad_of(v, logps) for v in values]
+    assert abs(values[0] - values[1]) > 1e-6 and (grads[0] - grads[1]).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize(
+    "fields, word",
+    [({n: v}, n) for n in ("tau", "beta_r") for v in (0.0, -1.0, math.inf, math.nan)]
+    + [({n: "other"}, n) for n in ("target", "reduce", "anchor")]
+    + [(dict(target="hard", smoothing=v), "smoothing") for v in (-0.1, 1.0, math.nan)]
+    + [(dict(anchor="ema", decay=v), "decay") for v in (-0.1, 1.0)]
+    + [
+        (dict(anchor="round", rounds=0), "rounds"),
+        (dict(rounds=3), "rounds"),
+        (dict(decay=0.9), "decay"),
+        (dict(smoothing=0.1), "smoothing"),
+    ]
+    + [(dict(target="hard", beta_r=0.5), "beta_r"), (dict(target="order", beta_r=1.0), "beta_r")],
+)
+def test_fields_out_of_range_or_idle_are_refused(fields, word):
+    with pytest.raises(ValueError, match=f"{word} = "):
+        Config(**fields)
+
+
+def test_lists_that_cannot_be_used_are_refused():
+    logps, ref_logps, batch = a_list(q=[0.5, 0.1, 0.3, 0.2])
+    with pytest.raises(ValueError, match="sum to 1"):
+        loss(logps, ref_logps, batch, Config(target="given"))
+    with pytest.raises(ValueError, match="column q"):
+        loss(*a_list(), Config(target="given"))
+    logps, ref_logps, batch = a_list(scores=[1.0, math.nan, 0.0, 0.0])
+    with pytest.raises(ValueError, match="finite"):
+        loss(logps, ref_logps, batch, Config())
+    batch.mask[:] = False
+    with pytest.raises(ValueError, match="no response"):
+        loss(logps, ref_logps, batch, Config())
+
+
+def test_the_average_is_kept_in_the_optimizers_state_and_survives_a_checkpoint():
+    def train(steps, state=None, start=None):
+        model = Table(3, 1)
+        model.load_state_dict(start or model.state_dict())
+        optimizer = Averaging(model.parameters(), 0.9, lr=0.1)
+        if state:
+            optimizer.load_state_dict(state)
+        seen = []
+        for _ in range(steps):
+            optimizer.zero_grad()
+            (-model.log_probs()[0, 0]).backward()
+            optimizer.step()
+            seen.append(model.logits.detach().clone())
+        return model, optimizer, seen
+
+    _, optimizer, seen = train(6)
+    average = torch.zeros_like(seen[0])
+    for x in seen:
+        average = 0.9 * average + 0.1 * x
+    torch.testing.assert_close(optimizer.state_dict()["state"][0]["average"], average)
+    half, other, _ = train(3)
+    model, other, _ = train(3, other.state_dict(), half.state_dict())
+    assert torch.equal(model.logits, seen[-1]) and torch.equal(
+        other.state_dict()["state"][0]["average"], optimizer.state_dict()["state"][0]["average"]
+    )
+
+
+@pytest.mark.parametrize(
+    "fields", [dict(anchor="fixed"), dict(anchor="round"), dict(anchor="ema"), dict(anchor="uniform"), dict(target="order")]
+)
+def test_runs_improve_the_reward_and_differ(fields):
+    lab = Lab(Settings(world="bandit", steps=40, prompts=512, batch_size=64, k=4), quiet=True)
+    policy = run(lab, Config(**fields))
+    assert policy.expect(lab.world.rewards()) > lab.reference.expect(lab.world.rewards()) + 0.3
+    if fields.get("anchor", "fixed") != "fixed":
+        other = run(Lab(Settings(world="bandit", steps=40, prompts=512, batch_size=64, k=4), quiet=True), Config())
+        assert not torch.equal(policy.logits, other.logits)
+
+
+@pytest.mark.parametrize("fields, change", [(dict(anchor="round"), dict(rounds=2)), (dict(anchor="ema"), dict(decay=0.5))])
+def test_the_anchors_own_fields_count(fields, change):
+    def weights(**fields):
+        return run(Lab(Settings(world="bandit", steps=8, prompts=256, batch_size=32, k=4), quiet=True), Config(**fields)).logits
+
+    assert not torch.equal(weights(**fields), weights(**fields | change))

@@ -1,0 +1,203 @@
+"""Curry-DPO against its paper's card: pairs and rounds, where a round starts, tables in closed form, errors."""
+
+import inspect
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from lab import Lab, Settings
+from methods import dpo
+from methods.curry_dpo import Config, check_pairs, curriculum, loss, rounds_of_a_table, run, star, train
+
+ROWS = [dict(prompt=i, responses=[[4], [0], [2], [7]], scores=[3.0, 2.0, 5.0, 4.0], reward=[0.3, 0.2, 0.5, 0.4]) for i in range(3)]
+
+
+def ragged(rows=5, length=7, seed=0):
+    """Random log-probs of ragged responses in float64, 0 outside the mask."""
+    rng = torch.Generator().manual_seed(seed)
+    mask = torch.arange(length) < torch.randint(1, length + 1, (rows, 2, 1), generator=rng)
+    logps, ref_logps = (-3 * torch.rand(rows, 2, length, generator=rng, dtype=torch.float64) * mask for _ in range(2))
+    return logps.requires_grad_(), ref_logps, SimpleNamespace(mask=mask)
+
+
+def bandit(**changes):
+    return Lab(Settings(**dict(world="bandit", steps=30, prompts=256, batch_size=64, k=4) | changes), quiet=True)
+
+
+def test_the_worked_pair():
+    logps = torch.tensor([[[-12.0], [-15.0]]], dtype=torch.float64, requires_grad=True)
+    ref_logps, batch = torch.tensor([[[-13.0], [-14.0]]]).double(), SimpleNamespace(mask=torch.ones(1, 2, 1, dtype=torch.bool))
+    losses, metrics = loss(logps, ref_logps, batch, Config())
+    assert losses.item() == pytest.approx(0.598139, abs=1e-6)
+    slope = 0.1 * torch.sigmoid(torch.tensor(-0.2)).item()
+    assert torch.autograd.grad(losses.sum(), logps)[0].flatten().tolist() == pytest.approx([-slope, slope], abs=1e-8)
+    assert metrics["weight"].item() == pytest.approx(10 * slope, abs=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.7, 3.0])
+def test_the_loss_is_dpo_in_value_and_gradient(beta):
+    logps, ref_logps, batch = ragged()
+    ours, plain = loss(logps, ref_logps, batch, Config(beta))[0], dpo.loss(logps, ref_logps, batch, dpo.Config(beta))[0]
+    assert torch.equal(ours, plain) and torch.equal(*(torch.autograd.grad(x.sum(), logps)[0] for x in (ours, plain)))
+    assert torch.autograd.gradcheck(lambda x: loss(x, ref_logps, batch, Config(beta))[0], logps)
+    assert inspect.getsource(check_pairs) == inspect.getsource(dpo.check_pairs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_huge_margins_stay_finite(dtype):
+    for far in (1e4, -1e4):
+        logps = torch.tensor([[[far], [0.0]]], dtype=dtype, requires_grad=True)
+        losses, _ = loss(logps, torch.zeros_like(logps), SimpleNamespace(mask=torch.ones(1, 2, 1, dtype=torch.bool)), Config())
+        assert losses.isfinite().all() and losses.dtype == torch.promote_types(dtype, torch.float32)
+        assert torch.autograd.grad(losses.sum(), logps)[0].isfinite().all()
+
+
+def test_where_a_round_starts_every_margin_is_0_and_the_gradient_half_beta():
+    logps, _, batch = ragged()
+    losses, _ = loss(logps, logps.detach(), batch, Config(0.4))
+    torch.testing.assert_close(losses, torch.full_like(losses, math.log(2)), rtol=0, atol=1e-12)
+    (grad,) = torch.autograd.grad(losses.sum(), logps)
+    torch.testing.assert_close(grad, torch.tensor([-0.2, 0.2]).double()[:, None].expand_as(grad))
+
+
+def test_the_star_of_a_row_easy_first():
+    found = star(ROWS[0])
+    assert [(rank, pair["responses"], pair["reward"]) for rank, pair in found] == [
+        (3, [[2], [0]], [0.5, 0.2]),
+        (2, [[2], [4]], [0.5, 0.3]),
+        (1, [[2], [7]], [0.5, 0.4]),
+    ]
+    assert all(pair["scores"] == [1.0, 0.0] and pair["prompt"] == 0 for _, pair in found)
+    kept = star(ROWS[0] | {"ends": [True, False, True, False]})
+    assert [pair["ends"] for _, pair in kept] == [[True, False], [True, True], [True, False]]
+
+
+def test_ties_and_equal_responses_are_left_out():
+    assert [rank for rank, _ in star(ROWS[0] | {"scores": [3.0, 2.0, 5.0, 5.0]})] == [3, 2]
+    assert [rank for rank, _ in star(ROWS[0] | {"responses": [[4], [2], [2], [7]]})] == [2, 1]
+    images = star(dict(prompt=1, responses=torch.arange(8.0).view(4, 1, 1, 2), scores=[0.0, 1e4, -1e4, 2.0]))
+    assert [rank for rank, _ in images] == [3, 2, 1] and images[0][1]["responses"].flatten().tolist() == [2.0, 3.0, 4.0, 5.0]
+    with pytest.raises(ValueError, match="fewer than 2 distinct ratings"):
+        star(ROWS[0] | {"scores": [1.0] * 4})
+
+
+def test_the_rounds():
+    easy, medium, hard = [[p["responses"][1] for p in pairs] for pairs in curriculum(ROWS, Config())]
+    assert (easy, medium, hard) == ([[0]] * 3, [[4]] * 3, [[7]] * 3)
+    assert curriculum(ROWS, Config(order="hard_easy")) == curriculum(ROWS, Config())[::-1]
+    pooled = curriculum(ROWS, Config(order="pooled", rounds=2))
+    assert len(pooled) == 2 and pooled[0] == pooled[1] and len(pooled[0]) == 9
+    single = curriculum(ROWS, Config(order="pooled", pairs="single", rounds=1))
+    assert single == [curriculum(ROWS, Config())[0]]
+    sixteen = [dict(prompt=0, responses=[[i] for i in range(16)], scores=[float(i) for i in range(16)])]
+    assert len(curriculum(sixteen, Config(rounds=15))) == 15
+    two = [dict(prompt=0, responses=[[0], [1]], scores=[0.0, 1.0])]
+    assert curriculum(two, Config(rounds=1)) == [[dict(prompt=0, responses=[[1], [0]], scores=[1.0, 0.0])]]
+
+
+def test_rows_that_make_no_curriculum_are_refused():
+    with pytest.raises(ValueError, match="4 responses make 3 difficulties"):
+        curriculum(ROWS, Config(rounds=2))
+    tied = [row | {"scores": [3.0, 2.0, 5.0, 5.0]} for row in ROWS]
+    with pytest.raises(ValueError, match="a round has no pairs"):
+        curriculum(tied, Config())
+    assert len(curriculum(ROWS + [ROWS[0] | {"scores": [1.0] * 4}], Config())[0]) == 3
+    with pytest.raises(ValueError, match="a round has no pairs"):
+        curriculum([], Config(order="pooled"))
+
+
+@pytest.mark.parametrize(
+    "fields, word",
+    [(dict(beta=v), "beta = ") for v in (0.0, -0.1, math.inf, math.nan)]
+    + [({name: "other"}, f"{name} = ") for name in ("reference", "order", "pairs")]
+    + [(dict(rounds=0), "rounds = "), (dict(pairs="single"), "order = ")],
+)
+def test_fields_out_of_range_are_refused(fields, word):
+    with pytest.raises(ValueError, match=word):
+        Config(**fields)
+
+
+def test_what_is_no_pair_is_refused():
+    logps, ref_logps, batch = ragged()
+    with pytest.raises(ValueError, match="pairs"):
+        loss(logps[:, :1], ref_logps[:, :1], batch, Config())
+    batch.mask[0, 1] = False
+    with pytest.raises(ValueError, match="no scored token"):
+        loss(logps, ref_logps, batch, Config())
+
+
+def test_exact_rounds_and_one_round_with_a_third_of_beta():
+    r, ref = 0.7 * torch.tensor([3.0, 2.0, 1.0, 0.0]).double(), torch.tensor([0.1, -0.2, 0.3, -0.2]).double()
+    centred = r - r.mean()
+    assert (centred / 0.5).tolist() == pytest.approx([2.1, 0.7, -0.7, -2.1])
+    first, third = [0.788602, 0.144065, 0.058572, 0.008761], [0.988742, 0.010984, 0.000272, 0.0000025]
+    assert (ref + r / 0.5).softmax(0).tolist() == pytest.approx(first, abs=1e-6)
+    assert (ref + 3 * r / 0.5).softmax(0).tolist() == pytest.approx(third, abs=1e-6)
+    assert rounds_of_a_table(bandit(), 1) == pytest.approx(first, abs=2e-4)
+    assert rounds_of_a_table(bandit(), 3) == pytest.approx(third, abs=2e-4)
+    assert rounds_of_a_table(bandit(), 1, beta=0.5 / 3) == pytest.approx(third, abs=2e-4)
+
+
+def test_star_rounds_in_a_table_are_additive_and_their_order_does_not_matter():
+    r, beta = [2.1, 1.4, 0.7, 0.0], 0.5
+
+    def shifts(losers):
+        """Newton's optimum of each round: the margin of a pair met with either label by Bradley-Terry is (r_1 - r_j) / beta."""
+        logits, out = torch.zeros(4, dtype=torch.float64), []
+        for j in losers:
+            ref = logits.clone()
+            low, high = -20.0, 20.0
+            for _ in range(60):
+                d = torch.tensor((low + high) / 2, dtype=torch.float64, requires_grad=True)
+                policy = ref.index_add(0, torch.tensor([0, j]), torch.stack([d, -d]))
+                pair, rho = (torch.stack([x[[0, j]], x[[j, 0]]])[..., None] for x in (policy, ref))
+                losses, _ = loss(pair, rho, SimpleNamespace(mask=torch.ones(2, 2, 1, dtype=torch.bool)), Config(beta))
+                p = torch.sigmoid(torch.tensor(r[0] - r[j]))
+                (slope,) = torch.autograd.grad(p * losses[0] + (1 - p) * losses[1], d)
+                low, high = (low, d.item()) if slope > 0 else (d.item(), high)
+            logits = policy.detach()
+            out.append([round(x, 4) + 0.0 for x in logits.tolist()])
+        return out
+
+    assert shifts([3, 2, 1]) == [[2.1, 0, 0, -2.1], [3.5, 0, -1.4, -2.1], [4.2, -0.7, -1.4, -2.1]]
+    assert shifts([1, 2, 3])[-1] == [4.2, -0.7, -1.4, -2.1]
+
+
+def test_one_round_of_single_pairs_is_dpo_bit_for_bit():
+    lab = bandit()
+    ours = run(lab, Config(order="pooled", pairs="single", rounds=1))
+    other = bandit()
+    pairs = curriculum(other.preferences(other.base()), Config(order="pooled", pairs="single", rounds=1))[0]
+    plain = other.align(other.base(), other.rows(pairs), dpo.loss, dpo.Config(0.1))
+    assert torch.equal(ours.logits, plain.logits)
+
+
+def test_every_round_starts_at_ln_2_and_only_the_first_one_does_with_a_fixed_reference(tmp_path):
+    import json
+
+    for reference, wanted in (("previous", [True, True, True]), ("sft", [True, False, False])):
+        lab = bandit()
+        lab.out = str(tmp_path / reference)
+        train(lab, lab.preferences(lab.base()), Config(1.0, reference=reference))
+        lines = [json.loads(line) for line in (tmp_path / reference / "metrics.jsonl").read_text().splitlines()]
+        starts = [line["loss"] for line in lines if line["step"] == 1]
+        assert len(lines) == 30 and [abs(x - math.log(2)) < 1e-6 for x in starts] == wanted
+        assert [p["step"] for p in lab.curve] == sorted({p["step"] for p in lab.curve}) and lab.curve[-1]["step"] == 30
+
+
+@pytest.mark.parametrize(
+    "change",
+    [dict(beta=1.0), dict(reference="sft"), dict(order="hard_easy"), dict(order="pooled"), dict(order="pooled", rounds=2)]
+    + [dict(order="pooled", pairs="single")],
+)
+def test_every_field_changes_the_run(change):
+    base = {"order": "pooled"} if len(change) == 2 else {}
+    assert not torch.equal(run(bandit(), Config(**base)).logits, run(bandit(), Config(**change)).logits)
+
+
+def test_a_run_improves_the_reward():
+    lab = bandit(steps=90)
+    policy = run(lab, Config())
+    assert policy.expect(lab.world.rewards()) > lab.reference.expect(lab.world.rewards()) + 0.5
