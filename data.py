@@ -333,8 +333,32 @@ def bucket(n):
     return -(-n // step) * step
 
 
+def apart(tree):
+    """A tree of responses to one prompt as trees of one response each, the prompt copied."""
+    tokens, _, branch, _, sources, targets = tree
+    prompt = start = branch.count(0)
+    out = []
+    for k, (where, what) in enumerate(zip(sources, targets)):
+        end = start + branch.count(k + 1)
+        ids = tokens[:prompt] + tokens[start:end]
+        where = [i if i < prompt else i - start + prompt for i in where]
+        out.append((ids, range(len(ids)), [0] * len(ids), np.ones((1, 1), dtype=bool), [where], [what]))
+        start = end
+    return out
+
+
+def cheaper_apart(trees, copies):
+    """Are copies of a short prompt cheaper than the wider attention of the trees? By the tokens, and the keys that each meets in blocks of
+    128 queries; 256 keys cost as much as the rest of a token (measured with two and three layers of width 64 and 96)."""
+    longest = max(len(ids) for ids, *_ in copies)
+    met = min(max(len(ids) for ids, *_ in trees), longest + 128)
+    together, alone = (sum(len(ids) for ids, *_ in pieces) for pieces in (trees, copies))
+    return alone * (256 + longest) < together * (256 + met)
+
+
 def collate(rows, tokenizer=None, fixed=False):
-    """Rows -> Batch. Text is packed, several trees a row where they fit; `fixed` rounds N, S and T up to a few buckets (for compiled code).
+    """Rows -> Batch. Text is packed, several trees a row where they fit, or where that is cheaper (`cheaper_apart`) as one tree a response;
+    `fixed` rounds N, S and T up to a few buckets (for compiled code).
 
     Rows whose responses are a tensor (K, C, H, W) are images; without a tokenizer they are entries of a table."""
     count = max(len(row["responses"]) for row in rows)
@@ -355,7 +379,12 @@ def collate(rows, tokenizer=None, fixed=False):
 
     rows = [encode(row, tokenizer) for row in rows]
     round_up = bucket if fixed else int
-    trees = [row["tree"] for row in rows]
+    trees, home = [row["tree"] for row in rows], [(b, 0) for b in range(len(rows))]  # home: the row of a tree, and its first response
+    if not fixed and all(parent == -1 for row in rows for parent in row["parents"]):
+        copies = [apart(tree) for tree in trees]
+        if cheaper_apart(trees, [copy for group in copies for copy in group]):
+            home = [(b, k) for b, group in enumerate(copies) for k in range(len(group))]
+            trees = [copy for group in copies for copy in group]
     size = round_up(max(len(tree[0]) for tree in trees))
     # first-fit, the longest first: a packed row holds as many trees as fit
     free, place = [], {}
@@ -379,14 +408,15 @@ def collate(rows, tokenizer=None, fixed=False):
     target, mask = np.zeros_like(source), np.zeros(source.shape, dtype=bool)
     parents = np.full((len(rows), count), -1, dtype=np.int64)
     first = [0] * height
-    for b, (ids, positions, branches, visible, sources, targets) in enumerate(trees):
-        n, offset = place[b]
+    for i, (ids, positions, branches, visible, sources, targets) in enumerate(trees):
+        n, offset = place[i]
         end, g = offset + len(ids), first[n]
         tokens[n, offset:end], position[n, offset:end], branch[n, offset:end] = ids, positions, np.add(branches, g)
         sees[n, g : g + len(visible), g : g + len(visible)] = visible
         first[n] += len(visible)
-        parents[b, : len(targets)] = rows[b]["parents"]
-        for k, (where, what) in enumerate(zip(sources, targets)):
+        b, first_response = home[i]
+        parents[b, : len(rows[b]["parents"])] = rows[b]["parents"]
+        for k, (where, what) in enumerate(zip(sources, targets), first_response):
             source[b, k, : len(what)], target[b, k, : len(what)], mask[b, k, : len(what)] = np.add(where, n * size + offset), what, True
     tensors = {
         k: torch.from_numpy(v) for k, v in locals().items() if k in ("tokens", "position", "branch", "sees", "source", "target", "parents")

@@ -111,13 +111,16 @@ def grow(kind, n=5, seed=3):
             row["ends"] = [bool(torch.rand((), generator=g) < 0.5) for _ in row["responses"]]
         if kind == "packed":
             row["prompt"] = words(g, 40, 40) if b == 0 else row["prompt"]
+        if kind == "apart":  # so long behind so short a prompt that copies of it are cheaper than wide rows
+            row |= dict(prompt=words(g, 1, 2), responses=[words(g, 40, 60) for _ in range(1 + b % 4)])
+            row |= dict(context=[words(g, 0, 3) for _ in row["responses"]], ends=[k != 1 for k in range(len(row["responses"]))])
         if kind == "empty":  # no prompt; a step of the tree without a token of its own
             row |= dict(prompt=[], responses=[[8], [], [4, 5], []], parents=[-1, 0, 1, 1], ends=[False, False, True, True])
             row["context"] = [[9], [], [], [3, 3]]
     return rows
 
 
-KINDS = ("pairs", "lists", "chain", "tree", "ragged", "short", "absent", "context", "ends", "packed", "empty", "everything")
+KINDS = ("pairs", "lists", "chain", "tree", "ragged", "short", "absent", "context", "ends", "packed", "apart", "empty", "everything")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -125,6 +128,7 @@ def test_packed_trees_equal_one_row_a_response_in_values_and_gradients(kind):
     model, rows = make(), grow(kind, 7)
     batch, expected = collate(rows, IDS), oracle(model, rows)
     logps = model.logps(batch)
+    assert (kind == "apart") == (batch.tokens.shape[1] < max(len(encode(row, IDS)["tree"][0]) for row in rows))
     assert kind not in ("packed", "everything") or len(batch.tokens) < len(rows)  # several trees share a row
     target = torch.zeros_like(logps)
     for b, those in enumerate(expected):
