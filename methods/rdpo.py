@@ -175,7 +175,7 @@ def on_reviews(lab, flip):
     contest = {"rDPO": (loss, flip), "DPO": (loss, 0.0), "conservative DPO": (conservative_dpo, flip), "too high": (loss, 0.4)}
     reward, curves = {name: [] for name in contest}, {name: [] for name in contest}
     for seed in lab.seeds:
-        here = lab.at(seed=seed, flip=flip, label_temperature=0.25, prompts=6400, batch_size=32, lr=4e-4, eval_size=1000, eval_every=50)
+        here = lab.at(seed=seed, flip=flip, label_temperature=0.25, prompts=6400, batch_size=32, lr=4e-4, eval_size=512, eval_every=50)
         data, asked = here.preferences(here.base(), k=2), here.world.prompts(4000, here.rng("asked"))
         for name, (objective, epsilon) in contest.items():
             if name == "too high" and (flip == 0.4 or seed != lab.seeds[0]):

@@ -115,9 +115,75 @@ def groups():
     return [*inputs, near, far, off, elsewhere(near), changed((logps, ref_logps, batch), scores=half), changed(lone, scores=right), empty]
 
 
+def likelihoods():
+    """Pairs of log-probs that make a probability: certain, likely and unlikely ones; and what is refused, a positive log-prob."""
+    logps, ref_logps, batch = ragged(2, first_wins, 0, scale=0.5)
+    certain = logps.clone()
+    certain[:2] = 0.0
+    positive = logps.clone()
+    positive[0, 0, 0] = 0.25
+    return [*pairs(), (logps, ref_logps, batch), (certain, ref_logps, batch), (logps / 100, ref_logps, batch), (positive, ref_logps, batch)]
+
+
+def far_pairs():
+    """Pairs, some at ratios that no float32 holds."""
+    return [*pairs(), ragged(2, first_wins, 5, scale=60.0), ragged(2, first_wins, 6, torch.float32, scale=200.0)]
+
+
+def judged_pairs():
+    """Pairs with a reward model's margins, in both directions, small and large."""
+    margin = torch.tensor([-9.0, -0.3, 0.2, 2.5, 8.0], dtype=torch.float64)
+    return [changed(item, margin=margin) for item in pairs()]
+
+
+def best_first():
+    """Lists of which one is the best: negative scores, absent responses, ties; and what is refused, an empty row."""
+    items = [ragged(3, grades, 0), ragged(3, grades, 1, absent=True), ragged(2, first_wins, 2, torch.bfloat16)]
+    logps, ref_logps, batch = items[1]
+    negative = changed(items[1], scores=(batch.scores - 5) * batch.mask.any(-1))
+    empty = changed(items[1], mask=batch.mask & (torch.arange(5) > 0)[:, None, None])
+    return [*items, negative, elsewhere(items[0]), empty]
+
+
+def targeted_lists():
+    """Lists of real scores with targets q; absent responses, pairs, ties; refused: empty rows, infinite scores, no or wrong targets."""
+
+    def with_q(item):
+        present = item[2].mask.any(-1)
+        draw = torch.rand(present.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64) * present
+        return changed(item, q=draw / draw.sum(1, keepdim=True).clamp(min=1e-9), scores=item[2].scores * 1.3 - 2 * draw)
+
+    items = [with_q(ragged(4, grades, 0)), with_q(ragged(5, grades, 1, absent=True)), with_q(ragged(3, grades, 2, torch.bfloat16))]
+    items += [with_q(ragged(2, first_wins, 3)), changed(with_q(ragged(4, grades, 4)), scores=torch.ones(5, 4, dtype=torch.float64))]
+    logps, ref_logps, batch = items[1]
+    first = changed((logps.roll(1, 1), ref_logps.roll(1, 1), batch), **{n: getattr(batch, n).roll(1, 1) for n in ("mask", "scores", "q")})
+    bad = [changed(items[0], scores=items[0][2].scores / 0), changed(items[0], q=items[0][2].q * 1.1), changed(items[1], q=batch.q.roll(1, 1))]
+    bad += [changed(items[0], q=2 * items[0][2].q - items[0][2].q.flip(1)), ragged(3, grades, 5)]
+    empty = changed(items[1], mask=batch.mask & (torch.arange(5) > 0)[:, None, None])
+    return [*items, first, (logps, None, batch), elsewhere(items[0]), *bad, empty]
+
+
 # every variant of every method: the fields of its Config, and the inputs that drive it
 CASES = {
     "dpo": ([dict(beta=0.3), dict(beta=1.7)], pairs),
+    "did": ([dict(beta=0.3), dict(beta=1.7)], pairs),
+    "curry_dpo": ([dict(beta=0.3), dict(beta=1.7)], pairs),
+    "sft": ([{}], best_first),
+    "asft": (
+        [dict(weight=0.3), dict(weight=1.7, beta=0.4), dict(weight=0.6, beta=2.0, supervised=False), dict(weight=0.7, supervised=False)],
+        likelihoods,
+    ),
+    "fdpo": (
+        [dict(beta=0.3, divergence=d) for d in ("rkl", "fkl", "js")] + [dict(beta=0.3, divergence="alpha", alpha=a) for a in (0.3, None)],
+        far_pairs,
+    ),
+    "ld_dpo": ([dict(beta=0.3, alpha=0.3), dict(beta=1.7, alpha=0.0), dict(beta=0.7, alpha=0.6, on_reference=False)], pairs),
+    "madpo": ([dict(beta=0.3, c_max=4.0, tau=2.0), dict(beta=1.7, c_max=2.0, c_min=0.3, tau=4.0, lam=0.5)], judged_pairs),
+    "adpo": (
+        [dict(target=t, tau=0.7) for t in ("hard", "raw", "zscore", "kde", "given", "order")]
+        + [dict(target="hard", smoothing=0.2, reduce="mean"), dict(target="kde", beta_r=0.8, reduce="mean")],
+        targeted_lists,
+    ),
     "rdpo": ([dict(beta=0.3, epsilon=0.2), dict(beta=1.7, epsilon=0.0)], pairs),
     "ddo": ([dict(beta=0.3, alpha=1.9), dict(beta=1.7, alpha=0.0)], pairs),
     "irpo": (
@@ -313,7 +379,7 @@ def outcome(loss, cfg, item):
     logps = logps.clone().requires_grad_()
     batch = SimpleNamespace(**{k: v.clone() for k, v in vars(batch).items()})
     try:
-        losses, metrics = loss(logps, ref_logps.clone(), batch, cfg)
+        losses, metrics = loss(logps, None if ref_logps is None else ref_logps.clone(), batch, cfg)
         (gradient,) = torch.autograd.grad(losses.sum(), [logps], allow_unused=True) if losses.requires_grad else (None,)
         gradient = torch.zeros_like(logps) if gradient is None else gradient
         if logps.is_meta:
