@@ -63,37 +63,33 @@ class Config:
             raise ValueError(f"rounds = {self.rounds} must be at least 1")
 
 
-def moments(scores, present):
-    """Count, mean and unbiased standard deviation (B, 1) of the scores (B, K) of the present members."""
+def deviation(scores, present):
+    """Unbiased standard deviation (B, 1) of the scores (B, K) of the present members; 0 for one alone."""
     n = present.sum(1, keepdim=True)
-    mean = (scores * present).sum(1, keepdim=True) / n.clamp(min=1)
-    return n, mean, (((scores - mean) * present).square().sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
+    mean = scores.sum(1, keepdim=True) / n
+    return (((scores - mean) * present).square().sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
 
 
 def kernel_ranks(scores, present):
     """Logits (B, K) of smoothed ranks: the mean over the list of Phi((R_i - R_j) / b), with Silverman's bandwidth b."""
-    n, _, std = moments(scores, present)
-    spread = scores.masked_fill(~present, torch.nan).nanquantile(
-        torch.tensor([0.25, 0.75], dtype=scores.dtype, device=scores.device), dim=1
-    )
-    iqr = (spread[1] - spread[0]).nan_to_num()[:, None]
-    b = (0.9 * torch.minimum(std, iqr / 1.34) * n.clamp(min=1).to(scores.dtype) ** -0.2).clamp(min=1e-3)
+    n, quarters = present.sum(1, keepdim=True), torch.tensor([0.25, 0.75], dtype=scores.dtype, device=scores.device)
+    low, high = scores.masked_fill(~present, torch.nan).nanquantile(quarters, dim=1)[..., None]
+    b = (0.9 * torch.minimum(deviation(scores, present), (high - low) / 1.34) * n**-0.2).clamp(min=1e-3)
     below = torch.special.ndtr((scores[:, :, None] - scores[:, None, :]) / b[..., None]) * present[:, None, :]
-    return torch.logit((below.sum(2) / n.clamp(min=1)).clamp(1e-3, 1 - 1e-3))
+    return torch.logit(below.sum(2) / n)
 
 
 def targets(batch, present, cfg):
     """q (B, K), a distribution over the present members of each list, without gradient; 0 for absent ones."""
-    scores = batch.scores.detach()
+    scores = batch.scores
     if cfg.target == "given":
-        return batch.q.detach()
+        return batch.q
     if cfg.target == "hard":
         best = nn.functional.one_hot(scores.masked_fill(~present, -torch.inf).argmax(1), scores.shape[1]).to(scores.dtype)
         others = (present.to(scores.dtype) - best) / (present.sum(1, keepdim=True) - 1).clamp(min=1)
         return (1 - cfg.smoothing) * best + cfg.smoothing * others
     if cfg.target == "zscore":
-        _, mean, std = moments(scores, present)
-        scores = (scores - mean) / (std + 1e-8)
+        scores = scores / (deviation(scores, present) + 1e-8)  # less the mean, which softmax does not see
     elif cfg.target == "kde":
         scores = kernel_ranks(scores, present)
     return (scores / cfg.beta_r).masked_fill(~present, -torch.inf).softmax(1)
@@ -119,12 +115,12 @@ def loss(logps, ref_logps, batch, cfg):
     ValueError: see check_scored."""
     check_scored(logps, batch, cfg)
     logps = logps.to(torch.promote_types(logps.dtype, torch.float32))
-    ratio = logps if ref_logps is None else logps - ref_logps.to(logps.dtype)
+    ratio = logps if ref_logps is None else logps - ref_logps
     present = batch.mask.any(-1)  # (B, K)
     count = batch.mask.sum(-1).clamp(min=1) if cfg.reduce == "mean" else 1
     u = (ratio.sum(-1) / count / cfg.tau).masked_fill(~present, -torch.inf)
     if cfg.target == "order":  # Plackett-Luce: the best against all, the next against the rest, ...
-        order = batch.scores.masked_fill(~present, -torch.inf).argsort(dim=1, descending=True, stable=True)
+        order = batch.scores.masked_fill(~present, -torch.inf).argsort(descending=True, stable=True)
         u, rival = u.gather(1, order), present.gather(1, order)[:, 1:]  # the last one has none
         rest = u.flip(1).logcumsumexp(1).flip(1)
         return torch.where(rival, (rest - u)[:, :-1], 0.0).sum(1) / rival.sum(1).clamp(min=1), {}

@@ -58,9 +58,8 @@ def check_pairs(logps, batch):
 
 
 def log1mexp(s):
-    """log(1 - exp(s)) for s < 0, exact to the last digits near 0 and far from it; neither branch sees what would give it a NaN."""
-    near = s > -math.log(2)
-    return torch.where(near, torch.log(-torch.expm1(s.clamp(min=-1.0))), torch.log1p(-torch.exp(s.clamp(max=-0.5))))
+    """log(1 - exp(s)) for s < 0, exact to the last digits near 0 and far from it."""
+    return torch.where(s > -math.log(2), torch.log(-torch.expm1(s)), torch.log1p(-torch.exp(s)))
 
 
 def loss(logps, ref_logps, batch, cfg):
@@ -82,7 +81,7 @@ def loss(logps, ref_logps, batch, cfg):
         align = -F.logsigmoid(cfg.beta * odds[:, 0]) - F.logsigmoid(-cfg.beta * odds[:, 1])
     losses = cfg.weight * align - chosen if cfg.supervised else cfg.weight * align
     p = held[:, 1].detach().exp()
-    return losses, {"rejected_odds": (p / (1 - p)).mean(), "clamped": (rejected > LARGEST).detach().to(p.dtype).mean()}
+    return losses, {"rejected_odds": (p / (1 - p)).mean(), "clamped": (rejected > LARGEST).to(p.dtype).mean()}
 
 
 def run(lab, cfg):

@@ -61,8 +61,8 @@ def loss(logps, ref_logps, batch, cfg):
     logps, ref_logps = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logps, ref_logps))
     public = batch.mask.sum(-1).amin(1)[:, None, None]  # length of the shorter response (B, 1, 1)
     tail = batch.mask.cumsum(-1) > public  # counted in response tokens, wherever they stand
-    power = torch.ones_like(logps).masked_fill(tail, cfg.alpha)
-    ratio = (logps - ref_logps) * power if cfg.on_reference else logps * power - ref_logps
+    beyond = logps - ref_logps if cfg.on_reference else logps
+    ratio = torch.where(tail, cfg.alpha * beyond, beyond) - (0.0 if cfg.on_reference else ref_logps)
     chosen, rejected = ratio.sum(-1).unbind(1)  # log-ratios (B,): SUM over a response's tokens, not mean
     z = cfg.beta * (chosen - rejected)  # the margin of the implicit reward
     losses = -F.logsigmoid(z)

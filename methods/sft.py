@@ -38,12 +38,12 @@ def loss(logps, ref_logps, batch, cfg):
     logps (B, K, T), 0 outside batch.mask (B, K, T); ref_logps is not read -> losses (B,) in nats, metrics. ValueError when a row has no
     response with something to score."""
     # on CUDA the question would make the device wait; there the data were looked at when they were read
-    if logps.device.type == "cpu" and not batch.mask.any(-1).any(-1).all():
+    if logps.device.type == "cpu" and not batch.mask.flatten(1).any(1).all():
         raise ValueError("a row has no response with a scored token")
     logps = logps.to(torch.promote_types(logps.dtype, torch.float32))
     best = batch.scores.masked_fill(~batch.mask.any(-1), -torch.inf).argmax(1)  # (B,), the first of equal scores
-    row = torch.arange(len(best), device=best.device)
-    losses = -logps[row, best].sum(-1) / batch.mask[row, best].sum(-1)  # MEAN over the response's tokens
+    of_best = best[:, None, None]
+    losses = -(logps.sum(-1, keepdim=True).gather(1, of_best) / batch.mask.sum(-1, keepdim=True).gather(1, of_best)).flatten()  # MEAN
     return losses, {}
 
 

@@ -122,7 +122,7 @@ def likelihoods():
     certain[:2] = 0.0
     positive = logps.clone()
     positive[0, 0, 0] = 0.25
-    return [*pairs(), (logps, ref_logps, batch), (certain, ref_logps, batch), (logps / 100, ref_logps, batch), (positive, ref_logps, batch)]
+    return [*pairs(), (logps, None, batch), (certain, ref_logps, batch), (logps / 100, ref_logps, batch), (positive, ref_logps, batch)]
 
 
 def far_pairs():
@@ -142,7 +142,7 @@ def best_first():
     logps, ref_logps, batch = items[1]
     negative = changed(items[1], scores=(batch.scores - 5) * batch.mask.any(-1))
     empty = changed(items[1], mask=batch.mask & (torch.arange(5) > 0)[:, None, None])
-    return [*items, negative, elsewhere(items[0]), empty]
+    return [*items, negative, (logps, None, batch), elsewhere(items[0]), empty]
 
 
 def targeted_lists():
@@ -157,10 +157,13 @@ def targeted_lists():
     items += [with_q(ragged(2, first_wins, 3)), changed(with_q(ragged(4, grades, 4)), scores=torch.ones(5, 4, dtype=torch.float64))]
     logps, ref_logps, batch = items[1]
     first = changed((logps.roll(1, 1), ref_logps.roll(1, 1), batch), **{n: getattr(batch, n).roll(1, 1) for n in ("mask", "scores", "q")})
-    bad = [changed(items[0], scores=items[0][2].scores / 0), changed(items[0], q=items[0][2].q * 1.1), changed(items[1], q=batch.q.roll(1, 1))]
+    lone, below = with_q(ragged(2, grades, 6, absent=True)), changed(items[1], scores=(batch.scores - 9) * batch.mask.any(-1))
+    infinite, small = items[0][2].scores.clone(), items[0][2].q.clone()
+    infinite[0, 0], small[0] = torch.inf, 0.9 * small[0]
+    bad = [changed(items[0], scores=infinite), changed(items[0], q=small), changed(items[1], q=batch.q.roll(1, 1))]
     bad += [changed(items[0], q=2 * items[0][2].q - items[0][2].q.flip(1)), ragged(3, grades, 5)]
     empty = changed(items[1], mask=batch.mask & (torch.arange(5) > 0)[:, None, None])
-    return [*items, first, (logps, None, batch), elsewhere(items[0]), *bad, empty]
+    return [*items, first, lone, below, (logps, None, batch), elsewhere(items[0]), *bad, empty]
 
 
 # every variant of every method: the fields of its Config, and the inputs that drive it
@@ -206,11 +209,19 @@ CASES = {
 
 # mutants that nobody could tell from the original: {method: {what was edited: why it is the same}}
 SORTED = "batch.scores.masked_fill(~batch.mask.any(-1), -torch.inf).argsort(descending=True"
+RANKED = "batch.scores.masked_fill(~present, -torch.inf).argsort(descending=True"
 SURVIVORS = {
     "irpo": {
         "label_ranks: True -> False": "stable=True: a CPU sorts short rows stably anyway",
         f"label_ranks: {SORTED}, stable=True) -> {SORTED})": "the same",
     },
+    "adpo": {
+        "loss: True -> False": "stable=True: a CPU sorts short rows stably anyway",
+        f"loss: {RANKED}, stable=True) -> {RANKED})": "the same",
+        "loss: 0.0 -> 1.0": "stands where q is 0: any finite number will do",
+    },
+    "madpo": {"margin_weights: h.detach() -> h": "a column of the data carries no gradient; if one did, test_madpo.py would notice"},
+    "asft": {"log1mexp: 2 -> 3": "where one form gives way to the other; both are exact there"},
     "disco": {
         "loss: 1.0 -> 2.0": "the divisor of the advantages of a group all right or all wrong, which are 0",
         "gap: wrong | ~mixed[:, None] -> wrong": "an infinity that the mask takes away again; anomaly detection reports it (test_disco.py)",
