@@ -384,7 +384,8 @@ def curves(lab, title):
 
 
 def sweep_table(results, varied):
-    """One line a setting, the mean over seeds with its 95 % interval. results: list of (settings dict, after dict)."""
+    """One line a setting, the mean over seeds with its 95 % interval (of one seed: over its samples); methods alone are ranked by reward.
+    results: list of (settings dict, after dict)."""
     groups = {}
     for settings, after in results:
         groups.setdefault(tuple(settings[name] for name in varied), []).append(after)
@@ -396,7 +397,8 @@ def sweep_table(results, varied):
         cells = []
         for name in names:
             values = [after[name] for after in group if name in after]
-            cells.append(number(float(np.mean(values)), interval(values)) if values else "-")
+            spread = interval(values) if len(values) > 1 else group[0].get(name + "_interval")  # over seeds, else that of the run
+            cells.append(number(float(np.mean(values)), spread) if values else "-")
         rows.append([*key, len(group), *cells])
     return table(rows, [*varied, "seeds", *names])
 
@@ -423,13 +425,16 @@ def sweep_plot(path, results, varied):
                 values = [a[metric] for a in afters]
                 xs.append(x if axis else float(np.mean([a["kl"] for a in afters])))
                 ys.append(float(np.mean(values)))
-                low, high = interval(values)
+                low, high = interval(values) if len(values) > 1 else afters[0].get(metric + "_interval", [math.nan, math.nan])
                 bars.append((high - low) / 2 if math.isfinite(low) else 0.0)
-            ax.errorbar(xs, ys, bars, fmt="o-" if axis else "o", color=f"C{i}", capsize=3, label=" ".join(key))
+            mark = "osD^v"[i // 10 % 5]  # ten colours, then the next mark
+            ax.errorbar(xs, ys, bars, fmt=mark + "-" if axis else mark, color=f"C{i}", capsize=3, label=" ".join(key))
+            if not axis:
+                ax.annotate(" ".join(key), (xs[0], ys[0]), xytext=(6, 4), textcoords="offset points", fontsize=8, color=f"C{i}")
         ax.set_xlabel(axis or "KL from the base model (nats)")
         ax.set_ylabel("true reward" if metric == "reward" else "accuracy on held-out pairs")
         ax.spines[["top", "right"]].set_visible(False)
-        if any(any(key) for key in groups):
+        if axis and any(any(key) for key in groups):
             ax.legend(frameon=False)
 
     figure(path, draw, (7, 4.5))
