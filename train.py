@@ -165,9 +165,9 @@ def check_fit(method, module, world, settings):
             f"{method} needs a world of {' or '.join(module.KINDS)}, {world.name} is one of {world.kind}; {', '.join(able)} can use it"
         )
     needs = getattr(module, "NEEDS", "pairs or lists")
-    if needs == "verifier" and not hasattr(world, "verifier"):
-        able = [n for n in methods() if world.kind in load_method(n).KINDS and getattr(load_method(n), "NEEDS", "") != "verifier"]
-        raise ValueError(f"{method} needs a world with a verifier, {world.name} has none; {', '.join(able)} can use it")
+    if needs in ("verifier", "reward") and not hasattr(world, needs):
+        able = [n for n in methods() if world.kind in load_method(n).KINDS and hasattr(world, getattr(load_method(n), "NEEDS", "name"))]
+        raise ValueError(f"{method} needs a world with a {needs}, {world.name} has none; {', '.join(able)} can use it")
     if needs != "demonstrations" and getattr(world, "single", False):
         able = [n for n in methods() if getattr(load_method(n), "NEEDS", "") == "demonstrations"]
         raise ValueError(f"{world.name} has single answers (completion/label), {method} needs {needs}; {', '.join(able)} can use it")

@@ -29,6 +29,7 @@ from data import collate
 from toy import bandit
 
 FAMILY, KINDS = "pairs", ("text", "images", "table")
+NEEDS = "reward"  # it draws its own pairs
 DEFAULTS = dict(world="reviews", k=8, label_temperature=0.0)
 
 
@@ -103,8 +104,6 @@ def source_pairs(rows, cfg, rng):
 
 
 def run(lab, cfg):
-    if lab.settings.data and lab.world.kind == "text":
-        raise ValueError("did draws its own pairs from the base model and a reward: it cannot use the pairs of --data")
     policy = lab.base()
     data = lab.rows(source_pairs(lab.preferences(policy), cfg, lab.rng("sources")))
     return lab.align(policy, data, loss, cfg)

@@ -20,6 +20,7 @@ from methods.rdpo import (
     conservative_dpo,
     far_slope,
     loss,
+    on_reviews,
     on_six_responses,
     population,
     run,
@@ -439,3 +440,39 @@ def test_the_exact_claims():
     control = same_kl(Lab(Settings(), quiet=True))
     assert not control.holds and not control.expected and abs(control.difference) == pytest.approx(0.0004, abs=3e-4)
     assert "0.886 and 0.886" in control.text
+
+
+@pytest.mark.parametrize("flip", [0.2, 0.4])
+def test_the_contest_on_reviews_is_what_its_names_say(flip):
+    seen = []
+
+    def at(seed, flip, **how):
+        def align(policy, data, objective, cfg):
+            seen.append((seed, flip, data, objective, cfg.beta, cfg.epsilon))
+            return len(seen)
+
+        return SimpleNamespace(
+            base=lambda: None,
+            preferences=lambda policy, k: ("pairs", seed, k),
+            world=SimpleNamespace(prompts=lambda n, rng: n),
+            rng=lambda name: name,
+            align=align,
+            sample=lambda policy, prompts, k: [policy] * 4,
+            truth=lambda rows: [[float(row)] for row in rows],
+            stage=lambda name, function: function(),
+            curve=f"curve {seed}",
+        )
+
+    reward, curves = on_reviews(SimpleNamespace(seeds=[5, 6], at=at), flip)
+    contest = [(loss, flip), (loss, 0.0), (conservative_dpo, flip)]
+    first = [*contest, (loss, 0.4)] if flip == 0.2 else contest
+    want = [(5, flip, ("pairs", 5, 2), o, 1.0, e) for o, e in first] + [(6, flip, ("pairs", 6, 2), o, 1.0, e) for o, e in contest]
+    assert seen == want
+    n = len(first)
+    assert reward == {
+        "rDPO": [1.0, n + 1.0],
+        "DPO": [2.0, n + 2.0],
+        "conservative DPO": [3.0, n + 3.0],
+        "too high": [4.0] if flip == 0.2 else [],
+    }
+    assert curves["DPO"] == ["curve 5", "curve 6"]

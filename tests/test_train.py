@@ -466,6 +466,9 @@ def test_files_a_method_cannot_use(tmp_path, capsys):
     refused(capsys, ["--method", "dpo", "--data", path], "labels.jsonl", "pairs")
     path = rows_file(tmp_path / "pairs.jsonl", PAIRS)
     refused(capsys, ["--method", "disco", "--data", path], "disco", "verifier", "dpo")
+    pairs = rows_file(tmp_path / "pairs.jsonl", PAIRS)
+    refused(capsys, ["--method", "did", "--data", pairs], "did needs a world with a reward", "dpo")
+    refused(capsys, ["--method", "disco", "--data", pairs], "disco needs a world with a verifier", "dpo")
 
 
 def small(monkeypatch):
@@ -571,6 +574,11 @@ def test_a_nan_stops_the_run_and_is_named(tmp_path, capsys, monkeypatch):
     assert "loss" in error and "step 7" in error and "nan" in error and "checkpoint" not in error  # there is none yet
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6]
+    monkeypatch.setattr(Lab, "checkpoint_every", 0.0)
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    calls[0] = 0
+    assert train.cli(["--method", "dpo", "--world", "bandit", "--steps", "20", "--out", "kept"]) == 2
+    assert "The checkpoint of step 6 is kept in kept" in capsys.readouterr().err
 
 
 def test_two_runs_share_a_cache(tmp_path):
