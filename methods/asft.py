@@ -122,7 +122,7 @@ def shared(objective, cfg, features, steps, lr=0.05, scale=1.0):
 
 
 def displacement(count=20):
-    """C2: 20 responses with 6 random features, the rejected one 1.3 times the preferred one and a little noise; 400 steps ->
+    """20 responses with 6 random features, the rejected one 1.3 times the preferred one and a little noise; 400 steps ->
     {name: (change of the preferred log-prob, growth of the gap to the rejected one), a number a draw each}."""
     rng = torch.Generator().manual_seed(0)
     features = torch.randn(count, 20, 6, generator=rng, dtype=torch.float64)
@@ -182,9 +182,9 @@ def aligned(here, stage, contest):
 
 
 def claim(lab):
-    """Where features are shared ASFT raises the preferred response and DPO buries it, at the price of a smaller gap (exact; C1, C2); in a
-    table its optimum is not that of reward - KL at any weight (C3). On reviews the rejected side pulls a small part of what it pulls
-    under DPO; the preferred log-prob ends above DPO's, the reward below. From random weights ASFT learns and DPO does not (C4).
+    """Where features are shared ASFT raises the preferred response and DPO buries it, at the price of a smaller gap (exact); in a
+    table its optimum is not that of reward - KL at any weight. On reviews the rejected side pulls a small part of what it pulls
+    under DPO; the preferred log-prob ends above DPO's, the reward below. From random weights ASFT learns and DPO does not.
 
     Not reproduced, on tuning seeds 100 to 102: that the preferred log-prob rises above the model before (-23.4 to -23.7 on held-out pairs,
     DPO's to -25.2; like fine-tuning, ASFT shortens what is written, since each response counts by its mean), and that the rejected side

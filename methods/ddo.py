@@ -140,12 +140,12 @@ def frechet(lab, policy):
 
 
 def claim(lab):
-    """C1: a table trained on the exact loss reaches p_ref^(1 - 1/beta) p_data^(1/beta), for beta < 1 cleaner than the data themselves.
-    C2: a denoiser pretrained on a ring of Gaussians with 30 % dirt leaves fewer points off the ring after 400 steps on clean data when
+    """A table trained on the exact loss reaches p_ref^(1 - 1/beta) p_data^(1/beta), for beta < 1 cleaner than the data themselves.
+    A denoiser pretrained on a ring of Gaussians with 30 % dirt leaves fewer points off the ring after 400 steps on clean data when
     it sees its own samples as well than by its likelihood alone, or without them, in as many steps. It pays with modes (seed 100: their
     entropy on the ring is 0.89, by the likelihood 0.99), and with twice the steps, as many rows, the likelihood comes near (0.54 and
     0.56).
-    C3, a negative control: pretrained on clean data, the same steps do harm, with samples of 25 steps or of 200 (seed 100: 0.48 and 0.37,
+    A negative control: pretrained on clean data, the same steps do harm, with samples of 25 steps or of 200 (seed 100: 0.48 and 0.37,
     by the likelihood 0.27 and 0.20). An exact likelihood at its maximum would stay there, because E[grad log p_ref] is 0 under p_ref; the
     bound is no likelihood of what the sampler draws. Fully trained, digits, arithmetic and reviews gained nothing either (seed 100)."""
     return [*on_sequences(lab), *on_a_ring(lab, 0.7), *on_a_ring(lab, 1.0)]

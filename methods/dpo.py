@@ -79,7 +79,7 @@ def recover(lab, beta, objective=loss):
 
 
 def claim(lab):
-    """C1: DPO reaches the optimum of reward - beta KL without reinforcement learning (exact, in a bandit of 27 responses); supervised
+    """DPO reaches the optimum of reward - beta KL without reinforcement learning (exact, in a bandit of 27 responses); supervised
     fine-tuning on the preferred responses does not. On text it ends with more true reward than that fine-tuning on the same pairs.
 
     What did not reproduce is more reward at the *same* KL. The fine-tuning stops by itself near a KL of 0.5 to 0.7, since the preferred

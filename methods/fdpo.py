@@ -214,8 +214,8 @@ def tradeoff(rows):
 
 
 def claim(lab):
-    """Each divergence recovers its own optimum (C1); at one beta reward falls and entropy rises from rkl over alpha to fkl (C2); at one
-    reward the others keep more of the tail, though not more entropy (C3; all exact). On reviews rkl takes more reward and more KL than fkl
+    """Each divergence recovers its own optimum; at one beta reward falls and entropy rises from rkl over alpha to fkl; at one
+    reward the others keep more of the tail, though not more entropy (all exact). On reviews rkl takes more reward and more KL than fkl
     at one beta, and its margins are better calibrated after 100 steps (in the exact table all are right, read by their own divergence).
 
     Not reproduced: that fkl writes more diverse reviews (distinct-2 on tuning seeds 100 to 102: fkl 0.310, 0.287, 0.310, rkl 0.343, 0.293,

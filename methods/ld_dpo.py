@@ -151,9 +151,9 @@ def on_reviews_with_bias(here, contest):
 
 
 def claim(lab):
-    """Where length is all that the labels add, the first push on it is a line in alpha (C1); at a strong bias the optimum is 21 % shorter
-    at alpha 0.5 and 39 % at 0, for less than 0.005 of quality (C2); without a bias nothing changes, unless the reference counts in full,
-    which shortens by itself (C3; all exact). On reviews with a length bias of 0.1 alpha 0 writes less than DPO.
+    """Where length is all that the labels add, the first push on it is a line in alpha; at a strong bias the optimum is 21 % shorter
+    at alpha 0.5 and 39 % at 0, for less than 0.005 of quality; without a bias nothing changes, unless the reference counts in full,
+    which shortens by itself (all exact). On reviews with a length bias of 0.1 alpha 0 writes less than DPO.
 
     Not reproduced: at a mild bias (0.05) the optimum is not shorter with every smaller alpha, since a fixed margin then wants larger
     log-ratios beyond the public length: the effect is one of early training. And on reviews it is small. Tuning seeds 100 to 102, beta 0.5,

@@ -68,7 +68,7 @@ def run(lab, cfg):
 
 
 def claim(lab):
-    """C1, C3: on the expected loss rDPO recovers the reward at every flip rate, DPO and conservative DPO do not; an epsilon that is too low
+    """On the expected loss rDPO recovers the reward at every flip rate, DPO and conservative DPO do not; an epsilon that is too low
     costs little, one that is too high has no optimum (exact).
 
     On reviews, with sure annotators (label temperature 0.25) and every pair seen once: at one beta rDPO ends with more true reward than

@@ -1,4 +1,4 @@
-"""ADPO against its paper's card: values, gradients, targets, special cases, anchors, errors."""
+"""ADPO against its paper: values, gradients, targets, special cases, anchors, errors."""
 
 import math
 from types import SimpleNamespace

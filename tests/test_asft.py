@@ -1,4 +1,4 @@
-"""ASFT against its paper's card: values, gradients, identities, errors, and what it does to the preferred response."""
+"""ASFT against its paper: values, gradients, identities, errors, and what it does to the preferred response."""
 
 import inspect
 import math

@@ -1,4 +1,4 @@
-"""Curry-DPO against its paper's card: pairs and rounds, where a round starts, tables in closed form, errors."""
+"""Curry-DPO against its paper: pairs and rounds, where a round starts, tables in closed form, errors."""
 
 import inspect
 import math

@@ -1,4 +1,4 @@
-"""DID against its paper's card: distributions, the sampler in closed form, what the loss recovers, entropies, errors."""
+"""DID against its paper: distributions, the sampler in closed form, what the loss recovers, entropies, errors."""
 
 import inspect
 import math

@@ -1,4 +1,4 @@
-"""DPO against its paper's card: numbers, gradients, identities, errors."""
+"""DPO against its paper: numbers, gradients, identities, errors."""
 
 import math
 from types import SimpleNamespace
@@ -131,7 +131,7 @@ def test_what_is_no_pair_is_refused():
 
 
 def test_the_chosen_probability_can_fall_while_the_loss_falls():
-    """C3: one shared parameter with features (chosen, rejected, other) = (1, 2, 0); the optimum lies at -inf."""
+    """One shared parameter with features (chosen, rejected, other) = (1, 2, 0); the optimum lies at -inf."""
     reference = torch.zeros(3, dtype=torch.float64).log_softmax(0)
     for theta, p_chosen, value in [(0, 0.33333, 0.693147), (-1, 0.24473, 0.644397), (-2, 0.11731, 0.598139), (-4, 0.01798, 0.513015)]:
         logp = (theta * torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64)).log_softmax(0)

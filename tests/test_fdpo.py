@@ -1,4 +1,4 @@
-"""f-DPO against its paper's card: values, gradients, identities, errors, and the optimum of every divergence."""
+"""f-DPO against its paper: values, gradients, identities, errors, and the optimum of every divergence."""
 
 import inspect
 import math

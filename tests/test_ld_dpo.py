@@ -1,4 +1,4 @@
-"""LD-DPO against its paper's card: values, gradients, identities, errors, and the exact optimum where length is all there is to gain."""
+"""LD-DPO against its paper: values, gradients, identities, errors, and the exact optimum where length is all there is to gain."""
 
 import inspect
 import math
@@ -17,7 +17,7 @@ ALPHAS = (1.0, 0.75, 0.5, 0.25, 0.0)
 
 
 def example(dtype=torch.float64):
-    """The card's pair: five tokens preferred to three."""
+    """A pair: five tokens preferred to three."""
     policy, reference = torch.zeros(1, 2, 5, dtype=dtype), torch.zeros(1, 2, 5, dtype=dtype)
     policy[0, 0] = torch.tensor([-1.0, -0.5, -2.0, -1.5, -0.2])
     reference[0, 0] = torch.tensor([-1.1, -0.7, -1.8, -1.6, -0.4])

@@ -1,4 +1,4 @@
-"""MADPO against its paper's card: weights, gradients, the margin a pair settles at, errors, the reward model."""
+"""MADPO against its paper: weights, gradients, the margin a pair settles at, errors, the reward model."""
 
 import inspect
 import math
