@@ -136,6 +136,18 @@ def judged_pairs():
     return [changed(item, margin=margin) for item in pairs()]
 
 
+def scored_pairs():
+    """Pairs with normalised scores, in both directions; and what is refused: scores below 0, above 1, and none."""
+    rng = torch.Generator().manual_seed(8)
+    quality = torch.rand(5, 2, generator=rng, dtype=torch.float64)
+    items = [changed(item, quality=quality.to(item[0].device)) for item in pairs()]
+    items.append(changed(items[0], quality=quality.clone().requires_grad_()))
+    high, low = quality.clone(), quality.clone()
+    high[0, 0], low[0, 1] = 1.25, -0.25
+    edge = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0], [0.0, 0.0], [0.5, 1.0]], dtype=torch.float64)
+    return [*items, *(changed(items[0], quality=q) for q in (high, low, edge)), pairs()[0]]
+
+
 def best_first():
     """Lists of which one is the best: negative scores, absent responses, ties; and what is refused, an empty row."""
     items = [ragged(3, grades, 0), ragged(3, grades, 1, absent=True), ragged(2, first_wins, 2, torch.bfloat16)]
@@ -166,6 +178,46 @@ def targeted_lists():
     return [*items, first, lone, below, (logps, None, batch), elsewhere(items[0]), *bad, empty]
 
 
+def trees():
+    """Trees of steps with hidden states, flat lists, absent and tied responses; refused: wrong scores, one response, an empty step."""
+
+    def grown(seed, dtype=torch.float64, absent=False):
+        logps, ref_logps, batch = ragged(7, grades, seed, dtype, absent)
+        leaf = torch.tensor([0, 0, 1, 1, 0, 1, 1])
+        states = torch.randn(5, 7, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+        parents = torch.tensor([-1, 0, 1, 0, 0, 4, -1]).expand(5, -1)
+        return changed((logps, ref_logps, batch), parents=parents, scores=batch.scores * leaf / 3, states=states)
+
+    items = [grown(0), grown(1, absent=True), grown(2, torch.bfloat16)]
+    flat = ragged(4, grades, 3)
+    states = torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    flat = changed(flat, scores=flat[2].scores / 3, states=states)
+    bare = (*flat[:2], SimpleNamespace(**{n: v for n, v in vars(flat[2]).items() if n != "parents"}))
+    deep = torch.tensor([-1, 0, 1, -1]).expand(5, -1)
+    lone = changed(flat, mask=flat[2].mask & (torch.arange(4) < 1)[:, None])
+    two = changed(flat, mask=flat[2].mask & (torch.arange(4) < 2)[:, None], scores=flat[2].scores * (torch.arange(4) < 2))
+    items += [flat, bare, two, changed(flat, parents=deep, scores=flat[2].scores * torch.tensor([0, 0, 1, 1])), elsewhere(items[0])]
+    known = items[0][2].scores.clone()
+    known[:, :2] = 0.5  # steps within a response have scores too
+    one, short = torch.zeros_like(flat[2].scores), flat[2].mask.clone()
+    one[0, 0], short[0, 1:] = 1.0, False  # a single pair in all; a single row that is no list
+    items += [changed(items[0], scores=known), changed(two, scores=one)]
+    bad = [changed(flat, mask=short, scores=flat[2].scores * short.any(-1))]
+    bad += [changed(flat, scores=flat[2].scores + x) for x in (-0.5, 0.5)] + [lone]
+    hole = items[0][2].mask.clone()
+    hole[1, 1] = False
+    return [*items, changed(flat, scores=0 * flat[2].scores), *bad, changed(items[0], mask=hole)]
+
+
+def graded_pairs():
+    """Pairs with graded scores, near and far from the reference, at it, without it; refused by odpo: a rejected one that scores more."""
+    scores = torch.tensor([[2.0, 0.5], [1.0, 0.9], [0.3, -4.0], [5.0, 1.0], [0.1, 0.0]], dtype=torch.float64)
+    items = [changed(item, scores=scores) if item[2].scores.shape == (5, 2) else item for item in [*far_pairs(), *likelihoods()]]
+    logps, ref_logps, batch = items[0]
+    flipped = changed(items[0], scores=torch.where(torch.arange(5)[:, None] < 2, scores.flip(1), scores))
+    return [*items, flipped, (ref_logps, ref_logps, batch), (logps, None, batch)]
+
+
 # every variant of every method: the fields of its Config, and the inputs that drive it
 CASES = {
     "dpo": ([dict(beta=0.3), dict(beta=1.7)], pairs),
@@ -181,6 +233,35 @@ CASES = {
         far_pairs,
     ),
     "ld_dpo": ([dict(beta=0.3, alpha=0.3), dict(beta=1.7, alpha=0.0), dict(beta=0.7, alpha=0.6, on_reference=False)], pairs),
+    "survey": (
+        [
+            dict(variant=v, **{k: x and 3.1 * x if k in ("beta", "tau") else x for k, x in known.items()})
+            for v, known in importlib.import_module("methods.survey").VARIANTS.items()
+        ]
+        + [
+            dict(variant="kto", z0=0.3),
+            dict(variant="beta_dpo", beta=0.3, alpha=1.7, gamma=0.2),
+            dict(variant="chi_po", beta=0.3, gamma=0.2),
+        ]
+        + [dict(variant="dr_dpo", beta=0.3, tau=0.4), dict(variant="dpop", beta=0.3, lam=0.4), dict(variant="slic", gamma=0.3, lam=0.7)]
+        + [dict(variant="alpha_dpo", alpha=0.9, gamma=0.3), dict(variant="cpo", lam=0.4), dict(variant="orpo", lam=0.7)]
+        + [dict(variant="dpo_nll", lam=0.4), dict(variant="odpo", alpha=0.7), dict(variant="r_dpo", alpha=-0.3)],
+        graded_pairs,
+    ),
+    "r2q": ([dict(beta=0.3), dict(beta=1.7)], pairs),
+    "tpo": (
+        [dict(beta=0.7, tau=t, asr=a) for t in ("model", "label", "none") for a in (True, False)]
+        + [dict(beta=1.3, reduce="mean"), dict(divide=False), dict(divide=False, asr=False, tau="label")],
+        trees,
+    ),
+    "three_d": (
+        [dict(variant="dpo", beta=0.3), dict(variant="flex", beta=1.7, beta_rejected=0.4), dict(variant="sft", beta=0.3, gamma=0.6)],
+        pairs,
+    ),
+    "da_dpo": (
+        [dict(beta=0.3), dict(beta=1.7, alpha=0.7, reach=4.0, gap="absolute"), dict(beta=0.7, alpha=1.3, reach=0.8, gap="signed")],
+        scored_pairs,
+    ),
     "madpo": ([dict(beta=0.3, c_max=4.0, tau=2.0), dict(beta=1.7, c_max=2.0, c_min=0.3, tau=4.0, lam=0.5)], judged_pairs),
     "adpo": (
         [dict(target=t, tau=0.7) for t in ("hard", "raw", "zscore", "kde", "given", "order")]
@@ -210,6 +291,8 @@ CASES = {
 # mutants that nobody could tell from the original: {method: {what was edited: why it is the same}}
 SORTED = "batch.scores.masked_fill(~batch.mask.any(-1), -torch.inf).argsort(descending=True"
 RANKED = "batch.scores.masked_fill(~present, -torch.inf).argsort(descending=True"
+PAIR_WEIGHTS = "pair_weights(g.sum(-1), batch.scores.to(g.dtype), leaf, cfg)"
+ORDERED = "(rewards if cfg.tau == 'model' else scores).masked_fill(~leaf, -torch.inf)"
 SURVIVORS = {
     "irpo": {
         "label_ranks: True -> False": "stable=True: a CPU sorts short rows stably anyway",
@@ -221,6 +304,27 @@ SURVIVORS = {
         "loss: 0.0 -> 1.0": "stands where q is 0: any finite number will do",
     },
     "madpo": {"margin_weights: h.detach() -> h": "a column of the data carries no gradient; if one did, test_madpo.py would notice"},
+    "tpo": {
+        "loss: torch.ones_like(difference) -> torch.ones_like(_detached(difference))": "ones have no gradient",
+        f"loss: {PAIR_WEIGHTS} -> {PAIR_WEIGHTS.replace('g.sum(-1)', '_detached(g.sum(-1))')}": "the order of the rewards alone is read",
+        "loss: g.sum(-1) -> _detached(g).sum(-1)": "the same",
+        "loss: g.sum(-1) -> g.mean(-1)": "the same",
+        f"pair_weights: {ORDERED} -> {ORDERED.replace('(rewards', '_detached(rewards', 1)}": "the same",
+        "pair_weights: ranked.argsort(descending=True, stable=True) -> _detached(ranked).argsort(descending=True, stable=True)": "the same",
+        "pair_weights: ranked.argsort(descending=True, stable=True) -> ranked.argsort(descending=True)": "a CPU sorts stably anyway",
+        "pair_weights: True -> False": "the same",
+        "step_places: on.sum(-1) - 1 -> on.sum(-1) + 1": "the places of all steps shifted alike, which nothing reads",
+        "step_places: on.sum(-1) - 1 -> on.sum(-1)": "the same",
+        "step_places: 1 -> 2": "the same, or the other side of a square",
+        "paths: 1 -> 2": "-2 is no place of a parent either",
+        "paths: eye + child_of.to(eye.dtype) @ on -> eye - child_of.to(eye.dtype) @ on": "only which entries are 0 is read",
+    },
+    "survey": {
+        "loss: ref_logps.sum(-1).unbind(1) -> _detached(ref_logps.sum(-1)).unbind(1)": "where it has a gradient it is not read",
+        "loss: ref_logps.sum(-1) -> _detached(ref_logps).sum(-1)": "the same",
+        "loss: len(h) -> len(_detached(h))": "a length",
+        "loss: standardised(mean_h) -> standardised(_detached(mean_h))": "it takes no gradient through by itself",
+    },
     "asft": {"log1mexp: 2 -> 3": "where one form gives way to the other; both are exact there"},
     "disco": {
         "loss: 1.0 -> 2.0": "the divisor of the advantages of a group all right or all wrong, which are 0",

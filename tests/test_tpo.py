@@ -1,0 +1,326 @@
+"""TPO against its paper's card: pair weights, step weights, trees, what the released code does instead, errors."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from data import collate
+from lab import Lab, Settings
+from methods import dpo
+from methods.tpo import (
+    Config,
+    dpo_of_ends,
+    grown,
+    loss,
+    paths,
+    run,
+    split_steps,
+    step_places,
+    tree,
+    with_states,
+)
+from toy import arithmetic, modular
+
+PLAIN = dict(asr=False, divide=False, beta=1.0)
+
+
+def flat(rewards, scores):
+    """A list of responses of one token each with these log-ratios -> logps (1, K, 1), ref_logps, batch."""
+    logps = torch.tensor(rewards, dtype=torch.float64)[None, :, None].requires_grad_()
+    scores = torch.tensor([scores], dtype=torch.float64)
+    return logps, torch.zeros_like(logps), SimpleNamespace(mask=torch.ones_like(logps, dtype=torch.bool), scores=scores)
+
+
+def forest(rows=4, seed=0, length=3, hidden=5):
+    """Random trees of 7 nodes: 0 - 1 - 2, 0 - 3, 0 - 4 - 5, 6; in every other row the last one is absent."""
+    rng = torch.Generator().manual_seed(seed)
+    parents = torch.tensor([-1, 0, 1, 0, 0, 4, -1]).expand(rows, -1)
+    count = torch.randint(1, length + 1, (rows, 7), generator=rng)
+    count[::2, -1] = 0
+    mask = torch.arange(length) < count[..., None]
+    logps, ref_logps = (-3 * torch.rand(rows, 7, length, generator=rng, dtype=torch.float64) * mask for _ in range(2))
+    scores = torch.zeros(rows, 7, dtype=torch.float64)
+    for leaf in (2, 3, 5, 6):
+        scores[:, leaf] = torch.rand(rows, generator=rng, dtype=torch.float64) * mask[:, leaf].any(-1)
+    states = torch.randn(rows, 7, hidden, generator=rng, dtype=torch.float64) * mask.any(-1, keepdim=True)
+    return logps.requires_grad_(), ref_logps, SimpleNamespace(mask=mask, scores=scores, parents=parents, states=states)
+
+
+def by_hand(logps, ref_logps, batch, cfg, b):
+    """The loss of row b, from the formulas, with loops."""
+    g = (logps - ref_logps)[b].sum(-1)
+    if cfg.reduce == "mean":
+        g = g / batch.mask[b].sum(-1).clamp(min=1)
+    parents, leaves, routes = batch.parents[b].tolist(), [], []
+    for i in range(len(parents)):
+        if batch.mask[b, i].any() and i not in parents:
+            route = [i]
+            while parents[route[0]] >= 0:
+                route.insert(0, parents[route[0]])
+            leaves.append(i)
+            routes.append(route)
+    last = min(map(len, routes)) - 1
+    steps = [[[k for n, k in enumerate(route) if min(n, last) == d] for d in range(last + 1)] for route in routes]
+    r = torch.stack([g[route].sum() for route in routes])
+    v = batch.scores[b, leaves]
+    by = r.detach() if cfg.tau == "model" else v
+    tau = [1 + sum(x > y for x in by.tolist()) for y in by.tolist()]
+    total, weight = 0.0, 0.0
+    for i in range(len(leaves)):
+        for j in range(len(leaves)):
+            if v[i] > v[j]:
+                lam = 1.0
+                if cfg.tau != "none":
+                    lam = (2 ** v[i].item() - 2 ** v[j].item()) * abs(1 / math.log(1 + tau[i]) - 1 / math.log(1 + tau[j]))
+                margin = 0.0
+                for one, other in zip(steps[i], steps[j]):
+                    w = 1.0
+                    if cfg.asr:
+                        u = [batch.states[b, k].sum(0) / batch.mask[b, k].sum() for k in (one, other)]
+                        w = 1 + F.cosine_similarity(*u, dim=0)
+                    margin = margin + cfg.beta * w * (g[one].sum() - g[other].sum())
+                total, weight = total - lam * F.logsigmoid(margin), weight + lam
+    return total / weight if cfg.divide else total
+
+
+@pytest.mark.parametrize("tau", ["model", "label"])
+def test_a_pair_without_step_weights_is_dpo_times_a_constant(tau):
+    logps, ref_logps, batch = flat([0.3, -0.5], [1.0, 0.0])
+    ours = loss(logps, ref_logps, batch, Config(**PLAIN | dict(beta=0.7, tau=tau)))[0]
+    theirs = dpo.loss(logps, ref_logps, batch, dpo.Config(0.7))[0]
+    assert (ours / theirs).item() == pytest.approx(0.532456, abs=1e-6)
+    divided = loss(logps, ref_logps, batch, Config(0.7, tau=tau, asr=False))[0]
+    torch.testing.assert_close(divided, theirs, rtol=0, atol=1e-12)
+    torch.testing.assert_close(dpo_of_ends(logps, ref_logps, batch, Config(0.7))[0], theirs, rtol=0, atol=1e-12)
+
+
+def test_without_pair_weights_all_pairs_are_dpo():
+    logps, ref_logps, batch = flat([0.2, 0.5, -0.1, 0.0], [1.0, 0.6, 0.3, 0.0])
+    r = logps[0, :, 0]
+    expected = -sum(F.logsigmoid(r[i] - r[j]) for i in range(4) for j in range(i + 1, 4))
+    torch.testing.assert_close(loss(logps, ref_logps, batch, Config(**PLAIN | dict(tau="none")))[0][0], expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "tau, value, slopes",
+    [("label", 1.130402, (-0.753893, 0.072828, 0.242930, 0.438135)), ("model", 0.752251, (-0.327685, -0.075147, 0.165214, 0.237618))],
+)
+def test_the_hand_case(tau, value, slopes):
+    logps, ref_logps, batch = flat([0.2, 0.5, -0.1, 0.0], [1.0, 0.6, 0.3, 0.0])
+    losses, metrics = loss(logps, ref_logps, batch, Config(**PLAIN | dict(tau=tau)))
+    assert losses.item() == pytest.approx(value, abs=1e-6)
+    (grad,) = torch.autograd.grad(losses.sum(), logps)
+    assert grad.flatten().tolist() == pytest.approx(slopes, abs=1e-6) and grad.sum().abs() < 1e-12
+    lam = {"label": 1.859695, "model": 0.2579 + 0.2221 + 0.1889 + 0.2337 + 0.3720 + 0.0231}[tau]
+    assert metrics["pair_weight"].item() == pytest.approx(lam, abs=2e-4) and metrics["step_weight"].item() == 1.0
+
+
+def test_at_the_reference_the_loss_is_ln_2_times_the_weights():
+    logps, _, batch = flat([0.2, 0.5, -0.1, 0.0], [1.0, 0.6, 0.3, 0.0])
+    assert loss(logps, logps.detach(), batch, Config(**PLAIN | dict(tau="label")))[0].item() == pytest.approx(1.289042, abs=1e-6)
+    assert loss(logps, logps.detach(), batch, Config(asr=False))[0].item() == pytest.approx(math.log(2), abs=1e-12)
+
+
+def two_chains(g, cosines):
+    """Two responses of as many steps, each its own nodes, with these log-ratios and cosines between the steps."""
+    n = len(cosines)
+    parents = torch.tensor([[*range(-1, n - 1), -1, *range(n, 2 * n - 1)]])
+    logps = torch.tensor(g, dtype=torch.float64).view(1, 2 * n, 1).requires_grad_()
+    states = torch.zeros(1, 2 * n, 2, dtype=torch.float64)
+    states[0, :n, 0] = 3.0
+    for k, c in enumerate(cosines):
+        states[0, n + k] = torch.tensor([c, math.sqrt(1 - c * c)]) * (1 + k)
+    scores = torch.zeros(1, 2 * n, dtype=torch.float64)
+    scores[0, n - 1] = 1.0
+    mask = torch.ones(1, 2 * n, 1, dtype=torch.bool)
+    return logps, torch.zeros_like(logps), SimpleNamespace(mask=mask, scores=scores, parents=parents, states=states)
+
+
+def test_step_weights_by_hand():
+    item = two_chains([[0.4, 0.3, 0.1], [0.4, -0.2, 0.5]], [1.0, 0.2, 0.8])
+    losses, metrics = loss(*item, Config(0.5))
+    assert losses.item() == pytest.approx(0.723597, abs=1e-6)  # the margin is -0.06: the weights turned its sign
+    assert metrics["step_weight"].item() == pytest.approx(5 / 3, abs=1e-6)
+    (grad,) = torch.autograd.grad(losses.sum(), item[0])
+    slope = 0.5 * torch.sigmoid(torch.tensor(0.06, dtype=torch.float64)) * torch.tensor([2.0, 1.2, 1.8], dtype=torch.float64)
+    torch.testing.assert_close(grad.flatten(), torch.cat([-slope, slope]), rtol=0, atol=1e-6, check_dtype=False)
+    assert loss(*item, Config(0.5, asr=False))[0].item() == pytest.approx(0.668460, abs=1e-6)
+
+
+def test_equal_steps_count_twice_and_opposite_ones_not_at_all():
+    item = two_chains([[0.4, 0.3], [0.1, -0.2]], [1.0, -1.0])
+    (grad,) = torch.autograd.grad(loss(*item, Config(0.5))[0].sum(), item[0])
+    assert grad[0, [1, 3]].abs().max() < 1e-12 and grad[0, 0].item() < -0.1
+    both = two_chains([[0.4, 0.3], [0.1, -0.2]], [1.0, 1.0])
+    torch.testing.assert_close(loss(*both, Config(0.5))[0], loss(*both, Config(1.0, asr=False))[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("tau", ["model", "label", "none"])
+@pytest.mark.parametrize("asr", [True, False])
+@pytest.mark.parametrize("how", [dict(), dict(reduce="mean"), dict(divide=False)])
+def test_random_trees_against_loops(tau, asr, how):
+    logps, ref_logps, batch = forest()
+    cfg = Config(0.8, tau=tau, asr=asr, **how)
+    losses = loss(logps, ref_logps, batch, cfg)[0]
+    (grad,) = torch.autograd.grad(losses.sum(), logps, retain_graph=True)
+    hand = torch.stack([by_hand(logps, ref_logps, batch, cfg, b) for b in range(4)])
+    torch.testing.assert_close(losses, hand, rtol=0, atol=1e-10)
+    torch.testing.assert_close(grad, torch.autograd.grad(hand.sum(), logps)[0], rtol=0, atol=1e-10)
+
+
+def test_paths_and_merged_steps():
+    _, _, batch = forest()
+    on, leaf = paths(batch)
+    assert on[1, 5].tolist() == [True, False, False, False, True, True, False] and on[1, 6].sum() == 1
+    assert leaf[1].tolist() == [False, False, True, True, False, True, True] and not leaf[0, 6]
+    parts = step_places(on, leaf)
+    assert parts[0, 2, :, 0].nonzero().flatten().tolist() == [0] and parts[0, 2, :, 1].nonzero().flatten().tolist() == [1, 2]
+    assert parts[1, 2, :, 0].sum() == 3  # a response of one step: all is one step
+    flat_on, flat_leaf = paths(SimpleNamespace(mask=batch.mask))
+    assert (flat_on == torch.eye(7).bool()).all() and (flat_leaf == batch.mask.any(-1)).all()
+
+
+def test_a_shared_step_has_no_gradient():
+    logps, ref_logps, batch = forest()
+    batch.scores[:, 6] = 0.0
+    alone = SimpleNamespace(**vars(batch) | dict(mask=batch.mask & (torch.arange(7) != 6)[:, None]))
+    (grad,) = torch.autograd.grad(loss(logps, ref_logps, alone, Config())[0].sum(), logps)
+    assert grad[:, 0].abs().max() < 1e-12 and grad[:, 1:6].abs().amax(-1).min(0).values.max() > 1e-3
+
+
+def test_the_order_of_the_list_does_not_matter():
+    logps, ref_logps, batch = flat([0.2, 0.5, -0.1, 0.0], [0.6, 1.0, 0.3, 0.0])
+    batch.states = torch.randn(1, 4, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    order = [2, 0, 3, 1]
+    moved = SimpleNamespace(mask=batch.mask, scores=batch.scores[:, order], states=batch.states[:, order])
+    for cfg in (Config(), Config(asr=False)):
+        there, back = loss(logps, ref_logps, batch, cfg)[0], loss(logps[:, order], ref_logps, moved, cfg)[0]
+        torch.testing.assert_close(there, back, rtol=0, atol=1e-12)
+
+
+def test_equal_scores_teach_nothing():
+    logps, ref_logps, batch = flat([0.2, 0.5, -0.1], [0.4, 0.4, 0.4])
+    for tau in ("model", "label", "none"):
+        losses = loss(logps, ref_logps, batch, Config(asr=False, tau=tau))[0]
+        assert losses.item() == 0 and (torch.autograd.grad(losses.sum(), logps)[0] == 0).all()
+    assert dpo_of_ends(logps, ref_logps, batch, Config())[0].item() == 0
+
+
+def test_the_released_outer_loss_lowers_the_best():
+    """Published code: -log sigmoid(beta R) of a ranking loss R over all ordered pairs, the diagonal included, over n (n - 1)."""
+    r = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    better = torch.tensor([[0.0, 1.0, 1.0], [-1.0, 0.0, 1.0], [-1.0, -1.0, 0.0]], dtype=torch.float64)
+    ranking = -F.logsigmoid(better * (r[:, None] - r)).sum() / 6
+    outer = -F.logsigmoid(0.5 * ranking)
+    (grad,) = torch.autograd.grad(outer, r)
+    assert outer.item() == pytest.approx(0.466625, abs=1e-6)
+    assert grad.tolist() == pytest.approx([0.062147, 0.0, -0.062147], abs=1e-6)
+    logps, ref_logps, batch = flat([0.0, 0.0, 0.0], [1.0, 0.5, 0.0])
+    ours = torch.autograd.grad(loss(logps, ref_logps, batch, Config(asr=False, tau="none"))[0].sum(), logps)[0].flatten()
+    assert ours[0] < 0 < ours[2]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("k", [2, 16])
+def test_huge_margins_stay_finite_in_every_dtype(dtype, k):
+    for margin in (1e4, -1e4):
+        logps = torch.zeros(2, k, 1, dtype=dtype)
+        logps[:, 0] = margin
+        logps.requires_grad_()
+        scores, states = torch.linspace(1, 0, k).expand(2, k), torch.ones(2, k, 3, dtype=dtype)
+        batch = SimpleNamespace(mask=torch.ones(2, k, 1, dtype=torch.bool), scores=scores, states=states)
+        losses = loss(logps, torch.zeros_like(logps), batch, Config())[0]
+        assert losses.isfinite().all() and losses.dtype == torch.promote_types(dtype, torch.float32)
+        assert torch.autograd.grad(losses.sum(), logps)[0].isfinite().all()
+
+
+def test_what_is_refused():
+    logps, ref_logps, batch = flat([0.2, 0.5], [1.0, 0.0])
+    for scores in ([math.nan, 0.0], [100.0, 0.0], [0.5, -0.1]):
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            loss(logps, ref_logps, SimpleNamespace(mask=batch.mask, scores=torch.tensor([scores])), Config(asr=False))
+    with pytest.raises(ValueError, match="at least 2"):
+        loss(logps[:, :1], ref_logps[:, :1], SimpleNamespace(mask=batch.mask[:, :1], scores=batch.scores[:, :1]), Config(asr=False))
+    logps, ref_logps, batch = forest()
+    batch.mask[1, 1] = False
+    with pytest.raises(ValueError, match="step without"):
+        loss(logps, ref_logps, batch, Config())
+    with pytest.raises((ValueError, TypeError)):
+        collate([dict(prompt=0, responses=[[0], [1]], scores=["80", "20"])])
+    for fields in (dict(beta=0.0), dict(beta=math.nan), dict(tau="rank"), dict(reduce="max")):
+        with pytest.raises(ValueError, match=list(fields)[0]):
+            Config(**fields)
+
+
+def test_a_tree_is_made_of_what_the_solutions_share():
+    chains = [([[1], [2], [3]], True), ([[1], [2], [4, 5]], True), ([[1], [6]], False), ([[1], [2], [3]], True)]
+    row = tree("x", chains, [1.0, 0.6, 0.3, 1.0])
+    assert row["responses"] == [[1], [2], [3], [4, 5], [6]] and row["parents"] == [-1, 0, 1, 1, 0]
+    assert row["ends"] == [False, False, True, True, False] and row["scores"] == [0.0, 0.0, 1.0, 0.6, 0.3]
+
+
+def test_steps_end_with_their_separator():
+    tokenizer = arithmetic.World().tokenizer
+    ids = tokenizer.encode("7+8+0=15,4+5+1=10:105")
+    assert [tokenizer.decode(step) for step in split_steps(ids, tokenizer)] == ["7+8+0=15,", "4+5+1=10:", "105"]
+    assert split_steps([], tokenizer) == [[]] and sum(split_steps(ids[:9], tokenizer), []) == ids[:9]
+
+
+def test_trees_of_sums_are_scored_as_one_response_a_row():
+    """A path of the tree has the log-probs of the response written out, and each score is the share of right steps."""
+    here = Lab(Settings(world="arithmetic", base_steps=20, prompts=6, k=5, batch_size=4), quiet=True)
+    policy = here.base()
+    rows = here.rows(grown(here, policy))
+    batch = with_states(policy, collate(rows, here.world.tokenizer))
+    on, leaf = paths(batch)
+    with torch.no_grad():
+        total = (on.float() @ policy.logps(batch).sum(-1)[..., None])[..., 0]
+    assert batch.states.shape == (len(rows), batch.mask.shape[1], 96) and leaf.sum(1).max() <= 5
+    for b, row in enumerate(rows):
+        assert row["scores"].count(1.0) >= 1 and max(row["scores"]) == 1.0
+        for i in leaf[b].nonzero().flatten().tolist():
+            ids = sum((row["responses"][k] for k in on[b, i].nonzero().flatten().tolist()), [])
+            whole = here.rows([dict(prompt=row["prompt"], responses=[ids], ends=[row["ends"][i]])])
+            assert sum(here.logps(policy, whole)[0][0]) == pytest.approx(total[b, i].item(), abs=1e-3)
+            marks = here.world.verify_steps(row["prompt"], ids)
+            right = here.world.reward([row["prompt"]], [ids]).item()
+            assert row["scores"][i] == pytest.approx(1.0 if right else 0.9 * [*marks, False].index(False) / len(marks))
+
+
+def test_the_modular_world():
+    world, rng = modular.World(), torch.Generator().manual_seed(3)
+    assert (world.right[:, 2] == world.problems.sum(1) % 7).all()
+    assert world.reward([5], [world.right[5].tolist()]).item() == 1.0
+    policy = world.model()
+    torch.testing.assert_close(policy.log_probs().exp().sum(1), torch.ones(300, dtype=torch.float64), rtol=0, atol=1e-5)
+    a, b, c, d = world.problems[4].tolist()
+    steps = policy.steps.log_softmax(-1)
+    expected = steps[0, a, b, 2] + steps[1, 2, c, 6] + steps[2, 6, d, 1]
+    assert policy.log_probs()[4, 2 * 49 + 6 * 7 + 1].item() == pytest.approx(expected.item(), abs=1e-5)
+    rows = world.lists(50, rng)
+    for row in rows:
+        right = world.right[row["prompt"]].tolist()
+        assert row["responses"][0] == right and row["scores"][0] == 1.0 and len(row["responses"]) == 5
+        assert all(chain[0] == right[0] for chain in row["responses"][:4])
+        for chain, v in zip(row["responses"], row["scores"]):
+            first = [*(x == y for x, y in zip(chain, right)), False].index(False)
+            assert v == pytest.approx(1.0 if chain[2] == right[2] else 0.3 * first)
+    with pytest.raises(ValueError, match="k = 1"):
+        world.lists(1, rng, 1)
+
+
+def test_every_field_changes_the_run():
+    settings = Settings(world="arithmetic", base_steps=10, prompts=6, k=4, batch_size=3, steps=2, eval_size=2, max_response=12)
+    ends = []
+    for fields in (dict(), dict(beta=0.9), dict(tau="label"), dict(asr=False), dict(reduce="mean"), dict(divide=False)):
+        model = run(Lab(settings, quiet=True), Config(**fields))
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert all((a - b).abs().max() > 0 for i, a in enumerate(ends) for b in ends[:i])
+
+
+def test_lists_without_steps():
+    settings = Settings(world="reviews", base_steps=2, prompts=6, k=3, batch_size=3, steps=1, eval_size=2, max_response=6)
+    assert run(Lab(settings, quiet=True), Config()) is not None
