@@ -79,9 +79,7 @@ class Config:
     beta: float | None = None  # strength of the pull to the reference, or of the margin; the default of all these is the variant's
     tau: float | None = None  # ipo: strength of the pull; dr_dpo: temperature over the batch; disco_pop: of the blend
     epsilon: float | None = None  # cdpo, rdpo: share of flipped labels; exo: smoothing of the label
-    alpha: float | None = (
-        None  # odpo, beta_dpo, alpha_dpo: size of their correction; r_dpo: price of a token; alpha_div: order; ld_dpo: power
-    )
+    alpha: float | None = None  # odpo, beta_dpo, alpha_dpo: size of a correction; r_dpo: price of a token; alpha_div: order; ld_dpo: power
     lam: float | None = None  # cpo, orpo, dpo_nll, slic, dpop: weight of the second term
     gamma: float | None = None  # simpo, alpha_dpo, slic: margin; beta_dpo: usual h; chi_po: half the largest reward of a side
     z0: float | None = None  # kto: reference point; by default the mean log-ratio of the other side, at least 0
