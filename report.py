@@ -16,30 +16,36 @@ from data import interval, wilson, write_beside, write_text
 # ---------------------------------------------------------------- measuring
 
 
-def best_and_worst(scores, mask):
-    """Index (B,) of the best and of the worst scored response that is there."""
-    present = mask.any(-1)
-    best = scores.masked_fill(~present, -math.inf).argmax(1)
-    worst = scores.masked_fill(~present, math.inf).argmin(1)
-    return best, worst
+def paths(values, parents):
+    """Sums (B, K) of values (B, K) over the path from the prompt to each response, its own included; parents (B, K), -1 = the prompt."""
+    for _ in range((values.shape[1] - 1).bit_length()):  # each pass doubles the stretch that a sum covers
+        up, ended = parents.clamp(min=0), parents < 0
+        values = values + values.gather(1, up).masked_fill(ended, 0.0)
+        parents = parents.gather(1, up).masked_fill(ended, -1)
+    return values
 
 
 def common_metrics(logps, ref_logps, batch):
     """Metrics of every method, from the best and the worst scored response of each row: the log-ratio margin (nats, without beta), the
-    share of rows where it is positive, and the raw log-probs. Without a reference the log-probs themselves are compared."""
-    best, worst = best_and_worst(batch.scores, batch.mask)
+    share of rows where it is positive, and the raw log-probs. Without a reference the log-probs themselves are compared. In a tree of
+    steps a response is a path to a leaf; in a chain, which has one leaf, it is a node."""
+    present, parents = batch.mask.any(-1), batch.parents
     total = (logps * batch.mask).sum(-1)
     ratio = total if ref_logps is None else total - (ref_logps * batch.mask).sum(-1)
-
-    def pick(x, index):
-        return x.gather(1, index[:, None])[:, 0]
-
-    margin = pick(ratio, best) - pick(ratio, worst)
+    if parents is not None:
+        places = torch.arange(parents.shape[1], device=parents.device)
+        leaf = present & ~(parents[..., None] == places).any(1)
+        tree = leaf.sum(1, keepdim=True) > 1
+        present = torch.where(tree, leaf, present)
+        total, ratio = (torch.where(tree, paths(x, parents), x) for x in (total, ratio))
+    best = batch.scores.masked_fill(~present, -math.inf).argmax(1, keepdim=True)
+    worst = batch.scores.masked_fill(~present, math.inf).argmin(1, keepdim=True)
+    margin = (ratio.gather(1, best) - ratio.gather(1, worst))[:, 0]
     return {
         "margin": margin.mean(),
         "accuracy": ((margin > 0).float() + 0.5 * (margin == 0).float()).mean(),
-        "chosen_logp": pick(total, best).mean(),
-        "rejected_logp": pick(total, worst).mean(),
+        "chosen_logp": total.gather(1, best).mean(),
+        "rejected_logp": total.gather(1, worst).mean(),
     }
 
 

@@ -15,7 +15,7 @@ import lab as lab_module
 import methods.dpo
 import report
 import train
-from data import collate
+from data import Batch, collate
 from lab import Lab, Settings
 from nanomodel import GPT
 
@@ -608,6 +608,22 @@ def test_the_kl_is_that_of_the_sampled_distributions(temperature):
     ratio, kl = torch.tensor(ratio), torch.tensor(kl)
     error = (ratio - kl).std() / len(kl) ** 0.5
     assert kl.mean() > 10 * error and abs(ratio.mean() - kl.mean()) < 4 * error and (kl >= -1e-6).all()
+
+
+def test_the_log_compares_paths_of_a_tree_items_of_a_chain_and_members_of_a_list():
+    """Row 0: steps 0 -> 1 and 0 -> 2 -> 3, so paths end at 1 and 3. Row 1: a chain. Row 2: a list whose last member is absent."""
+    parents = torch.tensor([[-1, 0, 0, 2], [-1, 0, 1, 2], [-1, -1, -1, -1]])
+    scores = torch.tensor([[9.0, 0.0, 9.0, 1.0], [3.0, 0.0, 1.0, 2.0], [1.0, 0.0, 2.0, 0.0]])
+    mask = torch.ones(3, 4, 2, dtype=torch.bool)
+    mask[2, 3] = False
+    logps = torch.tensor([[-1.0, -2.0, -3.0, -4.0], [-5.0, -6.0, -7.0, -8.0], [-1.0, -2.0, -4.0, -9.0]])[..., None].expand(3, 4, 2) / 2
+    ref_logps = torch.tensor([[-7.0, -2.5, -1.0, -1.0], [-5.0, -5.0, -5.0, -5.0], [-1.0, -5.0, -4.5, -5.0]])[..., None].expand(3, 4, 2) / 2
+    assert report.paths(logps.sum(-1), parents).tolist()[0] == [-1.0, -3.0, -4.0, -8.0]
+    found = report.common_metrics(logps, ref_logps, Batch(mask, scores, parents=parents))
+    margins = [(-8.0 + 9.0) - (-3.0 + 9.5), 0.0 - (-1.0), 0.5 - 3.0]  # -5.5: the common step 0 cancels
+    assert found["margin"].item() == pytest.approx(sum(margins) / 3) and found["accuracy"].item() == pytest.approx(1 / 3)
+    assert found["chosen_logp"].item() == pytest.approx((-8.0 - 5.0 - 4.0) / 3)
+    assert found["rejected_logp"].item() == pytest.approx((-3.0 - 6.0 - 2.0) / 3)
 
 
 def test_reference_logps_of_fixed_rows_are_the_frozen_model_s(tmp_path):
