@@ -178,6 +178,11 @@ def check_fit(method, module, world, settings):
         world.lists(1, torch.Generator(), settings.k)
 
 
+def replaced(out):
+    """Where the former content of --out waits, under --overwrite, until the new run has ended; a refused run gives it back."""
+    return f"{os.path.abspath(out)}.replaced-{os.getpid()}"
+
+
 def new_folder(settings, label):
     """The run's folder, made and writable; ValueError when --out holds something already, or cannot be written."""
     out = settings.out
@@ -194,7 +199,7 @@ def new_folder(settings, label):
             value = getattr(settings, name)
             if value and (os.path.realpath(value) + os.sep).startswith(os.path.realpath(out) + os.sep):
                 raise ValueError(f"--{name} {value} lies in --out {out}, which --overwrite would empty")
-        shutil.rmtree(out)
+        os.replace(out, replaced(out))
     elif os.path.exists(out) and not os.path.isdir(out):
         raise ValueError(f"--out {out} is a file")
     try:
@@ -463,10 +468,14 @@ def start(flags, owners, out):
     except ValueError:
         if os.listdir(out) == ["run.json"]:  # refused before anything was made: the next try may have the same --out
             shutil.rmtree(out)
+            if os.path.exists(replaced(out)):
+                os.replace(replaced(out), out)
         raise
     except KeyboardInterrupt:
         print(f"\nstopped; go on with: python train.py --resume {out}", file=sys.stderr)
         return 130
+    finally:
+        shutil.rmtree(replaced(out), ignore_errors=True)
 
 
 def one_line(error):

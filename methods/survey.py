@@ -241,6 +241,12 @@ def reward_at(curve, kl):
     return math.nan
 
 
+def middle(values):
+    """Mean, and half of its 95 % interval (0 for one value)."""
+    mean = sum(values) / len(values)
+    return mean, interval(values)[1] - mean if len(values) > 1 else 0.0
+
+
 def ranked(exact, text, kl=0.5):
     """One line a variant, means over seeds with half their 95 % interval, by reward at one KL on the tree; beside it what it did on text.
     exact: {variant: [curve of a seed]}, text: {variant: [evaluation of a seed]}."""
@@ -248,40 +254,48 @@ def ranked(exact, text, kl=0.5):
 
     def cell(values):
         if not values or not all(map(math.isfinite, values)):
-            return f"{'-':>15}"
-        spread = f"+-{interval(values)[1] - sum(values) / len(values):.3f}" if len(values) > 1 else ""
-        return f"{sum(values) / len(values):8.3f}{spread:>7}"
+            return f"{'-':>17}"
+        mean, half = middle(values)
+        return f"{mean:9.3f}{f'+-{half:.3f}' if half else '':>8}"
 
     reached = {variant: [reward_at(curve, kl) for curve in curves] for variant, curves in exact.items()}
-    head = [f"reward at {kl}", *names, *(f"reviews {n}"[:15] for n in shown)]
-    lines = [f"{'variant':10}" + "".join(f"{name:>15}" for name in head)]
+    head = [f"reward at {kl}", *names, *(f"reviews {n}" for n in shown)]
+    lines = [f"{'variant':10}" + "".join(f"{name:>17}" for name in head)]
     for variant in sorted(exact, key=lambda v: sum(-x if math.isfinite(x) else math.inf for x in reached[v])):
         cells = [reached[variant], *([curve[-1][n] for curve in exact[variant]] for n in names)]
         lines.append(f"{variant:10}" + "".join(map(cell, cells + [[run[n] for run in text.get(variant, [])] for n in shown])))
     return "\n".join(lines)
 
 
-def picture(path, exact, world):
-    """Reward against KL: the path of each variant on the tree, and the largest reward that any policy has at that KL."""
+def picture(path, exact, text, world):
+    """Reward against KL: on the tree the path of each variant and the largest reward that any policy has at that KL; on reviews, where
+    each ended (means over seeds, 95 % intervals)."""
     from matplotlib.figure import Figure
 
-    fig = Figure(figsize=(10, 6), layout="constrained")
-    ax = fig.subplots()
+    fig = Figure(figsize=(15, 6), layout="constrained")
+    left, right = fig.subplots(1, 2)
     best = [world.exact(world.optimum(world.reference, 0.2 * 1.1**i)) for i in range(50)]
-    ax.plot([x["kl"] for x in best], [x["reward"] for x in best], "k--", label="largest")
+    left.plot([x["kl"] for x in best], [x["reward"] for x in best], "k--", label="largest")
     for i, (variant, curves) in enumerate(exact.items()):
-        ax.plot(
-            [x["kl"] for x in curves[0]], [x["reward"] for x in curves[0]], f"C{i % 10}", ls=("-", ":", "-.", "--")[i // 10], label=variant
-        )
-    ax.set(xlabel="KL from the reference (nats)", ylabel="true reward", xlim=(0, 3))
-    ax.legend(frameon=False, ncols=2, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+        how = dict(color=f"C{i % 10}", label=variant)
+        left.plot([x["kl"] for x in curves[0]], [x["reward"] for x in curves[0]], ls=("-", ":", "-.", "--")[i // 10], **how)
+        if variant in text:
+            (x, dx), (y, dy) = (middle([run[name] for run in text[variant]]) for name in ("kl", "reward"))
+            right.errorbar(x, y, dy, dx, fmt="osD^"[i // 10], elinewidth=0.4, **how)
+            right.annotate(variant, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=8, color=f"C{i % 10}")
+    left.set(title="tree, exact (first seed)", xlim=(0, 3))
+    right.set(title="reviews", xscale="log")
+    for ax in (left, right):
+        ax.set(xlabel="KL from the reference (nats)", ylabel="true reward")
+    right.legend(frameon=False, ncols=2, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     write_beside(path, lambda temporary: fig.savefig(temporary, format="png", dpi=110))
 
 
-def reviewed(here, names):
-    """Align on reviews by each variant, on the same pairs -> {variant: its evaluation}."""
-    data, how = here.preferences(here.base(), k=2), {v: dict(reference=None if v in FREE else "start") for v in names}
-    return {v: here.evaluate(here.align(here.base(), data, loss, Config(v), watch=lambda *_: {}, **how[v])) for v in names}
+def reviewed(here):
+    """Align on reviews by each variant, on the same pairs, the best and the worst of four samples -> {variant: its evaluation}."""
+    data = here.rows(extremes(row) for row in here.preferences(here.base(), k=4) if max(row["scores"]) > min(row["scores"]))
+    reference = {v: None if v in FREE else "start" for v in VARIANTS}
+    return {v: here.evaluate(here.align(here.base(), data, loss, Config(v), reference[v], watch=lambda *_: {})) for v in VARIANTS}
 
 
 def contests(here, world):
@@ -313,13 +327,13 @@ def claim(lab):
         here = here.at(eval_every=1600)
         ends.append({name: exact[name][-1][-1] for name in VARIANTS})
         ends[-1] |= {name: on_tree(here, world, *how)[-1] for name, how in contests(here, world).items()}
-        reviews.append(reviewed(lab.at(seed=seed, world="reviews", steps=60), "dpo ipo sppo simpo simper cpo orpo".split()))
+        reviews.append(reviewed(lab.at(seed=seed, world="reviews", steps=60, batch_size=32)))
     text = {name: [run[name] for run in reviews] for name in reviews[0]}
     page = ranked(exact, text) + "\n\n" + "\n".join(f"{branch}: {papers}" for branch, papers in TAXONOMY.items())
     print(page)
     if lab.out:
         write_text(f"{lab.out}/survey.txt", page + "\n")
-        picture(f"{lab.out}/survey.png", exact, tree.World(lab.seeds[0]))
+        picture(f"{lab.out}/survey.png", exact, text, tree.World(lab.seeds[0]))
 
     def say(what, metric, ours, baseline, found=ends, **how):
         sides = [[x[side][metric] if isinstance(side, str) else side for x in found] for side in (ours, baseline)]

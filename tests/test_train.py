@@ -486,6 +486,10 @@ def test_a_refused_run_leaves_no_folder(tmp_path, capsys, monkeypatch):
     path = rows_file(tmp_path / "long.jsonl", [row | {"chosen": "yes " * 300} for row in PAIRS])
     refused(capsys, ["--method", "dpo", "--data", path, "--context", "64", "--out", "run"], "--truncate")
     assert not (tmp_path / "run").exists()
+    assert train.cli(["--method", "dpo", "--world", "bandit", "--steps", "2", "--out", "run"]) == 0
+    before = (tmp_path / "run" / "summary.json").read_bytes()  # a refused run gives back what --overwrite would have emptied
+    refused(capsys, ["--method", "dpo", "--data", path, "--context", "64", "--out", "run", "--overwrite"], "--truncate")
+    assert (tmp_path / "run" / "summary.json").read_bytes() == before and not list(tmp_path.glob("run.*"))
 
 
 def test_a_prompt_longer_than_the_context(tmp_path, capsys, monkeypatch):
