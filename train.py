@@ -296,23 +296,23 @@ def commit():
 def run_claims(method, settings, seeds, out, quiet=False):
     """The claims of one method's file, as written to claim.json: a list of dicts, one a claim."""
     module, start = load_method(method), time.time()
-    say = (lambda *a, **k: None) if quiet else print
-    say(f"{(module.__doc__ or method).strip().splitlines()[0]}\nclaims on seeds {', '.join(map(str, seeds))}", flush=True)
+    print(f"{(module.__doc__ or method).strip().splitlines()[0]}\nclaims on seeds {', '.join(map(str, seeds))}", flush=True)
     lab = Lab(settings, out, quiet=quiet or not sys.stderr.isatty(), seeds=len(seeds))
     claims = module.claim(lab)
-    say("\n" + report.claims_table(claims))
+    print("\n" + report.claims_table(claims))
     command = f"python train.py --method {method} --claim --seeds {len(seeds)}" + (f" --seed {seeds[0]}" if seeds[0] else "")
     about = {"paper": method, "seconds": round(time.time() - start, 1), "command": command, "commit": commit()}
     lines = [dataclasses.asdict(c) | about for c in claims]
     write_text(os.path.join(out, "claim.md"), report.claims_markdown(lines))
     report.write_json(os.path.join(out, "claim.json"), lines)
     shutil.rmtree(os.path.join(out, "stages"), ignore_errors=True)
-    say(f"{report.clock(time.time() - start)} in all; written to {out}/: claim.json, claim.md")
+    print(f"{report.clock(time.time() - start)} in all; written to {out}/: claim.json, claim.md")
     return lines
 
 
 def all_claims(names, settings, seeds, out):
-    """The claims of many methods, each in its own folder; goes on after a failure, and with what an earlier call finished -> claims."""
+    """The claims of many methods, each in its own folder with what it prints; goes on after a failure, and with what an earlier call
+    finished -> claims."""
     lines, start, ran = [], time.time(), 0
     for i, name in enumerate(names):
         folder, failed = os.path.join(out, name), ""
@@ -321,10 +321,11 @@ def all_claims(names, settings, seeds, out):
                 found = json.load(file)
         except (OSError, ValueError):
             ran += 1
+            os.makedirs(folder, exist_ok=True)
             try:
-                found = run_claims(name, settings, seeds, folder, quiet=True)
+                with open(os.path.join(folder, "claim.txt"), "w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+                    found = run_claims(name, settings, seeds, folder, quiet=True)
             except Exception as error:  # noqa: BLE001 - one paper must not stop the others
-                os.makedirs(folder, exist_ok=True)
                 write_text(os.path.join(folder, "error.txt"), traceback.format_exc())
                 failed, text = f"failed, see {folder}/error.txt: ", f"failed: {type(error).__name__}: {error}"
                 found = [{"paper": name, "text": " ".join(text.split()), "expected": True, "holds": False}]

@@ -277,6 +277,7 @@ def test_the_claims_of_many_methods_go_on_after_a_failure_and_are_resumed(tmp_pa
     out = capsys.readouterr().out
     assert "[1/3] dpo: 1 of 1 expected claims hold, 1 more were not expected to" in out and "failed, see all/irpo/error.txt" in out
     assert "no luck" in (tmp_path / "all" / "irpo" / "error.txt").read_text()
+    assert "a control" in (tmp_path / "all" / "dpo" / "claim.txt").read_text() and "a control" not in out
     lines = json.loads((tmp_path / "all" / "claims.json").read_text())
     assert [c["paper"] for c in lines] == ["dpo", "dpo", "irpo", "rdpo", "rdpo"]
     assert [c["holds"] for c in lines] == [True, False, False, True, False]
