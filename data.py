@@ -370,12 +370,18 @@ def collate(rows, tokenizer=None, fixed=False):
         return {name: _column([row[name] for row in rows], count, length) for name in rows[0] if name not in OWN}
 
     if tokenizer is None:
-        responses = _stack([torch.as_tensor(row["responses"]) for row in rows], count)  # in a table all have one length
-        mask = _stack([torch.ones(len(row["responses"]), dtype=torch.bool) for row in rows], count)[..., None]  # (B, K, 1)
         label = torch.tensor([row["prompt"] for row in rows])
         if isinstance(rows[0]["responses"], torch.Tensor):
-            return Batch(mask, scores, images=responses, label=label, columns=columns())
-        return Batch(mask.repeat(1, 1, responses.shape[2]), scores, target=responses, label=label, columns=columns())
+            images = _stack([row["responses"] for row in rows], count)
+            mask = _stack([torch.ones(len(row["responses"]), 1, dtype=torch.bool) for row in rows], count)  # (B, K, 1)
+            return Batch(mask, scores, images=images, label=label, columns=columns())
+        length = max(len(response) for row in rows for response in row["responses"])
+        target = np.zeros((len(rows), count, length), dtype=np.int64)
+        mask = np.zeros(target.shape, dtype=bool)
+        for b, row in enumerate(rows):
+            for k, response in enumerate(row["responses"]):
+                target[b, k, : len(response)], mask[b, k, : len(response)] = response, True
+        return Batch(torch.from_numpy(mask), scores, target=torch.from_numpy(target), label=label, columns=columns(length))
 
     rows = [encode(row, tokenizer) for row in rows]
     round_up = bucket if fixed else int

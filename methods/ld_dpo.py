@@ -23,7 +23,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-FAMILY, KINDS = "pairs", ("text",)  # elsewhere responses have one length
+FAMILY, KINDS = "pairs", ("text",)  # images and most tables have responses of one length
 UNUSED = ("k",)  # run settings that leave no choice here
 DEFAULTS = dict(world="reviews", length_bias=0.1)
 

@@ -369,9 +369,10 @@ def test_the_bench_on_the_tree(tmp_path):
     first, last = exact["dpo"][0][0], exact["dpo"][0][-1]
     assert first["kl"] == pytest.approx(0, abs=1e-6) and first["dw"] == 0 and last["step"] == 30
     assert last["reward"] > 0.3 and last["kl"] > 0.05 and last["dw"] > last["dl"] and last["accuracy"] > 0.7
-    lines = ranked(exact, {"cpo": [dict(reward=1.5, kl=0.5, length=9.0, accuracy=0.6)]}, kl=0.1).splitlines()
+    text = {"cpo": [dict(reward=1.5, kl=0.5, length=9.0, accuracy=0.6)]}
+    lines = ranked(exact, text, kl=0.1).splitlines()
     assert len(lines) == 3 and "reviews reward" in lines[0] and "1.500" in next(x for x in lines if x.startswith("cpo"))
-    picture(str(tmp_path / "survey.png"), exact, world)
+    picture(str(tmp_path / "survey.png"), exact, text, world)
     assert (tmp_path / "survey.png").read_bytes()[:4] == b"\x89PNG"
 
 

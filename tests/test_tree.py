@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from data import collate
 from toy.tree import END, Tree, World, random_tree
 
 
@@ -52,6 +53,22 @@ def test_lengths_count_the_end_where_there_is_one(world):
         return world.mask[(world.answers == torch.tensor(list(tokens) + [END] * (5 - len(tokens)))).all(1)].sum().item()
 
     assert [scored(0), scored(0, 0), scored(0, 0, 0, 0), scored(0, 0, 0, 0, 0)] == [2, 3, 5, 5]
+
+
+def test_rows_hold_answers_up_to_their_end_and_padding_is_neither_scored_nor_counted(world):
+    rows = world.demonstrations(200, torch.Generator().manual_seed(0))
+    answers = [row["responses"][0] for row in rows]
+    assert {len(y) for y in answers} == {2, 3, 4, 5} and all(END not in y[:-1] for y in answers)
+    full = torch.tensor([y + [END] * (5 - len(y)) for y in answers])
+    number = (full * 5 ** torch.arange(4, -1, -1)).sum(1)
+    torch.testing.assert_close(world.reward([0] * 200, answers), world.truth[0, number])
+    batch, model = collate(rows), world.model()
+    assert torch.equal(batch.mask[:, 0], world.mask[number]) and (batch.target[:, 0][~batch.mask[:, 0]] == 0).all()
+    ours, theirs = model.logps(batch)[:, 0], model.scores(world.index[number])
+    torch.testing.assert_close(ours, theirs * world.mask[number])
+    gradients = [torch.autograd.grad((x.sum(1) / batch.mask.sum((1, 2))).sum(), model.logits)[0] for x in (ours, theirs)]
+    assert gradients[0].isfinite().all()
+    torch.testing.assert_close(*gradients)
 
 
 def test_exact_and_frontier_agree_with_enumeration(world):

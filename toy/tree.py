@@ -5,8 +5,8 @@ probability 1, and an answer of five tokens has none. The reference is a tree of
 
     r(y) = 2 (share of 0s - share of 3s) + [ "1 0" occurs ],  standardised under the reference.
 
-It is the smallest world in which answers differ in length. Rows of a table have one length: run by `--world tree` the ends that fill an
-answer up count as its tokens (their log-probs are 0, so sums are right and means are over five). `World.batch` masks them.
+It is the smallest world in which answers differ in length: a row holds an answer up to its end, which is scored, and `World.batch` masks
+what fills the answers of a table up.
 """
 
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ END, LENGTH = 4, 5
 
 def random_tree(seed, spread=0.7):
     """A Table of random answers: logits from N(0, spread^2), no end first, nothing but ends after an end."""
-    table = bandit.Table(END + 1, LENGTH).requires_grad_(False)
+    table = Tree(END + 1, LENGTH).requires_grad_(False)
     table.logits.normal_(0.0, spread, generator=torch.Generator().manual_seed(seed))
     table.logits[0, 0, END] = -torch.inf
     y = table.sequences()
@@ -32,7 +32,11 @@ def random_tree(seed, spread=0.7):
 
 
 class Tree(bandit.Table):
-    """The table with a faster `scores` for many answers at once."""
+    """The table of answers that end, with a faster `scores` for many at once."""
+
+    def sample(self, prompts, k, rng):
+        """As that of a Table; an answer stops behind its end."""
+        return [[y[: y.index(END) + 1] if END in y else y for y in group] for group in super().sample(prompts, k, rng)]
 
     def scores(self, index):
         """Log-probs of tokens, by their places in the flat table (World.index)."""
@@ -71,6 +75,10 @@ class World(bandit.World):
         model = Tree(*self.shape)
         model.load_state_dict(self.reference.state_dict())
         return model
+
+    def reward(self, prompts, responses):
+        """The truth for flat lists of n prompts and n answers (token ids) -> (n,) float64."""
+        return super().reward(prompts, [list(y) + [END] * (LENGTH - len(y)) for y in responses])
 
     def draw(self, table, n, rng):
         """n answers of a table, as their numbers (n,)."""
