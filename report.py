@@ -245,7 +245,8 @@ def number(value, width=None):
     """A number (with its 95 % interval as half a width) in few digits; "-" for none."""
     if value is None:
         return "-"
-    text = f"{value:.1e}" if 1e-12 < abs(value) < 5e-4 else f"{value:.3f}" if abs(value) < 1000 else f"{value:.0f}"
+    value = 0.0 if abs(value) < 1e-12 else value
+    text = f"{value:.1e}" if 0 < abs(value) < 5e-4 else f"{value:.3f}" if abs(value) < 1000 else f"{value:.0f}"
     if width is not None and all(math.isfinite(x) for x in width):
         text += f" +-{(width[1] - width[0]) / 2:.3f}"
     return text
