@@ -795,6 +795,16 @@ def make_world(settings, start=None):
     return world
 
 
+def idle(settings, world):
+    """Names of the settings that are set and would do nothing in this world."""
+    names = ["flip", "label_temperature", "length_bias", "image_size", "k"] if settings.data and world.kind == "text" else []
+    names += ["label_temperature", "length_bias"] if getattr(world, "verifier", False) else []
+    names += [] if world.kind == "text" else ["max_response", "length_bias", "temperature", "context", "truncate"]
+    names += ["base_steps", "context"] if settings.init else []
+    names += [] if getattr(world, "base", None) else ["base_steps"]
+    return [name for name in dict.fromkeys(names) if getattr(settings, name) != getattr(Settings, name)]
+
+
 def refuse_idle(settings, world, start):
     """ValueError naming settings that would do nothing in this world, and a model of --init that is none of this world's kind."""
     fits = {"text": nanomodel.GPT, "images": nanomodel.UNet}.get(world.kind, ())
@@ -802,12 +812,7 @@ def refuse_idle(settings, world, start):
         raise ValueError(f"--init {settings.init} is a {type(start).__name__}, {world.name} is a world of {world.kind}")
     if isinstance(start, nanomodel.UNet) and (start.shape, start.classes) != (world.model().shape, world.model().classes):
         raise ValueError(f"--init {settings.init} makes images of shape {start.shape}, {world.name} has {world.model().shape}")
-    idle = ["flip", "label_temperature", "length_bias", "image_size", "k"] if settings.data and world.kind == "text" else []
-    idle += ["label_temperature", "length_bias"] if getattr(world, "verifier", False) else []
-    idle += [] if world.kind == "text" else ["max_response", "length_bias", "temperature", "context", "truncate"]
-    idle += ["base_steps", "context"] if settings.init else []
-    idle += [] if getattr(world, "base", None) else ["base_steps"]
-    bad = [name for name in dict.fromkeys(idle) if getattr(settings, name) != getattr(Settings, name)]
+    bad = idle(settings, world)
     if bad:
         raise ValueError(f"--{', --'.join(bad)} would do nothing in {world.name}" + (" with --init" if settings.init else ""))
 

@@ -28,7 +28,7 @@ import torch
 
 import report
 from data import plain_chat, write_text
-from lab import HERE, Lab, Settings, Stop, load_pretrained, make_world, methods, pick_device, refuse_idle, unknown, worlds
+from lab import HERE, Lab, Settings, Stop, idle, load_pretrained, make_world, methods, pick_device, refuse_idle, unknown, worlds
 
 ACTIONS = dict(
     method="the paper to run (see --list); a list runs all of them, `all` every one that fits",
@@ -142,6 +142,9 @@ def combinations(flags, owners):
         defaults = dict(module.DEFAULTS) if module and len(names) == 1 else {}
         if "data" in grid:
             defaults = {}
+        if len(defaults) > 1 and "world" in grid:  # the defaults that another world leaves without effect are none
+            there = Settings(**defaults | {"world": grid["world"][0]})
+            defaults = {k: v for k, v in defaults.items() if k not in idle(there, make_world(there))}
         for name, values in grid.items():
             if len(set(values)) < len(values):
                 raise ValueError(f"--{name} {flags.get(name)} names a value twice")
@@ -268,6 +271,8 @@ def many_runs(runs, out):
     for i, (method, settings, cfg, changed) in enumerate(runs):
         name = f"{i:03d}-" + "-".join(f"{k}{v}" for k, v in changed.items()).replace(os.sep, "_")
         print(f"[{i + 1}/{len(runs)}] " + ", ".join(f"{k} {v}" for k, v in changed.items()), file=sys.stderr, flush=True)
+        about = {"settings": dataclasses.asdict(settings), "config": vars(cfg), "versions": versions()}  # no flags: the sweep is resumed
+        report.write_json(os.path.join(out, name, "run.json"), about)
         summary = one_run(method, settings, cfg, os.path.join(out, name), quiet=True)
         if "after" in summary:
             results.append((dataclasses.asdict(settings) | (vars(cfg) if cfg else {}) | {"method": method}, summary["after"]))

@@ -1,5 +1,6 @@
 """The command line: runs, files, bad input, interrupted runs. Small worlds and few steps; nothing is downloaded."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -101,6 +102,15 @@ def test_defaults_of_a_method_apply_only_when_it_runs_alone():
     assert {run[1].flip for run in train.combinations(flags, owners)} == {0.0}
     flags, owners = train.read_flags(["--method", "rdpo", "--flip", "0.1"])
     assert train.combinations(flags, owners)[0][1].flip == 0.1
+
+
+@pytest.mark.parametrize("method", ["did", "ld_dpo"])
+def test_a_default_that_does_nothing_in_another_world_is_none(capsys, method):
+    (run,) = train.combinations({"method": method, "world": "arithmetic"}, {})
+    assert run[1].label_temperature == Settings.label_temperature and run[1].length_bias == Settings.length_bias
+    assert train.combinations({"method": method}, {})[0][1] != dataclasses.replace(Settings(), world="reviews")
+    refused(capsys, ["--method", "ld_dpo", "--world", "bandit"], "needs a world of text")
+    refused(capsys, ["--method", "did", "--world", "arithmetic", "--label_temperature", "0.5"], "would do nothing")
 
 
 def test_show_prints_a_row_and_trains_nothing(tmp_path, capsys):
