@@ -68,6 +68,13 @@ def eval_prompts(lab, n):
     return lab.world.prompts(n, lab._generator("evaluation", lab.settings.base_seed))
 
 
+def of_base(lab, name, look):
+    """`look()`, at the base model and the world alone: shared by all methods and seeds."""
+    s, world, fingerprint = lab.settings, lab.world, getattr(lab.reference, "fingerprint", None)
+    key = [name, fingerprint, getattr(world, "key", lambda: world.name)(), s.eval_size, s.base_seed, s.temperature, lab.max_response]
+    return lab.cached(key, look) if fingerprint else look()
+
+
 def eval_pairs(lab):
     """Held-out rows with clean labels: the file's, or pairs sampled from the base model and ordered by the truth (ties are left out)."""
     world, s = lab.world, lab.settings
@@ -83,21 +90,7 @@ def eval_pairs(lab):
                 kept.append(row | {"scores": [float(a > b), float(b > a)]})
         return kept
 
-    fingerprint = getattr(lab.reference, "fingerprint", None)
-    return lab._adopt(
-        lab.cached(
-            [
-                "held-out",
-                fingerprint,
-                getattr(world, "key", lambda: world.name)(),
-                s.eval_size,
-                s.base_seed,
-                s.temperature,
-                lab.max_response,
-            ],
-            draw,
-        )
-    )
+    return lab._adopt(of_base(lab, "held-out", draw))
 
 
 def pair_stats(lab, policy):
@@ -146,8 +139,11 @@ def evaluate(lab, policy):
         prompts = eval_prompts(lab, n)
         rows = lab._adopt(lab.sample(policy, prompts, 1, lab._generator("evaluation samples")))
         if hasattr(world, "reward"):
-            base_rows = lab.sample(reference, prompts, 1, lab._generator("evaluation samples"))
-            rewards, base = ([r[0] for r in lab.truth(x)] for x in (rows, base_rows))
+
+            def theirs():
+                return [r[0] for r in lab.truth(lab.sample(reference, prompts, 1, lab._generator("evaluation samples")))]
+
+            rewards, base = [r[0] for r in lab.truth(rows)], of_base(lab, "rewards", theirs)
             wins = sum((a > b) + 0.5 * (a == b) for a, b in zip(rewards, base))
             out = {"reward": float(np.mean(rewards)), "reward_interval": interval(rewards)}
             out |= {"win_rate": wins / n, "win_rate_interval": wilson(wins, n)}

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 import lab
 from methods import asft, dpo, fdpo, ld_dpo, rdpo
-from methods.survey import FREE, TAXONOMY, VARIANTS, Config, drawn, loss, on_tree, picture, ranked, reward_at, run, standardised
-from toy import tree
+from methods.survey import FREE, TAXONOMY, VARIANTS, Config, extremes, loss, on_tree, picture, ranked, reward_at, run, standardised
+from toy import bandit, tree
 
 
 def canonical(lw=-4.0, ll=-6.0):
@@ -353,6 +353,24 @@ def test_the_slope_of_disco_pop_at_the_reference_is_positive():
     torch.testing.assert_close(grad[:, 0, 0], torch.full((5,), slope, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
+def test_extremes_keep_what_belongs_to_a_response_and_refuse_a_tree():
+    row = dict(prompt="p", responses=["a", "b", "c"], scores=[0.1, 0.9, -1.0], context=["x", "y", "z"], parents=[-1, -1, -1])
+    assert extremes(row) == dict(prompt="p", responses=["b", "c"], scores=[0.9, -1.0], context=["y", "z"])
+    with pytest.raises(ValueError, match="continue each other"):
+        extremes(row | {"parents": [-1, 0, 0]})
+
+
+@pytest.mark.parametrize("how", [dict(variant="odpo", alpha=5.0), dict(variant="r_dpo"), dict(variant="ld_dpo")])
+def test_what_does_nothing_in_a_world_is_refused(how):
+    class Verified(bandit.World):  # scores 0 and 1, and responses of one length
+        verifier = True
+
+    here = lab.Lab(lab.Settings(world="bandit", steps=3, prompts=64, batch_size=8), quiet=True)
+    here.world = Verified(rewards=lambda y: (y[:, 0] == 0).double())
+    with pytest.raises(ValueError, match=f"alpha does nothing under {how['variant']}"):
+        run(here, Config(**how))
+
+
 def test_small_helpers():
     x = torch.tensor([1.0, 3.0], requires_grad=True)
     assert standardised(x).tolist() == [-1, 1] and not standardised(x).requires_grad and standardised(torch.ones(3)).tolist() == [0, 0, 0]
@@ -364,14 +382,14 @@ def test_the_bench_on_the_tree(tmp_path):
     """A short path of two variants: where it starts, that it moves, and the table and the picture made of it."""
     world = tree.World(7)
     here = lab.Lab(lab.Settings(world="tree", seed=7, eval_every=10, clip=1e6), quiet=True)
-    pairs = drawn(here, world, 400)
+    pairs = world.drawn(400, here.rng)
     exact = {name: [on_tree(here, world, pairs, Config(name), steps=30)] for name in ("dpo", "cpo")}
     first, last = exact["dpo"][0][0], exact["dpo"][0][-1]
     assert first["kl"] == pytest.approx(0, abs=1e-6) and first["dw"] == 0 and last["step"] == 30
     assert last["reward"] > 0.3 and last["kl"] > 0.05 and last["dw"] > last["dl"] and last["accuracy"] > 0.7
-    text = {"cpo": [dict(reward=1.5, kl=0.5, length=9.0, accuracy=0.6)]}
+    text = {name: [dict(reward=1.5, kl=0.5, length=9.0, chosen_logp=-20.0)] for name in exact}
     lines = ranked(exact, text, kl=0.1).splitlines()
-    assert len(lines) == 3 and "reviews reward" in lines[0] and "1.500" in next(x for x in lines if x.startswith("cpo"))
+    assert len(lines) == 3 and "text reward" in lines[0] and "1.500" in next(x for x in lines if x.startswith("cpo"))
     picture(str(tmp_path / "survey.png"), exact, text, world)
     assert (tmp_path / "survey.png").read_bytes()[:4] == b"\x89PNG"
 

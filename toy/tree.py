@@ -94,6 +94,11 @@ class World(bandit.World):
         wins = wins ^ (torch.rand(len(p), generator=rng) < flip)
         return torch.where(wins[:, None], torch.stack([first, second], 1), torch.stack([second, first], 1))
 
+    def drawn(self, n, rng, **how):
+        """n pairs (n, 2) of the reference's answers, `labelled` how; rng(name) gives the generators (a Lab's)."""
+        first, second = (self.draw(self.reference, n, rng("answers")) for _ in range(2))
+        return self.labelled(first, second, rng("labels"), **how)
+
     def batch(self, pairs, **columns):
         """What a loss reads of answers (n, K): the mask (n, K, T), scores, 1 for the first of a row and 0 for the others, and columns."""
         scores = torch.zeros(pairs.shape).index_fill_(1, torch.tensor(0), 1.0)
