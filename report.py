@@ -93,6 +93,17 @@ def eval_pairs(lab):
     return lab._adopt(of_base(lab, "held-out", draw))
 
 
+def answers(row, logps):
+    """{index: log-prob} of a row's answers: the paths of a tree of steps, the items of a chain, the members of a list."""
+    total, parents = [sum(x) for x in logps], row.get("parents") or [-1] * len(logps)
+    leaves = sorted(set(range(len(total))) - set(parents))
+    if len(leaves) < 2:
+        return dict(enumerate(total))
+    for k, parent in enumerate(parents):  # parents stand before children
+        total[k] += total[parent] if parent >= 0 else 0.0
+    return {k: total[k] for k in leaves}
+
+
 def pair_stats(lab, policy):
     """Accuracy of the implicit reward (log-ratio to the base model) on all held-out pairs of different scores, ties counting half, and the
     raw log-probs of the best and the worst response."""
@@ -102,13 +113,13 @@ def pair_stats(lab, policy):
     ours, base = lab._logps(policy, rows), lab._reference_logps(lab.reference, rows)
     shares, chosen, rejected = [], [], []
     for row, mine, theirs in zip(rows, ours, base):
-        scores, total = row["scores"], [sum(x) for x in mine]
-        ratio = [a - sum(b) for a, b in zip(total, theirs)]
-        better = [(i, j) for i in range(len(scores)) for j in range(len(scores)) if scores[i] > scores[j]]
+        scores, total, known = row["scores"], answers(row, mine), answers(row, theirs)
+        ratio = {k: total[k] - known[k] for k in total}
+        better = [(i, j) for i in total for j in total if scores[i] > scores[j]]
         won = [(ratio[i] > ratio[j]) + 0.5 * (ratio[i] == ratio[j]) for i, j in better]
         shares += [sum(won) / len(won)] if won else []
-        chosen.append(total[int(np.argmax(scores))])
-        rejected.append(total[int(np.argmin(scores))])
+        chosen.append(total[max(total, key=lambda k: scores[k])])
+        rejected.append(total[min(total, key=lambda k: scores[k])])
     # a row counts once: the pairs of one list are not independent
     out = {"accuracy": float(np.mean(shares)), "accuracy_interval": wilson(sum(shares), len(shares))} if shares else {}
     return out | {"chosen_logp": float(np.mean(chosen)), "rejected_logp": float(np.mean(rejected))}

@@ -634,6 +634,9 @@ def test_the_log_compares_paths_of_a_tree_items_of_a_chain_and_members_of_a_list
     logps = torch.tensor([[-1.0, -2.0, -3.0, -4.0], [-5.0, -6.0, -7.0, -8.0], [-1.0, -2.0, -4.0, -9.0]])[..., None].expand(3, 4, 2) / 2
     ref_logps = torch.tensor([[-7.0, -2.5, -1.0, -1.0], [-5.0, -5.0, -5.0, -5.0], [-1.0, -5.0, -4.5, -5.0]])[..., None].expand(3, 4, 2) / 2
     assert report.paths(logps.sum(-1), parents).tolist()[0] == [-1.0, -3.0, -4.0, -8.0]
+    rows = [report.answers({"parents": p.tolist()}, x.tolist()) for p, x in zip(parents, logps)]
+    assert rows[0] == {1: -3.0, 3: -8.0} and rows[1] == {0: -5.0, 1: -6.0, 2: -7.0, 3: -8.0}
+    assert report.answers({}, logps[2].tolist()) == {0: -1.0, 1: -2.0, 2: -4.0, 3: -9.0}
     found = report.common_metrics(logps, ref_logps, Batch(mask, scores, parents=parents))
     margins = [(-8.0 + 9.0) - (-3.0 + 9.5), 0.0 - (-1.0), 0.5 - 3.0]  # -5.5: the common step 0 cancels
     assert found["margin"].item() == pytest.approx(sum(margins) / 3) and found["accuracy"].item() == pytest.approx(1 / 3)
