@@ -236,11 +236,8 @@ def one_run(method, settings, cfg, out, show=False, quiet=False):
     model = module.run(lab, cfg)
     if model is None:
         return {"method": method, "world": lab.world.name, "seed": settings.seed}
-    evaluate = getattr(module, "evaluate", None)
-    if evaluate:
-        before, after = ({k: float(v) for k, v in evaluate(lab, m).items()} for m in (lab.reference, model))
-    else:
-        before, after = lab.evaluate(lab.reference), lab.evaluate(model)
+    evaluate = getattr(module, "evaluate", Lab.evaluate)
+    before, after = (evaluate(lab, m) for m in (lab.reference, model))
     seconds = {k: round(lab.seconds.get(k, 0.0), 2) for k in ("base", "preferences", "align", "evaluate")}
     summary = dict(method=method, world=lab.world.name, seed=settings.seed, steps=lab.steps, params=report.count(model), seconds=seconds)
     summary |= {"before": before, "after": after}
