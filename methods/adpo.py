@@ -11,9 +11,10 @@ q = (1, 0) are DPO with beta = 1 / tau, (p, 1 - p) conservative DPO; without an 
 fine-tuning, and q = softmax(teacher / tau) distillation. The optimum is pi_anchor q^tau: a larger tau means smaller steps to a farther
 goal. With an anchor that stays this is the end; one that follows the policy starts it anew, and q^(tau rounds) keeps sharpening.
 
-What this file does differently from the paper, whose versions differ (this is the sixth): no adaptive tau and no clipping of u, as the
-published code has them; a list of equal scores has a uniform q, so it pulls to the anchor; `kde` is one reading of the rank smoothing that
-the first abstract names without a formula.
+What this file does differently from the paper, whose versions differ (this is the sixth): no adaptive tau, clipping of u (the published
+code has both), anchor that moves when the KL is large, nor top-k, smoothed or polynomial Plackett-Luce; equal scores share a hard target
+and meet each other in Plackett-Luce, so that a list of them pulls to the anchor; `kde` is one reading of the rank smoothing that the first
+abstract names without a formula.
 """
 
 import copy
@@ -34,11 +35,11 @@ TARGETS = ("hard", "raw", "zscore", "kde", "given", "order")
 @dataclass
 class Config:
     tau: float = 1.0  # temperature of the anchored logits, 1 / beta of DPO
-    target: str = "zscore"  # q: hard, raw, zscore, kde, given (the column q); order: Plackett-Luce instead
+    target: str = "zscore"  # q: hard, raw, zscore, kde, given (the column q of --data); order: Plackett-Luce instead
     beta_r: float | None = None  # temperature of the targets raw, zscore and kde; default: 0.5
     smoothing: float | None = None  # share of a hard target that goes to the others; default: 0
     reduce: str = "sum"  # over a response's tokens: sum, mean
-    anchor: str = "fixed"  # fixed, the start; round, the policy at each of the rounds, which samples anew; ema, a moving average; uniform
+    anchor: str = "fixed"  # fixed, the start; round, the policy at each round, with lists of its own; ema, a moving average; uniform
     rounds: int | None = None  # rounds of the anchor round; default: 4
     decay: float | None = None  # of the moving average; default: 0.99
 
@@ -46,8 +47,7 @@ class Config:
         for name, allowed in (("target", TARGETS), ("reduce", ("sum", "mean")), ("anchor", ("fixed", "round", "ema", "uniform"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} = {getattr(self, name)} must be one of {', '.join(allowed)}")
-        scaled = self.target in ("raw", "zscore", "kde")
-        used = dict(beta_r=(scaled, 0.5), smoothing=(self.target == "hard", 0.0))
+        used = dict(beta_r=(self.target in ("raw", "zscore", "kde"), 0.5), smoothing=(self.target == "hard", 0.0))
         for name, (fits, default) in (used | dict(rounds=(self.anchor == "round", 4), decay=(self.anchor == "ema", 0.99))).items():
             if getattr(self, name) is not None and not fits:
                 raise ValueError(f"{name} = {getattr(self, name)} does nothing with target {self.target} and anchor {self.anchor}")
@@ -74,20 +74,20 @@ def kernel_ranks(scores, present):
     """Logits (B, K) of smoothed ranks: the mean over the list of Phi((R_i - R_j) / b), with Silverman's bandwidth b."""
     n, quarters = present.sum(1, keepdim=True), torch.tensor([0.25, 0.75], dtype=scores.dtype, device=scores.device)
     low, high = scores.masked_fill(~present, torch.nan).nanquantile(quarters, dim=1)[..., None]
-    b = (0.9 * torch.minimum(deviation(scores, present), (high - low) / 1.34) * n**-0.2).clamp(min=1e-3)
+    b = (0.9 * torch.minimum(deviation(scores, present), (high - low) / 1.34) * n.to(scores.dtype) ** -0.2).clamp(min=1e-3)
     below = torch.special.ndtr((scores[:, :, None] - scores[:, None, :]) / b[..., None]) * present[:, None, :]
     return torch.logit(below.sum(2) / n)
 
 
 def targets(batch, present, cfg):
     """q (B, K), a distribution over the present members of each list, without gradient; 0 for absent ones."""
-    scores = batch.scores
     if cfg.target == "given":
         return batch.q
+    scores = batch.scores.to(torch.promote_types(batch.scores.dtype, torch.float32))
     if cfg.target == "hard":
-        best = nn.functional.one_hot(scores.masked_fill(~present, -torch.inf).argmax(1), scores.shape[1]).to(scores.dtype)
-        others = (present.to(scores.dtype) - best) / (present.sum(1, keepdim=True) - 1).clamp(min=1)
-        return (1 - cfg.smoothing) * best + cfg.smoothing * others
+        best = scores == scores.masked_fill(~present, -torch.inf).amax(1, keepdim=True)  # equal ones share
+        best, others = (x / x.sum(1, keepdim=True).clamp(min=1) for x in ((m & present).to(scores.dtype) for m in (best, ~best)))
+        return torch.where(others.any(1, keepdim=True), best + cfg.smoothing * (others - best), best)
     if cfg.target == "zscore":
         scores = scores / (deviation(scores, present) + 1e-8)  # less the mean, which softmax does not see
     elif cfg.target == "kde":
@@ -97,13 +97,13 @@ def targets(batch, present, cfg):
 
 def check_scored(logps, batch, cfg):
     """ValueError unless every row has a response with something to score, finite scores, and with target = given a distribution q."""
+    if cfg.target == "given" and not hasattr(batch, "q"):
+        raise ValueError("target = given reads the column q, and the rows have none")
     if logps.device.type != "cpu":  # on CUDA the question would make the device wait
         return
     present = batch.mask.any(-1)
     if not present.any(1).all() or not batch.scores.isfinite().all():
         raise ValueError("a list has no response with a scored token, or a score that is not finite")
-    if cfg.target == "given" and not hasattr(batch, "q"):
-        raise ValueError("target = given reads the column q, and the rows have none")
     if cfg.target == "given" and ((batch.q * ~present).any() or (batch.q < 0).any() or ((batch.q.sum(1) - 1).abs() > 1e-4).any()):
         raise ValueError("the targets q of a list must be 0 or more, 0 where a response is absent, and sum to 1")
 
@@ -111,19 +111,18 @@ def check_scored(logps, batch, cfg):
 def loss(logps, ref_logps, batch, cfg):
     """ADPO's loss on lists with batch.scores (B, K), or with the column `q` (B, K) where the target is given.
 
-    logps, ref_logps (B, K, T), 0 outside batch.mask (B, K, T); ref_logps None: a uniform anchor -> losses (B,) in nats, metrics.
-    ValueError: see check_scored."""
+    logps, ref_logps (B, K, T), 0 outside batch.mask (B, K, T); ref_logps None: a uniform anchor -> losses (B,) in nats, metrics."""
     check_scored(logps, batch, cfg)
     logps = logps.to(torch.promote_types(logps.dtype, torch.float32))
     ratio = logps if ref_logps is None else logps - ref_logps
     present = batch.mask.any(-1)  # (B, K)
     count = batch.mask.sum(-1).clamp(min=1) if cfg.reduce == "mean" else 1
     u = (ratio.sum(-1) / count / cfg.tau).masked_fill(~present, -torch.inf)
-    if cfg.target == "order":  # Plackett-Luce: the best against all, the next against the rest, ...
-        order = batch.scores.masked_fill(~present, -torch.inf).argsort(descending=True, stable=True)
-        u, rival = u.gather(1, order), present.gather(1, order)[:, 1:]  # the last one has none
-        rest = u.flip(1).logcumsumexp(1).flip(1)
-        return torch.where(rival, (rest - u)[:, :-1], 0.0).sum(1) / rival.sum(1).clamp(min=1), {}
+    if cfg.target == "order":  # Plackett-Luce: each against itself and all that are not better, so that equal ones meet
+        rest = (batch.scores[:, None, :] <= batch.scores[:, :, None]) & present[:, None, :]  # (B, K, K)
+        rival = present & (rest.sum(2) > 1)  # the last one has none
+        rest = torch.where(rest, u[:, None, :], -torch.inf).logsumexp(2)
+        return torch.where(rival, rest - u, 0.0).sum(1) / rival.sum(1).clamp(min=1), {}
     log_p = u.log_softmax(1).masked_fill(~present, 0.0)  # over the list, not the vocabulary
     q = targets(batch, present, cfg).to(u.dtype)
     losses = -(q * log_p).sum(1)
@@ -163,16 +162,23 @@ def follow(lab, policy, decay):
 
 
 def run(lab, cfg):
+    given, rounds = getattr(lab.world, "train", None) if lab.settings.data else None, cfg.rounds or 1  # rows of a file
+    if cfg.target == "given" and not (given and "q" in given[0]):
+        raise ValueError("target = given needs --data whose rows have the column q, a number for each response")
+    if cfg.reduce == "mean" and lab.world.kind == "images":
+        raise ValueError("reduce = mean does nothing for images, which have one number each")
+    n, every = (min(lab.prompts, len(given)) if given else lab.prompts) // rounds, -(-lab.steps // rounds) or 1
+    if not n or lab.steps and -(-lab.steps // every) < rounds:
+        raise ValueError(f"rounds = {rounds} do not fit into {lab.steps} steps or the prompts there are: {n} for each")
     policy = lab.base()
 
     def draw(policy, round=0):
-        n = lab.prompts // (cfg.rounds or 1)
         if hasattr(lab.world, "lists"):  # given, not sampled
             return lab.rows(lab.world.lists(n, lab.rng("lists"), lab.settings.k))
-        return lab.preferences(policy, n=n)
+        return lab.preferences(policy)[round * n : (round + 1) * n] if given else lab.preferences(policy, n=n)  # its part of a file
 
     if cfg.anchor == "round":  # Algorithm 1: what samples a list is its anchor
-        return lab.align(policy, draw, loss, cfg, reference="round", every=-(-lab.steps // cfg.rounds) or 1)
+        return lab.align(policy, draw, loss, cfg, reference="round", every=every)
     if cfg.anchor == "ema":
         reference, optimizer = follow(lab, policy, cfg.decay)
         return lab.align(policy, draw(policy), loss, cfg, reference=reference, optimizer=optimizer)
@@ -218,9 +224,8 @@ def noisy_bandit(lab, seed, noise):
         return lab.fit(model, batches, objective, steps=steps, lr=5e-3)
 
     models = {"reference": train(start, None, truth, Config(target="raw"), 8, 30).requires_grad_(False)}
-    contest = ("hard 2 fixed", "hard 2 uniform", "hard 8 fixed", "raw 8 fixed", "kde 8 fixed", "kde 8 uniform")
-    for name in contest:  # target, random members of each list, anchor
-        target, count, anchor = name.split()
+    for name in ("hard 2 fixed", "hard 2 uniform", "hard 8 fixed", "raw 8 fixed", "kde 8 fixed", "kde 8 uniform"):
+        target, count, anchor = name.split()  # count: random members of each list
         model = copy.deepcopy(start).requires_grad_(True)
         models[name] = train(model, start if anchor == "fixed" else None, scores, Config(target=target), int(count), 400)
     best = (new @ world).argmax(1, keepdim=True)
@@ -252,5 +257,4 @@ def claim(lab):
         for anchor, side in ends.items():
             here.align(here.base(), data, loss, Config(anchor=anchor), reference="start" if anchor == "fixed" else None)
             side.append(here.curve[-1])
-    text = "reviews, 30 % flips: anchored above unanchored"
-    return [*claims, lab.compare(text, "reward", ends["fixed"], ends["uniform"], margin=0.1)]
+    return [*claims, lab.compare("reviews, 30 % flips: anchored above unanchored", "reward", *ends.values(), margin=0.1)]

@@ -12,8 +12,9 @@ The second form (arXiv:2502.01237, theorem C.3) shows what it is: fine-tuning an
 -(1 + weight), that in s_l is weight p_l / (1 - p_l), a brake that lets go of what has become unlikely; DPO's slopes are equal and opposite.
 
 What this file does differently from the paper, whose text was not at hand (the formulas are those of arXiv:2502.01237): 1. the weight is 1;
-2. `beta`, a temperature of the odds, and `supervised` = false, alignment alone after a supervised stage, are that study's; 3. s_l is held
-at most at -1e-6, where the term would be infinite; 4. images are refused: minus a noise error is no log-probability.
+2. `beta`, a temperature of the odds, and `supervised` = false, alignment alone after a supervised stage, are that study's; 3. s_l (with
+beta other than 1 s_w too) is held at most at -1e-6, where the term would be infinite; 4. images are refused: minus a noise error is no
+log-probability.
 The Anchored SFT of arXiv:2509.23753 has the same abbreviation and is another method.
 """
 

@@ -74,7 +74,9 @@ def loss(logps, ref_logps, batch, cfg):
 
 def star(row):
     """[(rank of the loser, pair)] of a row of K rated responses: the best against each other one, the worst first.
-    ValueError when all ratings are equal. Pairs of equal ratings or equal responses are left out."""
+    ValueError when all ratings are equal, or the responses are nodes of a tree. Pairs of equal ratings or equal responses are left out."""
+    if any(parent >= 0 for parent in row.get("parents", ())):
+        raise ValueError(f"the responses to {row['prompt']!r} continue each other; a pair is of whole responses")
     if len(set(row["scores"])) < 2:
         raise ValueError(f"the responses to {row['prompt']!r} have fewer than 2 distinct ratings")
     order = sorted(range(len(row["scores"])), key=lambda i: -row["scores"][i])
@@ -84,7 +86,7 @@ def star(row):
         responses = row["responses"][two] if torch.is_tensor(row["responses"]) else [row["responses"][i] for i in two]
         same = bool((responses[0] == responses[1]).all()) if torch.is_tensor(responses) else responses[0] == responses[1]
         if not same and row["scores"][best] > row["scores"][two[1]]:
-            kept = {name: [row[name][i] for i in two] for name in ("ends", "reward") if name in row}
+            kept = {name: [row[name][i] for i in two] for name in ("ends", "reward", "context") if name in row}
             found.append((rank, {"prompt": row["prompt"], "responses": responses, "scores": [1.0, 0.0]} | kept))
     return found
 
@@ -96,24 +98,26 @@ def curriculum(rows, cfg):
     if cfg.order == "pooled":
         pairs = [pair for stars in found for rank, pair in stars if cfg.pairs == "star" or rank == hardest]
         rounds = [pairs] * cfg.rounds
-    elif cfg.rounds != hardest:
-        raise ValueError(
-            f"rounds = {cfg.rounds}, but {hardest + 1} responses make {hardest} difficulties: --k or --rounds, or order = pooled"
-        )
+    elif rows and cfg.rounds != hardest:
+        made = f"{hardest + 1} responses make {hardest} difficult{'y' if hardest == 1 else 'ies'}"
+        raise ValueError(f"rounds = {cfg.rounds}, but {made}: --rounds {hardest}, or order = pooled")
     else:
         rounds = [[pair for stars in found for r, pair in stars if r == rank] for rank in range(hardest, 0, -1)]
         rounds = rounds if cfg.order == "easy_hard" else rounds[::-1]
-    if not all(rounds):
+    if not rows or not all(rounds):
         raise ValueError("a round has no pairs: every pair of it has equal ratings or equal responses")
     return rounds
 
 
 def train(lab, rows, cfg):
-    """The rounds of the curriculum, each with a fresh optimizer -> the policy; lab.curve holds all rounds."""
-    policy, curve = lab.base(), []
+    """The rounds of the curriculum, each with a fresh optimizer -> the policy; lab.curve holds all rounds. ValueError when there are fewer
+    steps than rounds, unless there are none."""
+    policy, curve, rounds = lab.base(), [], curriculum(rows, cfg)
+    if 0 < lab.steps < cfg.rounds:
+        raise ValueError(f"--steps {lab.steps} is too few for rounds = {cfg.rounds}, of a step or more each")
     start = lab.base() if cfg.reference == "sft" else "start"  # "start": a frozen copy of the policy at the call
     ends = [round(lab.steps * i / cfg.rounds) for i in range(cfg.rounds + 1)]
-    for first, last, pairs in zip(ends, ends[1:], curriculum(rows, cfg)):
+    for first, last, pairs in zip(ends, ends[1:], rounds):
         policy = lab.align(policy, lab.rows(pairs), loss, cfg, reference=start, steps=last - first)
         curve += [point | {"step": first + point["step"]} for point in lab.curve[bool(curve) :]]
     lab.curve = curve

@@ -1,5 +1,6 @@
 """ADPO against its paper: values, gradients, targets, special cases, anchors, errors."""
 
+import json
 import math
 from types import SimpleNamespace
 
@@ -225,6 +226,35 @@ def test_equal_scores_pull_back_to_the_anchor():
     torch.testing.assert_close(grad, u.softmax(0).detach() - 0.25)
 
 
+def test_equal_scores_share_a_target_and_teach_no_position():
+    """Of a hard target the best share; in Plackett-Luce equal ones meet each other. A list of equal scores pulls to the anchor."""
+
+    def q(scores, smoothing=0.0, there=None):
+        present = torch.tensor([there or [True] * len(scores)])
+        return targets(a_list(scores=scores)[2], present, Config(target="hard", smoothing=smoothing))[0].tolist()
+
+    assert q([0.0] * 4) == [0.25] * 4 == q([0.0] * 4, 0.2) and q([0.0, 1.0, 1.0, 0.0]) == [0, 0.5, 0.5, 0]
+    assert q([0.0, 1.0, 1.0, 0.0], 0.2) == pytest.approx([0.1, 0.4, 0.4, 0.1])
+    assert q([0.0, -1.0, 0.0], 0.2, [False, True, False]) == [0, 1, 0]  # alone, and below the 0 of the absent
+    for target in ("hard", "order", "raw", "zscore", "kde"):
+        logps, ref_logps, batch = a_list(scores=[1.0] * 4)
+        grad = grad_of(loss(logps, ref_logps, batch, Config(target=target))[0], logps).flatten()
+        torch.testing.assert_close(grad, (logps - ref_logps).flatten().softmax(0).detach() - 0.25)
+        moved = a_list([ELL[i] for i in (2, 0, 3, 1)], [REF[i] for i in (2, 0, 3, 1)], [0.0, 1.0, 1.0, 1.0])
+        plain = a_list(scores=[1.0, 1.0, 0.0, 1.0])
+        torch.testing.assert_close(loss(*moved, Config(target=target))[0], loss(*plain, Config(target=target))[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("target", ["hard", "raw", "zscore", "kde", "order"])
+def test_scores_of_half_precision(dtype, target):
+    for scores in ([0.5, 0.25, -1.0, 2.0], [0.25] * 4):
+        logps, ref_logps, batch = a_list(scores=scores)
+        plain = loss(logps, ref_logps, batch, Config(target=target))[0]
+        batch.scores = batch.scores.to(dtype)
+        torch.testing.assert_close(loss(logps, ref_logps, batch, Config(target=target))[0], plain, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("count", [1, 2, 16])
@@ -331,3 +361,50 @@ def test_the_anchors_own_fields_count(fields, change):
         return run(Lab(Settings(world="bandit", steps=8, prompts=256, batch_size=32, k=4), quiet=True), Config(**fields)).logits
 
     assert not torch.equal(weights(**fields), weights(**fields | change))
+
+
+def lists_in_a_file(folder, count=40, q=True):
+    rows = [{"prompt": f"say {i}", "responses": [" a", " b", " c"], "scores": [0.1, 0.9, 0.5]} for i in range(count)]
+    rows = [row | ({"q": [0.2, 0.5, 0.3]} if q else {}) for row in rows]
+    (folder / "lists.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return str(folder / "lists.jsonl")
+
+
+def test_every_round_has_its_own_part_of_a_file(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Lab, "align", lambda lab, policy, data, *how, reference, every: seen.append((data, every)))
+    for prompts in (None, 1000):
+        lab = Lab(Settings(data=lists_in_a_file(tmp_path), base_steps=0, context=16, prompts=prompts, steps=10), quiet=True)
+        run(lab, Config(anchor="round", rounds=5))
+        data, every = seen.pop()
+        parts = [[row["prompt"] for row in data(None, round)] for round in range(5)]
+        together = [x for part in parts for x in part]
+        assert every == 2 and min(map(len, parts)) == len(lab.world.train) // 5 > 0 and len(set(together)) == len(together)
+
+
+@pytest.mark.parametrize("world", ["bandit", "ranking"])
+@pytest.mark.parametrize("how", [dict(rounds=65, prompts=64, steps=130), dict(rounds=8, steps=10), dict(rounds=8, steps=4)])
+def test_rounds_that_do_not_fit_are_refused(world, how):
+    rounds = how["rounds"]
+    with pytest.raises(ValueError, match=f"rounds = {rounds}"):
+        run(
+            Lab(Settings(world=world, **{k: v for k, v in how.items() if k != "rounds"}), quiet=True), Config(anchor="round", rounds=rounds)
+        )
+
+
+def test_targets_are_given_in_a_file_alone(tmp_path, monkeypatch):
+    given, (logps, ref_logps, batch) = Config(target="given"), a_list()
+    monkeypatch.setattr(Lab, "base", lambda lab: pytest.fail("before anything is trained"))
+    for where in (dict(world="bandit"), dict(data=lists_in_a_file(tmp_path, q=False), context=16)):
+        with pytest.raises(ValueError, match="column q"):
+            run(Lab(Settings(**where), quiet=True), given)
+    with pytest.raises(ValueError, match="reduce = mean"):
+        run(Lab(Settings(world="digits"), quiet=True), Config(reduce="mean"))
+    far = SimpleNamespace(mask=batch.mask.to("meta"), scores=batch.scores.to("meta"))
+    with pytest.raises(ValueError, match="column q"):
+        loss(logps.to("meta"), ref_logps.to("meta"), far, given)
+
+
+def test_a_run_on_given_targets(tmp_path):
+    lab = Lab(Settings(data=lists_in_a_file(tmp_path), base_steps=0, context=16, steps=2, batch_size=2), quiet=True)
+    assert all(p.isfinite().all() for p in run(lab, Config(target="given")).parameters())

@@ -1,6 +1,7 @@
 """Curry-DPO against its paper: pairs and rounds, where a round starts, tables in closed form, errors."""
 
 import inspect
+import json
 import math
 from types import SimpleNamespace
 
@@ -72,6 +73,8 @@ def test_the_star_of_a_row_easy_first():
     assert all(pair["scores"] == [1.0, 0.0] and pair["prompt"] == 0 for _, pair in found)
     kept = star(ROWS[0] | {"ends": [True, False, True, False]})
     assert [pair["ends"] for _, pair in kept] == [[True, False], [True, True], [True, False]]
+    asked = star(ROWS[0] | {"context": ["a", "b", "c", "d"]})
+    assert [pair["context"] for _, pair in asked] == [["c", "b"], ["c", "a"], ["c", "d"]]
 
 
 def test_ties_and_equal_responses_are_left_out():
@@ -104,8 +107,39 @@ def test_rows_that_make_no_curriculum_are_refused():
     with pytest.raises(ValueError, match="a round has no pairs"):
         curriculum(tied, Config())
     assert len(curriculum(ROWS + [ROWS[0] | {"scores": [1.0] * 4}], Config())[0]) == 3
-    with pytest.raises(ValueError, match="a round has no pairs"):
-        curriculum([], Config(order="pooled"))
+    for cfg in (Config(order="pooled"), Config()):
+        with pytest.raises(ValueError, match="a round has no pairs"):
+            curriculum([], cfg)
+
+
+def test_responses_that_continue_each_other_are_no_pairs():
+    assert len(star(ROWS[0] | {"parents": [-1] * 4})) == 3
+    with pytest.raises(ValueError, match="continue each other"):
+        star(ROWS[0] | {"parents": [-1, 0, 0, 0]})
+
+
+def test_a_file_of_pairs_has_one_round_and_contexts_count(tmp_path):
+    ends = []
+    for n, rows in enumerate(
+        (
+            [dict(prompt=f"q{i} is", responses=[" good", " bad"], scores=[1, 0]) for i in range(20)],
+            [dict(prompt=f"q{i} is", responses=[" good", " bad"], scores=[1, 0], context=[" x", " y z"]) for i in range(20)],
+        )
+    ):
+        (tmp_path / f"{n}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        settings = Settings(data=str(tmp_path / f"{n}.jsonl"), base_steps=0, batch_size=4, steps=2, context=64, eval_size=2)
+        with pytest.raises(ValueError, match="2 responses make 1 difficulty: --rounds 1, or order = pooled"):
+            run(Lab(settings, quiet=True), Config())
+        ends.append(torch.cat([p.detach().flatten() for p in run(Lab(settings, quiet=True), Config(rounds=1)).parameters()]))
+    assert not torch.equal(*ends)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_round_without_a_step_is_refused(steps):
+    with pytest.raises(ValueError, match=f"--steps {steps} .* rounds = 3"):
+        run(bandit(steps=steps), Config())
+    assert torch.equal(run(bandit(steps=0), Config()).logits, bandit().base().logits)
+    run(bandit(steps=3), Config())
 
 
 @pytest.mark.parametrize(
@@ -175,8 +209,6 @@ def test_one_round_of_single_pairs_is_dpo_bit_for_bit():
 
 
 def test_every_round_starts_at_ln_2_and_only_the_first_one_does_with_a_fixed_reference(tmp_path):
-    import json
-
     for reference, wanted in (("previous", [True, True, True]), ("sft", [True, False, False])):
         lab = bandit()
         lab.out = str(tmp_path / reference)

@@ -12,11 +12,13 @@ from methods import dpo
 from methods.did import (
     FORMS,
     Config,
+    as_far,
     check_pairs,
     did,
     divergence,
     entropy,
     loss,
+    moved,
     on_32_responses,
     rejected_sampler,
     run,
@@ -99,6 +101,15 @@ def test_entropies_of_a_zipf_reference():
     for k, value in zip((-1, -0.5, -0.25, 0.25, 1, 2, 3), (3.1649, 3.3478, 3.4276, 3.4017, 2.1488, 0.6736, 0.2399)):
         assert entropy(did((1 + k) * zipf, zipf)).item() == pytest.approx(value, abs=1e-4)
     assert entropy(torch.tensor([0.0, -math.inf])).item() == 0.0
+
+
+def test_at_one_kl_smoothing_has_the_higher_entropy():
+    zipf = (-1.5 * torch.arange(1, 33, dtype=torch.float64).log()).log_softmax(0)
+    for smooth, sharp, kl, values in ((-0.5, 0.9112, 0.35299, (3.3478, 2.3500)), (-0.25, 0.3187, 0.08318, (3.4276, 3.3552))):
+        assert as_far(zipf, smooth) == pytest.approx(sharp, abs=1e-4)
+        for k, value in zip((smooth, as_far(zipf, smooth)), values):
+            assert moved(zipf, k) == pytest.approx(kl, abs=1e-5)
+            assert entropy(did((1 + k) * zipf, zipf)).item() == pytest.approx(value, abs=1e-4)
 
 
 def test_divergence_is_the_mean_of_two_kls():
@@ -189,6 +200,12 @@ def test_pairs_keep_their_ends_and_images_and_equal_scores_are_no_trouble():
     assert pair["responses"].shape == (2, 1, 2, 2)
     with pytest.raises(ValueError, match="at least 3"):
         source_pairs([row | {"responses": ["b", "c"]}], Config(), rng)
+
+
+def test_two_responses_are_refused_before_anything_is_trained(monkeypatch):
+    monkeypatch.setattr(Lab, "base", lambda lab: pytest.fail("a base model"))
+    with pytest.raises(ValueError, match="--k 2"):
+        run(Lab(Settings(k=2), quiet=True), Config())
 
 
 @pytest.mark.parametrize("change", [dict(beta=1.0), dict(goal=0.3)])

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 import train
 from lab import Lab, Settings
 from methods import dpo
-from methods.ld_dpo import KINDS, Config, Wordy, check_pairs, loss, run
+from methods.ld_dpo import KINDS, Config, Wordy, check_pairs, length_at, loss, run
 
 ALPHAS = (1.0, 0.75, 0.5, 0.25, 0.0)
 
@@ -250,6 +250,14 @@ def test_c3_unbiased_labels():
     alone = [Config(0.5, alpha, False) for alpha in ALPHAS[1:]]
     assert [world.optimum(cfg)[0] for cfg in alone] == pytest.approx([1.929, 1.200, 0.663, 0.324], abs=2e-3)
     assert [world.expected(world.start, cfg).item() for cfg in alone] == pytest.approx([0.7040, 0.7354, 0.7850, 0.8498], abs=1e-4)
+
+
+def test_the_length_where_a_reward_is_reached():
+    curve = [dict(kl=9.0, reward=r, length=n) for r, n in ((0.0, 10.0), (0.2, 20.0), (0.1, 50.0))]
+    assert length_at(curve, 0.1) == 15.0 and length_at(curve, 0.2) == 20.0
+    assert length_at([dict(curve[1]), dict(curve[1]), dict(curve[0])], 0.2) == 20.0
+    with pytest.raises(ValueError, match="never reaches"):
+        length_at(curve, 0.3)
 
 
 def test_a_run_and_shared_scaffold():

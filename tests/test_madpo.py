@@ -160,7 +160,7 @@ def test_every_field_of_the_loss_counts(change):
     "name, values",
     [("beta", (0.0, -1.0, math.inf, math.nan)), ("c_max", (1.0, 0.5, math.inf, math.nan)), ("c_min", (0.0, 1.0, 2.0, math.nan))]
     + [("tau", (0.0, -1.0, math.inf)), ("lam", (0.0, math.nan)), ("judge_lr", (0.0, math.inf)), ("judge_decay", (-0.1, math.nan))]
-    + [("judge_steps", (-1,))],
+    + [("judge_steps", (0, -1))],
 )
 def test_fields_out_of_range_are_refused(name, values):
     for value in values:
@@ -217,6 +217,12 @@ def test_the_judges_settings_change_the_run(change):
 
     plain = dict(judge_steps=20, judge_lr=0.05)
     assert not torch.equal(weights(Config(**plain)), weights(Config(**plain | change)))
+
+
+def test_a_judge_that_diverges_names_its_own_learning_rate():
+    lab = Lab(Settings(world="bandit", steps=5, batch_size=64, prompts=256), quiet=True)
+    with pytest.raises(ValueError, match="a lower --judge_lr may help"):
+        run(lab, Config(judge_lr=1e38, judge_steps=50))
 
 
 def test_a_run_improves_the_reward():

@@ -175,7 +175,8 @@ def targeted_lists():
     bad = [changed(items[0], scores=infinite), changed(items[0], q=small), changed(items[1], q=batch.q.roll(1, 1))]
     bad += [changed(items[0], q=2 * items[0][2].q - items[0][2].q.flip(1)), ragged(3, grades, 5)]
     empty = changed(items[1], mask=batch.mask & (torch.arange(5) > 0)[:, None, None])
-    return [*items, first, lone, below, (logps, None, batch), elsewhere(items[0]), *bad, empty]
+    half = changed(items[0], scores=items[0][2].scores.bfloat16())
+    return [*items, half, first, lone, below, (logps, None, batch), elsewhere(items[0]), elsewhere(bad[-1]), *bad, empty]
 
 
 def trees():
@@ -196,6 +197,7 @@ def trees():
     deep = torch.tensor([-1, 0, 1, -1]).expand(5, -1)
     lone = changed(flat, mask=flat[2].mask & (torch.arange(4) < 1)[:, None])
     two = changed(flat, mask=flat[2].mask & (torch.arange(4) < 2)[:, None], scores=flat[2].scores * (torch.arange(4) < 2))
+    items += [(flat[1], flat[1], flat[2])]  # at the reference: all rewards tie
     items += [flat, bare, two, changed(flat, parents=deep, scores=flat[2].scores * torch.tensor([0, 0, 1, 1])), elsewhere(items[0])]
     known = items[0][2].scores.clone()
     known[:, :2] = 0.5  # steps within a response have scores too
@@ -218,6 +220,16 @@ def graded_pairs():
     return [*items, flipped, (ref_logps, ref_logps, batch), (logps, None, batch)]
 
 
+def one_sided_pairs():
+    """Pairs, near and far from the reference, above it and without it, and rows where one side is absent; refused: a row without any."""
+    items = far_pairs()
+    logps, ref_logps, batch = items[0]
+    there = [[1, 1], [1, 0], [1, 0], [0, 1], [1, 0]], [[1, 0]] * 4 + [[0, 1]], [[1, 0]] * 5, [[0, 1]] * 5, [[0, 0]] + [[1, 1]] * 4
+    masks = [batch.mask & torch.tensor(sides).bool()[..., None] for sides in there]
+    sides = [changed((logps * mask, known * mask, batch), mask=mask) for mask in masks for known in (ref_logps, 2 * logps)]
+    return [*items, *sides, (logps, None, batch)]
+
+
 # every variant of every method: the fields of its Config, and the inputs that drive it
 CASES = {
     "dpo": ([dict(beta=0.3), dict(beta=1.7)], pairs),
@@ -233,6 +245,12 @@ CASES = {
         far_pairs,
     ),
     "ld_dpo": ([dict(beta=0.3, alpha=0.3), dict(beta=1.7, alpha=0.0), dict(beta=0.7, alpha=0.6, on_reference=False)], pairs),
+    "insights": (
+        [dict(beta=0.3), dict(variant="ipo", tau=0.3), dict(variant="ipo", tau=0.7, ipo_mean=False), dict(variant="nll")]
+        + [dict(variant="kto", beta=0.3), dict(variant="kto", beta=0.3, z0=0.4, lambda_d=1.7, lambda_u=0.6)]
+        + [dict(variant="cpo", beta=0.3, lam=0.7)],
+        one_sided_pairs,
+    ),
     "survey": (
         [
             dict(variant=v, **{k: x and 3.1 * x if k in ("beta", "tau") else x for k, x in known.items()})
@@ -290,17 +308,13 @@ CASES = {
 
 # mutants that nobody could tell from the original: {method: {what was edited: why it is the same}}
 SORTED = "batch.scores.masked_fill(~batch.mask.any(-1), -torch.inf).argsort(descending=True"
-RANKED = "batch.scores.masked_fill(~present, -torch.inf).argsort(descending=True"
 PAIR_WEIGHTS = "pair_weights(g.sum(-1), batch.scores.to(g.dtype), leaf, cfg)"
-ORDERED = "(rewards if cfg.tau == 'model' else scores).masked_fill(~leaf, -torch.inf)"
 SURVIVORS = {
     "irpo": {
         "label_ranks: True -> False": "stable=True: a CPU sorts short rows stably anyway",
         f"label_ranks: {SORTED}, stable=True) -> {SORTED})": "the same",
     },
     "adpo": {
-        "loss: True -> False": "stable=True: a CPU sorts short rows stably anyway",
-        f"loss: {RANKED}, stable=True) -> {RANKED})": "the same",
         "loss: 0.0 -> 1.0": "stands where q is 0: any finite number will do",
     },
     "madpo": {"margin_weights: h.detach() -> h": "a column of the data carries no gradient; if one did, test_madpo.py would notice"},
@@ -309,16 +323,13 @@ SURVIVORS = {
         f"loss: {PAIR_WEIGHTS} -> {PAIR_WEIGHTS.replace('g.sum(-1)', '_detached(g.sum(-1))')}": "the order of the rewards alone is read",
         "loss: g.sum(-1) -> _detached(g).sum(-1)": "the same",
         "loss: g.sum(-1) -> g.mean(-1)": "the same",
-        f"pair_weights: {ORDERED} -> {ORDERED.replace('(rewards', '_detached(rewards', 1)}": "the same",
-        "pair_weights: ranked.argsort(descending=True, stable=True) -> _detached(ranked).argsort(descending=True, stable=True)": "the same",
-        "pair_weights: ranked.argsort(descending=True, stable=True) -> ranked.argsort(descending=True)": "a CPU sorts stably anyway",
-        "pair_weights: True -> False": "the same",
         "step_places: on.sum(-1) - 1 -> on.sum(-1) + 1": "the places of all steps shifted alike, which nothing reads",
         "step_places: on.sum(-1) - 1 -> on.sum(-1)": "the same",
         "step_places: 1 -> 2": "the same, or the other side of a square",
         "paths: 1 -> 2": "-2 is no place of a parent either",
         "paths: eye + child_of.to(eye.dtype) @ on -> eye - child_of.to(eye.dtype) @ on": "only which entries are 0 is read",
     },
+    "insights": {"loss: torch.zeros_like(logps) -> torch.zeros_like(_detached(logps))": "zeros have no gradient"},
     "survey": {
         "loss: ref_logps.sum(-1).unbind(1) -> _detached(ref_logps.sum(-1)).unbind(1)": "where it has a gradient it is not read",
         "loss: ref_logps.sum(-1) -> _detached(ref_logps).sum(-1)": "the same",

@@ -256,6 +256,25 @@ def test_the_steps_of_a_sum_and_the_mark_of_the_wrong_one():
     assert len(plain.splitlines()) == 2 and "wrong" not in plain
 
 
+@pytest.mark.parametrize(
+    "response, texts, right",
+    [
+        ("7+8+0=15;4+5+1=10,3+0+1=04:405", ["7+8+0=15", "4+5+1=10", "3+0+1=04", "405"], [True] * 4),
+        ("7+8+0=15\n4+5+1=11;3+0+1=04:415", ["7+8+0=15", "4+5+1=11", "3+0+1=04", "415"], [True, False, True, False]),
+        ("7+8+0=15,4+5:9,3+0+1=04:405", ["7+8+0=15", "4+5:9", "3+0+1=04", "405"], [True, False, True, True]),  # the last colon counts
+        ("7+8+0=15,4+5+1=10:40,5", ["7+8+0=15", "4+5+1=10", "40,5"], [True, True, False]),
+        ("7+8+0=15,4+5+", ["7+8+0=15,4+5+"], [False]),  # no colon: all of it is the answer
+    ],
+)
+def test_steps_are_those_of_the_verifier(response, texts, right):
+    world = arithmetic.World()
+    ids = world.tokenizer.encode(response)
+    steps = steps_of(world, "347+58=", ids, [0.1] * (len(ids) + 1))
+    assert ["".join(pieces) for pieces, _, _ in steps] == texts and [mark for *_, mark in steps] == right
+    marks = world.verify_steps("347+58=", ids)
+    assert right[:-1] == marks[: len(right) - 1] and not any(marks[len(right) - 1 :])  # what is left is places left out
+
+
 def test_auc():
     marked = torch.tensor([True, True, False, False])
     assert auc(torch.tensor([3.0, 2.0, 1.0, 0.0]), marked) == 1.0 and auc(torch.tensor([0.0, 1.0, 2.0, 3.0]), marked) == 0.0

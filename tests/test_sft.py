@@ -136,6 +136,21 @@ def test_the_winners_by_counting():
     assert winners(world)[0].tolist() == pytest.approx([0.75, 0.25])
 
 
+def test_with_unequal_lengths_a_winner_counts_by_its_length():
+    """Equal rewards, an answer of 1 token (probability 1/4) and one of 5 tokens: each wins as often as it is written, and yet the short
+    one ends at 1/4 / (1/4 + 3/4 / 5), 2.5 times what it was."""
+    pairs = [(i, j) for i in (0, 1) for j in (0, 1)]  # the winner and the other one
+    weight = torch.tensor([[0.25, 0.75][i] * [0.25, 0.75][j] for i, j in pairs])
+    mask = (torch.arange(5) < torch.tensor([1, 5])[:, None])[torch.tensor(pairs)]
+    batch = SimpleNamespace(mask=mask, scores=torch.tensor([[1.0, 0.0]] * 4))
+    for share, still in ((0.625, True), (0.25, False)):
+        logit = torch.tensor(math.log(share / (1 - share)), dtype=torch.float64, requires_grad=True)
+        first = torch.stack([torch.nn.functional.logsigmoid(logit), torch.nn.functional.logsigmoid(-logit)])
+        logps = torch.nn.functional.pad(first[:, None], (0, 4))[torch.tensor(pairs)]  # the other tokens follow surely
+        (slope,) = torch.autograd.grad((weight * loss(logps, None, batch, Config())[0]).sum(), logit)
+        assert (abs(slope.item()) < 1e-8) == still
+
+
 # ---- the run
 
 

@@ -242,6 +242,16 @@ def test_the_embedding_toy(cfg, setting, peak, step, end):
     assert p[-1].tolist() == pytest.approx(end, abs=6e-4) and p.sum(1).tolist() == pytest.approx([1.0] * 2001)
 
 
+def test_the_slope_in_the_preferred_likelihood_goes_to_0_where_it_stays():
+    """Property 2: at rho -0.5 pi_w ends at 0.165 and its slope vanishes with pi_l; at 0.9 pi_w vanishes itself, and the slope grows."""
+    for rho, first, last in ((-0.5, 0.1111, 0.0105), (0.9, 0.1111, 1e3)):
+        path = embedded(Config("dpo"), rho=rho)
+        slopes = likelihood_slopes(path[:, :2], path[0, :2], Config("dpo")).exp()
+        assert slopes[0, 0].item() == pytest.approx(first, abs=1e-4)
+        assert slopes[-1, 0] > last if rho > 0 else slopes[-1, 0].item() == pytest.approx(last, abs=1e-4)
+        assert slopes[-1, 1] > 1e12
+
+
 def test_without_shared_features_no_mass_leaves_the_pair():
     """A table moves two logits: the preferred response takes it all."""
     logits, ref = torch.zeros(10, dtype=torch.float64, requires_grad=True), torch.full((1, 2, 1), 0.1).double().log()
@@ -289,21 +299,58 @@ def test_a_run_and_its_variants_differ(tmp_path):
     assert len({values["chosen_ratio"] for values in found.values()}) == 3
 
 
-def test_a_look_at_a_finished_run(tmp_path, capsys, monkeypatch):
-    small = ["--base_steps", "3", "--prompts", "8", "--batch_size", "4", "--eval_size", "4", "--max_response", "5"]
-    made = str(tmp_path / "made")
-    assert train.cli(["--method", "dpo", "--steps", "4", "--lr", "0.01", "--out", made, *small]) == 0
-    small = small[2:]
-    seen = tmp_path / "seen"
-    assert train.cli(["--method", "three_d", "--init", made, "--steps", "0", "--out", str(seen), *small]) == 0
+SMALL = ["--prompts", "8", "--batch_size", "4", "--eval_size", "4", "--max_response", "5"]
+
+
+def made(out, *flags):
+    """The folder of a small finished run of DPO."""
+    assert train.cli(["--method", "dpo", "--steps", "4", "--lr", "0.01", "--base_steps", "3", "--out", str(out), *SMALL, *flags]) == 0
+    return str(out)
+
+
+def look(init, out, *flags):
+    return train.cli(["--method", "three_d", "--init", init, "--out", str(out), *SMALL, *flags])
+
+
+def test_a_look_at_a_finished_run(tmp_path, capsys):
+    """--init alone looks and trains nothing; --steps trains from there."""
+    run_of_dpo, seen = made(tmp_path / "made"), tmp_path / "seen"
+    assert look(run_of_dpo, seen) == 0
     summary = json.loads((seen / "summary.json").read_text())
     before, after = summary["before"], summary["after"]
+    assert summary["steps"] == 0 and "nothing is trained" in capsys.readouterr().out
     assert before["chosen_ratio"] == before["rejected_ratio"] == before["both_fell"] == before["own_ratio"] == before["kl"] == 0
     assert after["kl"] > 0 and after["chosen_ratio"] != 0 and after["rejected_ratio"] != 0 and 0 <= after["both_fell"] <= 1
     known = json.loads((tmp_path / "made" / "summary.json").read_text())["after"]
     assert after["kl"] == pytest.approx(known["kl"], rel=1e-3) and after["chosen_logp"] == pytest.approx(known["chosen_logp"], rel=1e-4)
-    assert train.cli(["--method", "three_d", "--world", "ranking", "--init", made, "--steps", "0", "--out", str(tmp_path / "no")]) == 2
+    assert look(run_of_dpo, tmp_path / "zero", "--steps", "0") == 0
+    assert json.loads((tmp_path / "zero" / "summary.json").read_text())["after"] == after
+    assert look(run_of_dpo, tmp_path / "on", "--steps", "2") == 0
+    assert json.loads((tmp_path / "on" / "summary.json").read_text())["before"]["kl"] == 0
+    capsys.readouterr()
+    assert look(run_of_dpo, tmp_path / "no", "--world", "ranking") == 2
     assert "--world reviews, not ranking" in capsys.readouterr().err
+    for flags in (("--variant", "dpo"), ("--beta", "0.3"), ("--beta_rejected", "0.02")):
+        assert look(run_of_dpo, tmp_path / "no", *flags) == 2
+        assert "do nothing" in capsys.readouterr().err
+    (tmp_path / "made" / "run.json").unlink()
+    assert look(run_of_dpo, tmp_path / "no") == 2
+    assert "no run.json" in capsys.readouterr().err
+
+
+def test_a_look_at_a_run_on_a_file(tmp_path, capsys, monkeypatch):
+    """Its context is that of the run, and a path is the same file however it is written."""
+    rows = [dict(prompt=f"q{i} is", chosen=f" good {i}", rejected=f" bad {i} x" + " so" * 40 * (i > 30)) for i in range(40)]
+    for name in ("p.jsonl", "other.jsonl"):
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.chdir(tmp_path)
+    run_of_dpo = made(tmp_path / "made", "--data", "p.jsonl", "--context", "24", "--truncate", "true")
+    assert look(run_of_dpo, tmp_path / "seen", "--data", str(tmp_path / "p.jsonl"), "--truncate", "true") == 0
+    summary = json.loads((tmp_path / "seen" / "summary.json").read_text())
+    assert summary["before"]["chosen_ratio"] == 0 and summary["after"]["chosen_ratio"] != 0
+    capsys.readouterr()
+    assert look(run_of_dpo, tmp_path / "no", "--data", "other.jsonl") == 2
+    assert "is a run with --data" in capsys.readouterr().err
 
 
 def test_log_ratios_are_those_of_the_models():

@@ -51,9 +51,7 @@ def forest(rows=4, seed=0, length=3, hidden=5):
 
 def by_hand(logps, ref_logps, batch, cfg, b):
     """The loss of row b, from the formulas, with loops."""
-    g = (logps - ref_logps)[b].sum(-1)
-    if cfg.reduce == "mean":
-        g = g / batch.mask[b].sum(-1).clamp(min=1)
+    g, count = (logps - ref_logps)[b].sum(-1), batch.mask[b].sum(-1)
     parents, leaves, routes = batch.parents[b].tolist(), [], []
     for i in range(len(parents)):
         if batch.mask[b, i].any() and i not in parents:
@@ -64,10 +62,11 @@ def by_hand(logps, ref_logps, batch, cfg, b):
             routes.append(route)
     last = min(map(len, routes)) - 1
     steps = [[[k for n, k in enumerate(route) if min(n, last) == d] for d in range(last + 1)] for route in routes]
-    r = torch.stack([g[route].sum() for route in routes])
+    value = {tuple(step): g[step].sum() / (count[step].sum() if cfg.reduce == "mean" else 1) for chain in steps for step in chain}
     v = batch.scores[b, leaves]
-    by = r.detach() if cfg.tau == "model" else v
-    tau = [1 + sum(x > y for x in by.tolist()) for y in by.tolist()]
+    by = [sum(value[tuple(step)] for step in chain).item() for chain in steps] if cfg.tau == "model" else v.tolist()
+    by = list(zip(by, v.tolist()))
+    tau = [0.5 + sum((x > y) + (x == y) / 2 for x in by) for y in by]
     total, weight = 0.0, 0.0
     for i in range(len(leaves)):
         for j in range(len(leaves)):
@@ -81,7 +80,7 @@ def by_hand(logps, ref_logps, batch, cfg, b):
                     if cfg.asr:
                         u = [batch.states[b, k].sum(0) / batch.mask[b, k].sum() for k in (one, other)]
                         w = 1 + F.cosine_similarity(*u, dim=0)
-                    margin = margin + cfg.beta * w * (g[one].sum() - g[other].sum())
+                    margin = margin + cfg.beta * w * (value[tuple(one)] - value[tuple(other)])
                 total, weight = total - lam * F.logsigmoid(margin), weight + lam
     return total / weight if cfg.divide else total
 
@@ -199,6 +198,44 @@ def test_the_order_of_the_list_does_not_matter():
     for cfg in (Config(), Config(asr=False)):
         there, back = loss(logps, ref_logps, batch, cfg)[0], loss(logps[:, order], ref_logps, moved, cfg)[0]
         torch.testing.assert_close(there, back, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "tau, rewards, scores, value",
+    [  # ranks, where rewards tie: by score, then the mean; by the label: 1, 2.5, 2.5, 4.5, 4.5
+        ("model", [0.0] * 5, [1.0, 0.6, 0.3, 0.0, 0.0], (1.0, 2.0, 3.0, 4.5, 4.5)),
+        ("model", [0.2, 0.2, -0.1, 0.2, 0.5], [1.0, 0.6, 0.3, 0.6, 0.0], (2.0, 3.5, 5.0, 3.5, 1.0)),
+        ("label", [0.2, 0.5, -0.1, 0.0, 0.3], [1.0, 0.3, 0.3, 0.0, 0.0], (1.0, 2.5, 2.5, 4.5, 4.5)),
+    ],
+)
+def test_ties_do_not_depend_on_the_order_of_the_list(tau, rewards, scores, value):
+    logps, ref_logps, batch = flat(rewards, scores)
+    cfg = Config(**PLAIN | dict(tau=tau))
+    losses = loss(logps, ref_logps, batch, cfg)[0]
+    (grad,) = torch.autograd.grad(losses.sum(), logps)
+    pairs = [(i, j) for i in range(5) for j in range(5) if scores[i] > scores[j]]
+    lam = {(i, j): (2 ** scores[i] - 2 ** scores[j]) * abs(1 / math.log(1 + value[i]) - 1 / math.log(1 + value[j])) for i, j in pairs}
+    expected = sum(w * math.log1p(math.exp(rewards[j] - rewards[i])) for (i, j), w in lam.items())
+    assert losses.item() == pytest.approx(expected, abs=1e-12)
+    for order in ([4, 3, 2, 1, 0], [2, 0, 4, 1, 3], [1, 3, 0, 2, 4]):
+        moved, _, other = flat([rewards[i] for i in order], [scores[i] for i in order])
+        there = loss(moved, ref_logps, other, cfg)[0]
+        torch.testing.assert_close(there, losses, rtol=0, atol=1e-12)
+        torch.testing.assert_close(torch.autograd.grad(there.sum(), moved)[0], grad[:, order], rtol=0, atol=1e-12)
+
+
+def test_a_merged_step_has_the_mean_of_its_tokens():
+    mask = torch.arange(4) < torch.tensor([4, 1, 1])[None, :, None]
+    logps = torch.tensor([[[0.1] * 4, [1.0, 0, 0, 0], [0.0] * 4]], dtype=torch.float64)
+    batch = SimpleNamespace(mask=mask, scores=torch.tensor([[0.0, 1.0, 0.0]]), parents=torch.tensor([[-1, 0, -1]]))
+    losses = loss(logps, 0 * logps, batch, Config(1.0, tau="none", asr=False, reduce="mean"))[0]
+    assert losses.item() == pytest.approx(math.log1p(math.exp(-1.4 / 5)), abs=1e-12)
+
+
+def test_a_verifier_has_no_labels_to_flip():
+    settings = Settings(world="arithmetic", base_steps=2, prompts=4, k=3, flip=0.2)
+    with pytest.raises(ValueError, match="--flip"):
+        run(Lab(settings, quiet=True), Config())
 
 
 def test_equal_scores_teach_nothing():
