@@ -212,6 +212,9 @@ def test_the_vote_is_weighed_by_how_often_an_estimator_is_right():
     torch.testing.assert_close(vote(c, m, Config(contrastive=1.0))[:, 0], n[0])
     torch.testing.assert_close(vote(c, m, Config(contrastive=0.0))[:, 0], n[1])
     torch.testing.assert_close(vote(c, c.flip(0), Config())[:, 0], (n[0] + n[0].flip(0)) / 2)  # equally often right: the average
+    guess = torch.where(torch.arange(400)[:, None] % 2 == 0, m.abs(), -m.abs()) * torch.tensor([1.0, 0.0])  # right on every other pair
+    weight = 0.5 / (0.5 + right[0])  # one at chance keeps nearly half the vote
+    torch.testing.assert_close(vote(c, guess, Config())[:, 0], (1 - weight) * n[0] + weight * normalised(guess[:, 0] - guess[:, 1]))
     both = vote(c, m, Config(gap="absolute"))
     torch.testing.assert_close(both, share * normalised(c) + (1 - share) * normalised(m))
     torch.testing.assert_close(both, vote(c, m, Config(gap="signed")))

@@ -70,6 +70,29 @@ def test_the_sampler_and_the_labels_of_the_example(beta, loser, back, wins):
     torch.testing.assert_close(margins[1] - margins[0], beta * (margins[2] - margins[1]))  # they move monotonically
 
 
+@pytest.mark.parametrize("beta", [0.5, 1.0])
+def test_where_the_population_loss_is_flat(beta):
+    """Over all pairs: with the sampler, or with Bradley-Terry's labels of the differential reward on pairs of the reference, at pi*; with a
+    uniform source of the rejected at pi_ref^(1 + 1/beta); with chosen and rejected exchanged at pi_ref^2 / pi*."""
+    first, second = (~torch.eye(4, dtype=torch.bool)).nonzero(as_tuple=True)
+    loser, f = rejected_sampler(REF, TARGET, beta), TARGET - REF
+    batch = SimpleNamespace(mask=torch.ones(12, 2, 1, dtype=torch.bool))
+    cases = [
+        (TARGET, REF[first] + loser[second]),
+        (TARGET, REF[first] + REF[second] + torch.nn.functional.logsigmoid(beta * (f[first] - f[second]))),
+        (((1 + 1 / beta) * REF).log_softmax(0), REF[first]),
+        ((2 * REF - TARGET).log_softmax(0), loser[first] + REF[second]),
+    ]
+    for goal, log_weight in cases:
+        for point, flat in ((goal, True), (REF, False)):
+            logits = point.clone().requires_grad_()
+            logps = torch.stack([logits.log_softmax(0)[i] for i in (first, second)], 1)[..., None]
+            ref_logps = torch.stack([REF[i] for i in (first, second)], 1)[..., None]
+            losses, _ = loss(logps, ref_logps, batch, Config(beta=beta))
+            (slope,) = torch.autograd.grad((losses * log_weight.exp()).sum(), logits)
+            assert (slope.abs().max() < 1e-12) == flat
+
+
 def test_what_is_expected_of_the_chosen_and_the_rejected():
     f = TARGET - REF
     assert (REF.exp() * f).sum().item() == pytest.approx(-0.080563, abs=1e-6)
