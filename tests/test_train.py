@@ -4,6 +4,8 @@ import dataclasses
 import importlib
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -59,6 +61,17 @@ def test_a_run_writes_what_it_says_and_nothing_half_written(tmp_path, capsys):
     for word in ("before", "after", "reward", "arXiv:2305.18290", "tokenizer", "written to"):
         assert word in printed.out
     assert "alignment" in printed.err and "left" in printed.err
+
+
+def test_every_printed_command_is_one_that_is_understood():
+    """Those of the README and of the docstrings; what stands behind two spaces explains them."""
+    files = ["README.md", "train.py", *(f"methods/{name}.py" for name in lab_module.methods())]
+    texts = [open(os.path.join(lab_module.HERE, name), encoding="utf-8").read() for name in files]
+    found = {line.strip() for text in texts for line in re.findall(r"python train\.py (--[^`\n{]*?)(?:  |`|\n)", text)}
+    assert len(found) > 25
+    for line in sorted(found):
+        flags, owners = train.read_flags(shlex.split(line))
+        assert flags and train.combinations(flags, owners), line
 
 
 def test_the_same_command_gives_the_same_weights(tmp_path):
