@@ -176,7 +176,8 @@ def claim(lab):
     20.1, alpha 0 16.6, 19.3, 19.1, at rewards of 0.257, 0.172, 0.340 (DPO), 0.286, 0.225, 0.371 and 0.380, 0.094, 0.249. Where both first
     reach one reward (1024 prompts) alpha 0.5 writes 18.9, 18.9, 19.5 tokens and DPO 20.3, 20.1, 19.8; alpha 0.3 18.3, 18.3, 19.5 and DPO
     20.2, 20.0, 19.7; at one KL it is shorter too, but on seed 101 at 0.05 to 0.08 less reward. In full alpha 0.5 ends at 4 tokens and
-    rewards of 0.457, 0.420, 0.570."""
+    rewards of 0.457, 0.420, 0.570. Of the reported seeds one fails at equal reward: on seed 2 alpha 0 writes 19.4 tokens and DPO 17.6
+    (18.2, 16.2 and 19.2, 19.1 on the others), for a reward read off a curve of five points on 512 prompts is noisy."""
     alphas, claims = (1.0, 0.75, 0.5, 0.25, 0.0), []
     world, plain, mild = Wordy(0.1), Wordy(0.0), Wordy(0.05)
     push = [world.push(Config(0.5, alpha)) for alpha in alphas]
