@@ -99,8 +99,7 @@ def answers(row, logps):
     leaves = sorted(set(range(len(total))) - set(parents))
     if len(leaves) < 2:
         return dict(enumerate(total))
-    for k, parent in enumerate(parents):  # parents stand before children
-        total[k] += total[parent] if parent >= 0 else 0.0
+    total = paths(torch.tensor([total], dtype=torch.float64), torch.tensor([parents]))[0].tolist()
     return {k: total[k] for k in leaves}
 
 

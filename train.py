@@ -268,9 +268,9 @@ def many_runs(runs, out):
     for i, (method, settings, cfg, changed) in enumerate(runs):
         name = f"{i:03d}-" + "-".join(f"{k}{v}" for k, v in changed.items()).replace(os.sep, "_")
         print(f"[{i + 1}/{len(runs)}] " + ", ".join(f"{k} {v}" for k, v in changed.items()), file=sys.stderr, flush=True)
-        about = {"settings": dataclasses.asdict(settings), "config": vars(cfg), "versions": versions()}  # no flags: the sweep is resumed
-        report.write_json(os.path.join(out, name, "run.json"), about)
-        summary = one_run(method, settings, cfg, os.path.join(out, name), quiet=True)
+        summary, about = one_run(method, settings, cfg, os.path.join(out, name), quiet=True), os.path.join(out, name, "run.json")
+        if os.path.exists(os.path.dirname(about)) and not os.path.exists(about):  # no flags: it is the sweep that is resumed
+            report.write_json(about, {"settings": dataclasses.asdict(settings), "config": vars(cfg), "versions": versions()})
         if "after" in summary:
             results.append((dataclasses.asdict(settings) | (vars(cfg) if cfg else {}) | {"method": method}, summary["after"]))
     if not results:

@@ -513,6 +513,7 @@ def test_a_refused_run_leaves_no_folder(tmp_path, capsys, monkeypatch):
     assert train.cli(["--method", "dpo", "--world", "bandit", "--steps", "2", "--out", "run"]) == 0
     before = (tmp_path / "run" / "summary.json").read_bytes()  # a refused run gives back what --overwrite would have emptied
     refused(capsys, ["--method", "dpo", "--data", path, "--context", "64", "--out", "run", "--overwrite"], "--truncate")
+    assert train.cli(["--method", "dpo", "--beta", "0.1,1", "--data", path, "--context", "64", "--out", "run", "--overwrite"]) == 2
     assert (tmp_path / "run" / "summary.json").read_bytes() == before and not list(tmp_path.glob("run.*"))
 
 
