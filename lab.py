@@ -470,7 +470,10 @@ class Lab:
         )
         if prepare is None and self.world.kind == "images":  # one draw of t and noise for all K responses
             seed, stage = self.settings.seed, self.stage_number + 1
-            prepare = lambda policy, batch: policy.prepare(batch, self._generator(seed, "noise", stage, now["step"]))  # noqa: E731
+
+            def prepare(policy, batch):
+                return policy.prepare(batch, self._generator(seed, "noise", stage, now["step"]))
+
         score = score or (lambda model, batch: model.logps(batch))
         score_policy, score_loss = (self._compile(score), self._compile(loss)) if self.compiled else (score, loss)
         now = dict(rows=None, order=None, round=-1, step=0, reference=start if isinstance(start, torch.nn.Module) else None)

@@ -44,7 +44,7 @@ ACTIONS = dict(
 
 def explanations(cls):
     """{field: (type, default, explanation)} of a dataclass; the explanation is the comment on the field's line."""
-    comments = dict(re.findall(r"^    (\w+):[^#\n]*#\s*(.*)$", inspect.getsource(cls), re.M))
+    comments = dict(re.findall(r"^    (\w+):[^#\n]*(?:\(\n[^#\n]*)?#\s*(.*)$", inspect.getsource(cls), re.M))
     return {
         f.name: (f.type if isinstance(f.type, str) else str(getattr(f.type, "__name__", f.type)), f.default, comments.get(f.name, ""))
         for f in dataclasses.fields(cls)

@@ -27,7 +27,6 @@ def test_parts_and_their_order(name):
     assert list(inspect.signature(module.loss).parameters) == ["logps", "ref_logps", "batch", "cfg"]
     assert list(inspect.signature(module.run).parameters) == ["lab", "cfg"]
     assert list(inspect.signature(module.claim).parameters) == ["lab"] and module.claim.__doc__
-    assert FILES[name].count("\n") <= (350 if name == "survey" else 260)
 
 
 @pytest.mark.parametrize("name", FILES)
