@@ -44,7 +44,14 @@ from nanomodel import GPT, GPTConfig, rotary
 from train import convert, explanations, one_line
 
 # TFLOP/s in bfloat16 and float32 (data sheets, without sparsity); the first name that fits
-PEAK = {"H100 PCIe": (756, 51), "H100": (989, 67), "H200": (989, 67), "A100": (312, 19.5), "L40S": (362, 92), "L4": (121, 30)}
+PEAK = {
+    "H100 PCIe": (756, 51),
+    "H100": (989, 67),
+    "H200": (989, 67),
+    "A100": (312, 19.5),
+    "L40S": (362, 92),
+    "L4": (121, 30),
+}
 
 
 @dataclass
@@ -68,13 +75,28 @@ class Settings:
     json: bool = False  # print one JSON line last
 
     def __post_init__(self):
-        for name in ("layers", "dim", "heads", "kv_heads", "vocab", "prompt", "response", "k", "batch_size", "steps"):
+        for name in (
+            "layers",
+            "dim",
+            "heads",
+            "kv_heads",
+            "vocab",
+            "prompt",
+            "response",
+            "k",
+            "batch_size",
+            "steps",
+        ):
             low = dict(vocab=4, k=2).get(name, 1)
             if getattr(self, name) is not None and getattr(self, name) < low:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least {low}")
-        for name, allowed in dict(against="rows trl none", dtype="auto float32 bfloat16", compile="auto on off").items():
+        for name, allowed in dict(
+            against="rows trl none", dtype="auto float32 bfloat16", compile="auto on off"
+        ).items():
             if getattr(self, name) not in allowed.split():
-                raise ValueError(f"--{name} {getattr(self, name)} must be one of {', '.join(allowed.split())}")
+                raise ValueError(
+                    f"--{name} {getattr(self, name)} must be one of {', '.join(allowed.split())}"
+                )
         if self.dim % (2 * self.heads):
             raise ValueError(f"--dim {self.dim} must be a multiple of twice --heads {self.heads}")
         if self.heads % (self.kv_heads or 1):
@@ -117,7 +139,10 @@ class Bench:
         self.tokenizer = SimpleNamespace(eot=s.vocab - 2, pad=s.vocab - 1)
         rng, scores = random.Random(0), [1.0] + [0.0] * (s.k - 1)
         draw = lambda n: rng.choices(range(s.vocab - 2), k=n)  # noqa: E731
-        rows = [{"prompt": draw(s.prompt), "responses": [draw(s.response - 1) for _ in range(s.k)]} for _ in range(4 * s.batch_size)]
+        rows = [
+            {"prompt": draw(s.prompt), "responses": [draw(s.response - 1) for _ in range(s.k)]}
+            for _ in range(4 * s.batch_size)
+        ]
         rows = [row | {"scores": scores} for row in rows]
         self.rows = fit_context(rows, self.tokenizer, s.prompt + s.response)[0]
         torch.manual_seed(0)
@@ -138,7 +163,9 @@ class Bench:
         return [value for i in range(4) for value in score(self.pick(self.rows, i)).tolist()]
 
     def autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16 and not self.exact)
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.bf16 and not self.exact
+        )
 
     def now(self):
         """Seconds, once the device has done what it was given."""
@@ -161,7 +188,9 @@ class Contender:
     def __init__(self, name, model, score):
         self.name, self.model, self.score = name, model, score
         fused = next(model.parameters()).device.type != "mps"
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0, betas=(0.9, 0.95), fused=fused)
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=1e-4, weight_decay=0.0, betas=(0.9, 0.95), fused=fused
+        )
 
     def step(self, i):
         self.optimizer.zero_grad(set_to_none=True)
@@ -183,11 +212,16 @@ def listwise(logps, ref_logps, batch, cfg):
 
 def ours(bench, model, reference):
     """nanopref: a prompt once for its responses, only response rows before the vocabulary matrix, log-probs per token."""
-    known = bench.known(lambda rows: reference.logps(collate(rows, bench.tokenizer).to(bench.device)))
+    known = bench.known(
+        lambda rows: reference.logps(collate(rows, bench.tokenizer).to(bench.device))
+    )
     rows = [row | {"ref_logps": x} for row, x in zip(bench.rows, known)]
     plain = compiled = lambda model, batch: model.logps(batch), bench.loss
     if bench.compiled:
-        compiled = [torch.compile(f, mode="reduce-overhead" if bench.cuda else "default", dynamic=False) for f in plain]
+        compiled = [
+            torch.compile(f, mode="reduce-overhead" if bench.cuda else "default", dynamic=False)
+            for f in plain
+        ]
 
     def score(i):
         if bench.compiled and bench.cuda:
@@ -205,13 +239,21 @@ def ours(bench, model, reference):
 
 def plain_hidden(model, tokens):
     """Hidden states (N, S, hidden) of token rows (N, S), causal, by the model's own layers."""
-    x, position = model.embed_tokens(tokens), torch.arange(tokens.shape[1], device=tokens.device)[None]
+    x, position = (
+        model.embed_tokens(tokens),
+        torch.arange(tokens.shape[1], device=tokens.device)[None],
+    )
     cos, sin = rotary(position, model.config.head_dim, model.config.rope_theta, x.dtype)
 
     def attend(attn, y):
         q, k, v = attn.project(y, cos, sin)
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) if q.shape[1] > k.shape[1] else x for x in (k, v))
-        return attn.o_proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        k, v = (
+            x.repeat_interleave(q.shape[1] // k.shape[1], 1) if q.shape[1] > k.shape[1] else x
+            for x in (k, v)
+        )
+        return attn.o_proj(
+            F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        )
 
     for layer in model.layers:
         x = layer(x, attend)
@@ -220,14 +262,22 @@ def plain_hidden(model, tokens):
 
 def rows_logps(bench, model, rows):
     """(B, K): a response's summed log-prob, from one right-padded row a response."""
-    paths = [torch.tensor(row["prompt"] + response + [bench.tokenizer.eot]) for row in rows for response in row["responses"]]
+    paths = [
+        torch.tensor(row["prompt"] + response + [bench.tokenizer.eot])
+        for row in rows
+        for response in row["responses"]
+    ]
     tokens = torch.nn.utils.rnn.pad_sequence(paths, True, bench.tokenizer.pad)
     place = torch.arange(1, tokens.shape[1])
     start = torch.tensor([[len(row["prompt"])] for row in rows for _ in row["responses"]])
-    mask = ((place >= start) & (place < torch.tensor([[len(path)] for path in paths]))).to(bench.device)  # (B*K, S-1)
+    mask = ((place >= start) & (place < torch.tensor([[len(path)] for path in paths]))).to(
+        bench.device
+    )  # (B*K, S-1)
     tokens = tokens.to(bench.device)
     logits = model.unembed(plain_hidden(model, tokens[:, :-1])).float()  # (B*K, S-1, V)
-    logps = -F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(mask.shape)
+    logps = -F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(
+        mask.shape
+    )
     return (logps * mask).sum(-1).view(len(rows), -1)
 
 
@@ -247,30 +297,59 @@ def plain_rows(bench, model, reference):
 
 def trl(bench, model, reference):
     """TRL's trainer. It wants text: a token is written as its number, so that its tokenizer gives our tokens back."""
-    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    os.environ |= {
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "TQDM_DISABLE": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
     try:
         import datasets
         import tokenizers
         import transformers
         from trl import DPOConfig, DPOTrainer
     except ImportError as error:
-        raise ValueError(f"--against trl needs the package {error.name}: pip install trl transformers") from None
+        raise ValueError(
+            f"--against trl needs the package {error.name}: pip install trl transformers"
+        ) from None
     transformers.logging.disable_progress_bar()
     names = [str(i) for i in range(bench.settings.vocab - 2)] + ["<end>", "<pad>"]
-    engine = tokenizers.Tokenizer(tokenizers.models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<pad>"))
+    engine = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<pad>")
+    )
     engine.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=engine, eos_token="<end>", pad_token="<pad>")
-    texts = [["".join(" " + names[i] for i in ids) for ids in (row["prompt"], *row["responses"])] for row in bench.rows]
-    texts = datasets.Dataset.from_list([dict(zip(("prompt", "chosen", "rejected"), row)) for row in texts])
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=engine, eos_token="<end>", pad_token="<pad>"
+    )
+    texts = [
+        ["".join(" " + names[i] for i in ids) for ids in (row["prompt"], *row["responses"])]
+        for row in bench.rows
+    ]
+    texts = datasets.Dataset.from_list(
+        [dict(zip(("prompt", "chosen", "rejected"), row)) for row in texts]
+    )
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(action="ignore"):
         llamas = []
         for gpt in (model, reference):
             gpt.save_pretrained(folder)
-            llamas.append(transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
-        options = dict(beta=bench.cfg.beta, precompute_ref_log_probs=True, gradient_checkpointing=False, max_length=None)
-        options |= dict(per_device_train_batch_size=bench.settings.batch_size, use_cpu=bench.device.type == "cpu", bf16=False)
+            llamas.append(
+                transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            )
+        options = dict(
+            beta=bench.cfg.beta,
+            precompute_ref_log_probs=True,
+            gradient_checkpointing=False,
+            max_length=None,
+        )
+        options |= dict(
+            per_device_train_batch_size=bench.settings.batch_size,
+            use_cpu=bench.device.type == "cpu",
+            bf16=False,
+        )
         config = DPOConfig(folder, report_to="none", disable_tqdm=True, **options)
-        trainer = DPOTrainer(llamas[0], llamas[1], config, train_dataset=texts, processing_class=tokenizer)
+        trainer = DPOTrainer(
+            llamas[0], llamas[1], config, train_dataset=texts, processing_class=tokenizer
+        )
         examples = list(trainer.train_dataset)
     trainer.current_gradient_accumulation_steps, compute_loss = 1, trainer.compute_loss
 
@@ -279,7 +358,13 @@ def trl(bench, model, reference):
             return compute_loss(*args, **kwargs)
 
     trainer.compute_loss = autocast_loss
-    return Contender("trl", trainer.model, lambda i: trainer.training_step(trainer.model, trainer.data_collator(bench.pick(examples, i))))
+    return Contender(
+        "trl",
+        trainer.model,
+        lambda i: trainer.training_step(
+            trainer.model, trainer.data_collator(bench.pick(examples, i))
+        ),
+    )
 
 
 # ---------------------------------------------------------------- measuring
@@ -290,7 +375,9 @@ def first_losses(contenders, steps=3):
     losses = [[float(contender.step(i)) for i in range(steps)] for contender in contenders]
     for contender, values in zip(contenders, losses):
         if any(not abs(a - b) <= 1e-3 * abs(a) for a, b in zip(losses[0], values)):
-            raise RuntimeError(f"first losses differ: {contenders[0].name} {losses[0]}, {contender.name} {values}")
+            raise RuntimeError(
+                f"first losses differ: {contenders[0].name} {losses[0]}, {contender.name} {values}"
+            )
     return losses
 
 
@@ -299,7 +386,10 @@ def memory(bench, contender):
     compiled, bench.compiled = bench.compiled, False  # CUDA graphs keep a pool of their own
     contender.optimizer.zero_grad(set_to_none=True)
     state = [value for values in contender.optimizer.state.values() for value in values.values()]
-    kept, peak = sum(x.numel() * x.element_size() for x in [*contender.model.parameters(), *state]), None
+    kept, peak = (
+        sum(x.numel() * x.element_size() for x in [*contender.model.parameters(), *state]),
+        None,
+    )
     if bench.cuda:
         contender.step(0)  # what an operator keeps from its first call is not the step's
         contender.optimizer.zero_grad(set_to_none=True)
@@ -312,7 +402,10 @@ def memory(bench, contender):
     elif bench.device.type == "cpu":
         with quiet_stderr(), torch.autograd.profiler.profile(profile_memory=True) as profile:
             contender.step(0)
-        events = sorted((e for e in profile.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
+        events = sorted(
+            (e for e in profile.kineto_results.events() if e.name() == "[memory]"),
+            key=lambda e: e.start_ns(),
+        )
         peak = max(itertools.accumulate(e.nbytes() for e in events))
     bench.compiled = compiled
     return peak and kept + peak
@@ -323,7 +416,9 @@ def flops(s, model):
     matrices = sum(p.numel() for p in model.layers.parameters() if p.dim() == 2)
     fed = s.prompt + s.k * (s.response - 1)  # a response's last token predicts nothing
     pairs = s.prompt * (s.prompt + 1) / 2 + s.k * (s.response - 1) * (s.prompt + s.response / 2)
-    return s.batch_size * (6 * (matrices * fed + s.vocab * s.dim * s.k * s.response) + 12 * s.layers * s.dim * pairs)
+    return s.batch_size * (
+        6 * (matrices * fed + s.vocab * s.dim * s.k * s.response) + 12 * s.layers * s.dim * pairs
+    )
 
 
 @contextlib.contextmanager
@@ -346,14 +441,18 @@ def sample_uncached(model, prompts, k, rng, max_tokens):
     for _ in range(max_tokens):
         total = model.unembed(plain_hidden(model, tokens)[:, -1]).float().softmax(-1).cumsum(-1)
         draw = torch.rand(len(total), 1, generator=rng, device=total.device) * total[:, -1:]
-        tokens = torch.cat([tokens, torch.searchsorted(total, draw, right=True).clamp(max=total.shape[1] - 1)], 1)
+        tokens = torch.cat(
+            [tokens, torch.searchsorted(total, draw, right=True).clamp(max=total.shape[1] - 1)], 1
+        )
     return tokens[:, len(prompts[0]) :]
 
 
 @torch.no_grad()
 def check_sampling(model, prompts, max_tokens):
     """RuntimeError unless greedy sampling with the cache takes, everywhere, the most likely token of the uncached model."""
-    answers = torch.tensor(model.sample(prompts, 1, None, max_tokens, temperature=0), device=model.device)[:, 0]
+    answers = torch.tensor(
+        model.sample(prompts, 1, None, max_tokens, temperature=0), device=model.device
+    )[:, 0]
     tokens = torch.cat([torch.tensor(prompts, device=model.device), answers[:, :-1]], 1)
     logits = model.unembed(plain_hidden(model, tokens)[:, -max_tokens:])
     short = logits.max(-1).values - logits.gather(-1, answers[..., None])[..., 0]
@@ -367,12 +466,20 @@ def sampling(bench, model):
     model.tokenizer = SimpleNamespace(eot=-1)  # never drawn: all responses take their full length
     check_sampling(model, prompts, s.response)
     rng = torch.Generator(bench.device).manual_seed(0)
-    both = [lambda: model.sample(prompts, s.k, rng, s.response), lambda: sample_uncached(model, prompts, s.k, rng, s.response)]
+    both = [
+        lambda: model.sample(prompts, s.k, rng, s.response),
+        lambda: sample_uncached(model, prompts, s.k, rng, s.response),
+    ]
     with bench.autocast():
         runs = [[bench.seconds(sample) for sample in both] for _ in range(1 + min(s.steps, 3))]
     cached, uncached = map(statistics.median, zip(*runs[1:]))  # the first warms up
     tokens = s.batch_size * s.k * s.response
-    return dict(sample_s=cached, sample_uncached_s=uncached, sample_tokens_s=tokens / cached, sample_speedup=uncached / cached)
+    return dict(
+        sample_s=cached,
+        sample_uncached_s=uncached,
+        sample_tokens_s=tokens / cached,
+        sample_speedup=uncached / cached,
+    )
 
 
 def run(s):
@@ -382,15 +489,34 @@ def run(s):
     makers = {"rows": [ours, plain_rows], "trl": [ours, trl], "none": [ours]}[s.against]
     contenders = [make(bench, copy.deepcopy(model), reference) for make in makers]
     losses, bench.exact = first_losses(contenders), False
-    times = [[bench.seconds(contender.step, i) for contender in contenders] for i in range(3 + s.steps)]
-    out = asdict(s) | dict(params=report.count(model), device=str(bench.device), dtype="bfloat16" if bench.bf16 else "float32")
-    out |= dict(compile="on" if bench.compiled else "off", threads=torch.get_num_threads(), torch=torch.__version__)
+    times = [
+        [bench.seconds(contender.step, i) for contender in contenders] for i in range(3 + s.steps)
+    ]
+    out = asdict(s) | dict(
+        params=report.count(model),
+        device=str(bench.device),
+        dtype="bfloat16" if bench.bf16 else "float32",
+    )
+    out |= dict(
+        compile="on" if bench.compiled else "off",
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+    )
     out |= dict(card=torch.cuda.get_device_name() if bench.cuda else None, first_loss=losses[0][0])
-    for contender, seconds, prefix in zip(contenders, zip(*times[3:]), ("", "against_")):  # the first three warm up
+    for contender, seconds, prefix in zip(
+        contenders, zip(*times[3:]), ("", "against_")
+    ):  # the first three warm up
         seconds, held = statistics.median(seconds), memory(bench, contender)
         tokens = s.batch_size * (s.prompt + s.k * s.response)
-        out |= {prefix + "step_s": seconds, prefix + "tokens_s": tokens / seconds, prefix + "peak_mb": held and held / 1e6}
-    peak = next((numbers[not bench.bf16] for card, numbers in PEAK.items() if card in (out["card"] or "")), None)
+        out |= {
+            prefix + "step_s": seconds,
+            prefix + "tokens_s": tokens / seconds,
+            prefix + "peak_mb": held and held / 1e6,
+        }
+    peak = next(
+        (numbers[not bench.bf16] for card, numbers in PEAK.items() if card in (out["card"] or "")),
+        None,
+    )
     out["mfu"] = peak and flops(s, model) / out["step_s"] / peak / 1e12
     if s.against != "none":
         out["speedup"] = out["against_step_s"] / out["step_s"]
@@ -402,18 +528,27 @@ def text(out):
 
     def line(name, prefix):
         held, mfu = out[prefix + "peak_mb"], None if prefix else out["mfu"]
-        cells = [f"{out[prefix + 'step_s']:.4f}", f"{out[prefix + 'tokens_s']:.0f}", f"{held:.0f} MB" if held else "-"]
+        cells = [
+            f"{out[prefix + 'step_s']:.4f}",
+            f"{out[prefix + 'tokens_s']:.0f}",
+            f"{held:.0f} MB" if held else "-",
+        ]
         return [name, *cells, f"{mfu:.1%}" if mfu else "-"]
 
     where = f"{out['card'] or out['device']}, {out['dtype']}, compile {out['compile']}, {out['threads']} threads, torch {out['torch']}"
     shape = f"{out['layers']} layers of {out['dim']}, vocabulary {out['vocab']}, {out['params'] / 1e6:.2f}M parameters"
-    data = (
-        f"{out['batch_size']} prompts of {out['prompt']} tokens, {out['k']} responses of {out['response']}; medians of {out['steps']} steps"
-    )
+    data = f"{out['batch_size']} prompts of {out['prompt']} tokens, {out['k']} responses of {out['response']}; medians of {out['steps']} steps"
     rows = [line("nanopref", "")] + ([line(out["against"], "against_")] if "speedup" in out else [])
-    parts = [f"{shape}; {where}", data, "", report.table(rows, ["", "step_s", "tokens_s", "peak memory", "MFU"])]
+    parts = [
+        f"{shape}; {where}",
+        data,
+        "",
+        report.table(rows, ["", "step_s", "tokens_s", "peak memory", "MFU"]),
+    ]
     if "speedup" in out:
-        parts.append(f"{out['speedup']:.2f} times the speed of {out['against']}, the first losses agree ({out['first_loss']:.6f})")
+        parts.append(
+            f"{out['speedup']:.2f} times the speed of {out['against']}, the first losses agree ({out['first_loss']:.6f})"
+        )
     sampled = f"{out['sample_s']:.3f} s ({out['sample_tokens_s']:.0f} tokens_s), uncached {out['sample_uncached_s']:.3f} s"
     return "\n".join([*parts, f"sampling: cached {sampled}: {out['sample_speedup']:.1f} times"])
 
@@ -439,7 +574,11 @@ def cli(argv):
         full = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
         if not full and not one_line(error):
             raise
-        print("bench.py: " + ("these shapes do not fit into the memory" if full else " ".join(str(error).split())), file=sys.stderr)
+        print(
+            "bench.py: "
+            + ("these shapes do not fit into the memory" if full else " ".join(str(error).split())),
+            file=sys.stderr,
+        )
         return 2
     return 0
 

@@ -50,7 +50,10 @@ def save_tensors(path, tensors, metadata=None):
     """Write {name: tensor} as safetensors in one step; tied or strided tensors are copied."""
     from safetensors.torch import save
 
-    data = save({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, metadata or {"format": "pt"})
+    data = save(
+        {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
+        metadata or {"format": "pt"},
+    )
 
     def write(temporary):
         with open(temporary, "wb") as file:
@@ -79,13 +82,20 @@ class DataError(ValueError):
 
 def error_line(error):
     """The first line of an error's message."""
-    text = getattr(error, "msg", None) or getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    text = (
+        getattr(error, "msg", None)
+        or getattr(error, "strerror", None)
+        or str(error).strip()
+        or type(error).__name__
+    )
     return str(text).splitlines()[0]
 
 
 def plain_chat(messages, add_generation_prompt):
     """Chat without a template: one "role: content" line a message, then "assistant:" when an answer is to follow."""
-    return "".join(f"{m['role']}: {m['content']}\n" for m in messages) + ("assistant:" if add_generation_prompt else "")
+    return "".join(f"{m['role']}: {m['content']}\n" for m in messages) + (
+        "assistant:" if add_generation_prompt else ""
+    )
 
 
 def chat_template(folder):
@@ -106,13 +116,25 @@ def chat_template(folder):
             raise jinja2.TemplateError(message)
 
         # the options, names and filters that templates are written against
-        engine = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        engine.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-        names = {k: v.get("content") if isinstance(v, dict) else v for k, v in settings.items() if k.endswith("_token")}
+        engine = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        engine.filters["tojson"] = lambda value, indent=None: json.dumps(
+            value, ensure_ascii=False, indent=indent
+        )
+        names = {
+            k: v.get("content") if isinstance(v, dict) else v
+            for k, v in settings.items()
+            if k.endswith("_token")
+        }
         template = engine.from_string(text, globals=dict(names, raise_exception=refuse))
     except Exception as error:
-        raise DataError(f"{folder}: the chat template cannot be used: {error_line(error)}") from None
-    return lambda messages, add_generation_prompt: template.render(messages=messages, add_generation_prompt=add_generation_prompt)
+        raise DataError(
+            f"{folder}: the chat template cannot be used: {error_line(error)}"
+        ) from None
+    return lambda messages, add_generation_prompt: template.render(
+        messages=messages, add_generation_prompt=add_generation_prompt
+    )
 
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -124,8 +146,17 @@ class Tokenizer:
     encode(text) -> token ids, decode(ids) -> text; `eot` ends a response, `pad` is another token; `vocab_size`; `name` for the header."""
 
     def __init__(self, name, engine, eot, pad, vocab_size):
-        self.name, self.engine, self.eot, self.pad, self.vocab_size = name, engine, eot, pad, vocab_size
-        self.chat, self.files = None, None  # chat template: function of messages, add_generation_prompt -> text; what `save` writes
+        self.name, self.engine, self.eot, self.pad, self.vocab_size = (
+            name,
+            engine,
+            eot,
+            pad,
+            vocab_size,
+        )
+        self.chat, self.files = (
+            None,
+            None,
+        )  # chat template: function of messages, add_generation_prompt -> text; what `save` writes
 
     def __deepcopy__(self, memo):
         return self  # immutable: a frozen copy of a model shares it
@@ -139,15 +170,21 @@ class Tokenizer:
 
         words = sorted(set(words), key=lambda w: (-len(w), w))
         ranks = {bytes([i]): i for i in range(256)}
-        ranks |= {w.encode(): 256 + i for i, w in enumerate(w for w in words if len(w.encode()) > 1)}
+        ranks |= {
+            w.encode(): 256 + i for i, w in enumerate(w for w in words if len(w.encode()) > 1)
+        }
         pattern = "|".join([re.escape(w) for w in words] + [r"[\s\S]"])
         special = {"<|end|>": len(ranks), "<|pad|>": len(ranks) + 1}
-        return cls._tiktoken(tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special))
+        return cls._tiktoken(
+            tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        )
 
     @classmethod
     def _tiktoken(cls, encoding):
         eot = encoding._special_tokens.get("<|end|>", encoding._special_tokens.get("<|endoftext|>"))
-        pad = encoding._special_tokens.get("<|pad|>", encoding.n_vocab)  # GPT-2 has none: one more row
+        pad = encoding._special_tokens.get(
+            "<|pad|>", encoding.n_vocab
+        )  # GPT-2 has none: one more row
         return cls(encoding.name, encoding, eot, pad, max(encoding.n_vocab, pad + 1))
 
     @classmethod
@@ -166,7 +203,12 @@ class Tokenizer:
         import tokenizers
 
         settings, files = {}, {}
-        for name in ("tokenizer.json", "chat_template.jinja", "config.json", "tokenizer_config.json"):
+        for name in (
+            "tokenizer.json",
+            "chat_template.jinja",
+            "config.json",
+            "tokenizer_config.json",
+        ):
             if not os.path.exists(path := os.path.join(folder, name)):
                 continue
             try:
@@ -181,7 +223,9 @@ class Tokenizer:
         try:
             engine = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
         except Exception as error:  # the library raises bare Exception
-            raise ValueError(f"{folder}/tokenizer.json cannot be read: {error_line(error)}") from None
+            raise ValueError(
+                f"{folder}/tokenizer.json cannot be read: {error_line(error)}"
+            ) from None
         engine.no_truncation()
         engine.no_padding()
 
@@ -200,7 +244,9 @@ class Tokenizer:
         if pad is None or pad == eot:  # the end must be learnt, so padding is another token
             pad = 0 if eot else 1
         own = settings.get("nanopref_tokenizer")
-        engine.encode_special_tokens = bool(own)  # tiktoken reads "<|end|>" in a text as text, a chat template means the token
+        engine.encode_special_tokens = bool(
+            own
+        )  # tiktoken reads "<|end|>" in a text as text, a chat template means the token
         tokenizer = cls(own or "tokenizer.json", engine, eot, pad, engine.get_vocab_size())
         tokenizer.chat, tokenizer.files = chat_template(folder), files
         return tokenizer
@@ -226,14 +272,36 @@ class Tokenizer:
 
     def _huggingface(self):
         """{file name: text} of a tiktoken encoding in Hugging Face's layout."""
-        letters = [*range(33, 127), *range(161, 173), *range(174, 256)]  # byte-level BPE writes every byte as a printable letter
-        letter = {b: chr(b) for b in letters} | {b: chr(256 + i) for i, b in enumerate(sorted(set(range(256)) - set(letters)))}
-        vocab = {"".join(letter[b] for b in token): i for token, i in self.engine._mergeable_ranks.items()}
+        letters = [
+            *range(33, 127),
+            *range(161, 173),
+            *range(174, 256),
+        ]  # byte-level BPE writes every byte as a printable letter
+        letter = {b: chr(b) for b in letters} | {
+            b: chr(256 + i) for i, b in enumerate(sorted(set(range(256)) - set(letters)))
+        }
+        vocab = {
+            "".join(letter[b] for b in token): i
+            for token, i in self.engine._mergeable_ranks.items()
+        }
         # tiktoken merges any two neighbours that make a token, the lowest rank first
-        halves = ((token[:i], token[i:]) for token in sorted(vocab, key=vocab.get) for i in range(1, len(token)))
+        halves = (
+            (token[:i], token[i:])
+            for token in sorted(vocab, key=vocab.get)
+            for i in range(1, len(token))
+        )
         merges = [[a, b] for a, b in halves if a in vocab and b in vocab]
-        model = dict(type="BPE", vocab=vocab, merges=merges, ignore_merges=True, fuse_unk=False, byte_fallback=False)
-        pattern = GPT2_PATTERN if self.name == "gpt2" else self.engine._pat_str  # tiktoken's own spelling means something else there
+        model = dict(
+            type="BPE",
+            vocab=vocab,
+            merges=merges,
+            ignore_merges=True,
+            fuse_unk=False,
+            byte_fallback=False,
+        )
+        pattern = (
+            GPT2_PATTERN if self.name == "gpt2" else self.engine._pat_str
+        )  # tiktoken's own spelling means something else there
         split = dict(type="Split", pattern=dict(Regex=pattern), behavior="Isolated", invert=False)
         level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
         special = self.engine._special_tokens | {"<|pad|>": self.pad}
@@ -241,10 +309,21 @@ class Tokenizer:
         added = [dict(id=i, content=s) | flags for s, i in special.items()]
         empty = dict(truncation=None, padding=None, normalizer=None, post_processor=None)
         split = dict(type="Sequence", pretokenizers=[split, level])
-        tokenizer = dict(version="1.0", added_tokens=added, pre_tokenizer=split, decoder=level, model=model) | empty
+        tokenizer = (
+            dict(version="1.0", added_tokens=added, pre_tokenizer=split, decoder=level, model=model)
+            | empty
+        )
         eot = next(s for s, i in special.items() if i == self.eot)
-        settings = dict(tokenizer_class="PreTrainedTokenizerFast", eos_token=eot, pad_token="<|pad|>", nanopref_tokenizer=self.name)
-        return {"tokenizer.json": json.dumps(tokenizer), "tokenizer_config.json": json.dumps(settings)}
+        settings = dict(
+            tokenizer_class="PreTrainedTokenizerFast",
+            eos_token=eot,
+            pad_token="<|pad|>",
+            nanopref_tokenizer=self.name,
+        )
+        return {
+            "tokenizer.json": json.dumps(tokenizer),
+            "tokenizer_config.json": json.dumps(settings),
+        }
 
 
 # ---------------------------------------------------------------- rows and the Batch
@@ -260,7 +339,9 @@ class Batch:
     position: torch.Tensor = None  # (N, S) counted from the tree's root
     branch: torch.Tensor = None  # (N, S); padding is branch G-1
     sees: torch.Tensor = None  # (N, G, G) bool: itself and its ancestors
-    source: torch.Tensor = None  # (B, K, T) flat index into N*S of the hidden state that predicts a token
+    source: torch.Tensor = (
+        None  # (B, K, T) flat index into N*S of the hidden state that predicts a token
+    )
     target: torch.Tensor = None  # (B, K, T) the token
     parents: torch.Tensor = None  # (B, K) the response that this one continues, -1 = the prompt
     images: torch.Tensor = None  # (B, K, C, H, W), or (B, K, D) for points
@@ -272,12 +353,18 @@ class Batch:
     def __getattr__(self, name):
         columns = self.__dict__.get("columns") or {}
         if name not in columns:
-            raise AttributeError(f"the batch has no column {name!r}; it has {', '.join(sorted(columns)) or 'none'}")
+            raise AttributeError(
+                f"the batch has no column {name!r}; it has {', '.join(sorted(columns)) or 'none'}"
+            )
         return columns[name]
 
     def to(self, device):
         """The same batch on another device."""
-        moved = {f.name: v.to(device) for f in fields(self) if isinstance(v := getattr(self, f.name), torch.Tensor)}
+        moved = {
+            f.name: v.to(device)
+            for f in fields(self)
+            if isinstance(v := getattr(self, f.name), torch.Tensor)
+        }
         return replace(self, **moved, columns={k: v.to(device) for k, v in self.columns.items()})
 
 
@@ -307,7 +394,9 @@ def encode(row, tokenizer):
     last, ancestors, sources, targets = {-1: len(prompt) - 1}, [{0}], [], []
     for k, (response, parent) in enumerate(zip(row["responses"], parents)):
         if not -1 <= parent < k:
-            raise ValueError(f"parents {parents}: response {k} must continue an earlier response or the prompt (-1)")
+            raise ValueError(
+                f"parents {parents}: response {k} must continue an earlier response or the prompt (-1)"
+            )
         leaf = k not in parents
         before, response = ids(context[k]), ids(response)
         response = response + [tokenizer.eot] * bool(ends[k])
@@ -342,7 +431,9 @@ def apart(tree):
         end = start + branch.count(k + 1)
         ids = tokens[:prompt] + tokens[start:end]
         where = [i if i < prompt else i - start + prompt for i in where]
-        out.append((ids, range(len(ids)), [0] * len(ids), np.ones((1, 1), dtype=bool), [where], [what]))
+        out.append(
+            (ids, range(len(ids)), [0] * len(ids), np.ones((1, 1), dtype=bool), [where], [what])
+        )
         start = end
     return out
 
@@ -364,16 +455,24 @@ def collate(rows, tokenizer=None, fixed=False):
     count = max(len(row["responses"]) for row in rows)
     scores = torch.zeros(len(rows), count)
     for b, row in enumerate(rows):
-        scores[b, : len(row["responses"])] = torch.as_tensor(row.get("scores", [0.0] * len(row["responses"])))
+        scores[b, : len(row["responses"])] = torch.as_tensor(
+            row.get("scores", [0.0] * len(row["responses"]))
+        )
 
     def columns(length=0):
-        return {name: _column([row[name] for row in rows], count, length) for name in rows[0] if name not in OWN}
+        return {
+            name: _column([row[name] for row in rows], count, length)
+            for name in rows[0]
+            if name not in OWN
+        }
 
     if tokenizer is None:
         label = torch.tensor([row["prompt"] for row in rows])
         if isinstance(rows[0]["responses"], torch.Tensor):
             images = _stack([row["responses"] for row in rows], count)
-            mask = _stack([torch.ones(len(row["responses"]), 1, dtype=torch.bool) for row in rows], count)  # (B, K, 1)
+            mask = _stack(
+                [torch.ones(len(row["responses"]), 1, dtype=torch.bool) for row in rows], count
+            )  # (B, K, 1)
             return Batch(mask, scores, images=images, label=label, columns=columns())
         length = max(len(response) for row in rows for response in row["responses"])
         target = np.zeros((len(rows), count, length), dtype=np.int64)
@@ -381,11 +480,20 @@ def collate(rows, tokenizer=None, fixed=False):
         for b, row in enumerate(rows):
             for k, response in enumerate(row["responses"]):
                 target[b, k, : len(response)], mask[b, k, : len(response)] = response, True
-        return Batch(torch.from_numpy(mask), scores, target=torch.from_numpy(target), label=label, columns=columns(length))
+        return Batch(
+            torch.from_numpy(mask),
+            scores,
+            target=torch.from_numpy(target),
+            label=label,
+            columns=columns(length),
+        )
 
     rows = [encode(row, tokenizer) for row in rows]
     round_up = bucket if fixed else int
-    trees, home = [row["tree"] for row in rows], [(b, 0) for b in range(len(rows))]  # home: the row of a tree, and its first response
+    trees, home = (
+        [row["tree"] for row in rows],
+        [(b, 0) for b in range(len(rows))],
+    )  # home: the row of a tree, and its first response
     if not fixed and all(parent == -1 for row in rows for parent in row["parents"]):
         copies = [apart(tree) for tree in trees]
         if cheaper_apart(trees, [copy for group in copies for copy in group]):
@@ -417,15 +525,25 @@ def collate(rows, tokenizer=None, fixed=False):
     for i, (ids, positions, branches, visible, sources, targets) in enumerate(trees):
         n, offset = place[i]
         end, g = offset + len(ids), first[n]
-        tokens[n, offset:end], position[n, offset:end], branch[n, offset:end] = ids, positions, np.add(branches, g)
+        tokens[n, offset:end], position[n, offset:end], branch[n, offset:end] = (
+            ids,
+            positions,
+            np.add(branches, g),
+        )
         sees[n, g : g + len(visible), g : g + len(visible)] = visible
         first[n] += len(visible)
         b, first_response = home[i]
         parents[b, : len(rows[b]["parents"])] = rows[b]["parents"]
         for k, (where, what) in enumerate(zip(sources, targets), first_response):
-            source[b, k, : len(what)], target[b, k, : len(what)], mask[b, k, : len(what)] = np.add(where, n * size + offset), what, True
+            source[b, k, : len(what)], target[b, k, : len(what)], mask[b, k, : len(what)] = (
+                np.add(where, n * size + offset),
+                what,
+                True,
+            )
     tensors = {
-        k: torch.from_numpy(v) for k, v in locals().items() if k in ("tokens", "position", "branch", "sees", "source", "target", "parents")
+        k: torch.from_numpy(v)
+        for k, v in locals().items()
+        if k in ("tokens", "position", "branch", "sees", "source", "target", "parents")
     }
     return Batch(torch.from_numpy(mask), scores, columns=columns(length), **tensors)
 
@@ -443,7 +561,9 @@ def _column(values, count, length):
     if isinstance(values[0], torch.Tensor):
         return torch.stack(values) if len({v.shape for v in values}) == 1 else _stack(values, count)
     if isinstance(values[0], (list, tuple)) and isinstance(values[0][0], (list, tuple)):
-        out = np.zeros((len(values), count, max(length, *(len(x) for value in values for x in value))))
+        out = np.zeros(
+            (len(values), count, max(length, *(len(x) for value in values for x in value)))
+        )
         for b, value in enumerate(values):
             for k, x in enumerate(value):
                 out[b, k, : len(x)] = x
@@ -453,7 +573,9 @@ def _column(values, count, length):
             out[b, : len(value)] = value
     else:
         out = np.array(values)
-    return torch.from_numpy(out).to(torch.get_default_dtype() if out.dtype.kind == "f" else torch.int64)
+    return torch.from_numpy(out).to(
+        torch.get_default_dtype() if out.dtype.kind == "f" else torch.int64
+    )
 
 
 def fit_context(rows, tokenizer, context, truncate=False):
@@ -465,18 +587,31 @@ def fit_context(rows, tokenizer, context, truncate=False):
         longest = max(row["tree"][1]) + 2
         if longest > context:
             if not truncate:
-                raise ValueError(f"a prompt with its responses takes {longest} tokens, the context holds {context}; --truncate cuts it")
+                raise ValueError(
+                    f"a prompt with its responses takes {longest} tokens, the context holds {context}; --truncate cuts it"
+                )
             if any(p != -1 for p in row["parents"]) or row.get("context"):
-                raise ValueError(f"a chain or tree of {longest} tokens does not fit into the context of {context} and cannot be cut")
+                raise ValueError(
+                    f"a chain or tree of {longest} tokens does not fit into the context of {context} and cannot be cut"
+                )
             cut += 1
-            prompt = (row["prompt"] if not isinstance(row["prompt"], str) else tokenizer.encode(row["prompt"])) or [tokenizer.eot]
-            texts = [tokenizer.encode(r) if isinstance(r, str) else list(r) for r in row["responses"]]
+            prompt = (
+                row["prompt"]
+                if not isinstance(row["prompt"], str)
+                else tokenizer.encode(row["prompt"])
+            ) or [tokenizer.eot]
+            texts = [
+                tokenizer.encode(r) if isinstance(r, str) else list(r) for r in row["responses"]
+            ]
             prompt = prompt[-max(context // 2, context - max(map(len, texts)) - 1) :]
             room = context - len(prompt)
             ends = row.get("ends") or [True] * len(texts)
             ends = [bool(e) and len(t) < room for t, e in zip(texts, ends)]
             bare = {k: v for k, v in row.items() if k != "tree"}
-            row = encode(bare | {"prompt": prompt, "responses": [t[:room] for t in texts], "ends": ends}, tokenizer)
+            row = encode(
+                bare | {"prompt": prompt, "responses": [t[:room] for t in texts], "ends": ends},
+                tokenizer,
+            )
         out.append(row)
     return out, cut
 
@@ -484,7 +619,16 @@ def fit_context(rows, tokenizer, context, truncate=False):
 # ---------------------------------------------------------------- labels
 
 
-def label(rows, rng, temperature=1.0, flip=0.0, length_bias=0.0, verifier=False, prefers=None, lengths=None):
+def label(
+    rows,
+    rng,
+    temperature=1.0,
+    flip=0.0,
+    length_bias=0.0,
+    verifier=False,
+    prefers=None,
+    lengths=None,
+):
     """Give `scores` to rows that carry their true `reward` (K,), as an annotator would.
 
     K = 2: the first wins with probability sigmoid((reward difference + length_bias * length difference) / temperature) (Bradley-Terry), is
@@ -495,7 +639,11 @@ def label(rows, rng, temperature=1.0, flip=0.0, length_bias=0.0, verifier=False,
     out = []
     for i, row in enumerate(rows):
         reward = torch.as_tensor(row["reward"], dtype=torch.float64)
-        biased = reward + length_bias * torch.as_tensor(lengths[i], dtype=torch.float64) if length_bias else reward
+        biased = (
+            reward + length_bias * torch.as_tensor(lengths[i], dtype=torch.float64)
+            if length_bias
+            else reward
+        )
         draw = torch.rand(len(reward), dtype=torch.float64, generator=rng)
         switch = torch.rand(len(reward), dtype=torch.float64, generator=rng) < flip
         if verifier:
@@ -506,7 +654,11 @@ def label(rows, rng, temperature=1.0, flip=0.0, length_bias=0.0, verifier=False,
         if len(reward) == 2:
             z = biased[0] - biased[1]
             if prefers is not None:
-                z = torch.logit(torch.as_tensor(prefers[i], dtype=torch.float64)) + z - (reward[0] - reward[1])
+                z = (
+                    torch.logit(torch.as_tensor(prefers[i], dtype=torch.float64))
+                    + z
+                    - (reward[0] - reward[1])
+                )
             p = torch.sigmoid(z / temperature) if temperature else (torch.sign(z) + 1) / 2
             first = (draw[0] < p) ^ switch[0]
             order = [0, 1] if first else [1, 0]
@@ -527,11 +679,21 @@ def reorder(row, order):
     """The row with its K responses, and every column of K values, in another order (rows without parents)."""
 
     def move(value):
-        if isinstance(value, (torch.Tensor, np.ndarray)) and value.ndim and len(value) == len(order):
+        if (
+            isinstance(value, (torch.Tensor, np.ndarray))
+            and value.ndim
+            and len(value) == len(order)
+        ):
             return value[order]
-        return [value[k] for k in order] if isinstance(value, (list, tuple)) and len(value) == len(order) else value
+        return (
+            [value[k] for k in order]
+            if isinstance(value, (list, tuple)) and len(value) == len(order)
+            else value
+        )
 
-    return {k: v if k == "prompt" else move(v) for k, v in row.items() if k != "tree"}  # a tree is laid out in one order
+    return {
+        k: v if k == "prompt" else move(v) for k, v in row.items() if k != "tree"
+    }  # a tree is laid out in one order
 
 
 # ---------------------------------------------------------------- claims

@@ -31,8 +31,12 @@ class Settings:
     """Run settings: what a run does apart from the paper's own hyper-parameters. None: the world's default."""
 
     world: str | None = None  # toy world (see --list); default: the method's, else reviews
-    data: str | None = None  # preferences instead of a toy world: .jsonl[.gz], .parquet, a Hub name; or images: .npz
-    init: str | None = None  # checkpoint folder or Hub name to start from, instead of training a base model
+    data: str | None = (
+        None  # preferences instead of a toy world: .jsonl[.gz], .parquet, a Hub name; or images: .npz
+    )
+    init: str | None = (
+        None  # checkpoint folder or Hub name to start from, instead of training a base model
+    )
     steps: int | None = None  # optimizer steps of alignment in all; 0 evaluates without training
     batch_size: int | None = None  # rows (prompts with their responses) a step
     lr: float | None = None  # peak learning rate of alignment
@@ -55,13 +59,24 @@ class Settings:
     context: int | None = None  # tokens of the context of a model trained from scratch on --data
     max_response: int | None = None  # tokens sampled for a response, at most
     truncate: bool = False  # cut prompts and responses that do not fit into the context, instead of refusing them
-    image_size: int | None = None  # side of the images of an .npz; default: halved when it is over 16
+    image_size: int | None = (
+        None  # side of the images of an .npz; default: halved when it is over 16
+    )
     out: str | None = None  # the folder to write; default: out/METHOD-WORLD-N
     overwrite: bool = False  # empty the --out folder first
 
     def __post_init__(self):
         for name, low in dict(
-            steps=0, base_steps=0, batch_size=1, warmup=0, prompts=1, k=2, eval_every=1, eval_size=2, max_response=1, context=8
+            steps=0,
+            base_steps=0,
+            batch_size=1,
+            warmup=0,
+            prompts=1,
+            k=2,
+            eval_every=1,
+            eval_size=2,
+            max_response=1,
+            context=8,
         ).items():
             if getattr(self, name) is not None and getattr(self, name) < low:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least {low}")
@@ -80,9 +95,13 @@ class Settings:
         for name in ("seed", "base_seed"):
             if abs(getattr(self, name)) >= 2**63:
                 raise ValueError(f"--{name} {getattr(self, name)} must fit into 64 bits")
-        for name, allowed in dict(dtype=("auto", "float32", "bfloat16"), compile=("auto", "on", "off")).items():
+        for name, allowed in dict(
+            dtype=("auto", "float32", "bfloat16"), compile=("auto", "on", "off")
+        ).items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"--{name} {getattr(self, name)} must be one of {', '.join(allowed)}")
+                raise ValueError(
+                    f"--{name} {getattr(self, name)} must be one of {', '.join(allowed)}"
+                )
 
 
 # ---------------------------------------------------------------- values in files
@@ -105,7 +124,11 @@ def pack(value, tensors):
 def unpack(value, tensors):
     """The value that `pack` took apart."""
     if isinstance(value, dict):
-        return tensors[value["__tensor__"]] if "__tensor__" in value else {k: unpack(v, tensors) for k, v in value.items()}
+        return (
+            tensors[value["__tensor__"]]
+            if "__tensor__" in value
+            else {k: unpack(v, tensors) for k, v in value.items()}
+        )
     return [unpack(v, tensors) for v in value] if isinstance(value, list) else value
 
 
@@ -135,7 +158,11 @@ def load_value(path):
         with open(path + ".json", encoding="utf-8") as file:
             packed = json.load(file)
         name = packed["tensors"]
-        tensors = load_tensors(os.path.join(os.path.dirname(path), os.path.basename(name))) if name else {}
+        tensors = (
+            load_tensors(os.path.join(os.path.dirname(path), os.path.basename(name)))
+            if name
+            else {}
+        )
         return unpack(packed["value"], tensors)
     except (OSError, ValueError, KeyError):
         return None
@@ -161,25 +188,50 @@ class Stop(Exception):
 class Lab:
     """Everything a method needs besides its mathematics. Each call of a verb is a numbered stage, kept in `<out>/stages`."""
 
-    checkpoint_every = 5.0  # seconds between two checkpoints, at least (and twenty times what the last one took)
+    checkpoint_every = (
+        5.0  # seconds between two checkpoints, at least (and twenty times what the last one took)
+    )
     memory = {}  # what `cached` holds, for all Labs of this process
 
     def __init__(self, settings, out=None, quiet=False, show=False, seeds=1):
         self.settings, self.out, self.quiet, self.show = settings, out, quiet, show
         self.seeds = list(range(settings.seed, settings.seed + seeds))
         self.device = pick_device(settings.device)
-        self.bf16 = settings.dtype == "bfloat16" or (settings.dtype == "auto" and self.device.type == "cuda")
-        self.compiled = settings.compile == "on" or (settings.compile == "auto" and self.device.type == "cuda")
+        self.bf16 = settings.dtype == "bfloat16" or (
+            settings.dtype == "auto" and self.device.type == "cuda"
+        )
+        self.compiled = settings.compile == "on" or (
+            settings.compile == "auto" and self.device.type == "cuda"
+        )
         self.start = load_pretrained(settings.init).to(self.device) if settings.init else None
         self.world = make_world(settings, self.start)
         refuse_idle(settings, self.world, self.start)
         own = getattr(self.world, "pairs", {})
-        for name in ("steps", "batch_size", "lr", "prompts", "k", "max_response", "eval_every", "base_steps"):
-            default = {"k": 4, "eval_every": None, "max_response": getattr(self.world, "max_response", None)}.get(name)
+        for name in (
+            "steps",
+            "batch_size",
+            "lr",
+            "prompts",
+            "k",
+            "max_response",
+            "eval_every",
+            "base_steps",
+        ):
+            default = {
+                "k": 4,
+                "eval_every": None,
+                "max_response": getattr(self.world, "max_response", None),
+            }.get(name)
             value = getattr(settings, name)
             setattr(self, name, own.get(name, default) if value is None else value)
         self.stage_number, self.depth, self.draws, self.fits, self.children = 0, 0, {}, 0, {}
-        self.seconds, self.curve, self.reference, self.context, self.started = {}, [], None, None, time.time()
+        self.seconds, self.curve, self.reference, self.context, self.started = (
+            {},
+            [],
+            None,
+            None,
+            time.time(),
+        )
 
     # -- stages and randomness
 
@@ -189,7 +241,11 @@ class Lab:
             return function()
         self.stage_number += 1
         self.draws, self.fits = {}, 0
-        path = keep and self.out and os.path.join(self.out, "stages", f"{self.stage_number:03d}-{name}")
+        path = (
+            keep
+            and self.out
+            and os.path.join(self.out, "stages", f"{self.stage_number:03d}-{name}")
+        )
         kept = load_value(path) if path else None
         if kept is None:
             start, self.depth = time.time(), 1
@@ -245,24 +301,36 @@ class Lab:
             self.context = getattr(self.start.config, "max_position_embeddings", None)
             model = copy.deepcopy(self.start)
             code = source(nanomodel, data_module, sys.modules[type(world).__module__])
-            model.fingerprint = digest("init", os.path.abspath(settings.init), self._init_stamp(), code)
+            model.fingerprint = digest(
+                "init", os.path.abspath(settings.init), self._init_stamp(), code
+            )
             return self._as_reference(model)
         torch.manual_seed(settings.base_seed)
         model = world.model().to(self.device)
         self.context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
         if not getattr(world, "base", None) or stage == "raw" or settings.base_steps == 0:
             model.fingerprint = digest(
-                "raw", settings.base_seed, world_key(world), *source(nanomodel, data_module, sys.modules[type(world).__module__])
+                "raw",
+                settings.base_seed,
+                world_key(world),
+                *source(nanomodel, data_module, sys.modules[type(world).__module__]),
             )
             return self._as_reference(model)
-        recipe = world.base | ({} if settings.base_steps is None else {"steps": settings.base_steps})
+        recipe = world.base | (
+            {} if settings.base_steps is None else {"steps": settings.base_steps}
+        )
         key = digest(
-            "base", recipe, settings.base_seed, world_key(world), *source(nanomodel, data_module, sys.modules[type(world).__module__])
+            "base",
+            recipe,
+            settings.base_seed,
+            world_key(world),
+            *source(nanomodel, data_module, sys.modules[type(world).__module__]),
         )
 
         def train():
             rows = world.demonstrations(
-                recipe.get("demonstrations", recipe["steps"] * recipe["batch_size"]), self._generator("demonstrations", settings.base_seed)
+                recipe.get("demonstrations", recipe["steps"] * recipe["batch_size"]),
+                self._generator("demonstrations", settings.base_seed),
             )
             rows = self._adopt(rows)
             dims = rows[0]["responses"][0].numel() if world.kind == "images" else 1
@@ -272,11 +340,31 @@ class Lab:
                 return nll.sum((1, 2)) * (len(nll) / batch.mask.sum()) / dims, {}
 
             def batches(step):
-                batch = self._collate([rows[i % len(rows)] for i in range(step * recipe["batch_size"], (step + 1) * recipe["batch_size"])])
-                return model.prepare(batch, self._generator("base", settings.base_seed, step)) if world.kind == "images" else batch
+                batch = self._collate(
+                    [
+                        rows[i % len(rows)]
+                        for i in range(
+                            step * recipe["batch_size"], (step + 1) * recipe["batch_size"]
+                        )
+                    ]
+                )
+                return (
+                    model.prepare(batch, self._generator("base", settings.base_seed, step))
+                    if world.kind == "images"
+                    else batch
+                )
 
             return self._fit(
-                model, batches, loss, recipe["steps"], lr=recipe["lr"], warmup=20, clip=1.0, decay=True, title="base model", record=False
+                model,
+                batches,
+                loss,
+                recipe["steps"],
+                lr=recipe["lr"],
+                warmup=20,
+                clip=1.0,
+                decay=True,
+                title="base model",
+                record=False,
             )[0]
 
         def weights():
@@ -288,7 +376,11 @@ class Lab:
 
     def _init_stamp(self):
         folder = self.settings.init
-        return sorted((n, os.path.getmtime(os.path.join(folder, n))) for n in os.listdir(folder)) if os.path.isdir(folder) else ""
+        return (
+            sorted((n, os.path.getmtime(os.path.join(folder, n))) for n in os.listdir(folder))
+            if os.path.isdir(folder)
+            else ""
+        )
 
     def _as_reference(self, model):
         if self.reference is None:
@@ -317,12 +409,17 @@ class Lab:
         rng, rows, chunk = rng or self.rng("sample"), [], max(1, 1024 // k)
         kind, options = self.world.kind, {}
         if kind == "text":
-            if self.device.type != "cpu":  # draws where the logits are, so that no token makes the device wait
+            if (
+                self.device.type != "cpu"
+            ):  # draws where the logits are, so that no token makes the device wait
                 rng = torch.Generator(self.device).manual_seed(rng.initial_seed())
             options = dict(max_tokens=self.max_response, temperature=self.settings.temperature)
             if self.settings.truncate:  # as `fit_context` does with rows
                 room = max(self.context // 2, self.context - self.max_response)
-                prompts = [(self.world.tokenizer.encode(p) if isinstance(p, str) else p)[-room:] for p in prompts]
+                prompts = [
+                    (self.world.tokenizer.encode(p) if isinstance(p, str) else p)[-room:]
+                    for p in prompts
+                ]
         for start in range(0, len(prompts), chunk):
             part = prompts[start : start + chunk]
             with self._autocast():
@@ -332,14 +429,18 @@ class Lab:
                 if kind == "text":
                     eot = self.world.tokenizer.eot
                     row["ends"] = [ids[-1] == eot for ids in group]
-                    row["responses"] = [ids[:-1] if end else ids for ids, end in zip(group, row["ends"])]
+                    row["responses"] = [
+                        ids[:-1] if end else ids for ids, end in zip(group, row["ends"])
+                    ]
                 rows.append(row)
         return rows
 
     def truth(self, rows):
         """The true reward of every response -> list of lists; ValueError in a world without one."""
         if not hasattr(self.world, "reward"):
-            raise ValueError(f"{self.world.name} has no true reward, so responses of a model cannot be labelled there")
+            raise ValueError(
+                f"{self.world.name} has no true reward, so responses of a model cannot be labelled there"
+            )
         prompts = [row["prompt"] for row in rows for _ in range(len(row["responses"]))]
         if self.world.kind == "images":
             responses = torch.cat([row["responses"] for row in rows])
@@ -353,7 +454,11 @@ class Lab:
 
     def text(self, response):
         """A response or prompt as text (text worlds); what it is already, otherwise."""
-        return self.world.tokenizer.decode(response) if self.world.kind == "text" and not isinstance(response, str) else response
+        return (
+            self.world.tokenizer.decode(response)
+            if self.world.kind == "text" and not isinstance(response, str)
+            else response
+        )
 
     def preferences(self, policy, k=None, n=None, ties=False):
         """Rows with labels: k samples (default --k) a prompt from the policy for n prompts (default --prompts), scored and labelled by
@@ -370,7 +475,9 @@ class Lab:
 
         def draw():
             world = self.world
-            prompts = world.prompts(n, self._generator(s.seed, "prompts", nth) if fingerprint else self.rng("prompts"))
+            prompts = world.prompts(
+                n, self._generator(s.seed, "prompts", nth) if fingerprint else self.rng("prompts")
+            )
             rows = self.sample(policy, prompts, k)
             rows = [row | {"reward": r} for row, r in zip(rows, self.truth(rows))]
             prefers = None
@@ -386,19 +493,38 @@ class Lab:
             if not fingerprint:
                 return draw()
             return self.cached(
-                ["preferences", fingerprint, world_key(self.world), k, n, ties, s.seed, nth, labels, *source(data_module)],
+                [
+                    "preferences",
+                    fingerprint,
+                    world_key(self.world),
+                    k,
+                    n,
+                    ties,
+                    s.seed,
+                    nth,
+                    labels,
+                    *source(data_module),
+                ],
                 self._isolated(draw, nth),
             )
 
         kept = self._stage("preferences", rows)
-        same = sum(len(set(map(str, row["responses"]))) == 1 for row in kept) if self.world.kind == "text" else 0
+        same = (
+            sum(len(set(map(str, row["responses"]))) == 1 for row in kept)
+            if self.world.kind == "text"
+            else 0
+        )
         if not self.quiet and not self.depth:
             if len(kept) < n:
                 print(f"{n - len(kept)} of {n} pairs had equal scores and were left out")
             if same:
-                print(f"{same} of {len(kept)} rows hold the same response {k} times: they teach nothing")
+                print(
+                    f"{same} of {len(kept)} rows hold the same response {k} times: they teach nothing"
+                )
         if not kept:
-            raise ValueError(f"none of {n} prompts gave a pair of different scores in {self.world.name}; more --prompts may")
+            raise ValueError(
+                f"none of {n} prompts gave a pair of different scores in {self.world.name}; more --prompts may"
+            )
         return self._adopt(kept)
 
     def draws_of_base(self, fingerprint):
@@ -446,7 +572,18 @@ class Lab:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def align(
-        self, policy, data, loss, cfg, reference="start", prepare=None, score=None, steps=None, every=None, optimizer=None, watch=None
+        self,
+        policy,
+        data,
+        loss,
+        cfg,
+        reference="start",
+        prepare=None,
+        score=None,
+        steps=None,
+        every=None,
+        optimizer=None,
+        watch=None,
     ):
         """Train the policy in place on preferences and return it.
 
@@ -457,7 +594,9 @@ class Lab:
         watch(policy, step) -> {name: value}, every `eval_every` steps; by default the true reward and the KL. `lab.curve` keeps it."""
         steps = self.steps if steps is None else steps
         if isinstance(reference, str) and reference not in ("start", "round"):
-            raise ValueError(f'reference {reference!r} must be "start", "round", a model, a function or None')
+            raise ValueError(
+                f'reference {reference!r} must be "start", "round", a model, a function or None'
+            )
         fixed = not callable(data)
         if not fixed and not every:
             raise ValueError("data is a function: align needs every=, the steps between two calls")
@@ -468,18 +607,30 @@ class Lab:
             and score is None
             and not (callable(reference) and not isinstance(reference, torch.nn.Module))
         )
-        if prepare is None and self.world.kind == "images":  # one draw of t and noise for all K responses
+        if (
+            prepare is None and self.world.kind == "images"
+        ):  # one draw of t and noise for all K responses
             seed, stage = self.settings.seed, self.stage_number + 1
 
             def prepare(policy, batch):
                 return policy.prepare(batch, self._generator(seed, "noise", stage, now["step"]))
 
         score = score or (lambda model, batch: model.logps(batch))
-        score_policy, score_loss = (self._compile(score), self._compile(loss)) if self.compiled else (score, loss)
-        now = dict(rows=None, order=None, round=-1, step=0, reference=start if isinstance(start, torch.nn.Module) else None)
+        score_policy, score_loss = (
+            (self._compile(score), self._compile(loss)) if self.compiled else (score, loss)
+        )
+        now = dict(
+            rows=None,
+            order=None,
+            round=-1,
+            step=0,
+            reference=start if isinstance(start, torch.nn.Module) else None,
+        )
 
         def begin(round, rows):
-            order = torch.randperm(len(rows), generator=self._generator(self.settings.seed, "order", len(rows), round)).tolist()
+            order = torch.randperm(
+                len(rows), generator=self._generator(self.settings.seed, "order", len(rows), round)
+            ).tolist()
             now.update(rows=rows, order=order, round=round)
             if reference is not None and cacheable:
                 share = steps if fixed else every
@@ -497,7 +648,10 @@ class Lab:
                     now["reference"] = frozen(policy)
                 begin(round, data if fixed else self._adopt(data(policy, round)))
             n = len(now["rows"])
-            rows = [now["rows"][now["order"][i % n]] for i in range(within * self.batch_size, (within + 1) * self.batch_size)]
+            rows = [
+                now["rows"][now["order"][i % n]]
+                for i in range(within * self.batch_size, (within + 1) * self.batch_size)
+            ]
             batch = self._collate(rows)
             if prepare is not None:
                 with torch.no_grad():
@@ -511,8 +665,14 @@ class Lab:
                 model = reference(policy, step) if moving else now["reference"]
                 with torch.no_grad(), self._autocast():
                     ref_logps = score(model, batch)
-            if ref_logps is not None and ref_logps.shape != batch.mask.shape and ref_logps.dim() == 3:
-                ref_logps = torch.nn.functional.pad(ref_logps, (0, batch.mask.shape[2] - ref_logps.shape[2]))
+            if (
+                ref_logps is not None
+                and ref_logps.shape != batch.mask.shape
+                and ref_logps.dim() == 3
+            ):
+                ref_logps = torch.nn.functional.pad(
+                    ref_logps, (0, batch.mask.shape[2] - ref_logps.shape[2])
+                )
             batch.columns["_ref"] = ref_logps
             return batch
 
@@ -525,8 +685,19 @@ class Lab:
             return losses, report.common_metrics(logps.detach(), ref_logps, batch) | metrics
 
         def save():
-            kept = None if fixed else [{k: v for k, v in row.items() if k not in ("tree", "ref_logps")} for row in now["rows"] or []]
-            state = now["reference"].state_dict() if reference == "round" and now["reference"] is not None else None
+            kept = (
+                None
+                if fixed
+                else [
+                    {k: v for k, v in row.items() if k not in ("tree", "ref_logps")}
+                    for row in now["rows"] or []
+                ]
+            )
+            state = (
+                now["reference"].state_dict()
+                if reference == "round" and now["reference"] is not None
+                else None
+            )
             return {"round": now["round"], "rows": kept, "reference": state}
 
         def load(state):
@@ -540,7 +711,14 @@ class Lab:
 
         def train():
             weights, curve = self._fit(
-                policy, batches, step_loss, steps, optimizer=optimizer, watch=watch, state=(save, load), title="alignment"
+                policy,
+                batches,
+                step_loss,
+                steps,
+                optimizer=optimizer,
+                watch=watch,
+                state=(save, load),
+                title="alignment",
             )
             return {"weights": weights, "curve": curve}
 
@@ -554,13 +732,17 @@ class Lab:
         if not fingerprint:
             return self._logps(model, rows)
         content = [[*row["tree"][:3], row["tree"][3].tolist(), *row["tree"][4:]] for row in rows]
-        return self.cached(["logps", fingerprint, content, self.batch_size], lambda: self._logps(model, rows))
+        return self.cached(
+            ["logps", fingerprint, content, self.batch_size], lambda: self._logps(model, rows)
+        )
 
     def _compile(self, function):
         cuda = self.device.type == "cuda"
         return torch.compile(function, mode="reduce-overhead" if cuda else "default", dynamic=False)
 
-    def fit(self, model, batches, loss, steps=None, lr=None, optimizer=None, watch=None, decay=False):
+    def fit(
+        self, model, batches, loss, steps=None, lr=None, optimizer=None, watch=None, decay=False
+    ):
         """The training loop itself, for any nn.Module, which it trains in place and returns. batches: a function step -> batch, or a
         sequence, gone through in a circle; loss(model, batch) -> losses, {name: detached tensor}; optimizer(params) -> torch Optimizer;
         watch(model, step) -> {name: value} every `eval_every` steps. Linear warm-up, then constant, or a cosine to 10 % with `decay`."""
@@ -568,7 +750,9 @@ class Lab:
         steps = self.steps if steps is None else steps
 
         def train():
-            weights, curve = self._fit(model, get, loss, steps, lr=lr, optimizer=optimizer, watch=watch, decay=decay)
+            weights, curve = self._fit(
+                model, get, loss, steps, lr=lr, optimizer=optimizer, watch=watch, decay=decay
+            )
             return {"weights": weights, "curve": curve}
 
         value = self._stage("fit", train)
@@ -576,21 +760,44 @@ class Lab:
         model.fingerprint, self.curve = None, value["curve"]
         return model
 
-    def _fit(self, model, batches, loss, steps, optimizer=None, watch=None, decay=False, state=None, title="training", record=True, **how):
+    def _fit(
+        self,
+        model,
+        batches,
+        loss,
+        steps,
+        optimizer=None,
+        watch=None,
+        decay=False,
+        state=None,
+        title="training",
+        record=True,
+        **how,
+    ):
         """The loop -> (weights, curve). A checkpoint every few seconds; Ctrl-C ends after the step at hand, with one."""
-        how = {"lr": self.lr, "warmup": self.settings.warmup, "clip": self.settings.clip} | {k: v for k, v in how.items() if v is not None}
+        how = {"lr": self.lr, "warmup": self.settings.warmup, "clip": self.settings.clip} | {
+            k: v for k, v in how.items() if v is not None
+        }
         lr, warmup = how["lr"], min(how["warmup"], max(1, steps // 5))
         params = [p for p in model.parameters() if p.requires_grad]
         optimizer = (optimizer or self._adamw(lr))(params)
         peaks = [group["lr"] for group in optimizer.param_groups]
         self.fits += 1  # a stage may train several models one after the other
-        path = self.out and os.path.join(self.out, "stages", f"{self.stage_number:03d}-checkpoint-{self.fits}")
+        path = self.out and os.path.join(
+            self.out, "stages", f"{self.stage_number:03d}-checkpoint-{self.fits}"
+        )
         log = self.out and record and os.path.join(self.out, "metrics.jsonl")
         first, curve, pending = 0, [], []
         kept = load_value(path) if path else None
-        if log and os.path.exists(log) and not kept and self.fits == 1:  # what an earlier try wrote before its first checkpoint
+        if (
+            log and os.path.exists(log) and not kept and self.fits == 1
+        ):  # what an earlier try wrote before its first checkpoint
             with open(log, encoding="utf-8") as file:
-                lines = [line for line in file if line.endswith("\n") and json.loads(line)["stage"] < self.stage_number]
+                lines = [
+                    line
+                    for line in file
+                    if line.endswith("\n") and json.loads(line)["stage"] < self.stage_number
+                ]
             write_text(log, "".join(lines))
         if kept:
             first, curve, self.draws = kept["step"], kept["curve"], kept["draws"]
@@ -607,8 +814,17 @@ class Lab:
         def checkpoint():
             nonlocal saved, cost
             start = time.time()
-            value = dict(step=step, curve=curve, draws=self.draws, model=model.state_dict(), optimizer=optimizer.state_dict())
-            value |= dict(state=state[0]() if state else None, log=os.path.getsize(log) if log and os.path.exists(log) else 0)
+            value = dict(
+                step=step,
+                curve=curve,
+                draws=self.draws,
+                model=model.state_dict(),
+                optimizer=optimizer.state_dict(),
+            )
+            value |= dict(
+                state=state[0]() if state else None,
+                log=os.path.getsize(log) if log and os.path.exists(log) else 0,
+            )
             save_value(path, value)
             saved, cost = time.time(), time.time() - start
 
@@ -619,7 +835,9 @@ class Lab:
                 values = {k: float(v) for k, v in values.items()}
                 for name, value in values.items():
                     if not math.isfinite(value) and not wrong:
-                        wrong = f"{title}: {name} became {value} at step {at}; a lower --lr may help"
+                        wrong = (
+                            f"{title}: {name} became {value} at step {at}; a lower --lr may help"
+                        )
                 if wrong:
                     break
                 lines.append(json.dumps({"stage": self.stage_number, "step": at} | values))
@@ -631,7 +849,14 @@ class Lab:
                     file.write("\n".join(lines) + "\n")
             if wrong:
                 good = path and load_value(path)
-                raise Diverged(wrong + (f". The checkpoint of step {good['step']} is kept in {self.out}" if good else ""))
+                raise Diverged(
+                    wrong
+                    + (
+                        f". The checkpoint of step {good['step']} is kept in {self.out}"
+                        if good
+                        else ""
+                    )
+                )
 
         def look_at(step):
             model.eval()
@@ -647,7 +872,9 @@ class Lab:
                 look_at(0)
             while step < steps:
                 for group, peak in zip(optimizer.param_groups, peaks):
-                    cosine = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / steps)) if decay else 1.0
+                    cosine = (
+                        0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / steps)) if decay else 1.0
+                    )
                     group["lr"] = peak * min(1.0, (step + 1) / max(1, warmup)) * cosine
                 if self.compiled and self.device.type == "cuda":
                     torch.compiler.cudagraph_mark_step_begin()
@@ -656,16 +883,35 @@ class Lab:
                 value = losses.mean()
                 optimizer.zero_grad(set_to_none=True)
                 value.backward()
-                norms = [torch.nn.utils.clip_grad_norm_(group["params"], how["clip"]) for group in optimizer.param_groups]
+                norms = [
+                    torch.nn.utils.clip_grad_norm_(group["params"], how["clip"])
+                    for group in optimizer.param_groups
+                ]
                 optimizer.step()
                 step += 1
-                pending.append((step, {"loss": value.detach(), "grad_norm": torch.stack(norms).max(), "lr": group["lr"]} | metrics))
+                pending.append(
+                    (
+                        step,
+                        {
+                            "loss": value.detach(),
+                            "grad_norm": torch.stack(norms).max(),
+                            "lr": group["lr"],
+                        }
+                        | metrics,
+                    )
+                )
                 if watch and (step % look == 0 or step == steps):
                     flush()
                     look_at(step)
                 if step % 10 == 0 or step == steps or interrupted:
                     flush()
-                if path and (interrupted or (step < steps and time.time() - saved >= max(self.checkpoint_every, 20 * cost))):
+                if path and (
+                    interrupted
+                    or (
+                        step < steps
+                        and time.time() - saved >= max(self.checkpoint_every, 20 * cost)
+                    )
+                ):
                     flush()
                     checkpoint()
                 if interrupted:
@@ -676,16 +922,22 @@ class Lab:
         return {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}, curve
 
     def _adamw(self, lr):
-        return lambda params: torch.optim.AdamW(params, lr=lr, weight_decay=0.0, betas=(0.9, 0.95), fused=self.device.type != "mps")
+        return lambda params: torch.optim.AdamW(
+            params, lr=lr, weight_decay=0.0, betas=(0.9, 0.95), fused=self.device.type != "mps"
+        )
 
     # -- what came out
 
     def evaluate(self, policy):
         """The same look at every model: true reward, win rate over the base model, KL, length, diversity, accuracy on held-out pairs with
         clean labels, log-probs of chosen and rejected; as far as the world has them."""
-        return self._stage("evaluate", self._isolated(lambda: report.evaluate(self, policy), "evaluation"))
+        return self._stage(
+            "evaluate", self._isolated(lambda: report.evaluate(self, policy), "evaluation")
+        )
 
-    def compare(self, name, metric, ours, baseline, at_kl=None, margin=0.0, expected=True, smaller=False):
+    def compare(
+        self, name, metric, ours, baseline, at_kl=None, margin=0.0, expected=True, smaller=False
+    ):
         """A Claim: `metric` of ours against the baseline, one entry a seed: numbers, dicts with that metric, or (with `at_kl`) curves, read
         off at one KL (a number, or "shared": the largest that all of them reach). smaller: less is better."""
         if at_kl == "shared":
@@ -703,7 +955,14 @@ class Lab:
 
     def exact(self, name, value, target, tol, expected=True):
         """A Claim that a computed value equals a known one within `tol` (the baseline is the error allowed, ours the error made)."""
-        return Claim(f"{name}: {value:.6g}, to be {target:.6g}", "-error", [-abs(value - target)], [-tol], 0.0, expected)
+        return Claim(
+            f"{name}: {value:.6g}, to be {target:.6g}",
+            "-error",
+            [-abs(value - target)],
+            [-tol],
+            0.0,
+            expected,
+        )
 
 
 class Diverged(ValueError):
@@ -785,7 +1044,9 @@ def make_world(settings, start=None):
         if settings.world:
             raise ValueError("--world and --data exclude each other")
         if settings.data.endswith(".npz"):
-            return importlib.import_module("toy.digits").World.from_npz(settings.data, settings.image_size)
+            return importlib.import_module("toy.digits").World.from_npz(
+                settings.data, settings.image_size
+            )
         return importlib.import_module("toy.files").World(settings, start)
     if settings.image_size or settings.truncate or settings.context:
         raise ValueError("--image_size, --truncate and --context are for --data")
@@ -800,37 +1061,67 @@ def make_world(settings, start=None):
 
 def idle(settings, world):
     """Names of the settings that are set and would do nothing in this world."""
-    names = ["flip", "label_temperature", "length_bias", "image_size", "k"] if settings.data and world.kind == "text" else []
+    names = (
+        ["flip", "label_temperature", "length_bias", "image_size", "k"]
+        if settings.data and world.kind == "text"
+        else []
+    )
     names += ["label_temperature", "length_bias"] if getattr(world, "verifier", False) else []
-    names += [] if world.kind == "text" else ["max_response", "length_bias", "temperature", "context", "truncate"]
+    names += (
+        []
+        if world.kind == "text"
+        else ["max_response", "length_bias", "temperature", "context", "truncate"]
+    )
     names += ["base_steps", "context"] if settings.init else []
     names += [] if getattr(world, "base", None) else ["base_steps"]
-    return [name for name in dict.fromkeys(names) if getattr(settings, name) != getattr(Settings, name)]
+    return [
+        name for name in dict.fromkeys(names) if getattr(settings, name) != getattr(Settings, name)
+    ]
 
 
 def refuse_idle(settings, world, start):
     """ValueError naming settings that would do nothing in this world, and a model of --init that is none of this world's kind."""
     fits = {"text": nanomodel.GPT, "images": nanomodel.UNet}.get(world.kind, ())
     if start is not None and not isinstance(start, fits):
-        raise ValueError(f"--init {settings.init} is a {type(start).__name__}, {world.name} is a world of {world.kind}")
-    if isinstance(start, nanomodel.UNet) and (start.shape, start.classes) != (world.model().shape, world.model().classes):
-        raise ValueError(f"--init {settings.init} makes images of shape {start.shape}, {world.name} has {world.model().shape}")
+        raise ValueError(
+            f"--init {settings.init} is a {type(start).__name__}, {world.name} is a world of {world.kind}"
+        )
+    if isinstance(start, nanomodel.UNet) and (start.shape, start.classes) != (
+        world.model().shape,
+        world.model().classes,
+    ):
+        raise ValueError(
+            f"--init {settings.init} makes images of shape {start.shape}, {world.name} has {world.model().shape}"
+        )
     bad = idle(settings, world)
     if bad:
-        raise ValueError(f"--{', --'.join(bad)} would do nothing in {world.name}" + (" with --init" if settings.init else ""))
+        raise ValueError(
+            f"--{', --'.join(bad)} would do nothing in {world.name}"
+            + (" with --init" if settings.init else "")
+        )
 
 
 def worlds():
     """Names of the toy worlds."""
-    return sorted(f[:-3] for f in os.listdir(os.path.join(HERE, "toy")) if f.endswith(".py") and f not in ("__init__.py", "files.py"))
+    return sorted(
+        f[:-3]
+        for f in os.listdir(os.path.join(HERE, "toy"))
+        if f.endswith(".py") and f not in ("__init__.py", "files.py")
+    )
 
 
 def methods():
     """Names of the methods."""
-    return sorted(f[:-3] for f in os.listdir(os.path.join(HERE, "methods")) if f.endswith(".py") and f != "__init__.py")
+    return sorted(
+        f[:-3]
+        for f in os.listdir(os.path.join(HERE, "methods"))
+        if f.endswith(".py") and f != "__init__.py"
+    )
 
 
 def unknown(kind, name, known):
     """A line about a name that does not exist, with the nearest one that does."""
     near = difflib.get_close_matches(name, known, 1, 0.5)
-    return f"unknown {kind} {name!r}" + (f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}")
+    return f"unknown {kind} {name!r}" + (
+        f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
+    )

@@ -28,9 +28,13 @@ def read_checkpoint(folder):
         from huggingface_hub import snapshot_download
 
         try:
-            folder = snapshot_download(folder, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
+            folder = snapshot_download(
+                folder, allow_patterns=["*.json", "*.safetensors", "*.jinja"]
+            )
         except Exception as error:  # the hub client raises many kinds
-            raise ValueError(f"{folder} is neither a folder nor a Hub name that can be fetched: {str(error).splitlines()[0]}") from None
+            raise ValueError(
+                f"{folder} is neither a folder nor a Hub name that can be fetched: {str(error).splitlines()[0]}"
+            ) from None
     try:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
             config = json.load(file)
@@ -45,13 +49,17 @@ def read_checkpoint(folder):
     if os.path.exists(index):
         try:
             with open(index, encoding="utf-8") as file:
-                names = sorted({os.path.basename(name) for name in json.load(file)["weight_map"].values()})
+                names = sorted(
+                    {os.path.basename(name) for name in json.load(file)["weight_map"].values()}
+                )
         except (ValueError, KeyError, TypeError, AttributeError, OSError):
             raise ValueError(f"{index} is no readable index of weights") from None
     weights = {}
     for name in names:
         if not os.path.exists(os.path.join(folder, name)):
-            raise ValueError(f"{folder} is no checkpoint: it has no {name} (only safetensors are read)")
+            raise ValueError(
+                f"{folder} is no checkpoint: it has no {name} (only safetensors are read)"
+            )
         weights |= load_tensors(os.path.join(folder, name))
     return folder, config, weights
 
@@ -63,7 +71,9 @@ def load_weights(model, weights, where):
         if name not in weights:
             raise ValueError(f"{where}: weight {name} is missing")
         if weights[name].shape != tensor.shape:
-            raise ValueError(f"{where}: weight {name} has shape {tuple(weights[name].shape)}, the config asks for {tuple(tensor.shape)}")
+            raise ValueError(
+                f"{where}: weight {name} has shape {tuple(weights[name].shape)}, the config asks for {tuple(tensor.shape)}"
+            )
     for name in weights:
         if name not in own and not name.endswith("rotary_emb.inv_freq"):
             raise ValueError(f"{where}: weight {name} has no place in this model")
@@ -112,7 +122,9 @@ class RMSNorm(nn.Module):
 
 def rotary(position, dim, theta, dtype):
     """cos and sin (..., dim) of the rotary angles at integer positions (...)."""
-    frequency = theta ** (-torch.arange(0, dim, 2, device=position.device, dtype=torch.float32) / dim)
+    frequency = theta ** (
+        -torch.arange(0, dim, 2, device=position.device, dtype=torch.float32) / dim
+    )
     angle = position[..., None].float() * frequency
     angle = torch.cat([angle, angle], dim=-1)
     return angle.cos().to(dtype), angle.sin().to(dtype)
@@ -127,7 +139,9 @@ def rotate(x, cos, sin):
 def visible(branch, sees):
     """(N, S, S) bool: the one attention rule, causal and sees[branch of the query, branch of the key]."""
     n = torch.arange(len(branch), device=branch.device)[:, None, None]
-    causal = torch.ones(branch.shape[1], branch.shape[1], dtype=torch.bool, device=branch.device).tril()
+    causal = torch.ones(
+        branch.shape[1], branch.shape[1], dtype=torch.bool, device=branch.device
+    ).tril()
     return causal & sees[n, branch[:, :, None], branch[:, None, :]]
 
 
@@ -145,7 +159,9 @@ def flex_mask(branch, sees):
     def rule(n, h, q, k):
         return (q >= k) & sees[n, branch[n, q], branch[n, k]]
 
-    return create_block_mask(rule, len(branch), None, branch.shape[1], branch.shape[1], device=branch.device)
+    return create_block_mask(
+        rule, len(branch), None, branch.shape[1], branch.shape[1], device=branch.device
+    )
 
 
 def attention(q, k, v, mask):
@@ -163,7 +179,8 @@ def attention(q, k, v, mask):
     if isinstance(mask, torch.Tensor):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
     some = [
-        (part, k.index_select(2, keys), v.index_select(2, keys), seen) for part, (keys, seen) in zip(q.split(mask[0][1].shape[2], 2), mask)
+        (part, k.index_select(2, keys), v.index_select(2, keys), seen)
+        for part, (keys, seen) in zip(q.split(mask[0][1].shape[2], 2), mask)
     ]
     return torch.cat([F.scaled_dot_product_attention(*each) for each in some], 2)
 
@@ -182,7 +199,11 @@ class Attention(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+        self.heads, self.kv_heads, self.head_dim = (
+            c.num_attention_heads,
+            c.num_key_value_heads,
+            c.head_dim,
+        )
         self.q_proj = nn.Linear(c.hidden_size, self.heads * c.head_dim, bias=False)
         self.k_proj = nn.Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=False)
         self.v_proj = nn.Linear(c.hidden_size, self.kv_heads * c.head_dim, bias=False)
@@ -194,7 +215,9 @@ class Attention(nn.Module):
         q = self.q_proj(x).view(n, s, self.heads, self.head_dim).transpose(1, 2)
         k = self.k_proj(x).view(n, s, self.kv_heads, self.head_dim).transpose(1, 2)
         v = self.v_proj(x).view(n, s, self.kv_heads, self.head_dim).transpose(1, 2)
-        q, k = (rotate(x, cos[:, None], sin[:, None]).to(v.dtype) for x in (q, k))  # under autocast the angles stay in float32
+        q, k = (
+            rotate(x, cos[:, None], sin[:, None]).to(v.dtype) for x in (q, k)
+        )  # under autocast the angles stay in float32
         return q, k, v
 
     def forward(self, x, cos, sin, mask, keep=None, rows=None):
@@ -213,12 +236,18 @@ class Attention(nn.Module):
         own_k[:, :, :, length] = k.transpose(1, 2)
         own_v[:, :, :, length] = v.transpose(1, 2)
         own_k, own_v = own_k[:, :, :, : length + 1], own_v[:, :, :, : length + 1]
-        q = q.view(b, self.kv_heads, -1, n, self.head_dim) / math.sqrt(self.head_dim)  # (B, Hkv, R, K, D)
-        to_prompt = torch.einsum("bgrnd,bgpd->bgrnp", q, prompt_k).masked_fill(~seen[:, None, None, None], -torch.inf)
+        q = q.view(b, self.kv_heads, -1, n, self.head_dim) / math.sqrt(
+            self.head_dim
+        )  # (B, Hkv, R, K, D)
+        to_prompt = torch.einsum("bgrnd,bgpd->bgrnp", q, prompt_k).masked_fill(
+            ~seen[:, None, None, None], -torch.inf
+        )
         to_own = torch.einsum("bgrnd,bngtd->bgrnt", q, own_k)
         weight = torch.cat([to_prompt, to_own], -1).softmax(-1)
         on_prompt, on_own = weight.split([prompt_k.shape[2], length + 1], -1)
-        out = torch.einsum("bgrnp,bgpd->bngrd", on_prompt, prompt_v) + torch.einsum("bgrnt,bngtd->bngrd", on_own, own_v)
+        out = torch.einsum("bgrnp,bgpd->bngrd", on_prompt, prompt_v) + torch.einsum(
+            "bgrnt,bngtd->bngrd", on_own, own_v
+        )
         return self.o_proj(out.reshape(b, n, -1))
 
 
@@ -266,7 +295,9 @@ class Cache:
 class GPT(nn.Module):
     """Decoder-only transformer: RMSNorm, RoPE, SwiGLU, grouped-query attention, tied embeddings."""
 
-    chunk = 2**27  # logits held at once (elements) before the vocabulary matrix is applied in pieces
+    chunk = (
+        2**27
+    )  # logits held at once (elements) before the vocabulary matrix is applied in pieces
 
     def __init__(self, config, tokenizer=None):
         super().__init__()
@@ -274,11 +305,17 @@ class GPT(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
         for name, p in self.named_parameters():
             if p.dim() == 2:  # GPT-2's: N(0, 0.02), residual projections scaled down with depth
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(p, 0.0, 0.02 / math.sqrt(2 * config.num_hidden_layers) if residual else 0.02)
+                nn.init.normal_(
+                    p, 0.0, 0.02 / math.sqrt(2 * config.num_hidden_layers) if residual else 0.02
+                )
 
     @property
     def device(self):
@@ -286,7 +323,9 @@ class GPT(nn.Module):
 
     def unembed(self, h):
         """Logits (..., V) of hidden states (..., hidden)."""
-        return F.linear(h, self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight)
+        return F.linear(
+            h, self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        )
 
     def hidden(self, batch, layers=None, rows=None):
         """Hidden states of a packed batch: (N, S, hidden) after the last norm, (len(rows), hidden) at the positions `rows` of the flattened
@@ -299,7 +338,9 @@ class GPT(nn.Module):
             mask = blocks(mask)
         states = [x] if layers is not None else None
         for i, layer in enumerate(self.layers):
-            some = rows if i + 1 == len(self.layers) else None  # behind the last attention nobody asks for the others
+            some = (
+                rows if i + 1 == len(self.layers) else None
+            )  # behind the last attention nobody asks for the others
             x = layer(x, lambda attn, y: attn(y, cos, sin, mask, rows=some), some)
             if layers is not None:
                 states.append(x)
@@ -307,12 +348,21 @@ class GPT(nn.Module):
 
     def logits(self, batch):
         """(B, K, T, V): the whole vocabulary at the rows that predict a response token."""
-        return self.unembed(self.hidden(batch, rows=batch.source.flatten()).view(*batch.source.shape, -1))
+        return self.unembed(
+            self.hidden(batch, rows=batch.source.flatten()).view(*batch.source.shape, -1)
+        )
 
     def logps(self, batch):
         """(B, K, T) log-probabilities of the response tokens in float32 or better, 0 outside batch.mask."""
-        mask, cuda = batch.mask, batch.mask.is_cuda  # on CUDA a fixed shape is worth more than the padded rows it costs
-        source, target = (batch.source.flatten(), batch.target.flatten()) if cuda else (batch.source[mask], batch.target[mask])
+        mask, cuda = (
+            batch.mask,
+            batch.mask.is_cuda,
+        )  # on CUDA a fixed shape is worth more than the padded rows it costs
+        source, target = (
+            (batch.source.flatten(), batch.target.flatten())
+            if cuda
+            else (batch.source[mask], batch.target[mask])
+        )
         rows = self.hidden(batch, rows=source)
         pieces = max(1, -(-len(rows) * self.config.vocab_size // self.chunk))
         size = -(-len(rows) // pieces) or 1
@@ -330,7 +380,11 @@ class GPT(nn.Module):
     def _token_logps(self, rows, target):
         logits = self.unembed(rows)
         with torch.autocast(logits.device.type, enabled=False):
-            return -F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), target, reduction="none")
+            return -F.cross_entropy(
+                logits.to(torch.promote_types(logits.dtype, torch.float32)),
+                target,
+                reduction="none",
+            )
 
     # -- sampling
 
@@ -340,9 +394,16 @@ class GPT(nn.Module):
         size, length = max(map(len, prompts)), torch.tensor([len(p) for p in prompts])
         tokens = torch.tensor([p + [0] * (size - len(p)) for p in prompts], device=self.device)
         seen = (torch.arange(size) < length[:, None]).to(self.device)
-        x, position = self.embed_tokens(tokens), torch.arange(size, device=self.device).expand(len(prompts), -1)
+        x, position = (
+            self.embed_tokens(tokens),
+            torch.arange(size, device=self.device).expand(len(prompts), -1),
+        )
         cos, sin = rotary(position, self.config.head_dim, self.config.rope_theta, x.dtype)
-        mask = torch.ones(size, size, dtype=torch.bool, device=self.device).tril().expand(len(prompts), -1, -1)
+        mask = (
+            torch.ones(size, size, dtype=torch.bool, device=self.device)
+            .tril()
+            .expand(len(prompts), -1, -1)
+        )
         prompt = []
         for layer in self.layers:
             x = layer(x, lambda attn, y: attn(y, cos, sin, mask, prompt))
@@ -358,7 +419,9 @@ class GPT(nn.Module):
         position = (cache.start + cache.length)[:, None].expand(tokens.shape)
         cos, sin = rotary(position, self.config.head_dim, self.config.rope_theta, x.dtype)
         for layer, prompt, own in zip(self.layers, cache.prompt, cache.own):
-            x = layer(x, lambda attn, y: attn.step(y, cos, sin, prompt, cache.seen, own, cache.length))
+            x = layer(
+                x, lambda attn, y: attn.step(y, cos, sin, prompt, cache.seen, own, cache.length)
+            )
         cache.length += 1
         return self.unembed(self.norm(x))
 
@@ -369,10 +432,14 @@ class GPT(nn.Module):
         `rng` alone. ValueError: a prompt as long as the context."""
         eot, context = self.tokenizer.eot, self.config.max_position_embeddings
         # something has to predict the first token (as in `data.encode`)
-        prompts = [(self.tokenizer.encode(p) if isinstance(p, str) else list(p)) or [eot] for p in prompts]
+        prompts = [
+            (self.tokenizer.encode(p) if isinstance(p, str) else list(p)) or [eot] for p in prompts
+        ]
         rooms = [context - len(p) for p in prompts]
         if min(rooms) < 1:
-            raise ValueError(f"a prompt of {context - min(rooms)} tokens leaves no room in a context of {context}")
+            raise ValueError(
+                f"a prompt of {context - min(rooms)} tokens leaves no room in a context of {context}"
+            )
         max_tokens = min(max_tokens, max(rooms))
         cache, logits = self.prefill(prompts, k, max_tokens)
         logits, chosen = logits[:, None].expand(-1, k, -1), []
@@ -383,15 +450,25 @@ class GPT(nn.Module):
             else:
                 # one uniform number a sample against the cumulated probabilities: a third of multinomial's time at these sizes
                 total = (logits.float() / temperature).softmax(-1).cumsum(-1)  # (n, k, V)
-                draw = torch.rand(len(prompts), k, 1, generator=rng, device=rng.device).to(total.device) * total[..., -1:]
-                token = torch.searchsorted(total, draw, right=True)[..., 0].clamp(max=total.shape[-1] - 1)
+                draw = (
+                    torch.rand(len(prompts), k, 1, generator=rng, device=rng.device).to(
+                        total.device
+                    )
+                    * total[..., -1:]
+                )
+                token = torch.searchsorted(total, draw, right=True)[..., 0].clamp(
+                    max=total.shape[-1] - 1
+                )
             chosen.append(token)
             done |= token == eot
             if step + 1 == max_tokens or ((step % 8 == 7 or not done.is_cuda) and bool(done.all())):
                 break
             logits = self.decode(cache, token)
         out = torch.stack(chosen, -1).tolist()
-        return [[(ids[: ids.index(eot) + 1] if eot in ids else ids)[:room] for ids in group] for group, room in zip(out, rooms)]
+        return [
+            [(ids[: ids.index(eot) + 1] if eot in ids else ids)[:room] for ids in group]
+            for group, room in zip(out, rooms)
+        ]
 
     # -- folders
 
@@ -406,9 +483,15 @@ class GPT(nn.Module):
             "torch_dtype": "float32",
         }
         if self.tokenizer is not None:
-            config |= {"eos_token_id": self.tokenizer.eot, "pad_token_id": self.tokenizer.pad, "bos_token_id": None}
+            config |= {
+                "eos_token_id": self.tokenizer.eot,
+                "pad_token_id": self.tokenizer.pad,
+                "bos_token_id": None,
+            }
             self.tokenizer.save(folder)
-        weights = {k if k.startswith("lm_head") else "model." + k: v for k, v in self.state_dict().items()}
+        weights = {
+            k if k.startswith("lm_head") else "model." + k: v for k, v in self.state_dict().items()
+        }
         save_tensors(os.path.join(folder, "model.safetensors"), weights)
         write_text(os.path.join(folder, "config.json"), json.dumps(config, indent=1))
 
@@ -417,27 +500,59 @@ class GPT(nn.Module):
         """Load a Llama-family checkpoint from a folder or Hub name in float32. ValueError in one line: none there, or another family."""
         folder, config, weights = read_checkpoint(folder)
         if config.get("model_type") != "llama":
-            raise ValueError(f"{folder}: model_type {config.get('model_type')!r} is not of the Llama family")
+            raise ValueError(
+                f"{folder}: model_type {config.get('model_type')!r} is not of the Llama family"
+            )
         scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
-        if not isinstance(scaling, dict) or scaling.get("rope_type", scaling.get("type", "default")) != "default":
+        if (
+            not isinstance(scaling, dict)
+            or scaling.get("rope_type", scaling.get("type", "default")) != "default"
+        ):
             raise ValueError(f"{folder}: rotary scaling {scaling} is not supported")
-        if config.get("attention_bias") or config.get("mlp_bias") or config.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"{folder}: biases or activations other than Llama's are not supported")
+        if (
+            config.get("attention_bias")
+            or config.get("mlp_bias")
+            or config.get("hidden_act", "silu") != "silu"
+        ):
+            raise ValueError(
+                f"{folder}: biases or activations other than Llama's are not supported"
+            )
         config = {k: v for k, v in config.items() if v is not None}
         # what a Llama config.json leaves out
-        config = dict(rms_norm_eps=1e-6, max_position_embeddings=2048, rope_theta=10000.0, tie_word_embeddings=False) | scaling | config
+        config = (
+            dict(
+                rms_norm_eps=1e-6,
+                max_position_embeddings=2048,
+                rope_theta=10000.0,
+                tie_word_embeddings=False,
+            )
+            | scaling
+            | config
+        )
         config.setdefault("num_key_value_heads", config.get("num_attention_heads"))
         try:
-            missing = {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"} - set(config)
+            missing = {
+                "vocab_size",
+                "hidden_size",
+                "intermediate_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+            } - set(config)
             if missing:
                 raise KeyError(f"no {', '.join(sorted(missing))}")
-            config = GPTConfig(**{f.name: config[f.name] for f in fields(GPTConfig) if f.name in config})
+            config = GPTConfig(
+                **{f.name: config[f.name] for f in fields(GPTConfig) if f.name in config}
+            )
             model = cls(config)
         except (TypeError, KeyError, ZeroDivisionError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{folder}/config.json does not describe a Llama model: {error_line(error)}") from None
+            raise ValueError(
+                f"{folder}/config.json does not describe a Llama model: {error_line(error)}"
+            ) from None
         model.tokenizer = Tokenizer.load(folder)
         if model.tokenizer.vocab_size > config.vocab_size:
-            raise ValueError(f"{folder}: the tokenizer has {model.tokenizer.vocab_size} tokens, the model {config.vocab_size}")
+            raise ValueError(
+                f"{folder}: the tokenizer has {model.tokenizer.vocab_size} tokens, the model {config.vocab_size}"
+            )
         weights = {k.removeprefix("model."): v.float() for k, v in weights.items()}
         if config.tie_word_embeddings:
             weights.pop("lm_head.weight", None)
@@ -453,7 +568,9 @@ def alpha_bar(schedule="linear", steps=1000):
     """Signal power (steps,) float64 of DDPM ("linear"), Stable Diffusion ("scaled_linear") or improved DDPM ("cosine")."""
     if schedule == "cosine":
         angle = (torch.arange(steps, dtype=torch.float64) / steps + 0.008) / 1.008 * math.pi / 2
-        return ((angle.cos() / angle[0].cos()) ** 2).clamp(max=1 - 1e-5)  # a noise level of exactly 0 has no logarithm
+        return ((angle.cos() / angle[0].cos()) ** 2).clamp(
+            max=1 - 1e-5
+        )  # a noise level of exactly 0 has no logarithm
     if schedule == "linear":
         beta = torch.linspace(1e-4, 2e-2, steps, dtype=torch.float64)
     elif schedule == "scaled_linear":
@@ -532,7 +649,11 @@ def ddim_logprob(x_next, x, eps, a, b, eta):
     if eta <= 0:
         raise ValueError(f"eta = {eta}: a deterministic step has no density, expected eta > 0")
     mean, std = ddim_step(x, eps, a, b, eta)
-    return (-((x_next - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)).flatten(1).sum(1)
+    return (
+        (-((x_next - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi))
+        .flatten(1)
+        .sum(1)
+    )
 
 
 # ---------------------------------------------------------------- denoisers
@@ -561,17 +682,27 @@ class Denoiser(nn.Module):
         """Predicted noise in x (n, *shape) at steps t (n,) or (1,), like x."""
         level = self.alpha_bar[t].expand(len(x))
         a, sigma = spread(level, x), to_sigma(level)
-        scale = ((1 + sigma**2) / (sigma**2 + self.sd**2)).sqrt()  # EDM's c_in x_edm, which for sd = 1 is x_t itself
-        with torch.autocast(x.device.type, enabled=False):  # methods take differences of nearly equal errors
+        scale = (
+            (1 + sigma**2) / (sigma**2 + self.sd**2)
+        ).sqrt()  # EDM's c_in x_edm, which for sd = 1 is x_t itself
+        with torch.autocast(
+            x.device.type, enabled=False
+        ):  # methods take differences of nearly equal errors
             output = self(x if self.sd == 1 else x * spread(scale, x), sigma.log() / 4, label)
-        return output if self.prediction == "eps" else to_eps(self.prediction, output, x, a, sd=self.sd)
+        return (
+            output
+            if self.prediction == "eps"
+            else to_eps(self.prediction, output, x, a, sd=self.sd)
+        )
 
     def prepare(self, batch, rng, times=None, shared=True):
         """Draws batch.t (B,) and batch.noise (B, 1, *shape), or (B, K, *shape) if not shared; -> batch. All models score the
         same draw, and the responses of a row share it: their difference is then not noise. times(n, rng) -> (n,): uniform."""
         B, K = batch.images.shape[:2]
         t = times(B, rng) if times else torch.randint(len(self.alpha_bar), (B,), generator=rng)
-        noise = torch.randn(B, 1 if shared else K, *self.shape, generator=rng, dtype=batch.images.dtype)
+        noise = torch.randn(
+            B, 1 if shared else K, *self.shape, generator=rng, dtype=batch.images.dtype
+        )
         batch.t, batch.noise = t.to(batch.images.device), noise.to(batch.images.device)
         return batch
 
@@ -581,30 +712,44 @@ class Denoiser(nn.Module):
         The bound's surrogate for log p(image | class) at the one draw (t, noise) of `prepare`. With no factor 1/2, beta b here
         is Diffusion-DPO's 2 D b on means: Stable Diffusion's 5000 is 0.15."""
         K = batch.images.shape[1]
-        x = q_sample(batch.images, batch.noise, spread(self.alpha_bar[batch.t], batch.images))  # (B, K, *shape)
-        eps = self.eps(x.flatten(0, 1), batch.t.repeat_interleave(K), batch.label.repeat_interleave(K)).view_as(x)
+        x = q_sample(
+            batch.images, batch.noise, spread(self.alpha_bar[batch.t], batch.images)
+        )  # (B, K, *shape)
+        eps = self.eps(
+            x.flatten(0, 1), batch.t.repeat_interleave(K), batch.label.repeat_interleave(K)
+        ).view_as(x)
         error = (eps - batch.noise).square().flatten(2).sum(2, keepdim=True)  # (B, K, 1)
         return -(error if weight is None else error * spread(weight(batch.t), error)) * batch.mask
 
     def times(self, steps, last=None):
         """A rising grid (steps, 1) that ends at the last noise step; last (n,): (steps, n), each column ends at its own."""
         last = torch.tensor([len(self.alpha_bar) - 1], device=self.device) if last is None else last
-        return (torch.arange(1, steps + 1, device=last.device)[:, None] * (last + 1) // steps - 1).clamp(min=0)
+        return (
+            torch.arange(1, steps + 1, device=last.device)[:, None] * (last + 1) // steps - 1
+        ).clamp(min=0)
 
     @torch.no_grad()
     def sample(self, prompts, k, rng, steps=25, eta=0.0):
         """k images for each of n class labels, (n, k, *shape), by DDIM (eta = 1: ancestral). ValueError: an unknown class."""
         labels = torch.as_tensor(prompts, dtype=torch.long).reshape(-1)
         if len(labels) and not 0 <= labels.min() <= labels.max() < self.classes:
-            raise ValueError(f"prompts = {labels.unique().tolist()}: expected classes 0 to {self.classes - 1}")
+            raise ValueError(
+                f"prompts = {labels.unique().tolist()}: expected classes 0 to {self.classes - 1}"
+            )
         device, images = self.device, []
         times = self.times(steps)
-        levels = torch.cat([torch.ones(1, 1, device=device), self.alpha_bar[times]])  # below the first step stands the image
+        levels = torch.cat(
+            [torch.ones(1, 1, device=device), self.alpha_bar[times]]
+        )  # below the first step stands the image
         for label in labels.repeat_interleave(k).split(512):
             shape = len(label), *self.shape
             x = torch.randn(shape, generator=rng, dtype=levels.dtype).to(device)
             for i in range(steps, 0, -1):
-                z = torch.randn(shape, generator=rng, dtype=levels.dtype).to(device) if eta else None
+                z = (
+                    torch.randn(shape, generator=rng, dtype=levels.dtype).to(device)
+                    if eta
+                    else None
+                )
                 eps = self.eps(x, times[i - 1], label.to(device))
                 x = ddim_step(x, eps, spread(levels[i], x), spread(levels[i - 1], x), eta, z)
             images.append(x)
@@ -633,13 +778,17 @@ class NoiseEmbedding(nn.Module):
     def __init__(self, classes, width, frequencies=8):
         super().__init__()
         # noise levels span about -1.2 to 1.3: from half a period over that range to a few dozen
-        self.register_buffer("frequency", 2.0 ** torch.linspace(0, 5, frequencies), persistent=False)
+        self.register_buffer(
+            "frequency", 2.0 ** torch.linspace(0, 5, frequencies), persistent=False
+        )
         self.label = nn.Embedding(classes, width)
         self.up, self.down = nn.Linear(2 * frequencies, width), nn.Linear(width, width)
 
     def forward(self, noise_level, label):
         angle = noise_level[:, None] * self.frequency  # (n, frequencies)
-        return self.down(F.silu(self.up(torch.cat([angle.sin(), angle.cos()], 1)) + self.label(label)))
+        return self.down(
+            F.silu(self.up(torch.cat([angle.sin(), angle.cos()], 1)) + self.label(label))
+        )
 
 
 class ConvBlock(nn.Module):
@@ -671,7 +820,9 @@ class UNetConfig:
     def __post_init__(self):
         self.size = (self.size, self.size) if isinstance(self.size, int) else tuple(self.size)
         if len(self.size) != 2 or any(side < 2 or side % 2 for side in self.size):
-            raise ValueError(f"size = {self.size}: expected an even height and width, two resolutions need to halve them")
+            raise ValueError(
+                f"size = {self.size}: expected an even height and width, two resolutions need to halve them"
+            )
         if self.width < 8 or self.width % 8:
             raise ValueError(f"width = {self.width}: expected a multiple of 8")
 
@@ -680,14 +831,23 @@ class UNet(Denoiser):
     """Class-conditional U-Net of two resolutions, 0.2M parameters at width 32."""
 
     def __init__(self, config):
-        super().__init__((config.channels, *config.size), config.classes, config.prediction, config.sd, config.schedule)
+        super().__init__(
+            (config.channels, *config.size),
+            config.classes,
+            config.prediction,
+            config.sd,
+            config.schedule,
+        )
         self.config, width, wide = config, config.width, 2 * config.width
         self.condition = NoiseEmbedding(config.classes, wide)
         self.input = nn.Conv2d(config.channels, width, 3, padding=1)
         self.encoder = ConvBlock(width, width, wide)
         self.middle = nn.ModuleList([ConvBlock(width, wide, wide), ConvBlock(wide, wide, wide)])
         self.decoder = ConvBlock(wide + width, width, wide)
-        self.norm, self.output = nn.GroupNorm(8, width), nn.Conv2d(width, config.channels, 3, padding=1)
+        self.norm, self.output = (
+            nn.GroupNorm(8, width),
+            nn.Conv2d(width, config.channels, 3, padding=1),
+        )
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
 
@@ -703,7 +863,10 @@ class UNet(Denoiser):
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors, each file in one step."""
         save_tensors(os.path.join(folder, "model.safetensors"), self.state_dict())
-        write_text(os.path.join(folder, "config.json"), json.dumps({"model_type": "unet"} | asdict(self.config), indent=1))
+        write_text(
+            os.path.join(folder, "config.json"),
+            json.dumps({"model_type": "unet"} | asdict(self.config), indent=1),
+        )
 
     @classmethod
     def from_pretrained(cls, folder):

@@ -18,7 +18,9 @@ from data import interval, wilson, write_beside, write_text
 
 def paths(values, parents):
     """Sums (B, K) of values (B, K) over the path from the prompt to each response, its own included; parents (B, K), -1 = the prompt."""
-    for _ in range((values.shape[1] - 1).bit_length()):  # each pass doubles the stretch that a sum covers
+    for _ in range(
+        (values.shape[1] - 1).bit_length()
+    ):  # each pass doubles the stretch that a sum covers
         up, ended = parents.clamp(min=0), parents < 0
         values = values + values.gather(1, up).masked_fill(ended, 0.0)
         parents = parents.gather(1, up).masked_fill(ended, -1)
@@ -54,11 +56,28 @@ def sequence_kl(lab, policy, reference, rows):
     """KL(policy || reference) of whole responses in nats, one value a sampled response: the sum over tokens of the exact KL between the two
     next-token distributions at the prefixes that the policy wrote, at the temperature it wrote them with (1 for greedy samples)."""
     heat = lab.settings.temperature or 1.0
-    out, size = [], max(1, min(64, 2**27 // (reference.config.vocab_size * max(2, lab.max_response) * len(rows[0]["responses"]))))
+    out, size = (
+        [],
+        max(
+            1,
+            min(
+                64,
+                2**27
+                // (
+                    reference.config.vocab_size
+                    * max(2, lab.max_response)
+                    * len(rows[0]["responses"])
+                ),
+            ),
+        ),
+    )
     for start in range(0, len(rows), size):
         batch = lab._collate(rows[start : start + size])
         with lab._autocast():
-            p, q = ((model.logits(batch).float() / heat).log_softmax(-1) for model in (policy, reference))
+            p, q = (
+                (model.logits(batch).float() / heat).log_softmax(-1)
+                for model in (policy, reference)
+            )
         out.append(((p.exp() * (p - q)).sum(-1) * batch.mask).sum(-1).flatten())
     return torch.cat(out).tolist()
 
@@ -71,7 +90,15 @@ def eval_prompts(lab, n):
 def of_base(lab, name, look):
     """`look()`, at the base model and the world alone: shared by all methods and seeds."""
     s, world, fingerprint = lab.settings, lab.world, getattr(lab.reference, "fingerprint", None)
-    key = [name, fingerprint, getattr(world, "key", lambda: world.name)(), s.eval_size, s.base_seed, s.temperature, lab.max_response]
+    key = [
+        name,
+        fingerprint,
+        getattr(world, "key", lambda: world.name)(),
+        s.eval_size,
+        s.base_seed,
+        s.temperature,
+        lab.max_response,
+    ]
     return lab.cached(key, look) if fingerprint else look()
 
 
@@ -83,7 +110,9 @@ def eval_pairs(lab):
 
     def draw():
         prompts = world.prompts(s.eval_size, lab._generator("held-out", s.base_seed))
-        rows = lab.sample(lab.reference, prompts, 2, lab._generator("held-out samples", s.base_seed))
+        rows = lab.sample(
+            lab.reference, prompts, 2, lab._generator("held-out samples", s.base_seed)
+        )
         kept = []
         for row, (a, b) in zip(rows, lab.truth(rows)):
             if a != b:
@@ -120,7 +149,11 @@ def pair_stats(lab, policy):
         chosen.append(total[max(total, key=lambda k: scores[k])])
         rejected.append(total[min(total, key=lambda k: scores[k])])
     # a row counts once: the pairs of one list are not independent
-    out = {"accuracy": float(np.mean(shares)), "accuracy_interval": wilson(sum(shares), len(shares))} if shares else {}
+    out = (
+        {"accuracy": float(np.mean(shares)), "accuracy_interval": wilson(sum(shares), len(shares))}
+        if shares
+        else {}
+    )
     return out | {"chosen_logp": float(np.mean(chosen)), "rejected_logp": float(np.mean(rejected))}
 
 
@@ -141,7 +174,12 @@ def evaluate(lab, policy):
         truth = world.rewards()
         out = {"reward": policy.expect(truth), "kl": policy.kl(reference)}
     elif kind == "images":
-        rows = lab.sample(policy, eval_prompts(lab, lab.settings.eval_size), 1, lab._generator("evaluation samples"))
+        rows = lab.sample(
+            policy,
+            eval_prompts(lab, lab.settings.eval_size),
+            1,
+            lab._generator("evaluation samples"),
+        )
         rewards = [r[0] for r in lab.truth(rows)]
         out = {"reward": float(np.mean(rewards)), "reward_interval": interval(rewards)}
     else:
@@ -151,7 +189,12 @@ def evaluate(lab, policy):
         if hasattr(world, "reward"):
 
             def theirs():
-                return [r[0] for r in lab.truth(lab.sample(reference, prompts, 1, lab._generator("evaluation samples")))]
+                return [
+                    r[0]
+                    for r in lab.truth(
+                        lab.sample(reference, prompts, 1, lab._generator("evaluation samples"))
+                    )
+                ]
 
             rewards, base = [r[0] for r in lab.truth(rows)], of_base(lab, "rewards", theirs)
             wins = sum((a > b) + 0.5 * (a == b) for a, b in zip(rewards, base))
@@ -174,7 +217,11 @@ def glance(lab, policy):
     if world.kind == "table":
         return {"reward": policy.expect(world.rewards()), "kl": policy.kl(lab.reference)}
     if not hasattr(world, "reward"):
-        return {k: v for k, v in pair_stats(lab, policy).items() if not isinstance(v, list)} if lab.settings.eval_every else {}
+        return (
+            {k: v for k, v in pair_stats(lab, policy).items() if not isinstance(v, list)}
+            if lab.settings.eval_every
+            else {}
+        )
     rows = lab._adopt(lab.sample(policy, eval_prompts(lab, n), 1, lab._generator("glance")))
     out = {"reward": float(np.mean(lab.truth(rows)))}
     if world.kind == "text":
@@ -207,7 +254,11 @@ class Progress:
         spent = time.time() - self.start
         left = spent / max(1, step - self.first) * (self.steps - step)
         names = [n for n in ("loss", "margin", "accuracy") if n in values]
-        line = f"{self.title} {step:>4}/{self.steps}  " + "  ".join(f"{n} {values[n]:.3f}" for n in names) + f"  {clock(left)} left"
+        line = (
+            f"{self.title} {step:>4}/{self.steps}  "
+            + "  ".join(f"{n} {values[n]:.3f}" for n in names)
+            + f"  {clock(left)} left"
+        )
         if self.tty:
             width = shutil.get_terminal_size().columns - 1
             sys.stderr.write("\r" + line[:width].ljust(width))
@@ -234,11 +285,20 @@ def header(lab, name, module, cfg, model):
     config = "  ".join(f"{k} {v}" for k, v in vars(cfg).items() if v is not None) if cfg else ""
     tokenizer = getattr(model, "tokenizer", None)
     dtype = "bfloat16 autocast" if lab.bf16 else "float32"
-    parts = [f"world {lab.world.name}", f"model {type(model).__name__}, {count(model):,} parameters"]
-    parts += [f"tokenizer {tokenizer.name} ({tokenizer.vocab_size:,} tokens)"] if tokenizer is not None else []
+    parts = [
+        f"world {lab.world.name}",
+        f"model {type(model).__name__}, {count(model):,} parameters",
+    ]
+    parts += (
+        [f"tokenizer {tokenizer.name} ({tokenizer.vocab_size:,} tokens)"]
+        if tokenizer is not None
+        else []
+    )
     parts += [f"{lab.device.type}, {dtype}, {torch.get_num_threads()} threads"]
     lines = [title, "   ".join(parts)]
-    lines.append(f"steps {lab.steps}   batch_size {lab.batch_size}   lr {lab.lr:g}   seed {lab.settings.seed}   {config}".rstrip())
+    lines.append(
+        f"steps {lab.steps}   batch_size {lab.batch_size}   lr {lab.lr:g}   seed {lab.settings.seed}   {config}".rstrip()
+    )
     return "\n".join(lines)
 
 
@@ -252,7 +312,13 @@ def number(value, width=None):
     if value is None:
         return "-"
     value = 0.0 if abs(value) < 1e-12 else value
-    text = f"{value:.1e}" if 0 < abs(value) < 5e-4 else f"{value:.3f}" if abs(value) < 1000 else f"{value:.0f}"
+    text = (
+        f"{value:.1e}"
+        if 0 < abs(value) < 5e-4
+        else f"{value:.3f}"
+        if abs(value) < 1000
+        else f"{value:.0f}"
+    )
     if width is not None and all(math.isfinite(x) for x in width):
         text += f" +-{(width[1] - width[0]) / 2:.3f}"
     return text
@@ -261,17 +327,26 @@ def number(value, width=None):
 def table(rows, head):
     """Lines of a plain table: numbers to the right, texts to the left."""
     body = [[str(cell) for cell in row] for row in rows]
-    texts = [any(not cell[:1].isdigit() and cell[:1] not in ("-", "+", "") for cell in column) for column in zip(*body)]
+    texts = [
+        any(not cell[:1].isdigit() and cell[:1] not in ("-", "+", "") for cell in column)
+        for column in zip(*body)
+    ]
     cells = [[str(cell) for cell in head], *body]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
-    lines = [[cell.ljust(w) if text else cell.rjust(w) for cell, w, text in zip(row, widths, texts)] for row in cells]
+    lines = [
+        [cell.ljust(w) if text else cell.rjust(w) for cell, w, text in zip(row, widths, texts)]
+        for row in cells
+    ]
     return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 def before_after(before, after):
     """The table of a run."""
     names = [n for n in after if not n.endswith("_interval")]
-    rows = [[n, *(number(side.get(n), side.get(n + "_interval")) for side in (before, after))] for n in names]
+    rows = [
+        [n, *(number(side.get(n), side.get(n + "_interval")) for side in (before, after))]
+        for n in names
+    ]
     return table(rows, ["", "before", "after"])
 
 
@@ -279,27 +354,41 @@ def side_by_side(lab, policy, n=4):
     """A few evaluation prompts with the answers of the base model and of the policy, as text."""
     prompts, lines = eval_prompts(lab, n), []
     generators = (lab._generator("samples"), lab._generator("samples"))
-    base, ours = (lab.sample(model, prompts, 1, rng) for model, rng in zip((lab.reference, policy), generators))
+    base, ours = (
+        lab.sample(model, prompts, 1, rng)
+        for model, rng in zip((lab.reference, policy), generators)
+    )
     truths = [lab.truth(rows) for rows in (base, ours)] if hasattr(lab.world, "reward") else None
     for i, prompt in enumerate(prompts):
         lines.append(f"> {lab.text(prompt).strip()}")
         for name, rows, side in (("before", base, 0), ("after ", ours, 1)):
             reward = f" [{truths[side][i][0]:+.2f}]" if truths else ""
             end = "" if rows[i]["ends"][0] else " ..."
-            lines.append(f"  {name}{reward} {lab.text(rows[i]['responses'][0]).strip()}{end}".replace("\n", "\n      "))
-    text = "\n".join(lines)  # an untrained model of bytes writes anything, and a terminal obeys control characters
+            lines.append(
+                f"  {name}{reward} {lab.text(rows[i]['responses'][0]).strip()}{end}".replace(
+                    "\n", "\n      "
+                )
+            )
+    text = "\n".join(
+        lines
+    )  # an untrained model of bytes writes anything, and a terminal obeys control characters
     return "".join(c if c == "\n" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def pictures(lab, policy, k=8):
     """k images of every class from the base model and from the policy, from the same noise: two tensors (classes, k, C, H, W)."""
     prompts = list(range(policy.classes))
-    return [model.sample(prompts, k, lab._generator("samples")).cpu() for model in (lab.reference, policy)]
+    return [
+        model.sample(prompts, k, lab._generator("samples")).cpu()
+        for model in (lab.reference, policy)
+    ]
 
 
 def show(lab, row, batch):
     """Print one row as the model sees it (--show): tokens, what they may look at, and what is scored."""
-    print(f"one row of the first batch: {batch.mask.shape[1]} responses, scores {[round(s, 3) for s in row['scores']]}")
+    print(
+        f"one row of the first batch: {batch.mask.shape[1]} responses, scores {[round(s, 3) for s in row['scores']]}"
+    )
     if lab.world.kind != "text":
         print(f"prompt {row['prompt']}; mask {tuple(batch.mask.shape)}, all ones")
         for name in ("images", "t", "noise", "target"):
@@ -314,15 +403,30 @@ def show(lab, row, batch):
     tokenizer = lab.world.tokenizer
 
     def piece(token):
-        return {tokenizer.eot: "<end>", tokenizer.pad: "<pad>"}.get(token) or repr(tokenizer.decode([token]))
+        return {tokenizer.eot: "<end>", tokenizer.pad: "<pad>"}.get(token) or repr(
+            tokenizer.decode([token])
+        )
 
     rows = []
     for i, token in enumerate(tokens):
         where = "prompt" if branch[i] == 0 else f"response {branch[i] - 1}"
-        seen = "+".join("prompt" if g == 0 else f"r{g - 1}" for g in np.flatnonzero(sees[branch[i]]))
-        rows.append([i, position[i], where, piece(token), seen, ", ".join(f"r{k}: {piece(t)}" for k, t in scored.get(i, [])) or "-"])
+        seen = "+".join(
+            "prompt" if g == 0 else f"r{g - 1}" for g in np.flatnonzero(sees[branch[i]])
+        )
+        rows.append(
+            [
+                i,
+                position[i],
+                where,
+                piece(token),
+                seen,
+                ", ".join(f"r{k}: {piece(t)}" for k, t in scored.get(i, [])) or "-",
+            ]
+        )
     print(table(rows, ["index", "position", "branch", "token", "sees", "scored as its next"]))
-    print(f"{sum(map(len, targets))} scored tokens; the batch: tokens {tuple(batch.tokens.shape)}, log-probs {tuple(batch.mask.shape)}")
+    print(
+        f"{sum(map(len, targets))} scored tokens; the batch: tokens {tuple(batch.tokens.shape)}, log-probs {tuple(batch.mask.shape)}"
+    )
 
 
 # ---------------------------------------------------------------- pictures
@@ -366,12 +470,19 @@ def curves(lab, title):
     def smooth(values):
         width = max(1, len(values) // 20)
         total = np.cumsum([0.0, *values])
-        return [(total[i + 1] - total[max(0, i + 1 - width)]) / (i + 1 - max(0, i + 1 - width)) for i in range(len(values))]
+        return [
+            (total[i + 1] - total[max(0, i + 1 - width)]) / (i + 1 - max(0, i + 1 - width))
+            for i in range(len(values))
+        ]
 
     def draw(fig):
         axes = fig.subplots(2, 3)
         fig.suptitle(title)
-        panels = [("loss", ["loss"]), ("margin (nats, without beta)", ["margin"]), ("accuracy of the margin", ["accuracy"])]
+        panels = [
+            ("loss", ["loss"]),
+            ("margin (nats, without beta)", ["margin"]),
+            ("accuracy of the margin", ["accuracy"]),
+        ]
         panels.append(("log-prob of the responses (nats)", ["chosen_logp", "rejected_logp"]))
         for ax, (name, keys) in zip(axes.flat, panels):
             for i, key in enumerate(keys):
@@ -382,10 +493,18 @@ def curves(lab, title):
             if len(keys) > 1:
                 ax.legend(frameon=False)
         points = [p for p in lab.curve if "reward" in p]
-        for ax, key, name in ((axes.flat[4], "reward", "true reward of samples"), (axes.flat[5], "kl", "KL from the base model (nats)")):
+        for ax, key, name in (
+            (axes.flat[4], "reward", "true reward of samples"),
+            (axes.flat[5], "kl", "KL from the base model (nats)"),
+        ):
             kept = [p for p in points if key in p]
             if kept:
-                ax.plot([p["step"] for p in kept], [p[key] for p in kept], "o-", color="C2" if key == "reward" else "C3")
+                ax.plot(
+                    [p["step"] for p in kept],
+                    [p[key] for p in kept],
+                    "o-",
+                    color="C2" if key == "reward" else "C3",
+                )
                 ax.set_title(name, fontsize=10)
             else:
                 ax.axis("off")
@@ -405,12 +524,19 @@ def sweep_table(results, varied):
     names = [n for n in results[0][1] if not n.endswith("_interval")]
     rows = []
     if varied == ["method"] and "reward" in names:  # a ranking
-        groups = dict(sorted(groups.items(), key=lambda item: -float(np.mean([after["reward"] for after in item[1]]))))
+        groups = dict(
+            sorted(
+                groups.items(),
+                key=lambda item: -float(np.mean([after["reward"] for after in item[1]])),
+            )
+        )
     for key, group in groups.items():
         cells = []
         for name in names:
             values = [after[name] for after in group if name in after]
-            spread = interval(values) if len(values) > 1 else group[0].get(name + "_interval")  # over seeds, else that of the run
+            spread = (
+                interval(values) if len(values) > 1 else group[0].get(name + "_interval")
+            )  # over seeds, else that of the run
             cells.append(number(float(np.mean(values)), spread) if values else "-")
         rows.append([*key, len(group), *cells])
     return table(rows, [*varied, "seeds", *names])
@@ -421,7 +547,11 @@ def sweep_plot(path, results, varied):
     metric = "reward" if "reward" in results[0][1] else "accuracy"
     if metric not in results[0][1]:
         return False
-    numeric = [n for n in varied if n != "method" and all(isinstance(s[n], (int, float)) for s, _ in results)]
+    numeric = [
+        n
+        for n in varied
+        if n != "method" and all(isinstance(s[n], (int, float)) for s, _ in results)
+    ]
     axis = numeric[0] if numeric else None
     if axis is None and "kl" not in results[0][1]:
         return False
@@ -438,12 +568,31 @@ def sweep_plot(path, results, varied):
                 values = [a[metric] for a in afters]
                 xs.append(x if axis else float(np.mean([a["kl"] for a in afters])))
                 ys.append(float(np.mean(values)))
-                low, high = interval(values) if len(values) > 1 else afters[0].get(metric + "_interval", [math.nan, math.nan])
+                low, high = (
+                    interval(values)
+                    if len(values) > 1
+                    else afters[0].get(metric + "_interval", [math.nan, math.nan])
+                )
                 bars.append((high - low) / 2 if math.isfinite(low) else 0.0)
             mark = "osD^v"[i // 10 % 5]  # ten colours, then the next mark
-            ax.errorbar(xs, ys, bars, fmt=mark + "-" if axis else mark, color=f"C{i}", capsize=3, label=" ".join(key))
+            ax.errorbar(
+                xs,
+                ys,
+                bars,
+                fmt=mark + "-" if axis else mark,
+                color=f"C{i}",
+                capsize=3,
+                label=" ".join(key),
+            )
             if not axis:
-                ax.annotate(" ".join(key), (xs[0], ys[0]), xytext=(6, 4), textcoords="offset points", fontsize=8, color=f"C{i}")
+                ax.annotate(
+                    " ".join(key),
+                    (xs[0], ys[0]),
+                    xytext=(6, 4),
+                    textcoords="offset points",
+                    fontsize=8,
+                    color=f"C{i}",
+                )
         ax.set_xlabel(axis or "KL from the base model (nats)")
         ax.set_ylabel("true reward" if metric == "reward" else "accuracy on held-out pairs")
         ax.spines[["top", "right"]].set_visible(False)
@@ -459,8 +608,20 @@ def claims_table(claims):
     rows = []
     for c in claims:
         ours, baseline = (number(float(np.mean(side))) for side in (c.ours, c.baseline))
-        verdict = ("holds" if c.holds else "not reproduced here") + ("" if c.expected else " (not expected to hold)")
-        rows.append([c.text, c.metric, ours, baseline, number(c.difference, c.interval), number(c.margin), verdict])
+        verdict = ("holds" if c.holds else "not reproduced here") + (
+            "" if c.expected else " (not expected to hold)"
+        )
+        rows.append(
+            [
+                c.text,
+                c.metric,
+                ours,
+                baseline,
+                number(c.difference, c.interval),
+                number(c.margin),
+                verdict,
+            ]
+        )
     return table(rows, ["claim", "metric", "ours", "baseline", "difference", "margin", ""])
 
 
@@ -470,16 +631,43 @@ def claims_markdown(lines):
     for c in lines:
         if c["paper"] != paper:
             paper = c["paper"]
-            made = f"`{c['command']}`: {c['seconds']:.0f} s, commit {c['commit'] or 'unknown'}" if "command" in c else ""
-            head = ["claim", "metric", "ours", "baseline", "difference (95 %)", "margin", "expected", ""]
-            out += ["", f"**{paper}** {made}".rstrip(), "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+            made = (
+                f"`{c['command']}`: {c['seconds']:.0f} s, commit {c['commit'] or 'unknown'}"
+                if "command" in c
+                else ""
+            )
+            head = [
+                "claim",
+                "metric",
+                "ours",
+                "baseline",
+                "difference (95 %)",
+                "margin",
+                "expected",
+                "",
+            ]
+            out += [
+                "",
+                f"**{paper}** {made}".rstrip(),
+                "",
+                f"| {' | '.join(head)} |",
+                "|---" * len(head) + "|",
+            ]
         cells = [c["text"].replace("|", "/"), "", "", "", "", ""]
         if "metric" in c:
             ours, baseline = (number(float(np.mean(c[side]))) for side in ("ours", "baseline"))
             low, high = (math.nan if x is None else x for x in c["interval"])
             spread = f" [{number(low)}, {number(high)}]" if math.isfinite(low) else ""
-            cells[1:] = [c["metric"], ours, baseline, number(c["difference"]) + spread, number(c["margin"])]
-        out.append(f"| {' | '.join([*cells, 'yes' if c['expected'] else 'no', 'holds' if c['holds'] else 'not reproduced here'])} |")
+            cells[1:] = [
+                c["metric"],
+                ours,
+                baseline,
+                number(c["difference"]) + spread,
+                number(c["margin"]),
+            ]
+        out.append(
+            f"| {' | '.join([*cells, 'yes' if c['expected'] else 'no', 'holds' if c['holds'] else 'not reproduced here'])} |"
+        )
     return "\n".join(out[1:]) + "\n"
 
 

@@ -28,7 +28,20 @@ import torch
 
 import report
 from data import plain_chat, write_text
-from lab import HERE, Lab, Settings, Stop, idle, load_pretrained, make_world, methods, pick_device, refuse_idle, unknown, worlds
+from lab import (
+    HERE,
+    Lab,
+    Settings,
+    Stop,
+    idle,
+    load_pretrained,
+    make_world,
+    methods,
+    pick_device,
+    refuse_idle,
+    unknown,
+    worlds,
+)
 
 ACTIONS = dict(
     method="the paper to run (see --list); a list runs all of them, `all` every one that fits",
@@ -44,9 +57,15 @@ ACTIONS = dict(
 
 def explanations(cls):
     """{field: (type, default, explanation)} of a dataclass; the explanation is the comment on the field's line."""
-    comments = dict(re.findall(r"^    (\w+):[^#\n]*(?:\(\n[^#\n]*)?#\s*(.*)$", inspect.getsource(cls), re.M))
+    comments = dict(
+        re.findall(r"^    (\w+):[^#\n]*(?:\(\n[^#\n]*)?#\s*(.*)$", inspect.getsource(cls), re.M)
+    )
     return {
-        f.name: (f.type if isinstance(f.type, str) else str(getattr(f.type, "__name__", f.type)), f.default, comments.get(f.name, ""))
+        f.name: (
+            f.type if isinstance(f.type, str) else str(getattr(f.type, "__name__", f.type)),
+            f.default,
+            comments.get(f.name, ""),
+        )
         for f in dataclasses.fields(cls)
     }
 
@@ -64,13 +83,17 @@ def convert(name, text, kind):
             if part == "str":
                 return text
     wanted = {"int": "a whole number", "float": "a number", "bool": "true or false"}
-    raise ValueError(f"--{name} {text}: not {' or '.join(wanted[p.strip()] for p in kind.split('|') if p.strip() in wanted)}")
+    raise ValueError(
+        f"--{name} {text}: not {' or '.join(wanted[p.strip()] for p in kind.split('|') if p.strip() in wanted)}"
+    )
 
 
 def read_flags(argv):
     """{flag: text} of a command line; ValueError for what is no known flag of train.py or any method."""
     known = {f.name for f in dataclasses.fields(Settings)} | set(ACTIONS)
-    bare = {"claim", "show", "list", "help"} | {n for n, (kind, _, _) in explanations(Settings).items() if kind == "bool"}
+    bare = {"claim", "show", "list", "help"} | {
+        n for n, (kind, _, _) in explanations(Settings).items() if kind == "bool"
+    }
     owners = {}
     for name in methods():
         for field, (kind, _, _) in explanations(load_method(name).Config).items():
@@ -80,11 +103,15 @@ def read_flags(argv):
     flags, i = {}, 0
     while i < len(argv):
         if not argv[i].startswith("--") or argv[i] == "--":
-            raise ValueError(f"unexpected {argv[i]!r}: flags begin with --, lists are written with commas")
+            raise ValueError(
+                f"unexpected {argv[i]!r}: flags begin with --, lists are written with commas"
+            )
         name, equals, value = argv[i][2:].partition("=")
         name = name.replace("-", "_")
         if name not in known and name not in owners:
-            raise ValueError(unknown("flag", "--" + name, sorted("--" + n for n in known | set(owners))))
+            raise ValueError(
+                unknown("flag", "--" + name, sorted("--" + n for n in known | set(owners)))
+            )
         i += 1
         if not equals and name in bare:
             value = "true"
@@ -118,12 +145,17 @@ def combinations(flags, owners):
     configs = {f for f in flags if f in owners}
     for name in sorted(configs):
         if not set(owners[name]) & set(names):
-            raise ValueError(f"--{name} is a flag of {', '.join(owners[name])}, not of {', '.join(n or 'no method' for n in names)}")
+            raise ValueError(
+                f"--{name} is a flag of {', '.join(owners[name])}, not of {', '.join(n or 'no method' for n in names)}"
+            )
     single = ("data", "init", "out", "world")
     grids = {}
     for name, text in flags.items():
         if name in own:
-            grids[name] = [convert(name, part, own[name][0]) for part in ([text] if name in single else text.split(","))]
+            grids[name] = [
+                convert(name, part, own[name][0])
+                for part in ([text] if name in single else text.split(","))
+            ]
     if "seeds" in flags:
         first = grids.get("seed", [0])
         if len(first) > 1:
@@ -142,9 +174,13 @@ def combinations(flags, owners):
         defaults = dict(module.DEFAULTS) if module and len(names) == 1 else {}
         if "data" in grid:
             defaults = {}
-        if len(defaults) > 1 and "world" in grid:  # the defaults that another world leaves without effect are none
+        if (
+            len(defaults) > 1 and "world" in grid
+        ):  # the defaults that another world leaves without effect are none
             there = Settings(**defaults | {"world": grid["world"][0]})
-            defaults = {k: v for k, v in defaults.items() if k not in idle(there, make_world(there))}
+            defaults = {
+                k: v for k, v in defaults.items() if k not in idle(there, make_world(there))
+            }
         for name, values in grid.items():
             if len(set(values)) < len(values):
                 raise ValueError(f"--{name} {flags.get(name)} names a value twice")
@@ -154,9 +190,13 @@ def combinations(flags, owners):
         for values in itertools.product(*grid.values()):
             chosen = dict(zip(grid, values))
             settings = Settings(**(defaults | {k: v for k, v in chosen.items() if k in own}))
-            cfg = module.Config(**{k: v for k, v in chosen.items() if k in kinds}) if module else None
+            cfg = (
+                module.Config(**{k: v for k, v in chosen.items() if k in kinds}) if module else None
+            )
             varied = {k: v for k, v in chosen.items() if len(grid[k]) > 1}
-            runs.append((method, settings, cfg, ({"method": method} if len(names) > 1 else {}) | varied))
+            runs.append(
+                (method, settings, cfg, ({"method": method} if len(names) > 1 else {}) | varied)
+            )
     return runs
 
 
@@ -169,15 +209,32 @@ def check_fit(method, module, world, settings):
         )
     needs = getattr(module, "NEEDS", "pairs or lists")
     if needs in ("verifier", "reward") and not hasattr(world, needs):
-        able = [n for n in methods() if world.kind in load_method(n).KINDS and hasattr(world, getattr(load_method(n), "NEEDS", "name"))]
-        raise ValueError(f"{method} needs a world with a {needs}, {world.name} has none; {', '.join(able)} can use it")
+        able = [
+            n
+            for n in methods()
+            if world.kind in load_method(n).KINDS
+            and hasattr(world, getattr(load_method(n), "NEEDS", "name"))
+        ]
+        raise ValueError(
+            f"{method} needs a world with a {needs}, {world.name} has none; {', '.join(able)} can use it"
+        )
     if needs != "demonstrations" and getattr(world, "single", False):
         able = [n for n in methods() if getattr(load_method(n), "NEEDS", "") == "demonstrations"]
-        raise ValueError(f"{world.name} has single answers (completion/label), {method} needs {needs}; {', '.join(able)} can use it")
-    if module.FAMILY == "lists" and hasattr(world, "lists"):  # given, graded by the truth; only their length is a choice
-        idle = [n for n in ("flip", "label_temperature", "length_bias") if getattr(settings, n) != getattr(Settings, n)]
+        raise ValueError(
+            f"{world.name} has single answers (completion/label), {method} needs {needs}; {', '.join(able)} can use it"
+        )
+    if module.FAMILY == "lists" and hasattr(
+        world, "lists"
+    ):  # given, graded by the truth; only their length is a choice
+        idle = [
+            n
+            for n in ("flip", "label_temperature", "length_bias")
+            if getattr(settings, n) != getattr(Settings, n)
+        ]
         if idle:
-            raise ValueError(f"--{', --'.join(idle)} would do nothing with the lists of {world.name}")
+            raise ValueError(
+                f"--{', --'.join(idle)} would do nothing with the lists of {world.name}"
+            )
         world.lists(1, torch.Generator(), settings.k)
 
 
@@ -195,13 +252,21 @@ def new_folder(settings, label):
             number += 1
     elif os.path.isdir(out) and os.listdir(out):
         if not settings.overwrite:
-            raise ValueError(f"--out {out} is not empty; --overwrite empties it, --resume goes on with it")
+            raise ValueError(
+                f"--out {out} is not empty; --overwrite empties it, --resume goes on with it"
+            )
         if not os.path.exists(os.path.join(out, "run.json")):
-            raise ValueError(f"--out {out} does not look like a run (no run.json), so it is not emptied")
+            raise ValueError(
+                f"--out {out} does not look like a run (no run.json), so it is not emptied"
+            )
         for name in ("init", "data"):
             value = getattr(settings, name)
-            if value and (os.path.realpath(value) + os.sep).startswith(os.path.realpath(out) + os.sep):
-                raise ValueError(f"--{name} {value} lies in --out {out}, which --overwrite would empty")
+            if value and (os.path.realpath(value) + os.sep).startswith(
+                os.path.realpath(out) + os.sep
+            ):
+                raise ValueError(
+                    f"--{name} {value} lies in --out {out}, which --overwrite would empty"
+                )
         os.replace(out, replaced(out))
     elif os.path.exists(out) and not os.path.isdir(out):
         raise ValueError(f"--out {out} is a file")
@@ -216,7 +281,12 @@ def versions():
     """What a run depends on besides its settings."""
     import numpy
 
-    return {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": numpy.__version__, "threads": torch.get_num_threads()}
+    return {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def one_run(method, settings, cfg, out, show=False, quiet=False):
@@ -238,8 +308,17 @@ def one_run(method, settings, cfg, out, show=False, quiet=False):
         return {"method": method, "world": lab.world.name, "seed": settings.seed}
     evaluate = getattr(module, "evaluate", Lab.evaluate)
     before, after = (evaluate(lab, m) for m in (lab.reference, model))
-    seconds = {k: round(lab.seconds.get(k, 0.0), 2) for k in ("base", "preferences", "align", "evaluate")}
-    summary = dict(method=method, world=lab.world.name, seed=settings.seed, steps=lab.steps, params=report.count(model), seconds=seconds)
+    seconds = {
+        k: round(lab.seconds.get(k, 0.0), 2) for k in ("base", "preferences", "align", "evaluate")
+    }
+    summary = dict(
+        method=method,
+        world=lab.world.name,
+        seed=settings.seed,
+        steps=lab.steps,
+        params=report.count(model),
+        seconds=seconds,
+    )
     summary |= {"before": before, "after": after}
     say("\n" + report.before_after(before, after))
     if not hasattr(lab.world, "reward"):
@@ -267,20 +346,48 @@ def many_runs(runs, out):
     results, varied = [], list(dict.fromkeys(k for run in runs for k in run[3] if k != "seed"))
     for i, (method, settings, cfg, changed) in enumerate(runs):
         name = f"{i:03d}-" + "-".join(f"{k}{v}" for k, v in changed.items()).replace(os.sep, "_")
-        print(f"[{i + 1}/{len(runs)}] " + ", ".join(f"{k} {v}" for k, v in changed.items()), file=sys.stderr, flush=True)
-        summary, about = one_run(method, settings, cfg, os.path.join(out, name), quiet=True), os.path.join(out, name, "run.json")
-        if os.path.exists(os.path.dirname(about)) and not os.path.exists(about):  # no flags: it is the sweep that is resumed
-            report.write_json(about, {"settings": dataclasses.asdict(settings), "config": vars(cfg), "versions": versions()})
+        print(
+            f"[{i + 1}/{len(runs)}] " + ", ".join(f"{k} {v}" for k, v in changed.items()),
+            file=sys.stderr,
+            flush=True,
+        )
+        summary, about = (
+            one_run(method, settings, cfg, os.path.join(out, name), quiet=True),
+            os.path.join(out, name, "run.json"),
+        )
+        if os.path.exists(os.path.dirname(about)) and not os.path.exists(
+            about
+        ):  # no flags: it is the sweep that is resumed
+            report.write_json(
+                about,
+                {
+                    "settings": dataclasses.asdict(settings),
+                    "config": vars(cfg),
+                    "versions": versions(),
+                },
+            )
         if "after" in summary:
-            results.append((dataclasses.asdict(settings) | (vars(cfg) if cfg else {}) | {"method": method}, summary["after"]))
+            results.append(
+                (
+                    dataclasses.asdict(settings) | (vars(cfg) if cfg else {}) | {"method": method},
+                    summary["after"],
+                )
+            )
     if not results:
         return
     text = report.sweep_table(results, varied or ["method"])
     print(text)
     write_text(os.path.join(out, "sweep.txt"), text + "\n")
-    report.write_json(os.path.join(out, "sweep.json"), [{**{n: s[n] for n in [*varied, "seed"]}, **after} for s, after in results])
+    report.write_json(
+        os.path.join(out, "sweep.json"),
+        [{**{n: s[n] for n in [*varied, "seed"]}, **after} for s, after in results],
+    )
     plotted = report.sweep_plot(os.path.join(out, "sweep.png"), results, varied or ["method"])
-    print(f"written to {out}/: sweep.txt, sweep.json" + (", sweep.png" if plotted else "") + ", a folder a run")
+    print(
+        f"written to {out}/: sweep.txt, sweep.json"
+        + (", sweep.png" if plotted else "")
+        + ", a folder a run"
+    )
 
 
 def commit():
@@ -289,7 +396,10 @@ def commit():
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         name, dirty = (
             subprocess.run([*git, *ask], capture_output=True, text=True, check=True).stdout.strip()
-            for ask in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+            for ask in (
+                ("rev-parse", "--short", "HEAD"),
+                ("status", "--porcelain", "--untracked-files=no"),
+            )
         )
         return name + "+" * bool(dirty)
     return ""
@@ -298,12 +408,22 @@ def commit():
 def run_claims(method, settings, seeds, out, quiet=False):
     """The claims of one method's file, as written to claim.json: a list of dicts, one a claim."""
     module, start = load_method(method), time.time()
-    print(f"{(module.__doc__ or method).strip().splitlines()[0]}\nclaims on seeds {', '.join(map(str, seeds))}", flush=True)
+    print(
+        f"{(module.__doc__ or method).strip().splitlines()[0]}\nclaims on seeds {', '.join(map(str, seeds))}",
+        flush=True,
+    )
     lab = Lab(settings, out, quiet=quiet or not sys.stderr.isatty(), seeds=len(seeds))
     claims = module.claim(lab)
     print("\n" + report.claims_table(claims))
-    command = f"python train.py --method {method} --claim --seeds {len(seeds)}" + (f" --seed {seeds[0]}" if seeds[0] else "")
-    about = {"paper": method, "seconds": round(time.time() - start, 1), "command": command, "commit": commit()}
+    command = f"python train.py --method {method} --claim --seeds {len(seeds)}" + (
+        f" --seed {seeds[0]}" if seeds[0] else ""
+    )
+    about = {
+        "paper": method,
+        "seconds": round(time.time() - start, 1),
+        "command": command,
+        "commit": commit(),
+    }
     lines = [dataclasses.asdict(c) | about for c in claims]
     write_text(os.path.join(out, "claim.md"), report.claims_markdown(lines))
     report.write_json(os.path.join(out, "claim.json"), lines)
@@ -325,21 +445,40 @@ def all_claims(names, settings, seeds, out):
             ran += 1
             os.makedirs(folder, exist_ok=True)
             try:
-                with open(os.path.join(folder, "claim.txt"), "w", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+                with (
+                    open(os.path.join(folder, "claim.txt"), "w", encoding="utf-8") as file,
+                    contextlib.redirect_stdout(file),
+                ):
                     found = run_claims(name, settings, seeds, folder, quiet=True)
             except Exception as error:  # noqa: BLE001 - one paper must not stop the others
                 write_text(os.path.join(folder, "error.txt"), traceback.format_exc())
-                failed, text = f"failed, see {folder}/error.txt: ", f"failed: {type(error).__name__}: {error}"
-                found = [{"paper": name, "text": " ".join(text.split()), "expected": True, "holds": False}]
+                failed, text = (
+                    f"failed, see {folder}/error.txt: ",
+                    f"failed: {type(error).__name__}: {error}",
+                )
+                found = [
+                    {
+                        "paper": name,
+                        "text": " ".join(text.split()),
+                        "expected": True,
+                        "holds": False,
+                    }
+                ]
         lines += found
         left = (time.time() - start) / max(1, ran) * (len(names) - i - 1)
         hopes = [c for c in found if c["expected"]]
         say = f"{failed}{sum(c['holds'] for c in hopes)} of {len(hopes)} expected claims hold"
-        say += f", {len(found) - len(hopes)} more were not expected to" if len(found) > len(hopes) else ""
+        say += (
+            f", {len(found) - len(hopes)} more were not expected to"
+            if len(found) > len(hopes)
+            else ""
+        )
         print(f"[{i + 1}/{len(names)}] {name}: {say}; {report.clock(left)} left", flush=True)
         write_text(os.path.join(out, "claims.md"), report.claims_markdown(lines))
         report.write_json(os.path.join(out, "claims.json"), lines)
-    print(f"{report.clock(time.time() - start)} in all; written to {out}/: claims.json, claims.md, a folder a method")
+    print(
+        f"{report.clock(time.time() - start)} in all; written to {out}/: claims.json, claims.md, a folder a method"
+    )
     return lines
 
 
@@ -349,10 +488,16 @@ def ask(settings, prompt):
     Greedy, unless --temperature asks for samples."""
     lab = Lab(settings)
     if lab.world.kind != "text":
-        raise ValueError(f"--prompt needs a text model; {lab.world.name} is a world of {lab.world.kind}")
+        raise ValueError(
+            f"--prompt needs a text model; {lab.world.name} is a world of {lab.world.kind}"
+        )
     model = lab.base()
     chat = model.tokenizer.chat
-    text = chat([{"role": "user", "content": prompt}], True) if chat not in (None, plain_chat) else prompt
+    text = (
+        chat([{"role": "user", "content": prompt}], True)
+        if chat not in (None, plain_chat)
+        else prompt
+    )
     lab.max_response = settings.max_response or 128
     row = lab.sample(model, [text], 1)[0]
     print(lab.text(row["responses"][0]).strip())
@@ -379,7 +524,14 @@ def print_list():
     rows = []
     for name in methods():
         module = load_method(name)
-        rows.append([name, module.FAMILY, "/".join(module.KINDS), (module.__doc__ or "").strip().splitlines()[0]])
+        rows.append(
+            [
+                name,
+                module.FAMILY,
+                "/".join(module.KINDS),
+                (module.__doc__ or "").strip().splitlines()[0],
+            ]
+        )
     print(report.table(rows, ["method", "family", "worlds of", "paper"]))
     rows = []
     for name in worlds():
@@ -405,7 +557,10 @@ def main(argv):
         except (OSError, ValueError, KeyError, TypeError):
             raise ValueError(f"--resume {out} is no run folder (no readable run.json)") from None
         if old != versions():
-            print(f"this machine differs from the run's ({old} -> {versions()}): the weights may differ in the last bits", file=sys.stderr)
+            print(
+                f"this machine differs from the run's ({old} -> {versions()}): the weights may differ in the last bits",
+                file=sys.stderr,
+            )
         return start(flags, owners, out)
     return start(flags, owners, None)
 
@@ -415,19 +570,52 @@ def start(flags, owners, out):
     runs = combinations(flags, owners)
     method, settings, cfg, _ = runs[0]
     if "prompt" in flags:
-        useful = {"prompt", "init", "world", "data", "temperature", "seed", "max_response", "device", "dtype", "base_seed", "base_steps"}
+        useful = {
+            "prompt",
+            "init",
+            "world",
+            "data",
+            "temperature",
+            "seed",
+            "max_response",
+            "device",
+            "dtype",
+            "base_seed",
+            "base_steps",
+        }
         if set(flags) - useful:
-            raise ValueError(f"--{', --'.join(sorted(set(flags) - useful))} does nothing beside --prompt")
-        return ask(dataclasses.replace(settings, temperature=settings.temperature if "temperature" in flags else 0.0), flags["prompt"])
+            raise ValueError(
+                f"--{', --'.join(sorted(set(flags) - useful))} does nothing beside --prompt"
+            )
+        return ask(
+            dataclasses.replace(
+                settings, temperature=settings.temperature if "temperature" in flags else 0.0
+            ),
+            flags["prompt"],
+        )
     if method is None:
         raise ValueError("--method is needed (see --list)")
     if "show" in flags:
         with contextlib.suppress(Stop):
-            one_run(method, dataclasses.replace(settings, out=None), cfg, None, show=True, quiet=True)
+            one_run(
+                method, dataclasses.replace(settings, out=None), cfg, None, show=True, quiet=True
+            )
         return None
     claim = "claim" in flags
-    if claim and set(flags) - {"method", "claim", "seeds", "seed", "out", "overwrite", "device", "dtype", "compile"}:
-        raise ValueError("--claim sets its own data and hyper-parameters; it takes --seeds, --seed, --out, --device, --dtype, --compile")
+    if claim and set(flags) - {
+        "method",
+        "claim",
+        "seeds",
+        "seed",
+        "out",
+        "overwrite",
+        "device",
+        "dtype",
+        "compile",
+    }:
+        raise ValueError(
+            "--claim sets its own data and hyper-parameters; it takes --seeds, --seed, --out, --device, --dtype, --compile"
+        )
     fitting, place = {}, "claim"
     for name, run_settings, _, _ in runs if not claim else []:
         if name in fitting:
@@ -448,19 +636,39 @@ def start(flags, owners, out):
     method, settings, cfg, _ = runs[0]
     pick_device(settings.device)
     if out is None:
-        out = new_folder(settings, f"{method if len({r[0] for r in runs}) == 1 else 'sweep'}-{place}")
-        local = {name: os.path.abspath(flags[name]) for name in ("data", "init") if os.path.exists(flags.get(name, ""))}
+        out = new_folder(
+            settings, f"{method if len({r[0] for r in runs}) == 1 else 'sweep'}-{place}"
+        )
+        local = {
+            name: os.path.abspath(flags[name])
+            for name in ("data", "init")
+            if os.path.exists(flags.get(name, ""))
+        }
         flags = flags | local  # --resume may be called from another folder
     report.write_json(
         os.path.join(out, "run.json"),
-        {"flags": flags, "settings": dataclasses.asdict(settings), "config": vars(cfg), "versions": versions()},
+        {
+            "flags": flags,
+            "settings": dataclasses.asdict(settings),
+            "config": vars(cfg),
+            "versions": versions(),
+        },
     )
     try:
         if claim:
             names = list(dict.fromkeys(r[0] for r in runs))
             seeds = sorted({r[1].seed for r in runs})
-            plain = Settings(seed=seeds[0], device=settings.device, dtype=settings.dtype, compile=settings.compile)
-            lines = run_claims(method, plain, seeds, out) if len(names) == 1 else all_claims(names, plain, seeds, out)
+            plain = Settings(
+                seed=seeds[0],
+                device=settings.device,
+                dtype=settings.dtype,
+                compile=settings.compile,
+            )
+            lines = (
+                run_claims(method, plain, seeds, out)
+                if len(names) == 1
+                else all_claims(names, plain, seeds, out)
+            )
             return 0 if all(c["holds"] for c in lines if c["expected"]) else 1
         if len(runs) > 1:
             return many_runs(runs, out)
@@ -469,7 +677,9 @@ def start(flags, owners, out):
         hint = f"{error.strerror}; the last checkpoint is kept, go on with: python train.py --resume {out}"
         raise OSError(error.errno, hint, error.filename) from None
     except ValueError:
-        if os.listdir(out) == ["run.json"]:  # refused before anything was made: the next try may have the same --out
+        if os.listdir(out) == [
+            "run.json"
+        ]:  # refused before anything was made: the next try may have the same --out
             shutil.rmtree(out)
             if os.path.exists(replaced(out)):
                 os.replace(replaced(out), out)

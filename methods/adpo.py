@@ -44,13 +44,26 @@ class Config:
     decay: float | None = None  # of the moving average; default: 0.99
 
     def __post_init__(self):
-        for name, allowed in (("target", TARGETS), ("reduce", ("sum", "mean")), ("anchor", ("fixed", "round", "ema", "uniform"))):
+        for name, allowed in (
+            ("target", TARGETS),
+            ("reduce", ("sum", "mean")),
+            ("anchor", ("fixed", "round", "ema", "uniform")),
+        ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} = {getattr(self, name)} must be one of {', '.join(allowed)}")
-        used = dict(beta_r=(self.target in ("raw", "zscore", "kde"), 0.5), smoothing=(self.target == "hard", 0.0))
-        for name, (fits, default) in (used | dict(rounds=(self.anchor == "round", 4), decay=(self.anchor == "ema", 0.99))).items():
+                raise ValueError(
+                    f"{name} = {getattr(self, name)} must be one of {', '.join(allowed)}"
+                )
+        used = dict(
+            beta_r=(self.target in ("raw", "zscore", "kde"), 0.5),
+            smoothing=(self.target == "hard", 0.0),
+        )
+        for name, (fits, default) in (
+            used | dict(rounds=(self.anchor == "round", 4), decay=(self.anchor == "ema", 0.99))
+        ).items():
             if getattr(self, name) is not None and not fits:
-                raise ValueError(f"{name} = {getattr(self, name)} does nothing with target {self.target} and anchor {self.anchor}")
+                raise ValueError(
+                    f"{name} = {getattr(self, name)} does nothing with target {self.target} and anchor {self.anchor}"
+                )
             if getattr(self, name) is None and fits:
                 setattr(self, name, default)
         for name in ("tau", "beta_r"):
@@ -72,10 +85,20 @@ def deviation(scores, present):
 
 def kernel_ranks(scores, present):
     """Logits (B, K) of smoothed ranks: the mean over the list of Phi((R_i - R_j) / b), with Silverman's bandwidth b."""
-    n, quarters = present.sum(1, keepdim=True), torch.tensor([0.25, 0.75], dtype=scores.dtype, device=scores.device)
+    n, quarters = (
+        present.sum(1, keepdim=True),
+        torch.tensor([0.25, 0.75], dtype=scores.dtype, device=scores.device),
+    )
     low, high = scores.masked_fill(~present, torch.nan).nanquantile(quarters, dim=1)[..., None]
-    b = (0.9 * torch.minimum(deviation(scores, present), (high - low) / 1.34) * n.to(scores.dtype) ** -0.2).clamp(min=1e-3)
-    below = torch.special.ndtr((scores[:, :, None] - scores[:, None, :]) / b[..., None]) * present[:, None, :]
+    b = (
+        0.9
+        * torch.minimum(deviation(scores, present), (high - low) / 1.34)
+        * n.to(scores.dtype) ** -0.2
+    ).clamp(min=1e-3)
+    below = (
+        torch.special.ndtr((scores[:, :, None] - scores[:, None, :]) / b[..., None])
+        * present[:, None, :]
+    )
     return torch.logit(below.sum(2) / n)
 
 
@@ -85,11 +108,20 @@ def targets(batch, present, cfg):
         return batch.q
     scores = batch.scores.to(torch.promote_types(batch.scores.dtype, torch.float32))
     if cfg.target == "hard":
-        best = scores == scores.masked_fill(~present, -torch.inf).amax(1, keepdim=True)  # equal ones share
-        best, others = (x / x.sum(1, keepdim=True).clamp(min=1) for x in ((m & present).to(scores.dtype) for m in (best, ~best)))
-        return torch.where(others.any(1, keepdim=True), best + cfg.smoothing * (others - best), best)
+        best = scores == scores.masked_fill(~present, -torch.inf).amax(
+            1, keepdim=True
+        )  # equal ones share
+        best, others = (
+            x / x.sum(1, keepdim=True).clamp(min=1)
+            for x in ((m & present).to(scores.dtype) for m in (best, ~best))
+        )
+        return torch.where(
+            others.any(1, keepdim=True), best + cfg.smoothing * (others - best), best
+        )
     if cfg.target == "zscore":
-        scores = scores / (deviation(scores, present) + 1e-8)  # less the mean, which softmax does not see
+        scores = scores / (
+            deviation(scores, present) + 1e-8
+        )  # less the mean, which softmax does not see
     elif cfg.target == "kde":
         scores = kernel_ranks(scores, present)
     return (scores / cfg.beta_r).masked_fill(~present, -torch.inf).softmax(1)
@@ -103,9 +135,17 @@ def check_scored(logps, batch, cfg):
         return
     present = batch.mask.any(-1)
     if not present.any(1).all() or not batch.scores.isfinite().all():
-        raise ValueError("a list has no response with a scored token, or a score that is not finite")
-    if cfg.target == "given" and ((batch.q * ~present).any() or (batch.q < 0).any() or ((batch.q.sum(1) - 1).abs() > 1e-4).any()):
-        raise ValueError("the targets q of a list must be 0 or more, 0 where a response is absent, and sum to 1")
+        raise ValueError(
+            "a list has no response with a scored token, or a score that is not finite"
+        )
+    if cfg.target == "given" and (
+        (batch.q * ~present).any()
+        or (batch.q < 0).any()
+        or ((batch.q.sum(1) - 1).abs() > 1e-4).any()
+    ):
+        raise ValueError(
+            "the targets q of a list must be 0 or more, 0 where a response is absent, and sum to 1"
+        )
 
 
 def loss(logps, ref_logps, batch, cfg):
@@ -118,8 +158,12 @@ def loss(logps, ref_logps, batch, cfg):
     present = batch.mask.any(-1)  # (B, K)
     count = batch.mask.sum(-1).clamp(min=1) if cfg.reduce == "mean" else 1
     u = (ratio.sum(-1) / count / cfg.tau).masked_fill(~present, -torch.inf)
-    if cfg.target == "order":  # Plackett-Luce: each against itself and all that are not better, so that equal ones meet
-        rest = (batch.scores[:, None, :] <= batch.scores[:, :, None]) & present[:, None, :]  # (B, K, K)
+    if (
+        cfg.target == "order"
+    ):  # Plackett-Luce: each against itself and all that are not better, so that equal ones meet
+        rest = (batch.scores[:, None, :] <= batch.scores[:, :, None]) & present[
+            :, None, :
+        ]  # (B, K, K)
         rival = present & (rest.sum(2) > 1)  # the last one has none
         rest = torch.where(rest, u[:, None, :], -torch.inf).logsumexp(2)
         return torch.where(rival, rest - u, 0.0).sum(1) / rival.sum(1).clamp(min=1), {}
@@ -138,7 +182,9 @@ class Averaging(torch.optim.AdamW):
 
     def step(self, closure=None):
         every = [p for group in self.param_groups for p in group["params"]]
-        kept = [self.state[p].pop("average", p.detach().clone()) for p in every]  # AdamW begins where a state is empty
+        kept = [
+            self.state[p].pop("average", p.detach().clone()) for p in every
+        ]  # AdamW begins where a state is empty
         super().step(closure)
         for p, average in zip(every, kept):
             self.state[p]["average"] = average.lerp_(p.detach(), 1 - self.average_decay)
@@ -153,7 +199,9 @@ def follow(lab, policy, decay):
         return made[0]
 
     def reference(policy, step):
-        for p, (_, a) in zip([p for p in policy.parameters() if p.requires_grad], anchor.named_parameters()):
+        for p, (_, a) in zip(
+            [p for p in policy.parameters() if p.requires_grad], anchor.named_parameters()
+        ):
             if "average" in made[0].state[p]:
                 a.copy_(made[0].state[p]["average"])
         return anchor
@@ -162,27 +210,43 @@ def follow(lab, policy, decay):
 
 
 def run(lab, cfg):
-    given, rounds = getattr(lab.world, "train", None) if lab.settings.data else None, cfg.rounds or 1  # rows of a file
+    given, rounds = (
+        getattr(lab.world, "train", None) if lab.settings.data else None,
+        cfg.rounds or 1,
+    )  # rows of a file
     if cfg.target == "given" and not (given and "q" in given[0]):
-        raise ValueError("target = given needs --data whose rows have the column q, a number for each response")
+        raise ValueError(
+            "target = given needs --data whose rows have the column q, a number for each response"
+        )
     if cfg.reduce == "mean" and lab.world.kind == "images":
         raise ValueError("reduce = mean does nothing for images, which have one number each")
-    n, every = (min(lab.prompts, len(given)) if given else lab.prompts) // rounds, -(-lab.steps // rounds) or 1
+    n, every = (
+        (min(lab.prompts, len(given)) if given else lab.prompts) // rounds,
+        -(-lab.steps // rounds) or 1,
+    )
     if not n or lab.steps and -(-lab.steps // every) < rounds:
-        raise ValueError(f"rounds = {rounds} do not fit into {lab.steps} steps or the prompts there are: {n} for each")
+        raise ValueError(
+            f"rounds = {rounds} do not fit into {lab.steps} steps or the prompts there are: {n} for each"
+        )
     policy = lab.base()
 
     def draw(policy, round=0):
         if hasattr(lab.world, "lists"):  # given, not sampled
             return lab.rows(lab.world.lists(n, lab.rng("lists"), lab.settings.k))
-        return lab.preferences(policy)[round * n : (round + 1) * n] if given else lab.preferences(policy, n=n)  # its part of a file
+        return (
+            lab.preferences(policy)[round * n : (round + 1) * n]
+            if given
+            else lab.preferences(policy, n=n)
+        )  # its part of a file
 
     if cfg.anchor == "round":  # Algorithm 1: what samples a list is its anchor
         return lab.align(policy, draw, loss, cfg, reference="round", every=every)
     if cfg.anchor == "ema":
         reference, optimizer = follow(lab, policy, cfg.decay)
         return lab.align(policy, draw(policy), loss, cfg, reference=reference, optimizer=optimizer)
-    return lab.align(policy, draw(policy), loss, cfg, reference=None if cfg.anchor == "uniform" else "start")
+    return lab.align(
+        policy, draw(policy), loss, cfg, reference=None if cfg.anchor == "uniform" else "start"
+    )
 
 
 # ---------------------------------------------------------------- the claim
@@ -195,7 +259,14 @@ def fixed_point(lab, rounds, tau=0.8):
     policy = bandit.World(4, 1, reference=start).model()
     for _ in range(rounds):
         anchor = policy.logps(batch).detach()
-        lab.fit(policy, [batch], lambda m, b, anchor=anchor: loss(m.logps(b), anchor, b, Config(tau)), steps=1000, lr=0.05, decay=True)
+        lab.fit(
+            policy,
+            [batch],
+            lambda m, b, anchor=anchor: loss(m.logps(b), anchor, b, Config(tau)),
+            steps=1000,
+            lr=0.05,
+            decay=True,
+        )
     return policy.probs()[0].tolist()
 
 
@@ -205,7 +276,9 @@ def noisy_bandit(lab, seed, noise):
     world = torch.randn(8, 8, generator=rng)
     x, new = torch.randn(600, 8, generator=rng), torch.randn(1000, 8, generator=rng)
     truth, (normal, other) = 2 * torch.tanh(x @ world), torch.randn(2, 600, 8, generator=rng)
-    scores = truth + (1.5 * normal if noise == "gaussian" else 0.7 * normal / other)  # the ratio of two normals is Cauchy
+    scores = truth + (
+        1.5 * normal if noise == "gaussian" else 0.7 * normal / other
+    )  # the ratio of two normals is Cauchy
     start = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 8))
     for p in start.parameters():
         nn.init.normal_(p, 0.0, p.shape[-1] ** -0.5 if p.dim() == 2 else 0.0, generator=rng)
@@ -215,21 +288,43 @@ def noisy_bandit(lab, seed, noise):
             draw = torch.Generator().manual_seed(seed * 1000 + step)
             some = torch.randint(600, (128,), generator=draw)
             members = torch.rand(128, 8, generator=draw).argsort(1).argsort(1) < count
-            return SimpleNamespace(x=x[some], scores=scores[some] * members, mask=members[..., None])
+            return SimpleNamespace(
+                x=x[some], scores=scores[some] * members, mask=members[..., None]
+            )
 
         def objective(model, b):
-            logps, ref_logps = (m and m(b.x).log_softmax(1)[..., None] * b.mask for m in (model, anchor))
+            logps, ref_logps = (
+                m and m(b.x).log_softmax(1)[..., None] * b.mask for m in (model, anchor)
+            )
             return loss(logps, ref_logps, b, cfg)
 
         return lab.fit(model, batches, objective, steps=steps, lr=5e-3)
 
-    models = {"reference": train(start, None, truth, Config(target="raw"), 8, 30).requires_grad_(False)}
-    for name in ("hard 2 fixed", "hard 2 uniform", "hard 8 fixed", "raw 8 fixed", "kde 8 fixed", "kde 8 uniform"):
+    models = {
+        "reference": train(start, None, truth, Config(target="raw"), 8, 30).requires_grad_(False)
+    }
+    for name in (
+        "hard 2 fixed",
+        "hard 2 uniform",
+        "hard 8 fixed",
+        "raw 8 fixed",
+        "kde 8 fixed",
+        "kde 8 uniform",
+    ):
         target, count, anchor = name.split()  # count: random members of each list
         model = copy.deepcopy(start).requires_grad_(True)
-        models[name] = train(model, start if anchor == "fixed" else None, scores, Config(target=target), int(count), 400)
+        models[name] = train(
+            model,
+            start if anchor == "fixed" else None,
+            scores,
+            Config(target=target),
+            int(count),
+            400,
+        )
     best = (new @ world).argmax(1, keepdim=True)
-    return {name: model(new).softmax(1).gather(1, best).mean().item() for name, model in models.items()}
+    return {
+        name: model(new).softmax(1).gather(1, best).mean().item() for name, model in models.items()
+    }
 
 
 def claim(lab):
@@ -240,21 +335,59 @@ def claim(lab):
     seeds 100 to 102, Gaussian noise: pairs 0.552, 0.543, 0.546, the list with a hard target 0.479, 0.526, 0.536; Cauchy: 0.499, 0.505,
     0.513 and 0.457, 0.493, 0.462, raw 0.448, 0.489, 0.456, kde 0.454, 0.486, 0.456. On reviews, seed 101: 0.187 anchored, -0.148 not."""
     claims = []
-    for rounds, values in ((1, (0.8749, 0.0559, 0.0142, 0.0549)), (3, (0.99610, 0.00058, 0.0000078, 0.00331))):
+    for rounds, values in (
+        (1, (0.8749, 0.0559, 0.0142, 0.0549)),
+        (3, (0.99610, 0.00058, 0.0000078, 0.00331)),
+    ):
         found = lab.stage(f"anchors {rounds}", lambda rounds=rounds: fixed_point(lab, rounds))
-        claims += [lab.exact(f"{rounds} rounds of anchors: share of response {i}", found[i], values[i], 1e-4) for i in (0, 3)]
+        claims += [
+            lab.exact(
+                f"{rounds} rounds of anchors: share of response {i}", found[i], values[i], 1e-4
+            )
+            for i in (0, 3)
+        ]
     for noise in ("gaussian", "cauchy"):
-        found = [lab.stage(f"bandit {noise}", lambda s=seed, n=noise: noisy_bandit(lab, s, n)) for seed in lab.seeds]
+        found = [
+            lab.stage(f"bandit {noise}", lambda s=seed, n=noise: noisy_bandit(lab, s, n))
+            for seed in lab.seeds
+        ]
         side = {name: [f[name] for f in found] for name in found[0]}
-        pairs = (("hard 2 fixed", "hard 2 uniform"), ("kde 8 fixed", "kde 8 uniform"), ("hard 2 fixed", "reference"))
-        for name, other in (*pairs, ("hard 8 fixed", "hard 2 fixed"), ("kde 8 fixed", "raw 8 fixed")):
+        pairs = (
+            ("hard 2 fixed", "hard 2 uniform"),
+            ("kde 8 fixed", "kde 8 uniform"),
+            ("hard 2 fixed", "reference"),
+        )
+        for name, other in (
+            *pairs,
+            ("hard 8 fixed", "hard 2 fixed"),
+            ("kde 8 fixed", "raw 8 fixed"),
+        ):
             how = dict(margin=0.05) if (name, other) in pairs else dict(expected=False)
-            claims.append(lab.compare(f"{noise} noise: {name} above {other}", "share of the best", side[name], side[other], **how))
+            claims.append(
+                lab.compare(
+                    f"{noise} noise: {name} above {other}",
+                    "share of the best",
+                    side[name],
+                    side[other],
+                    **how,
+                )
+            )
     ends = {"fixed": [], "uniform": []}
     for seed in lab.seeds:
         here = lab.at(seed=seed, flip=0.3, k=4, steps=100, batch_size=32, eval_size=512)
         data = here.preferences(here.base(), k=4)
         for anchor, side in ends.items():
-            here.align(here.base(), data, loss, Config(anchor=anchor), reference="start" if anchor == "fixed" else None)
+            here.align(
+                here.base(),
+                data,
+                loss,
+                Config(anchor=anchor),
+                reference="start" if anchor == "fixed" else None,
+            )
             side.append(here.curve[-1])
-    return [*claims, lab.compare("reviews, 30 % flips: anchored above unanchored", "reward", *ends.values(), margin=0.1)]
+    return [
+        *claims,
+        lab.compare(
+            "reviews, 30 % flips: anchored above unanchored", "reward", *ends.values(), margin=0.1
+        ),
+    ]

@@ -38,7 +38,9 @@ LARGEST = -1e-6  # s of a response that is to become less likely, at most
 class Config:
     weight: float = 1.0  # of the alignment terms (lambda); 0.1 to 1 in arXiv:2502.01237, with 1 the best of one stage
     beta: float = 1.0  # temperature of the log-odds; 1 is ASFT, arXiv:2502.01237 has 0.001 to 0.3
-    supervised: bool = True  # false: without the term -s(y_w), for a model that had its supervised stage
+    supervised: bool = (
+        True  # false: without the term -s(y_w), for a model that had its supervised stage
+    )
 
     def __post_init__(self):
         if not 0 <= self.weight < float("inf"):
@@ -46,13 +48,17 @@ class Config:
         if not 0 < self.beta < float("inf"):
             raise ValueError(f"beta = {self.beta} must be positive and finite")
         if self.weight == 0 and (self.beta != 1 or not self.supervised):
-            raise ValueError("weight = 0 leaves supervised fine-tuning alone: beta must be 1 and supervised true")
+            raise ValueError(
+                "weight = 0 leaves supervised fine-tuning alone: beta must be 1 and supervised true"
+            )
 
 
 def check_pairs(logps, batch):
     """ValueError unless every row is a pair of responses with something to score."""
     if logps.dim() != 3 or logps.shape[1] != 2:
-        raise ValueError(f"log-probs of shape {tuple(logps.shape)}: pairs are (B, 2, T), the preferred response first")
+        raise ValueError(
+            f"log-probs of shape {tuple(logps.shape)}: pairs are (B, 2, T), the preferred response first"
+        )
     # on CUDA the question would make the device wait; there the data were looked at when they were read
     if logps.device.type == "cpu" and not batch.mask.any(-1).all():
         raise ValueError("a response has no scored token")
@@ -70,7 +76,9 @@ def loss(logps, ref_logps, batch, cfg):
     row is no pair, a response has no scored token, or a log-prob is positive."""
     check_pairs(logps, batch)
     if logps.device.type == "cpu" and (logps > 0).any():
-        raise ValueError(f"a log-prob of {logps.max():g} is positive: the likelihood of ASFT must be a probability")
+        raise ValueError(
+            f"a log-prob of {logps.max():g} is positive: the likelihood of ASFT must be a probability"
+        )
     logps = logps.to(torch.promote_types(logps.dtype, torch.float32))
     s = logps.sum(-1) / batch.mask.sum(-1)  # (B, 2): MEAN over a response's tokens
     chosen, rejected = s.unbind(1)
@@ -82,7 +90,10 @@ def loss(logps, ref_logps, batch, cfg):
         align = -F.logsigmoid(cfg.beta * odds[:, 0]) - F.logsigmoid(-cfg.beta * odds[:, 1])
     losses = cfg.weight * align - chosen if cfg.supervised else cfg.weight * align
     p = held[:, 1].detach().exp()
-    return losses, {"rejected_odds": (p / (1 - p)).mean(), "clamped": (rejected > LARGEST).to(p.dtype).mean()}
+    return losses, {
+        "rejected_odds": (p / (1 - p)).mean(),
+        "clamped": (rejected > LARGEST).to(p.dtype).mean(),
+    }
 
 
 def run(lab, cfg):
@@ -104,7 +115,9 @@ def pulls(objective, cfg, chosen, rejected):
     """|dL/dp_w| / |dL/dp_l| of one pair of one-token responses with these probabilities, the reference being uniform."""
     p = torch.tensor([chosen, rejected], dtype=torch.float64, requires_grad=True)
     batch = SimpleNamespace(mask=torch.ones(1, 2, 1, dtype=torch.bool))
-    value = objective(p.log().view(1, 2, 1), torch.zeros(1, 2, 1, dtype=torch.float64), batch, cfg)[0].sum()
+    value = objective(p.log().view(1, 2, 1), torch.zeros(1, 2, 1, dtype=torch.float64), batch, cfg)[
+        0
+    ].sum()
     chosen, rejected = torch.autograd.grad(value, p)[0].abs().tolist()
     return chosen / rejected
 
@@ -112,12 +125,16 @@ def pulls(objective, cfg, chosen, rejected):
 def shared(objective, cfg, features, steps, lr=0.05, scale=1.0):
     """Softmax policies with logits features (N, Y, D) @ theta (N, D), response 0 preferred to response 1, after some steps of gradient
     descent from 0 -> log-probs (N, Y), theta."""
-    theta = torch.zeros(features.shape[0], features.shape[2], dtype=torch.float64, requires_grad=True)
+    theta = torch.zeros(
+        features.shape[0], features.shape[2], dtype=torch.float64, requires_grad=True
+    )
     batch = SimpleNamespace(mask=torch.ones(len(theta), 2, 1, dtype=torch.bool))
     start = torch.full((len(theta), 2, 1), -math.log(features.shape[1]), dtype=torch.float64)
     for _ in range(steps):
         logps = (features @ theta[..., None])[..., 0].log_softmax(1)
-        (gradient,) = torch.autograd.grad(objective(logps[:, :2, None], start, batch, cfg)[0].sum(), theta)
+        (gradient,) = torch.autograd.grad(
+            objective(logps[:, :2, None], start, batch, cfg)[0].sum(), theta
+        )
         theta.data -= lr * scale * gradient
     return (features @ theta.detach()[..., None])[..., 0].log_softmax(1), theta.detach()
 
@@ -127,8 +144,14 @@ def displacement(count=20):
     {name: (change of the preferred log-prob, growth of the gap to the rejected one), a number a draw each}."""
     rng = torch.Generator().manual_seed(0)
     features = torch.randn(count, 20, 6, generator=rng, dtype=torch.float64)
-    features[:, 1] = 1.3 * features[:, 0] + 0.2 * torch.randn(count, 6, generator=rng, dtype=torch.float64)
-    contest = dict(asft=(loss, Config(), 1.0), sft=(loss, Config(weight=0.0), 1.0), dpo=(dpo_of_pairs, SimpleNamespace(beta=0.1), 10.0))
+    features[:, 1] = 1.3 * features[:, 0] + 0.2 * torch.randn(
+        count, 6, generator=rng, dtype=torch.float64
+    )
+    contest = dict(
+        asft=(loss, Config(), 1.0),
+        sft=(loss, Config(weight=0.0), 1.0),
+        dpo=(dpo_of_pairs, SimpleNamespace(beta=0.1), 10.0),
+    )
     out = {}
     for name, (objective, cfg, scale) in contest.items():
         logps, _ = shared(objective, cfg, features, 400, scale=scale)
@@ -140,7 +163,9 @@ def population(world, pairs, cfg, loss=loss):
     """The Table that minimises the mean of weight * loss over weighted pairs (`bandit.World.pairs_all`), by quasi-Newton steps."""
     policy, batch = world.model().double(), collate(pairs)
     ref_logps, weight = policy.logps(batch).detach(), batch.weight.double()
-    how = dict(max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe")
+    how = dict(
+        max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe"
+    )
     optimizer = torch.optim.LBFGS(policy.parameters(), **how)
 
     def closure():
@@ -176,8 +201,17 @@ def aligned(here, stage, contest):
         ref_logps = start.logps(batch)
     found = {"start": here.evaluate(start)}
     for name, (objective, cfg, reference) in contest.items():
-        policy = here.align(here.base(stage), data, objective, cfg, reference=reference, watch=lambda policy, step: {})
-        found[name] = here.evaluate(policy) | {"sides": sides(policy, objective, cfg, ref_logps, batch)}
+        policy = here.align(
+            here.base(stage),
+            data,
+            objective,
+            cfg,
+            reference=reference,
+            watch=lambda policy, step: {},
+        )
+        found[name] = here.evaluate(policy) | {
+            "sides": sides(policy, objective, cfg, ref_logps, batch)
+        }
         found["start"][name] = sides(start, objective, cfg, ref_logps, batch)
     return found
 
@@ -195,7 +229,12 @@ def claim(lab):
     asft, tuned = (loss, Config(), None), (loss, Config(weight=0.0), None)
     dpo = (dpo_of_pairs, SimpleNamespace(beta=0.1), "start")
     claims = [
-        lab.exact("pull on p_w = 0.3 by that on p_l = 0.1, alignment alone", pulls(loss, Config(supervised=False), 0.3, 0.1), 3.0, 1e-6),
+        lab.exact(
+            "pull on p_w = 0.3 by that on p_l = 0.1, alignment alone",
+            pulls(loss, Config(supervised=False), 0.3, 0.1),
+            3.0,
+            1e-6,
+        ),
         lab.exact("the same of DPO", pulls(*dpo[:2], 0.3, 0.1), 1 / 3, 1e-6),
     ]
     one = torch.tensor([[[1.0], [2.0], [0.0]]], dtype=torch.float64)
@@ -203,32 +242,110 @@ def claim(lab):
     claims.append(lab.exact("features 1, 2, 0: the optimum", theta.item(), -0.28999, 1e-5))
     claims.append(lab.exact("its preferred probability", logps[0, 0].exp().item(), 0.32418, 1e-5))
     logps, _ = shared(*dpo[:2], one, 2000, scale=10.0)
-    claims.append(lab.exact("that of DPO after 2,000 steps, which has no optimum", logps[0, 0].exp().item(), 0.0, 1e-6))
+    claims.append(
+        lab.exact(
+            "that of DPO after 2,000 steps, which has no optimum",
+            logps[0, 0].exp().item(),
+            0.0,
+            1e-6,
+        )
+    )
     for weight, best in ((0.0, 0.53729), (0.1, 0.54287), (1.0, 0.56479), (10.0, 0.58237)):
         table = population(three(), three().pairs_all(), Config(weight=weight))
         text = f"three responses, weight {weight}: probability of the best (0.66524 is DPO's at beta 1)"
         claims.append(lab.exact(text, table.probs()[0, 0].item(), best, 1e-4))
     draws = displacement()
-    claims.append(lab.compare("the preferred log-prob rises, 20 random features", "change", draws["asft"][0], [0.0] * 20, margin=1.0))
-    claims.append(lab.compare("DPO's falls", "change", draws["dpo"][0], [0.0] * 20, margin=10.0, smaller=True))
-    claims.append(lab.compare("the price: a smaller gap than DPO's", "gap", draws["asft"][1], draws["dpo"][1], margin=1.0, smaller=True))
+    claims.append(
+        lab.compare(
+            "the preferred log-prob rises, 20 random features",
+            "change",
+            draws["asft"][0],
+            [0.0] * 20,
+            margin=1.0,
+        )
+    )
+    claims.append(
+        lab.compare("DPO's falls", "change", draws["dpo"][0], [0.0] * 20, margin=10.0, smaller=True)
+    )
+    claims.append(
+        lab.compare(
+            "the price: a smaller gap than DPO's",
+            "gap",
+            draws["asft"][1],
+            draws["dpo"][1],
+            margin=1.0,
+            smaller=True,
+        )
+    )
     tuned_before, raw = [], []
     for seed in lab.seeds:
         tuned_before.append(aligned(lab.at(seed=seed, steps=100), "sft", dict(asft=asft, dpo=dpo)))
-        raw.append(aligned(lab.at(seed=seed, steps=120, lr=3e-3), "raw", dict(asft=asft, sft=tuned, dpo=dpo)))
+        raw.append(
+            aligned(
+                lab.at(seed=seed, steps=120, lr=3e-3), "raw", dict(asft=asft, sft=tuned, dpo=dpo)
+            )
+        )
 
     def contrast(text, found, metric, ours, baseline, **how):
-        return lab.compare(text, metric, [here[ours] for here in found], [here[baseline] for here in found], **how)
+        return lab.compare(
+            text, metric, [here[ours] for here in found], [here[baseline] for here in found], **how
+        )
 
     text = "reviews: less pull on the rejected side than DPO, as a share of the preferred one's"
     return [
         *claims,
         contrast(text, tuned_before, "sides", "asft", "dpo", margin=0.5, smaller=True),
-        contrast("reviews: the preferred log-prob above DPO's", tuned_before, "chosen_logp", "asft", "dpo", margin=0.5),
-        contrast("reviews: and above the model before", tuned_before, "chosen_logp", "asft", "start", expected=False),
-        contrast("reviews: less reward than DPO", tuned_before, "reward", "asft", "dpo", margin=0.1, smaller=True),
-        contrast("from random weights: the preferred log-prob rises", raw, "chosen_logp", "asft", "start", margin=20.0),
-        contrast("and ends above DPO's, whose reference has random weights", raw, "chosen_logp", "asft", "dpo", margin=20.0),
-        contrast("from random weights: true reward above DPO's", raw, "reward", "asft", "dpo", margin=5.0),
-        contrast("and above supervised fine-tuning's", raw, "reward", "asft", "sft", margin=0.05, expected=False),
+        contrast(
+            "reviews: the preferred log-prob above DPO's",
+            tuned_before,
+            "chosen_logp",
+            "asft",
+            "dpo",
+            margin=0.5,
+        ),
+        contrast(
+            "reviews: and above the model before",
+            tuned_before,
+            "chosen_logp",
+            "asft",
+            "start",
+            expected=False,
+        ),
+        contrast(
+            "reviews: less reward than DPO",
+            tuned_before,
+            "reward",
+            "asft",
+            "dpo",
+            margin=0.1,
+            smaller=True,
+        ),
+        contrast(
+            "from random weights: the preferred log-prob rises",
+            raw,
+            "chosen_logp",
+            "asft",
+            "start",
+            margin=20.0,
+        ),
+        contrast(
+            "and ends above DPO's, whose reference has random weights",
+            raw,
+            "chosen_logp",
+            "asft",
+            "dpo",
+            margin=20.0,
+        ),
+        contrast(
+            "from random weights: true reward above DPO's", raw, "reward", "asft", "dpo", margin=5.0
+        ),
+        contrast(
+            "and above supervised fine-tuning's",
+            raw,
+            "reward",
+            "asft",
+            "sft",
+            margin=0.05,
+            expected=False,
+        ),
     ]

@@ -35,7 +35,9 @@ class Config:
     alpha: float = 1.0  # scale of all betas (db_alpha of the code)
     reach: float = 1.0  # how much larger the beta of the easiest pair is
     gap: str = "normalised"  # normalised gaps of the estimators; absolute or signed: differences of normalised scores (the code: absolute)
-    contrastive: float | None = None  # the contrastive estimator's vote a_c; default: as often as it is right, against the other
+    contrastive: float | None = (
+        None  # the contrastive estimator's vote a_c; default: as often as it is right, against the other
+    )
     matched: bool = False  # divide alpha by the mean of 1 + reach g over the pairs, so that the mean beta is that of DPO
 
     def __post_init__(self):
@@ -45,7 +47,9 @@ class Config:
         if self.gap not in ("normalised", "absolute", "signed"):
             raise ValueError(f"gap = {self.gap} must be one of normalised, absolute, signed")
         if self.gap == "signed" and self.reach > 1:
-            raise ValueError(f"reach = {self.reach} must be at most 1 where the gap is signed: a beta would be negative")
+            raise ValueError(
+                f"reach = {self.reach} must be at most 1 where the gap is signed: a beta would be negative"
+            )
         if self.contrastive is not None and not 0 <= self.contrastive <= 1:
             raise ValueError(f"contrastive = {self.contrastive} must be between 0 and 1")
 
@@ -53,7 +57,9 @@ class Config:
 def check_pairs(logps, batch):
     """ValueError unless every row is a pair of responses with something to score."""
     if logps.dim() != 3 or logps.shape[1] != 2:
-        raise ValueError(f"log-probs of shape {tuple(logps.shape)}: pairs are (B, 2, T), the preferred response first")
+        raise ValueError(
+            f"log-probs of shape {tuple(logps.shape)}: pairs are (B, 2, T), the preferred response first"
+        )
     # on CUDA the question would make the device wait; there the data were looked at when they were read
     if logps.device.type == "cpu" and not batch.mask.any(-1).all():
         raise ValueError("a response has no scored token")
@@ -74,8 +80,12 @@ def loss(logps, ref_logps, batch, cfg):
     logps, ref_logps (B, 2, T), 0 outside batch.mask (B, 2, T) -> losses (B,) in nats, metrics. ValueError when a row is no pair, a response
     has no scored token, or a score is out of [0, 1]."""
     check_pairs(logps, batch)
-    logps, ref_logps = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logps, ref_logps))
-    chosen, rejected = (logps - ref_logps).sum(-1).unbind(1)  # log-ratios (B,): SUM over a response's tokens, not mean
+    logps, ref_logps = (
+        x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logps, ref_logps)
+    )
+    chosen, rejected = (
+        (logps - ref_logps).sum(-1).unbind(1)
+    )  # log-ratios (B,): SUM over a response's tokens, not mean
     delta = chosen - rejected
     beta = pair_beta(batch, cfg).to(delta.dtype)
     z = beta * delta  # the margin of the implicit reward, with the pair's own beta
@@ -102,7 +112,13 @@ def vote(contrastive, generative, cfg):
         if not scores.isfinite().all():
             raise ValueError(f"the {name} estimator has no finite score for some response")
     right = [share_right(scores) for scores in (contrastive, generative)]
-    share = cfg.contrastive if cfg.contrastive is not None else right[0] / sum(right) if sum(right) else 0.5
+    share = (
+        cfg.contrastive
+        if cfg.contrastive is not None
+        else right[0] / sum(right)
+        if sum(right)
+        else 0.5
+    )
     both = [normalised(x) for x in (contrastive, generative)]
     if cfg.gap == "normalised":  # the gap itself, against 0
         both = [F.pad(normalised(x[:, :1] - x[:, 1:]), (0, 1)) for x in (contrastive, generative)]
@@ -113,14 +129,23 @@ def estimates(lab, model, rows):
     """(contrastive, generative) scores (N, 2) of all responses of N pairs by frozen estimators."""
 
     def total(rows):
-        return torch.tensor([[sum(tokens) for tokens in row] for row in lab.logps(model, rows)], dtype=torch.float64)
+        return torch.tensor(
+            [[sum(tokens) for tokens in row] for row in lab.logps(model, rows)], dtype=torch.float64
+        )
 
     generative = total(rows)
     if hasattr(lab.world, "similarity"):
-        flat = [(lab.text(row["prompt"]), lab.text(response)) for row in rows for response in row["responses"]]
+        flat = [
+            (lab.text(row["prompt"]), lab.text(response))
+            for row in rows
+            for response in row["responses"]
+        ]
         return lab.world.similarity(*zip(*flat)).view(-1, 2), generative
     keep = ("responses", "ends", "context")
-    others = [{name: row[name] for name in keep if name in row} | {"prompt": rows[i - 1]["prompt"]} for i, row in enumerate(rows)]
+    others = [
+        {name: row[name] for name in keep if name in row} | {"prompt": rows[i - 1]["prompt"]}
+        for i, row in enumerate(rows)
+    ]
     return generative - total(lab.rows(others)), generative
 
 
@@ -150,11 +175,16 @@ def attributes(seed, count=800):
     rng = torch.Generator().manual_seed(seed)
     truth = torch.randint(6, (60, 4), generator=rng)
     features = F.one_hot(truth, 6).flatten(1) + 0.7 * torch.randn(60, 24, generator=rng)
-    picture, easy = torch.randint(60, (count,), generator=rng), torch.rand(count, generator=rng) < 0.5
+    picture, easy = (
+        torch.randint(60, (count,), generator=rng),
+        torch.rand(count, generator=rng) < 0.5,
+    )
     wrong = easy[:, None] | (torch.arange(4) == torch.randint(4, (count, 1), generator=rng))
     other = (truth[picture] + wrong * torch.randint(1, 6, (count, 4), generator=rng)) % 6
     n, noise = wrong.sum(1, dtype=torch.float64), torch.randn(2, count, generator=rng)
-    scores = [F.pad(gap[:, None], (0, 1)) for gap in (0.03 * n + 0.009 * noise[0], 5 * n + 2.4 * noise[1])]
+    scores = [
+        F.pad(gap[:, None], (0, 1)) for gap in (0.03 * n + 0.009 * noise[0], 5 * n + 2.4 * noise[1])
+    ]
     return features, truth, picture, torch.stack([truth[picture], other], 1), easy, scores
 
 
@@ -166,7 +196,11 @@ def on_attributes(seed, contest, steps=400):
 
     def logps(rows):
         log_probs = (features @ weights).view(60, 1, 4, 6).log_softmax(-1)
-        return log_probs[picture[rows]].expand(-1, 2, -1, -1).gather(-1, pairs[rows][..., None])[..., 0]
+        return (
+            log_probs[picture[rows]]
+            .expand(-1, 2, -1, -1)
+            .gather(-1, pairs[rows][..., None])[..., 0]
+        )
 
     everything, found = torch.arange(len(pairs)), {}
     optimizer = torch.optim.Adam([weights], lr=0.02)
@@ -174,7 +208,11 @@ def on_attributes(seed, contest, steps=400):
         optimizer.zero_grad()
         F.cross_entropy((features @ weights).view(240, 6), truth.flatten()).backward()
         optimizer.step()
-    start, ref_logps, mask = weights.detach().clone(), logps(everything).detach(), torch.ones(len(pairs), 2, 4, dtype=torch.bool)
+    start, ref_logps, mask = (
+        weights.detach().clone(),
+        logps(everything).detach(),
+        torch.ones(len(pairs), 2, 4, dtype=torch.bool),
+    )
     for name, (cfg, change) in contest.items():
         quality = change(vote(*scores, cfg))
         cfg, rng, gaps = balanced(cfg, quality), torch.Generator().manual_seed(seed), []
@@ -190,7 +228,10 @@ def on_attributes(seed, contest, steps=400):
             if step % 10 == 9:
                 delta = (logps(everything) - ref_logps).detach().sum(-1) @ torch.tensor([1.0, -1.0])
                 gaps.append((delta[easy].mean() - delta[~easy].mean()).item())
-        found[name] = {"gap": sum(gaps) / len(gaps), "hard": (delta[~easy].mean() / delta[easy].mean()).item()}
+        found[name] = {
+            "gap": sum(gaps) / len(gaps),
+            "hard": (delta[~easy].mean() / delta[easy].mean()).item(),
+        }
     return found
 
 
@@ -213,7 +254,11 @@ def on_captions(here, contest):
     for name, (cfg, change) in contest.items():
         quality = change(vote(*scores, cfg))
         rows = [row | {"quality": pair} for row, pair in zip(data, quality.tolist())]
-        found[name] = here.evaluate(here.align(here.base(), rows, loss, balanced(cfg, quality), watch=lambda policy, step: {}))
+        found[name] = here.evaluate(
+            here.align(
+                here.base(), rows, loss, balanced(cfg, quality), watch=lambda policy, step: {}
+            )
+        )
     return found
 
 
@@ -229,32 +274,77 @@ def claim(lab):
 
     def pull(gap, delta):
         z = torch.tensor([[[delta], [0.0]]], dtype=torch.float64, requires_grad=True)
-        batch = SimpleNamespace(mask=torch.ones(1, 2, 1, dtype=torch.bool), quality=torch.tensor([[gap, 0.0]], dtype=torch.float64))
-        return torch.autograd.grad(loss(z, torch.zeros_like(z), batch, Config())[0].sum(), z)[0][0, 1].item()
+        batch = SimpleNamespace(
+            mask=torch.ones(1, 2, 1, dtype=torch.bool),
+            quality=torch.tensor([[gap, 0.0]], dtype=torch.float64),
+        )
+        return torch.autograd.grad(loss(z, torch.zeros_like(z), batch, Config())[0].sum(), z)[0][
+            0, 1
+        ].item()
 
     for delta, ratio in ((0.0, 2.0), (8.8137, 1.0), (20.0, 0.3018)):
         text = f"pull on an easy pair (g = 1) by that of DPO at Delta {delta}"
         claims.append(lab.exact(text, pull(1.0, delta) / pull(0.0, delta), ratio, 1e-3))
-    changes = {"DA-DPO": torch.clone, "DPO": torch.zeros_like, "its betas on other pairs": shuffled, "easy for hard": turned}
+    changes = {
+        "DA-DPO": torch.clone,
+        "DPO": torch.zeros_like,
+        "its betas on other pairs": shuffled,
+        "easy for hard": turned,
+    }
     for reach in (1.0, 4.0):
-        contest = {name: (Config(0.15, reach=reach, matched=True), change) for name, change in changes.items()}
+        contest = {
+            name: (Config(0.15, reach=reach, matched=True), change)
+            for name, change in changes.items()
+        }
         runs = [on_attributes(seed, contest) for seed in lab.seeds]
-        for ours, other in (("DA-DPO", "DPO"), ("DA-DPO", "its betas on other pairs"), ("DPO", "easy for hard")):
+        for ours, other in (
+            ("DA-DPO", "DPO"),
+            ("DA-DPO", "its betas on other pairs"),
+            ("DPO", "easy for hard"),
+        ):
             sides = [[found[name]["gap"] for found in runs] for name in (ours, other)]
-            claims.append(lab.compare(f"attributes, reach {reach:g}: {ours} against {other}", "gap", *sides, margin=0.3, smaller=True))
+            claims.append(
+                lab.compare(
+                    f"attributes, reach {reach:g}: {ours} against {other}",
+                    "gap",
+                    *sides,
+                    margin=0.3,
+                    smaller=True,
+                )
+            )
         sides = [[found[name]["hard"] for found in runs] for name in ("DA-DPO", "DPO")]
         claims.append(lab.compare("and a larger share for the hard pairs", "hard", *sides))
-    contest = {name: (Config(0.15, matched=True), changes[name]) for name in ("DA-DPO", "DPO", "its betas on other pairs")}
-    runs = [on_captions(lab.at(world="captions", seed=seed, steps=64, eval_size=512), contest) for seed in lab.seeds]
+    contest = {
+        name: (Config(0.15, matched=True), changes[name])
+        for name in ("DA-DPO", "DPO", "its betas on other pairs")
+    }
+    runs = [
+        on_captions(lab.at(world="captions", seed=seed, steps=64, eval_size=512), contest)
+        for seed in lab.seeds
+    ]
 
     def contrast(text, metric, ours, baseline, **how):
         sides = [[found[name][metric] for found in runs] for name in (ours, baseline)]
         claims.append(lab.compare(f"captions: {text}", metric, *sides, **how))
 
-    contrast("DPO writes fewer captions with a hallucination than the model before", "chair_s", "DPO", "start", margin=0.02, smaller=True)
+    contrast(
+        "DPO writes fewer captions with a hallucination than the model before",
+        "chair_s",
+        "DPO",
+        "start",
+        margin=0.02,
+        smaller=True,
+    )
     contrast("so does DA-DPO", "chair_s", "DA-DPO", "start", margin=0.02, smaller=True)
     contrast("and fewer than DPO", "chair_s", "DA-DPO", "DPO", expected=False, smaller=True)
-    contrast("and fewer than with its betas on other pairs", "chair_s", "DA-DPO", "its betas on other pairs", expected=False, smaller=True)
+    contrast(
+        "and fewer than with its betas on other pairs",
+        "chair_s",
+        "DA-DPO",
+        "its betas on other pairs",
+        expected=False,
+        smaller=True,
+    )
     contrast("DA-DPO has more true reward than DPO", "reward", "DA-DPO", "DPO", expected=False)
     contrast("and orders held-out pairs better", "accuracy", "DA-DPO", "DPO", expected=False)
     return claims

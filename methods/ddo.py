@@ -30,8 +30,15 @@ from nanomodel import to_sigma
 from toy import bandit, gaussians
 
 FAMILY, KINDS = "self-play", ("text", "images", "table")
-UNUSED = ("k", "flip", "label_temperature", "length_bias")  # run settings of preferences: there are none here
-DEFAULTS = dict(world="gaussians", base_steps=1000, lr=1e-3)  # a base model with mass to spare: a third of its training
+UNUSED = (
+    "k",
+    "flip",
+    "label_temperature",
+    "length_bias",
+)  # run settings of preferences: there are none here
+DEFAULTS = dict(
+    world="gaussians", base_steps=1000, lr=1e-3
+)  # a base model with mass to spare: a third of its training
 
 
 @dataclass
@@ -39,8 +46,12 @@ class Config:
     beta: float = 1.0  # scale of the log-ratio (sec. 3.3), about 1 / dimensions: the paper's images of 3,072 numbers have 0.01 to 0.1
     alpha: float = 0.8  # weight of the model's own samples (sec. 3.3); mass collapses from (2 + beta) / (2 - beta) on, near the data
     rounds: int = 2  # of self-play; the steps are divided among them
-    p_mean: float | None = None  # images: noise levels with ln sigma ~ N(p_mean, p_std^2) and EDM's weight, for models pretrained so
-    p_std: float | None = None  # both or none; EDM has -1.2 and 1.2, this paper's listing -0.4 and 1.0
+    p_mean: float | None = (
+        None  # images: noise levels with ln sigma ~ N(p_mean, p_std^2) and EDM's weight, for models pretrained so
+    )
+    p_std: float | None = (
+        None  # both or none; EDM has -1.2 and 1.2, this paper's listing -0.4 and 1.0
+    )
 
     def __post_init__(self):
         if not 0 < self.beta < math.inf:
@@ -49,15 +60,24 @@ class Config:
             raise ValueError(f"alpha = {self.alpha} must be 0 or more and finite")
         if not (isinstance(self.rounds, int) and self.rounds >= 1):
             raise ValueError(f"rounds = {self.rounds} must be a whole number of 1 or more")
-        given = self.p_mean is not None and self.p_std is not None and math.isfinite(self.p_mean) and 0 < self.p_std < math.inf
+        given = (
+            self.p_mean is not None
+            and self.p_std is not None
+            and math.isfinite(self.p_mean)
+            and 0 < self.p_std < math.inf
+        )
         if not given and (self.p_mean, self.p_std) != (None, None):
-            raise ValueError(f"p_mean = {self.p_mean} and p_std = {self.p_std} are a finite and a positive number, or both not given")
+            raise ValueError(
+                f"p_mean = {self.p_mean} and p_std = {self.p_std} are a finite and a positive number, or both not given"
+            )
 
 
 def check_pairs(logps, batch):
     """ValueError unless every row is a pair of responses with something to score."""
     if logps.dim() != 3 or logps.shape[1] != 2:
-        raise ValueError(f"log-probs of shape {tuple(logps.shape)}: pairs are (B, 2, T), the preferred response first")
+        raise ValueError(
+            f"log-probs of shape {tuple(logps.shape)}: pairs are (B, 2, T), the preferred response first"
+        )
     # on CUDA the question would make the device wait; there the data were looked at when they were read
     if logps.device.type == "cpu" and not batch.mask.any(-1).all():
         raise ValueError("a response has no scored token")
@@ -69,12 +89,24 @@ def loss(logps, ref_logps, batch, cfg):
     logps, ref_logps (B, 2, T), 0 outside batch.mask (B, 2, T) -> losses (B,) in nats, metrics. ValueError when a row is no pair or a
     response has no scored token."""
     check_pairs(logps, batch)
-    logps, ref_logps = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logps, ref_logps))
-    real, fake = (logps - ref_logps).sum(-1).unbind(1)  # r (B,): SUM over all tokens (eq. 1), not mean
-    losses = -F.logsigmoid(cfg.beta * real) - cfg.alpha * F.logsigmoid(-cfg.beta * fake)  # eq. 13: not one sigmoid for both
+    logps, ref_logps = (
+        x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logps, ref_logps)
+    )
+    real, fake = (
+        (logps - ref_logps).sum(-1).unbind(1)
+    )  # r (B,): SUM over all tokens (eq. 1), not mean
+    losses = -F.logsigmoid(cfg.beta * real) - cfg.alpha * F.logsigmoid(
+        -cfg.beta * fake
+    )  # eq. 13: not one sigmoid for both
     right = torch.cat([real, -fake])
-    told_apart = ((right > 0).to(right.dtype) + 0.5 * (right == 0)).mean()  # the discriminator's accuracy
-    return losses, {"real_ratio": real.detach().mean(), "fake_ratio": fake.detach().mean(), "told_apart": told_apart}
+    told_apart = (
+        (right > 0).to(right.dtype) + 0.5 * (right == 0)
+    ).mean()  # the discriminator's accuracy
+    return losses, {
+        "real_ratio": real.detach().mean(),
+        "fake_ratio": fake.detach().mean(),
+        "told_apart": told_apart,
+    }
 
 
 def run(lab, cfg):
@@ -97,7 +129,10 @@ def one_round(lab, policy, cfg, steps, loss=loss):
     def data(reference, _):
         rng = lab.rng("demonstrations")
         real = lab.world.demonstrations(lab.prompts, rng)
-        real = [real[i] for i in torch.randperm(len(real), generator=rng)[: steps * lab.batch_size].tolist()]
+        real = [
+            real[i]
+            for i in torch.randperm(len(real), generator=rng)[: steps * lab.batch_size].tolist()
+        ]
         return real_and_fake(real, lab.sample(reference, [row["prompt"] for row in real], 1))
 
     return lab.align(policy, data, loss, cfg, every=steps, steps=steps, **how)
@@ -108,8 +143,13 @@ def real_and_fake(real, fake):
     rows = []
     for a, b in zip(real, fake, strict=True):
         both = [a["responses"], b["responses"]]
-        row = dict(prompt=a["prompt"], responses=torch.cat(both) if isinstance(both[0], torch.Tensor) else both[0] + both[1])
-        rows.append(row | {"scores": [1.0, 0.0]} | ({"ends": [True, *b["ends"]]} if "ends" in b else {}))
+        row = dict(
+            prompt=a["prompt"],
+            responses=torch.cat(both) if isinstance(both[0], torch.Tensor) else both[0] + both[1],
+        )
+        rows.append(
+            row | {"scores": [1.0, 0.0]} | ({"ends": [True, *b["ends"]]} if "ends" in b else {})
+        )
     return rows
 
 
@@ -118,7 +158,9 @@ def edm_noise(lab, cfg, model):
     if cfg.p_mean is None:
         return {}
     if lab.world.kind != "images":
-        raise ValueError(f"p_mean and p_std are noise levels of images; {lab.world.name} is a world of {lab.world.kind}")
+        raise ValueError(
+            f"p_mean and p_std are noise levels of images; {lab.world.name} is a world of {lab.world.kind}"
+        )
     levels = to_sigma(model.alpha_bar).log().cpu()
     between = (levels[1:] + levels[:-1]) / 2
 
@@ -136,7 +178,11 @@ def edm_noise(lab, cfg, model):
 
 def frechet(lab, policy):
     """Frechet distance of samples to the data in worlds that have one; elsewhere 0, so that every round is kept."""
-    return lab.stage("frechet", lambda: lab.world.measure(policy, lab)["frechet"]) if hasattr(lab.world, "frechet") else 0.0
+    return (
+        lab.stage("frechet", lambda: lab.world.measure(policy, lab)["frechet"])
+        if hasattr(lab.world, "frechet")
+        else 0.0
+    )
 
 
 def claim(lab):
@@ -155,16 +201,31 @@ def on_sequences(lab):
     world, claims = counting(), []
     for beta in (1.0, 0.5, 0.25):
         best, alpha = theory(world.reference, world.data, beta)
-        policy = fit_exactly(lab, world.model().double(), lambda p: expected_loss(p, world.reference, world.data, Config(beta, alpha)), 800)
-        valid, apart = [p.expect(world.rewards()) for p in (policy, best)], (policy.probs() - best.probs()).abs().sum().item() / 2
-        claims.append(lab.exact(f"valid sequences at beta {beta:g} (0.904 in the data)", *valid, 5e-4))
-        claims.append(lab.exact(f"total variation from the theory at beta {beta:g}", apart, 0.0, 1e-3))
+        policy = fit_exactly(
+            lab,
+            world.model().double(),
+            lambda p: expected_loss(p, world.reference, world.data, Config(beta, alpha)),
+            800,
+        )
+        valid, apart = (
+            [p.expect(world.rewards()) for p in (policy, best)],
+            (policy.probs() - best.probs()).abs().sum().item() / 2,
+        )
+        claims.append(
+            lab.exact(f"valid sequences at beta {beta:g} (0.904 in the data)", *valid, 5e-4)
+        )
+        claims.append(
+            lab.exact(f"total variation from the theory at beta {beta:g}", apart, 0.0, 1e-3)
+        )
     return claims
 
 
 def on_a_ring(lab, clean):
     """Claims about points off the ring, from a base model pretrained on this share of clean points."""
-    world, start = gaussians.World(std=0.05, width=64, prediction="edm", sd=0.7), lab.at(world="gaussians", batch_size=512, lr=2e-3)
+    world, start = (
+        gaussians.World(std=0.05, width=64, prediction="edm", sd=0.7),
+        lab.at(world="gaussians", batch_size=512, lr=2e-3),
+    )
     torch.manual_seed(0)
     base = world.model().to(start.device)
     how = edm_noise(start, Config(p_mean=-1.2, p_std=1.2), base)
@@ -174,7 +235,14 @@ def on_a_ring(lab, clean):
         batch = Batch(zeros[..., None] == 0, zeros, images=images, label=zeros[:, 0].long())
         return how["prepare"](base, batch.to(start.device))
 
-    start.fit(base, batches, lambda model, batch: likelihood(how["score"](model, batch), None, batch, None), 3500, lr=3e-3, decay=True)
+    start.fit(
+        base,
+        batches,
+        lambda model, batch: likelihood(how["score"](model, batch), None, batch, None),
+        3500,
+        lr=3e-3,
+        decay=True,
+    )
     contest = {
         "the likelihood alone": (likelihood, 1.0, 400),
         "alpha 0": (loss, 0.0, 400),
@@ -186,7 +254,9 @@ def on_a_ring(lab, clean):
         here = start.at(seed=seed, prompts=8192)
         here.world = world
         for name, (objective, alpha, steps) in contest.items():
-            policy = one_round(here, copy.deepcopy(base), Config(0.1, alpha, 1, -1.2, 1.2), steps, objective)
+            policy = one_round(
+                here, copy.deepcopy(base), Config(0.1, alpha, 1, -1.2, 1.2), steps, objective
+            )
             points = here.stage("points", lambda: here.sample(policy, [0], 6000)[0]["responses"])
             off[name].append(world.off_manifold(points))
             modes[name].append(world.mode_entropy(points))
@@ -194,9 +264,22 @@ def on_a_ring(lab, clean):
     claims = []
     for name in list(contest)[:3]:
         how = dict(smaller=True, margin=0.02, expected=clean < 1 and contest[name][2] == 400)
-        claims.append(lab.compare(f"points off the ring, {text}, against {name}", "off_manifold", off["DDO"], off[name], **how))
+        claims.append(
+            lab.compare(
+                f"points off the ring, {text}, against {name}",
+                "off_manifold",
+                off["DDO"],
+                off[name],
+                **how,
+            )
+        )
     even = f"evenness of the eight modes, {text}, against the likelihood alone"
-    return [*claims, lab.compare(even, "mode_entropy", modes["DDO"], modes["the likelihood alone"], expected=False)]
+    return [
+        *claims,
+        lab.compare(
+            even, "mode_entropy", modes["DDO"], modes["the likelihood alone"], expected=False
+        ),
+    ]
 
 
 def likelihood(logps, ref_logps, batch, cfg):
@@ -206,12 +289,21 @@ def likelihood(logps, ref_logps, batch, cfg):
 
 def fit_exactly(lab, policy, objective, steps):
     """Train a policy on objective(policy), a scalar without randomness."""
-    return lab.fit(policy, lambda step: None, lambda model, _: (objective(model)[None], {}), steps=steps, lr=0.1, decay=True)
+    return lab.fit(
+        policy,
+        lambda step: None,
+        lambda model, _: (objective(model)[None], {}),
+        steps=steps,
+        lr=0.1,
+        decay=True,
+    )
 
 
 def expected_loss(policy, reference, data, cfg):
     """The loss of Tables over all responses: real ones with the probabilities of `data`, samples with those of `reference`. A scalar."""
-    logps, ref_logps = (x.log_probs()[0, :, None, None].expand(-1, 2, -1) for x in (policy, reference))  # (R, 2, 1)
+    logps, ref_logps = (
+        x.log_probs()[0, :, None, None].expand(-1, 2, -1) for x in (policy, reference)
+    )  # (R, 2, 1)
     batch = SimpleNamespace(mask=torch.ones_like(logps, dtype=torch.bool))
     real = loss(logps, ref_logps, batch, Config(cfg.beta, alpha=0.0))[0]
     fake = loss(logps, ref_logps, batch, cfg)[0] - real
@@ -232,4 +324,6 @@ def counting():
     steps = [(y[:, 1:] - y[:, :-1] - by) % 4 == 0 for by in (1, -1)]  # (R, 5)
     up, down = (torch.where(right, 0.98, 0.02 / 3).double().prod(1) / 4 for right in steps)
     mixed, valid = 0.6 * up + 0.4 * down, steps[0].all(1) | steps[1].all(1)
-    return bandit.World(4, 6, rewards=valid, data=mixed.log(), reference=(0.7 * mixed + 0.3 / 4**6).log())
+    return bandit.World(
+        4, 6, rewards=valid, data=mixed.log(), reference=(0.7 * mixed + 0.3 / 4**6).log()
+    )

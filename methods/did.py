@@ -50,7 +50,9 @@ class Config:
 def check_pairs(logps, batch):
     """ValueError unless every row is a pair of responses with something to score."""
     if logps.dim() != 3 or logps.shape[1] != 2:
-        raise ValueError(f"log-probs of shape {tuple(logps.shape)}: pairs are (B, 2, T), the preferred response first")
+        raise ValueError(
+            f"log-probs of shape {tuple(logps.shape)}: pairs are (B, 2, T), the preferred response first"
+        )
     # on CUDA the question would make the device wait; there the data were looked at when they were read
     if logps.device.type == "cpu" and not batch.mask.any(-1).all():
         raise ValueError("a response has no scored token")
@@ -62,8 +64,12 @@ def loss(logps, ref_logps, batch, cfg):
     logps, ref_logps (B, 2, T), 0 outside batch.mask (B, 2, T) -> losses (B,) in nats, metrics. ValueError when a row is no pair or a
     response has no scored token."""
     check_pairs(logps, batch)
-    logps, ref_logps = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logps, ref_logps))
-    chosen, rejected = (logps - ref_logps).sum(-1).unbind(1)  # log-ratios (B,): SUM over a response's tokens, not mean
+    logps, ref_logps = (
+        x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logps, ref_logps)
+    )
+    chosen, rejected = (
+        (logps - ref_logps).sum(-1).unbind(1)
+    )  # log-ratios (B,): SUM over a response's tokens, not mean
     z = cfg.beta * (chosen - rejected)  # the margin of the implicit reward
     losses = -F.logsigmoid(z)
     return losses, {"weight": torch.sigmoid(-z).detach().mean()}
@@ -77,7 +83,9 @@ def did(log_p, log_ref):
 def rejected_sampler(log_ref, log_target, beta):
     """Log-probs of the best sampler of rejected responses, over the last axis. ValueError for beta <= 0, where labels carry nothing."""
     if not 0 < beta < float("inf"):
-        raise ValueError(f"beta = {beta} must be positive and finite: at 0 the rejected come from pi_ref and labels carry nothing")
+        raise ValueError(
+            f"beta = {beta} must be positive and finite: at 0 the rejected come from pi_ref and labels carry nothing"
+        )
     return (log_ref + beta * (log_ref - log_target)).log_softmax(-1)
 
 
@@ -88,7 +96,9 @@ def entropy(log_p):
 
 def divergence(log_p, log_q):
     """Jensen-Shannon divergence in nats over the last axis."""
-    return entropy(torch.logaddexp(log_p, log_q) - math.log(2)) - (entropy(log_p) + entropy(log_q)) / 2
+    return (
+        entropy(torch.logaddexp(log_p, log_q) - math.log(2)) - (entropy(log_p) + entropy(log_q)) / 2
+    )
 
 
 def source_pairs(rows, cfg, rng):
@@ -97,10 +107,18 @@ def source_pairs(rows, cfg, rng):
     pairs = []
     for row in rows:
         if len(row["responses"]) < 3:
-            raise ValueError(f"{len(row['responses'])} responses a prompt leave no choice of the rejected one: --k must be at least 3")
-        weights = (-cfg.beta / cfg.goal * torch.tensor(row["scores"][1:], dtype=torch.float64)).softmax(0)
+            raise ValueError(
+                f"{len(row['responses'])} responses a prompt leave no choice of the rejected one: --k must be at least 3"
+            )
+        weights = (
+            -cfg.beta / cfg.goal * torch.tensor(row["scores"][1:], dtype=torch.float64)
+        ).softmax(0)
         order = [0, 1 + int(torch.multinomial(weights, 1, generator=rng))]
-        picked = row["responses"][order] if torch.is_tensor(row["responses"]) else [row["responses"][i] for i in order]
+        picked = (
+            row["responses"][order]
+            if torch.is_tensor(row["responses"])
+            else [row["responses"][i] for i in order]
+        )
         ends = {"ends": [row["ends"][i] for i in order]} if "ends" in row else {}
         pairs.append({"prompt": row["prompt"], "responses": picked, "scores": [1.0, 0.0]} | ends)
     return pairs
@@ -108,7 +126,9 @@ def source_pairs(rows, cfg, rng):
 
 def run(lab, cfg):
     if lab.k < 3:
-        raise ValueError(f"--k {lab.k} leaves no choice of the rejected response: it must be at least 3")
+        raise ValueError(
+            f"--k {lab.k} leaves no choice of the rejected response: it must be at least 3"
+        )
     policy = lab.base()
     data = lab.rows(source_pairs(lab.preferences(policy), cfg, lab.rng("sources")))
     return lab.align(policy, data, loss, cfg)
@@ -178,7 +198,9 @@ def as_far(log_ref, smooth):
     low, high = 0.0, 4.0
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if moved(log_ref, middle) < moved(log_ref, smooth) else (low, middle)
+        low, high = (
+            (middle, high) if moved(log_ref, middle) < moved(log_ref, smooth) else (low, middle)
+        )
     return low
 
 
@@ -204,17 +226,47 @@ def claim(lab):
         )
     worst = max(abs(f["chosen"] + f["KL"]) for f in found)
     claims += [
-        lab.exact("without a reference the policy is the DID: JS", max(side["no reference, to the DID"]), 0.0, 1e-5),
+        lab.exact(
+            "without a reference the policy is the DID: JS",
+            max(side["no reference, to the DID"]),
+            0.0,
+            1e-5,
+        ),
         lab.exact("the chosen log-prob changes by minus the KL: largest error", worst, 0.0, 1e-3),
-        lab.compare("the rejected log-prob falls further", "log-prob", side["rejected"], side["chosen"], smaller=True),
-        lab.exact("a uniform source teaches pi_ref^3 at beta 0.5: JS", max(side["uniform, to pi_ref^3"]), 0.0, 1e-5),
         lab.compare(
-            "a uniform source comes nearer to pi* than no training", "js", side["uniform"], side["untouched"], smaller=True, expected=False
+            "the rejected log-prob falls further",
+            "log-prob",
+            side["rejected"],
+            side["chosen"],
+            smaller=True,
+        ),
+        lab.exact(
+            "a uniform source teaches pi_ref^3 at beta 0.5: JS",
+            max(side["uniform, to pi_ref^3"]),
+            0.0,
+            1e-5,
+        ),
+        lab.compare(
+            "a uniform source comes nearer to pi* than no training",
+            "js",
+            side["uniform"],
+            side["untouched"],
+            smaller=True,
+            expected=False,
         ),
     ]
     zipf = (-1.5 * torch.arange(1, 33, dtype=torch.float64).log()).log_softmax(0)
-    for k, value in zip((-1, -0.5, -0.25, 0.25, 1, 2, 3), (3.1649, 3.3478, 3.4276, 3.4017, 2.1488, 0.6736, 0.2399)):
-        claims.append(lab.exact(f"entropy of the DID of pi_ref^{1 + k}", entropy(did((1 + k) * zipf, zipf)).item(), value, 1e-4))
+    for k, value in zip(
+        (-1, -0.5, -0.25, 0.25, 1, 2, 3), (3.1649, 3.3478, 3.4276, 3.4017, 2.1488, 0.6736, 0.2399)
+    ):
+        claims.append(
+            lab.exact(
+                f"entropy of the DID of pi_ref^{1 + k}",
+                entropy(did((1 + k) * zipf, zipf)).item(),
+                value,
+                1e-4,
+            )
+        )
     for smooth, values in ((-0.5, (3.3478, 2.3500)), (-0.25, (3.4276, 3.3552))):
         sharp = as_far(zipf, smooth)
         for k, value in zip((smooth, sharp), values):
@@ -222,7 +274,10 @@ def claim(lab):
             claims.append(lab.exact(text, entropy(did((1 + k) * zipf, zipf)).item(), value, 1e-4))
     reward, fall = {"after": [], "before": []}, {"chosen": [], "rejected": []}
     for seed in lab.seeds:
-        here, cfg = lab.at(seed=seed, k=8, label_temperature=0.0, eval_size=512, batch_size=32, steps=128), Config()
+        here, cfg = (
+            lab.at(seed=seed, k=8, label_temperature=0.0, eval_size=512, batch_size=32, steps=128),
+            Config(),
+        )
         policy = here.base()
         data = here.rows(source_pairs(here.preferences(policy), cfg, here.rng("sources")))
         before = here.logps(policy, data[:512])
@@ -232,7 +287,26 @@ def claim(lab):
             side.append(sum(sum(a[i]) - sum(b[i]) for a, b in zip(after, before)) / len(after))
         for name, point in (("after", here.curve[-1]), ("before", here.curve[0])):
             reward[name].append(point["reward"])
-    claims.append(lab.compare("reviews: true reward after above before", "reward", reward["after"], reward["before"], margin=0.1))
+    claims.append(
+        lab.compare(
+            "reviews: true reward after above before",
+            "reward",
+            reward["after"],
+            reward["before"],
+            margin=0.1,
+        )
+    )
     text = "reviews: the chosen log-prob falls, as it must on average over samples of pi_ref"
-    claims.append(lab.compare(text, "log-prob", fall["chosen"], [0.0] * len(fall["chosen"]), smaller=True))
-    return [*claims, lab.compare("reviews: the rejected one falls further", "log-prob", fall["rejected"], fall["chosen"], smaller=True)]
+    claims.append(
+        lab.compare(text, "log-prob", fall["chosen"], [0.0] * len(fall["chosen"]), smaller=True)
+    )
+    return [
+        *claims,
+        lab.compare(
+            "reviews: the rejected one falls further",
+            "log-prob",
+            fall["rejected"],
+            fall["chosen"],
+            smaller=True,
+        ),
+    ]

@@ -50,10 +50,16 @@ READS = dict(
 class Config:
     variant: str = "disco"  # disco, disco_b (no soft maximum); the baselines grpo, dr_grpo, dapo
     score: str | None = None  # disco, disco_b: log_l or l_ratio [l_ratio]
-    tau: float | None = None  # disco: temperature of the soft maximum over wrong responses [1 with l_ratio, 10 with log_l]
-    delta: float | None = None  # disco, disco_b: radius of the trust region, nats a token [0.001]; the paper: 1e-4
+    tau: float | None = (
+        None  # disco: temperature of the soft maximum over wrong responses [1 with l_ratio, 10 with log_l]
+    )
+    delta: float | None = (
+        None  # disco, disco_b: radius of the trust region, nats a token [0.001]; the paper: 1e-4
+    )
     beta: float | None = None  # disco, disco_b: weight of the penalty outside it [1000]
-    estimator: str | None = None  # disco, disco_b: of the KL, k1 (log ratio) or k3 (never negative) [k1]
+    estimator: str | None = (
+        None  # disco, disco_b: of the KL, k1 (log ratio) or k3 (never negative) [k1]
+    )
     epsilon: float | None = None  # grpo, dr_grpo, dapo: clipping of the ratio [0.2]
     epsilon_high: float | None = None  # dapo: clipping above [0.28]
     normaliser: float | None = None  # dr_grpo: what sums over tokens are divided by [48]
@@ -65,7 +71,9 @@ class Config:
             value, reads = getattr(self, field.name), READS[self.variant]
             if field.name not in reads:
                 if value is not None:
-                    raise ValueError(f"{field.name} = {value} has no meaning for the variant {self.variant}")
+                    raise ValueError(
+                        f"{field.name} = {value} has no meaning for the variant {self.variant}"
+                    )
                 continue
             value = reads[field.name] if value is None else value
             value = value[self.score] if isinstance(value, dict) else value
@@ -104,8 +112,12 @@ def gap(s, right, wrong, tau=None):
     if tau is None:
         rest = mean_of(s, wrong)
     else:
-        some = wrong | ~mixed[:, None]  # a set that is never empty, so that no infinity meets the gradient
-        rest = tau * ((s / tau).masked_fill(~some, -torch.inf).logsumexp(1) - some.sum(1).to(s.dtype).log())
+        some = (
+            wrong | ~mixed[:, None]
+        )  # a set that is never empty, so that no infinity meets the gradient
+        rest = tau * (
+            (s / tau).masked_fill(~some, -torch.inf).logsumexp(1) - some.sum(1).to(s.dtype).log()
+        )
     return torch.where(mixed, mean_of(s, right) - rest, 0.0)
 
 
@@ -116,7 +128,9 @@ def loss(logps, ref_logps, batch, cfg):
     token count of DAPO belong to the mini-batch: every row carries the same penalty. ValueError when a score is neither 0 nor 1 or a
     response has no scored token."""
     check_verified(batch)
-    logps, ref_logps = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logps, ref_logps))
+    logps, ref_logps = (
+        x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logps, ref_logps)
+    )
     present, length, tokens = batch.mask.any(-1), batch.mask.sum(-1).clamp(min=1), batch.mask.sum()
     right, wrong = batch.scores == 1, present & (batch.scores == 0)
     mixed = right.any(1) & wrong.any(1)
@@ -125,7 +139,9 @@ def loss(logps, ref_logps, batch, cfg):
     kl = (ratio - 1 - change if cfg.estimator == "k3" else -change).sum() / tokens
     metrics = {"round_kl": kl.detach(), "mixed": mixed.to(kl.dtype).mean()}
     if cfg.variant in ("disco", "disco_b"):
-        s = (logps if cfg.score == "log_l" else ratio * batch.mask).sum(-1) / length  # (B, K): MEAN over tokens, unclipped
+        s = (logps if cfg.score == "log_l" else ratio * batch.mask).sum(
+            -1
+        ) / length  # (B, K): MEAN over tokens, unclipped
         penalty = cfg.beta * (kl - cfg.delta).clamp(min=0).square()
         losses = -gap(s, right, wrong, cfg.tau) + penalty
         return losses, metrics | {"hinge": (kl > cfg.delta).to(kl.dtype)}
@@ -149,7 +165,9 @@ def run(lab, cfg):
     def data(policy, round):
         return lab.preferences(policy, k=lab.k, n=questions, ties=True)
 
-    return lab.align(policy, data, loss, cfg, reference="round", every=-(-questions // lab.batch_size))
+    return lab.align(
+        policy, data, loss, cfg, reference="round", every=-(-questions // lab.batch_size)
+    )
 
 
 # ---------------------------------------------------------------- claims
@@ -167,13 +185,21 @@ def proportion(probs, n):
 def group(table, chosen, right):
     """The batch of a table's groups: responses `chosen` (P, n), of which those below `right` are correct."""
     mask = torch.ones(*chosen.shape, 1, dtype=torch.bool)
-    return SimpleNamespace(label=torch.arange(len(chosen)), target=chosen[..., None], mask=mask, scores=(chosen < right).double())
+    return SimpleNamespace(
+        label=torch.arange(len(chosen)),
+        target=chosen[..., None],
+        mask=mask,
+        scores=(chosen < right).double(),
+    )
 
 
 def climb(start, cfg, until, lr=0.05, n=1000, limit=4000):
     """Gradient steps on the expected loss with a fresh pi_old at each, from the probabilities start (P, R) with response 0 correct ->
     the step at which until(probs (R,)) became true, for each P."""
-    table, reached = bandit.Table(start.shape[1], prompts=len(start)).double().set_log_probs(start.log()), [limit] * len(start)
+    table, reached = (
+        bandit.Table(start.shape[1], prompts=len(start)).double().set_log_probs(start.log()),
+        [limit] * len(start),
+    )
     for step in range(limit):
         probs = table.probs().detach()
         reached = [min(r, step) if until(p) else r for r, p in zip(reached, probs)]
@@ -181,7 +207,9 @@ def climb(start, cfg, until, lr=0.05, n=1000, limit=4000):
             break
         batch = group(table, proportion(probs, n), 1)
         logps = table.logps(batch)
-        (gradient,) = torch.autograd.grad(loss(logps, logps.detach(), batch, cfg)[0].sum(), table.logits)
+        (gradient,) = torch.autograd.grad(
+            loss(logps, logps.detach(), batch, cfg)[0].sum(), table.logits
+        )
         with torch.no_grad():
             table.logits -= lr * gradient
     return reached
@@ -192,7 +220,9 @@ def stationary_kl(cfg):
     table = bandit.Table(20).double()
     batch = group(table, torch.arange(20)[None], 4)
     old = table.logps(batch).detach()
-    how = dict(max_iter=1000, tolerance_grad=1e-10, tolerance_change=1e-16, line_search_fn="strong_wolfe")
+    how = dict(
+        max_iter=1000, tolerance_grad=1e-10, tolerance_change=1e-16, line_search_fn="strong_wolfe"
+    )
     optimizer = torch.optim.LBFGS(table.parameters(), **how)
 
     def closure():
@@ -210,14 +240,24 @@ def tables():
     p = torch.tensor([0.3, 0.1, 0.03, 0.01, 0.003], dtype=torch.float64)[:, None]
     start = torch.cat([p, ((1 - p) / 49).expand(-1, 49)], 1)
     out = {}
-    for variant, scale in (("disco_b", 1), ("grpo", 2), ("dr_grpo", 4 * 48)):  # the same first step at p = 1/2
+    for variant, scale in (
+        ("disco_b", 1),
+        ("grpo", 2),
+        ("dr_grpo", 4 * 48),
+    ):  # the same first step at p = 1/2
         out[variant] = climb(start, Config(variant), lambda p: p[0] >= 0.5, lr=0.05 * scale)
     wrong_mode = torch.cat([torch.tensor([0.02, 0.6]), torch.full((38,), 0.01)])[None].double()
     for tau in (None, 10.0, 1.0, 0.3):
         cfg = Config("disco" if tau else "disco_b", score="log_l", tau=tau)
-        out[f"tau {tau}"] = [climb(wrong_mode, cfg, until)[0] for until in (lambda p: p.argmax() == 0, lambda p: p[0] >= 0.5)]
+        out[f"tau {tau}"] = [
+            climb(wrong_mode, cfg, until)[0]
+            for until in (lambda p: p.argmax() == 0, lambda p: p[0] >= 0.5)
+        ]
     for score in ("l_ratio", "log_l"):
-        out[f"kl {score}"] = [stationary_kl(Config("disco_b", score=score, delta=delta)) for delta in (0.001, 0.01, 0.05)]
+        out[f"kl {score}"] = [
+            stationary_kl(Config("disco_b", score=score, delta=delta))
+            for delta in (0.001, 0.01, 0.05)
+        ]
     return out
 
 
@@ -232,22 +272,57 @@ def claim(lab):
     nothing (one seed)."""
     found = lab.stage("tables", tables)
     claims = []
-    for name, known in (("disco_b", (17, 44, 69, 91, 114)), ("grpo", (18, 53, 109, 194, 358)), ("dr_grpo", (18, 66, 194, 532, 1688))):
+    for name, known in (
+        ("disco_b", (17, 44, 69, 91, 114)),
+        ("grpo", (18, 53, 109, 194, 358)),
+        ("dr_grpo", (18, 66, 194, 532, 1688)),
+    ):
         text = f"{name}: steps to success 1/2 from 0.3, 0.1, 0.03, 0.01, 0.003: {found[name]}, largest relative error"
-        claims.append(lab.exact(text, max(abs(a / b - 1) for a, b in zip(found[name], known)), 0.0, 0.03))
+        claims.append(
+            lab.exact(text, max(abs(a / b - 1) for a, b in zip(found[name], known)), 0.0, 0.03)
+        )
     steps = [float(found[f"tau {tau}"][0]) for tau in (None, 1.0)]
     claims.append(
-        lab.compare("a dominant wrong answer is overtaken sooner with the soft maximum", "steps", steps[1:], steps[:1], smaller=True)
+        lab.compare(
+            "a dominant wrong answer is overtaken sooner with the soft maximum",
+            "steps",
+            steps[1:],
+            steps[:1],
+            smaller=True,
+        )
     )
-    for score, known in (("l_ratio", (0.01068, 0.01773, 0.05472)), ("log_l", (0.00951, 0.01638, 0.05336))):
+    for score, known in (
+        ("l_ratio", (0.01068, 0.01773, 0.05472)),
+        ("log_l", (0.00951, 0.01638, 0.05336)),
+    ):
         text = f"KL at rest with {score}, delta 0.001, 0.01, 0.05: {[round(x, 4) for x in found[f'kl {score}']]}, largest error"
-        claims.append(lab.exact(text, max(abs(a - b) for a, b in zip(found[f"kl {score}"], known)), 0.0, 1e-4))
+        claims.append(
+            lab.exact(text, max(abs(a - b) for a, b in zip(found[f"kl {score}"], known)), 0.0, 1e-4)
+        )
     success = dict(disco=[], grpo=[])
     for seed in lab.seeds:
         for variant, side in success.items():
-            here = lab.at(seed=seed, world="arithmetic", k=8, lr=3e-4, steps=80, batch_size=16, prompts=32, eval_every=80)
+            here = lab.at(
+                seed=seed,
+                world="arithmetic",
+                k=8,
+                lr=3e-4,
+                steps=80,
+                batch_size=16,
+                prompts=32,
+                eval_every=80,
+            )
             side.append(here.world.measure(run(here, Config(variant)), here))
     for digits in (4, 5):
         name = f"success on sums of {digits} digits above GRPO at equal rollouts"
-        claims.append(lab.compare(name, f"success_{digits}", success["disco"], success["grpo"], margin=0.02, expected=False))
+        claims.append(
+            lab.compare(
+                name,
+                f"success_{digits}",
+                success["disco"],
+                success["grpo"],
+                margin=0.02,
+                expected=False,
+            )
+        )
     return claims

@@ -34,7 +34,9 @@ class Config:
 def check_pairs(logps, batch):
     """ValueError unless every row is a pair of responses with something to score."""
     if logps.dim() != 3 or logps.shape[1] != 2:
-        raise ValueError(f"log-probs of shape {tuple(logps.shape)}: pairs are (B, 2, T), the preferred response first")
+        raise ValueError(
+            f"log-probs of shape {tuple(logps.shape)}: pairs are (B, 2, T), the preferred response first"
+        )
     # on CUDA the question would make the device wait; there the data were looked at when they were read
     if logps.device.type == "cpu" and not batch.mask.any(-1).all():
         raise ValueError("a response has no scored token")
@@ -46,8 +48,12 @@ def loss(logps, ref_logps, batch, cfg):
     logps, ref_logps (B, 2, T), 0 outside batch.mask (B, 2, T) -> losses (B,) in nats, metrics. ValueError when a row is no pair or a
     response has no scored token."""
     check_pairs(logps, batch)
-    logps, ref_logps = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logps, ref_logps))
-    chosen, rejected = (logps - ref_logps).sum(-1).unbind(1)  # log-ratios (B,): SUM over a response's tokens, not mean
+    logps, ref_logps = (
+        x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logps, ref_logps)
+    )
+    chosen, rejected = (
+        (logps - ref_logps).sum(-1).unbind(1)
+    )  # log-ratios (B,): SUM over a response's tokens, not mean
     z = cfg.beta * (chosen - rejected)  # the margin of the implicit reward
     losses = -F.logsigmoid(z)  # eq. 7
     return losses, {"weight": torch.sigmoid(-z).detach().mean()}
@@ -67,7 +73,11 @@ def preferred(logps, ref_logps, batch, cfg):
 def recover(lab, beta, objective=loss):
     """A table trained on all ordered pairs, each with its exact Bradley-Terry weight -> (J of it, J of the optimum of eq. 4)."""
     here, cfg = lab.at(world="bandit"), Config(beta=beta)
-    reference, policy, batch = here.base(), here.base(), collate(here.world.pairs_all(here.world.reference))
+    reference, policy, batch = (
+        here.base(),
+        here.base(),
+        collate(here.world.pairs_all(here.world.reference)),
+    )
     with torch.no_grad():
         ref_logps = reference.logps(batch)
 
@@ -75,7 +85,9 @@ def recover(lab, beta, objective=loss):
         return objective(model.logps(batch), ref_logps, batch, cfg)[0] * batch.weight, {}
 
     policy = here.fit(policy, [batch], weighted, steps=1500, lr=0.05, decay=True)
-    return here.world.objective(policy, beta), here.world.objective(here.world.optimum(reference, beta), beta)
+    return here.world.objective(policy, beta), here.world.objective(
+        here.world.optimum(reference, beta), beta
+    )
 
 
 def claim(lab):
@@ -89,11 +101,17 @@ def claim(lab):
     claims = []
     for beta in (0.2, 0.5, 1.0, 2.0):
         ours, optimum = recover(lab, beta)
-        claims.append(lab.exact(f"J of DPO at beta {beta} is that of the optimum", ours, optimum, 1e-4))
+        claims.append(
+            lab.exact(f"J of DPO at beta {beta} is that of the optimum", ours, optimum, 1e-4)
+        )
     tuned, _ = recover(lab, beta, preferred)
-    claims.append(lab.compare(f"J above supervised fine-tuning at beta {beta}", "J", [ours], [tuned]))
+    claims.append(
+        lab.compare(f"J above supervised fine-tuning at beta {beta}", "J", [ours], [tuned])
+    )
     curves = {"dpo": [], "tied": [], "supervised": []}
-    contest = dict(dpo=(loss, Config()), tied=(loss, Config(beta=1.0)), supervised=(preferred, Config()))
+    contest = dict(
+        dpo=(loss, Config()), tied=(loss, Config(beta=1.0)), supervised=(preferred, Config())
+    )
     for seed in lab.seeds:
         here = lab.at(seed=seed, eval_size=512)
         data = here.preferences(here.base(), k=2)
@@ -102,6 +120,16 @@ def claim(lab):
             curves[name].append(here.curve)
     ends = {name: [curve[-1] for curve in side] for name, side in curves.items()}
     text = "true reward above supervised fine-tuning on the preferred responses"
-    claims.append(lab.compare(f"{text}, equal steps", "reward", ends["dpo"], ends["supervised"], margin=0.1))
-    same_kl = lab.compare(f"{text}, equal KL", "reward", curves["tied"], curves["supervised"], at_kl="shared", margin=0.05, expected=False)
+    claims.append(
+        lab.compare(f"{text}, equal steps", "reward", ends["dpo"], ends["supervised"], margin=0.1)
+    )
+    same_kl = lab.compare(
+        f"{text}, equal KL",
+        "reward",
+        curves["tied"],
+        curves["supervised"],
+        at_kl="shared",
+        margin=0.05,
+        expected=False,
+    )
     return [*claims, same_kl]

@@ -46,24 +46,32 @@ class Config:
         if not 0 < self.beta < math.inf:
             raise ValueError(f"beta = {self.beta} must be positive and finite")
         if self.divergence in ("tv", "chi2"):
-            raise ValueError(f"divergence = {self.divergence}: f'(0) is finite there, so the reward is no function of the policy")
+            raise ValueError(
+                f"divergence = {self.divergence}: f'(0) is finite there, so the reward is no function of the policy"
+            )
         if self.divergence not in ("rkl", "fkl", "js", "alpha"):
             raise ValueError(f"divergence = {self.divergence} must be one of rkl, fkl, js, alpha")
         if self.divergence != "alpha" and self.alpha is not None:
-            raise ValueError(f"alpha = {self.alpha} is the order of the alpha divergence, {self.divergence} has none")
+            raise ValueError(
+                f"alpha = {self.alpha} is the order of the alpha divergence, {self.divergence} has none"
+            )
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha = {self.alpha} must be between 0 and 1")
 
     @property
     def order(self):
         """Of the alpha divergence; None for js."""
-        return {"rkl": 0.0, "fkl": 1.0, "js": None}.get(self.divergence, 0.5 if self.alpha is None else self.alpha)
+        return {"rkl": 0.0, "fkl": 1.0, "js": None}.get(
+            self.divergence, 0.5 if self.alpha is None else self.alpha
+        )
 
 
 def check_pairs(logps, batch):
     """ValueError unless every row is a pair of responses with something to score."""
     if logps.dim() != 3 or logps.shape[1] != 2:
-        raise ValueError(f"log-probs of shape {tuple(logps.shape)}: pairs are (B, 2, T), the preferred response first")
+        raise ValueError(
+            f"log-probs of shape {tuple(logps.shape)}: pairs are (B, 2, T), the preferred response first"
+        )
     # on CUDA the question would make the device wait; there the data were looked at when they were read
     if logps.device.type == "cpu" and not batch.mask.any(-1).all():
         raise ValueError("a response has no scored token")
@@ -83,12 +91,19 @@ def loss(logps, ref_logps, batch, cfg):
     logps, ref_logps (B, 2, T), 0 outside batch.mask (B, 2, T) -> losses (B,) in nats, metrics. ValueError when a row is no pair or a
     response has no scored token."""
     check_pairs(logps, batch)
-    logps, ref_logps = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logps, ref_logps))
-    chosen, rejected = (logps - ref_logps).sum(-1).unbind(1)  # log-ratios (B,): SUM over a response's tokens, not mean
+    logps, ref_logps = (
+        x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logps, ref_logps)
+    )
+    chosen, rejected = (
+        (logps - ref_logps).sum(-1).unbind(1)
+    )  # log-ratios (B,): SUM over a response's tokens, not mean
     z = cfg.beta * (score(chosen, cfg) - score(rejected, cfg))  # the margin of the implicit reward
     losses = -F.logsigmoid(z)
     exponent = -(cfg.order or 0.0) * torch.stack([chosen, rejected])
-    return losses, {"weight": torch.sigmoid(-z).detach().mean(), "clamped": (exponent > HELD).to(z.dtype).mean()}
+    return losses, {
+        "weight": torch.sigmoid(-z).detach().mean(),
+        "clamped": (exponent > HELD).to(z.dtype).mean(),
+    }
 
 
 def run(lab, cfg):
@@ -124,8 +139,12 @@ def optimum(world, cfg):
         return reference + (-torch.log1p(-a * t) / a if a else t)
 
     zero = torch.zeros((), dtype=torch.float64)
-    low = (r - cfg.beta * score(-reference, cfg)).max(1, keepdim=True).values  # some response has probability 1
-    high = r.max(1, keepdim=True).values - cfg.beta * score(zero, cfg)  # none is above the reference
+    low = (
+        (r - cfg.beta * score(-reference, cfg)).max(1, keepdim=True).values
+    )  # some response has probability 1
+    high = r.max(1, keepdim=True).values - cfg.beta * score(
+        zero, cfg
+    )  # none is above the reference
     for _ in range(100):
         middle = (low + high) / 2
         much = log_probs(middle).logsumexp(1, keepdim=True) > 0
@@ -137,7 +156,9 @@ def population(world, pairs, cfg, loss=loss):
     """The Table that minimises the mean of weight * loss over weighted pairs (`bandit.World.pairs_all`), by quasi-Newton steps."""
     policy, batch = world.model().double(), collate(pairs)
     ref_logps, weight = policy.logps(batch).detach(), batch.weight.double()
-    how = dict(max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe")
+    how = dict(
+        max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe"
+    )
     optimizer = torch.optim.LBFGS(policy.parameters(), **how)
 
     def closure():
@@ -171,7 +192,9 @@ def measured(world, table, cfg):
 
     def ece(s):
         predicted = torch.sigmoid(cfg.beta * (s[:, first] - s[:, second]))
-        return calibration_error(predicted.flatten(), torch.sigmoid(r[:, first] - r[:, second]).flatten())
+        return calibration_error(
+            predicted.flatten(), torch.sigmoid(r[:, first] - r[:, second]).flatten()
+        )
 
     return {
         "reward": table.expect(r),
@@ -196,13 +219,17 @@ def on_text(here, contest):
     before = here.logps(base, fresh)
 
     def total(column):
-        return torch.tensor([[sum(tokens) for tokens in pair] for pair in column], dtype=torch.float64)
+        return torch.tensor(
+            [[sum(tokens) for tokens in pair] for pair in column], dtype=torch.float64
+        )
 
     for name, cfg in contest.items():
         policy = here.align(here.base(), data, loss, cfg, watch=lambda policy, step: {})
         s = score(total(here.logps(policy, fresh)) - total(before), cfg)
         predicted = torch.sigmoid(cfg.beta * (s[:, 0] - s[:, 1]))
-        found[name] = here.evaluate(policy) | {"ece": calibration_error(predicted, torch.sigmoid(truth[:, 0] - truth[:, 1]))}
+        found[name] = here.evaluate(policy) | {
+            "ece": calibration_error(predicted, torch.sigmoid(truth[:, 0] - truth[:, 1]))
+        }
     return found
 
 
@@ -210,7 +237,13 @@ def tradeoff(rows):
     """Lines of a table of reward against diversity; rows: {name: {metric: number}}, all with the same metrics."""
     names = list(next(iter(rows.values())))
     lines = [f"{'':14}" + "".join(f"{name:>12}" for name in names)]
-    return "\n".join(lines + [f"{kind:14}" + "".join(f"{row[name]:12.4f}" for name in names) for kind, row in rows.items()])
+    return "\n".join(
+        lines
+        + [
+            f"{kind:14}" + "".join(f"{row[name]:12.4f}" for name in names)
+            for kind, row in rows.items()
+        ]
+    )
 
 
 def claim(lab):
@@ -223,35 +256,101 @@ def claim(lab):
     orders of magnitude, and it gains little: reward 0.152, 0.068, 0.180 where rkl has 0.606, 0.632, 0.549, js at beta 0.2 0.297, 0.475,
     0.498 and alpha 0.272, 0.234, 0.339."""
     world, kinds = five(), {"rkl": Config(1.0, "rkl")}
-    kinds |= {f"alpha {a}": Config(1.0, "alpha", a) for a in (0.3, 0.5, 0.7)} | {"fkl": Config(1.0, "fkl"), "js": Config(1.0, "js")}
+    kinds |= {f"alpha {a}": Config(1.0, "alpha", a) for a in (0.3, 0.5, 0.7)} | {
+        "fkl": Config(1.0, "fkl"),
+        "js": Config(1.0, "js"),
+    }
     tables = {name: population(world, world.pairs_all(), cfg) for name, cfg in kinds.items()}
     found = {name: measured(world, tables[name], cfg) for name, cfg in kinds.items()}
     page = "five responses, beta 1\n" + tradeoff(found)
-    gap = max((tables[name].probs() - optimum(world, cfg).probs()).abs().max().item() for name, cfg in kinds.items())
-    claims = [lab.exact("each divergence reaches its own optimum: largest gap of a probability", gap, 0.0, 1e-5)]
+    gap = max(
+        (tables[name].probs() - optimum(world, cfg).probs()).abs().max().item()
+        for name, cfg in kinds.items()
+    )
+    claims = [
+        lab.exact(
+            "each divergence reaches its own optimum: largest gap of a probability", gap, 0.0, 1e-5
+        )
+    ]
     for name, reward in dict(zip(kinds, (1.4519, 1.4158, 1.3874, 1.3563, 1.3062, 1.8274))).items():
         claims.append(lab.exact(f"{name}: reward at beta 1", found[name]["reward"], reward, 1e-4))
-    claims.append(lab.exact("calibration error by the divergence trained with, largest", max(x["ece"] for x in found.values()), 0.0, 1e-4))
-    claims.append(lab.exact("that of fkl's policy read as DPO's", found["fkl"]["ece_log"], 0.11456, 1e-4))
-    line = [measured(world, optimum(world, cfg), cfg) for cfg in (Config(0.5, "alpha", a) for a in (0.0, 0.3, 0.5, 0.7, 1.0))]
-    claims.append(lab.compare("reward falls from rkl over alpha to fkl, beta 0.5", "reward", line[:-1], line[1:], margin=0.01))
+    claims.append(
+        lab.exact(
+            "calibration error by the divergence trained with, largest",
+            max(x["ece"] for x in found.values()),
+            0.0,
+            1e-4,
+        )
+    )
+    claims.append(
+        lab.exact("that of fkl's policy read as DPO's", found["fkl"]["ece_log"], 0.11456, 1e-4)
+    )
+    line = [
+        measured(world, optimum(world, cfg), cfg)
+        for cfg in (Config(0.5, "alpha", a) for a in (0.0, 0.3, 0.5, 0.7, 1.0))
+    ]
+    claims.append(
+        lab.compare(
+            "reward falls from rkl over alpha to fkl, beta 0.5",
+            "reward",
+            line[:-1],
+            line[1:],
+            margin=0.01,
+        )
+    )
     claims.append(lab.compare("and entropy rises", "entropy", line[1:], line[:-1], margin=0.01))
-    equal = [Config(1.0705, "rkl"), Config(2.1294, "js"), Config(0.9816, "alpha"), Config(0.841, "fkl")]
+    equal = [
+        Config(1.0705, "rkl"),
+        Config(2.1294, "js"),
+        Config(0.9816, "alpha"),
+        Config(0.841, "fkl"),
+    ]
     rkl, js, alpha, fkl = (measured(world, optimum(world, cfg), cfg) for cfg in equal)
     for name, side in (("js", js), ("alpha 0.5", alpha), ("fkl", fkl)):
-        claims.append(lab.compare(f"at one reward (1.4) the least likely keeps more: {name} than rkl", "least", [side], [rkl], margin=0.01))
-    claims.append(lab.compare("but rkl has the most entropy there: fkl's above", "entropy", [fkl], [rkl], expected=False))
-    contest = {"rkl": Config(0.1, "rkl"), "alpha 0.5": Config(0.1, "alpha"), "fkl": Config(0.1, "fkl"), "js": Config(0.2, "js")}
+        claims.append(
+            lab.compare(
+                f"at one reward (1.4) the least likely keeps more: {name} than rkl",
+                "least",
+                [side],
+                [rkl],
+                margin=0.01,
+            )
+        )
+    claims.append(
+        lab.compare(
+            "but rkl has the most entropy there: fkl's above",
+            "entropy",
+            [fkl],
+            [rkl],
+            expected=False,
+        )
+    )
+    contest = {
+        "rkl": Config(0.1, "rkl"),
+        "alpha 0.5": Config(0.1, "alpha"),
+        "fkl": Config(0.1, "fkl"),
+        "js": Config(0.2, "js"),
+    }
     runs = [on_text(lab.at(seed=seed, steps=100), contest) for seed in lab.seeds]
     metrics = ("reward", "kl", "diversity", "length", "accuracy", "ece")
     page += "\nreviews, mean over seeds\n"
-    page += tradeoff({k: {m: sum(r[k][m] for r in runs) / len(runs) for m in metrics} for k in contest})
+    page += tradeoff(
+        {k: {m: sum(r[k][m] for r in runs) / len(runs) for m in metrics} for k in contest}
+    )
     print(page)
     if lab.out:
         write_text(f"{lab.out}/tradeoff.txt", page + "\n")
 
     def contrast(text, metric, ours, baseline, **how):
-        claims.append(lab.compare(f"reviews: {text}", metric, [r[ours] for r in runs], [r[baseline] for r in runs], **how))
+        claims.append(
+            lab.compare(
+                f"reviews: {text}",
+                metric,
+                [r[ours] for r in runs],
+                [r[baseline] for r in runs],
+                **how,
+            )
+        )
 
     contrast("rkl has more reward than fkl, one beta", "reward", "rkl", "fkl", margin=0.1)
     contrast("rkl has more KL than fkl", "kl", "rkl", "fkl", margin=0.2)

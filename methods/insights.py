@@ -44,10 +44,16 @@ SCENARIOS = dict(base=None, sft=2, instruct=8)  # demonstrations: the best of so
 class Config:
     variant: str = "dpo"  # dpo, ipo, kto, cpo, nll
     scenario: str = "sft"  # the model to begin with: base, without fine-tuning; sft, with it; instruct, with more of it
-    beta: float | None = None  # dpo, kto: strength of the pull to the reference, 0.1; cpo: scale of the difference, 0.1
+    beta: float | None = (
+        None  # dpo, kto: strength of the pull to the reference, 0.1; cpo: scale of the difference, 0.1
+    )
     tau: float | None = None  # ipo: strength of the pull to the reference, 0.1
-    ipo_mean: bool | None = None  # ipo: a log-ratio is the mean over its tokens (TRL), true; IPO's own sum, false
-    z0: float | None = None  # kto: reference point; by default the mean log-ratio of the other side, at least 0
+    ipo_mean: bool | None = (
+        None  # ipo: a log-ratio is the mean over its tokens (TRL), true; IPO's own sum, false
+    )
+    z0: float | None = (
+        None  # kto: reference point; by default the mean log-ratio of the other side, at least 0
+    )
     lambda_d: float | None = None  # kto: weight of the preferred (desirable) responses, 1
     lambda_u: float | None = None  # kto: weight of the rejected (undesirable) responses, 1
     lam: float | None = None  # cpo: weight of the likelihood of the preferred response, 1
@@ -55,7 +61,9 @@ class Config:
     def __post_init__(self):
         for name, allowed in dict(variant=VARIANTS, scenario=SCENARIOS).items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} = {getattr(self, name)} must be one of {', '.join(allowed)}")
+                raise ValueError(
+                    f"{name} = {getattr(self, name)} must be one of {', '.join(allowed)}"
+                )
         known = VARIANTS[self.variant]
         for name in (f.name for f in fields(self)[2:]):
             value = getattr(self, name)
@@ -64,15 +72,21 @@ class Config:
             if value is None:
                 setattr(self, name, known.get(name))
             elif not (0 < value < float("inf") or value == 0 and name not in ("beta", "tau")):
-                raise ValueError(f"{name} = {value} must be {'positive' if name in ('beta', 'tau') else '0 or more'} and finite")
+                raise ValueError(
+                    f"{name} = {value} must be {'positive' if name in ('beta', 'tau') else '0 or more'} and finite"
+                )
         if self.lambda_d == 0 == self.lambda_u:
-            raise ValueError("lambda_d = 0 and lambda_u = 0 leave nothing to learn: one must be positive")
+            raise ValueError(
+                "lambda_d = 0 and lambda_u = 0 leave nothing to learn: one must be positive"
+            )
 
 
 def check_pairs(logps, batch):
     """ValueError unless every row is a pair of responses with something to score."""
     if logps.dim() != 3 or logps.shape[1] != 2:
-        raise ValueError(f"log-probs of shape {tuple(logps.shape)}: pairs are (B, 2, T), the preferred response first")
+        raise ValueError(
+            f"log-probs of shape {tuple(logps.shape)}: pairs are (B, 2, T), the preferred response first"
+        )
     # on CUDA the question would make the device wait; there the data were looked at when they were read
     if logps.device.type == "cpu" and not batch.mask.any(-1).all():
         raise ValueError("a response has no scored token")
@@ -81,9 +95,13 @@ def check_pairs(logps, batch):
 def prospects(a, c, present, cfg):
     """KTO's losses (B,) of preferred and rejected responses with log-ratios a and c (B,), 0 for those that are not present (B, 2), and the
     mean slope of the value function: 1 at the reference point, 0 where nothing is learnt any more."""
-    means = torch.stack([c, a]).detach().sum(1) / present.sum(0).flip(0).clamp(min=1)  # each of the other side
+    means = torch.stack([c, a]).detach().sum(1) / present.sum(0).flip(0).clamp(
+        min=1
+    )  # each of the other side
     good, bad = means.clamp(min=0) if cfg.z0 is None else (cfg.z0, cfg.z0)
-    s = torch.sigmoid(cfg.beta * torch.stack([good - a, c - bad], 1)) * present  # 1 - sigmoid(x) is sigmoid(-x)
+    s = (
+        torch.sigmoid(cfg.beta * torch.stack([good - a, c - bad], 1)) * present
+    )  # 1 - sigmoid(x) is sigmoid(-x)
     slope = (4 * s * (1 - s)).detach().sum() / present.sum()
     return cfg.lambda_d * s[:, 0] + cfg.lambda_u * s[:, 1], {"slope": slope}
 
@@ -95,8 +113,12 @@ def loss(logps, ref_logps, batch, cfg):
     when a row is no pair or a response has no scored token; with kto, when neither has one."""
     whole = cfg.variant != "kto"
     check_pairs(logps, batch if whole else SimpleNamespace(mask=batch.mask.flatten(1)))
-    ref_logps = torch.zeros_like(logps) if cfg.variant in FREE else ref_logps  # log-ratios are log-probs then
-    logps, ref_logps = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logps, ref_logps))
+    ref_logps = (
+        torch.zeros_like(logps) if cfg.variant in FREE else ref_logps
+    )  # log-ratios are log-probs then
+    logps, ref_logps = (
+        x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logps, ref_logps)
+    )
     a, c = (logps - ref_logps).sum(-1).unbind(1)  # log-ratios (B,): SUM over a response's tokens
     if cfg.variant == "kto":
         return prospects(a, c, batch.mask.any(-1), cfg)
@@ -114,9 +136,15 @@ def loss(logps, ref_logps, batch, cfg):
 def extremes(row):
     """The pair of a list's best and worst response, with their scores. ValueError for a tree of steps."""
     if any(parent >= 0 for parent in row.get("parents", ())):
-        raise ValueError(f"the responses to {row['prompt']!r} continue each other; a pair is of whole responses")
+        raise ValueError(
+            f"the responses to {row['prompt']!r} continue each other; a pair is of whole responses"
+        )
     best, worst = (row["scores"].index(find(row["scores"])) for find in (max, min))
-    return {"prompt": row["prompt"]} | {k: [row[k][best], row[k][worst]] for k in ("responses", "scores", "ends", "context") if k in row}
+    return {"prompt": row["prompt"]} | {
+        k: [row[k][best], row[k][worst]]
+        for k in ("responses", "scores", "ends", "context")
+        if k in row
+    }
 
 
 def begun(lab, policy, scenario, demonstrations=1024):
@@ -130,7 +158,9 @@ def begun(lab, policy, scenario, demonstrations=1024):
 
 def run(lab, cfg):
     if cfg.scenario == "instruct" and lab.settings.data:
-        raise ValueError("scenario = instruct: a file has no best of eight answers; use scenario = base with an instruction-tuned --init")
+        raise ValueError(
+            "scenario = instruct: a file has no best of eight answers; use scenario = base with an instruction-tuned --init"
+        )
     policy = lab.base()
     data = lab.preferences(policy, k=2)  # the same in every scenario
     policy = begun(lab, policy, cfg.scenario)
@@ -156,7 +186,13 @@ def trained(here, world, start, pairs, cfg, steps=150):
         point = replace(cfg, z0=max(model.kl(start), 0.0)) if cfg.variant == "kto" else cfg
         return loss(model.scores(index), ref_logps, batch, point)
 
-    return here.fit(policy, [batch], objective, steps=steps, optimizer=lambda params: torch.optim.Adam(params, lr=0.03))
+    return here.fit(
+        policy,
+        [batch],
+        objective,
+        steps=steps,
+        optimizer=lambda params: torch.optim.Adam(params, lr=0.03),
+    )
 
 
 def starts(here, world):
@@ -182,7 +218,11 @@ def study(here, world, sizes=(100, 500, 2000, 8000), steps=150):
                 cfg = Config(name, ipo_mean=False) if name == "ipo" else Config(name)
                 policy = trained(here, world, start, pairs[:size], cfg, steps)
                 seen = torch.zeros_like(world.truth[0]).index_fill_(0, pairs[:size].flatten(), 1.0)
-                reward, kl, unseen = policy.expect(world.truth), policy.kl(start), policy.expect(1 - seen)
+                reward, kl, unseen = (
+                    policy.expect(world.truth),
+                    policy.kl(start),
+                    policy.expect(1 - seen),
+                )
                 found[size, scenario, name] = {"reward": reward, "kl": kl, "unseen": unseen}
     return found
 
@@ -195,10 +235,16 @@ def page(studies):
 
     titles = {"reward": "true reward", "kl": "KL from the start", "unseen": "unseen answers"}
     lines = [" " * 15 + "".join(f" |{title:>{7 * len(VARIANTS)}}" for title in titles.values())]
-    lines.append(f"{'pairs':>5} {'start':9}" + (" |" + "".join(f"{name:>7}" for name in VARIANTS)) * len(titles))
+    lines.append(
+        f"{'pairs':>5} {'start':9}"
+        + (" |" + "".join(f"{name:>7}" for name in VARIANTS)) * len(titles)
+    )
     lines += [f"{0:5} {scenario:9} |{mean(0, scenario, 'start')}" for scenario in SCENARIOS]
     for size, scenario in (key[:2] for key in studies[0] if key[2] == "dpo"):
-        cells = "".join(" |" + "".join(mean(size, scenario, name, measure=measure) for name in VARIANTS) for measure in titles)
+        cells = "".join(
+            " |" + "".join(mean(size, scenario, name, measure=measure) for name in VARIANTS)
+            for measure in titles
+        )
         lines.append(f"{size:5} {scenario:9}{cells}")
     return "\n".join(lines)
 
@@ -217,7 +263,9 @@ def claim(lab):
     for seed in lab.seeds:
         here = lab.at(seed=seed, world="tree", warmup=0, clip=1e6)
         studies.append(study(here, tree.World(seed)))
-        here = lab.at(seed=seed, world="reviews", steps=60, prompts=3840, eval_every=60, eval_size=512)
+        here = lab.at(
+            seed=seed, world="reviews", steps=60, prompts=3840, eval_every=60, eval_size=512
+        )
         pairs = here.preferences(here.base(), k=2)
         for scenario, ends in reviews.items():
             here.align(begun(here, here.base(), scenario), pairs, loss, Config())
@@ -228,10 +276,20 @@ def claim(lab):
         write_text(f"{lab.out}/insights.txt", table + "\n")
 
     def mean(name, scenario, measure="reward"):  # over the numbers of pairs, (seeds,)
-        return torch.tensor([[row[measure] for key, row in found.items() if key[1:] == (scenario, name)] for found in studies]).mean(1)
+        return torch.tensor(
+            [
+                [row[measure] for key, row in found.items() if key[1:] == (scenario, name)]
+                for found in studies
+            ]
+        ).mean(1)
 
     def lag(name, few, scenario="sft"):  # what few pairs leave of the reward of 8,000, (seeds,)
-        return torch.tensor([found[8000, scenario, name]["reward"] - found[few, scenario, name]["reward"] for found in studies])
+        return torch.tensor(
+            [
+                found[8000, scenario, name]["reward"] - found[few, scenario, name]["reward"]
+                for found in studies
+            ]
+        )
 
     def say(what, *sides, metric="reward", **how):
         sides = [x.tolist() if torch.is_tensor(x) else [x] * len(studies) for x in sides]
@@ -243,16 +301,46 @@ def claim(lab):
     say("IPO gains more from SFT than DPO", gap["ipo"], gap["dpo"], margin=0.05)
     say("DPO gains 0.2 from it", gap["dpo"], 0.2, expected=False)
     for name in ("kto", "cpo"):
-        say(f"{name.upper()}: with and without SFT the same within 0.1", gap[name].abs(), 0.1, smaller=True)
+        say(
+            f"{name.upper()}: with and without SFT the same within 0.1",
+            gap[name].abs(),
+            0.1,
+            smaller=True,
+        )
     unseen = (mean("ipo", scenario, "unseen") for scenario in ("base", "sft"))
-    say("IPO without SFT leaves more probability to answers in no pair", *unseen, metric="unseen", margin=0.02)
+    say(
+        "IPO without SFT leaves more probability to answers in no pair",
+        *unseen,
+        metric="unseen",
+        margin=0.02,
+    )
     for few, expected in ((500, True), (100, False)):
         for name in ("dpo", "kto", "cpo"):
             how = dict(smaller=True, expected=expected)
-            say(f"{name.upper()}: {few} pairs give what 8,000 give, within 0.1", lag(name, few).abs(), 0.1, **how)
+            say(
+                f"{name.upper()}: {few} pairs give what 8,000 give, within 0.1",
+                lag(name, few).abs(),
+                0.1,
+                **how,
+            )
     say("IPO without SFT: 8,000 pairs give more than 100", lag("ipo", 100, "base"), 0.0, margin=0.1)
-    say("IPO: reward from an instruction-tuned start, and after SFT", mean("ipo", "instruct"), mean("ipo", "sft"), margin=0.05)
+    say(
+        "IPO: reward from an instruction-tuned start, and after SFT",
+        mean("ipo", "instruct"),
+        mean("ipo", "sft"),
+        margin=0.05,
+    )
     say("IPO gains more from that start than DPO", lift["ipo"], lift["dpo"], margin=0.03)
     say("CPO gains at most 0.05 from it", lift["cpo"], 0.05, smaller=True)
-    say("CPO: reward above that of fine-tuning on its preferred responses", mean("cpo", "sft"), mean("nll", "sft"), margin=0.02)
-    return [*claims, lab.compare("reviews: reward of DPO after SFT, and without", "reward", *reviews.values(), margin=0.1)]
+    say(
+        "CPO: reward above that of fine-tuning on its preferred responses",
+        mean("cpo", "sft"),
+        mean("nll", "sft"),
+        margin=0.02,
+    )
+    return [
+        *claims,
+        lab.compare(
+            "reviews: reward of DPO after SFT, and without", "reward", *reviews.values(), margin=0.1
+        ),
+    ]

@@ -45,10 +45,14 @@ class Config:
         if not 0 < self.beta < float("inf"):
             raise ValueError(f"beta = {self.beta} must be positive and finite")
         for name, allowed in dict(
-            inner=("excl", "incl", "code"), reduce=("mean", "sum"), weights=("ndcg", "position", "reciprocal")
+            inner=("excl", "incl", "code"),
+            reduce=("mean", "sum"),
+            weights=("ndcg", "position", "reciprocal"),
         ).items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} = {getattr(self, name)} must be one of {', '.join(allowed)}")
+                raise ValueError(
+                    f"{name} = {getattr(self, name)} must be one of {', '.join(allowed)}"
+                )
 
 
 def label_ranks(batch):
@@ -56,7 +60,9 @@ def label_ranks(batch):
     Absent items come last, or have rank 0 in the column."""
     if getattr(batch, "rank", None) is not None:
         return batch.rank
-    order = batch.scores.masked_fill(~batch.mask.any(-1), -torch.inf).argsort(descending=True, stable=True)
+    order = batch.scores.masked_fill(~batch.mask.any(-1), -torch.inf).argsort(
+        descending=True, stable=True
+    )
     return order.argsort(1) + 1
 
 
@@ -64,7 +70,9 @@ def relevance_weights(batch, cfg):
     """The weight w (B, K) of each item, 0 for an absent one; from batch.mask, batch.scores and the label ranks."""
     y, k = batch.scores, label_ranks(batch).clamp(min=1)
     gain = torch.ones_like(y) if cfg.weights == "position" else 2**y - 1
-    return (gain / (k if cfg.weights == "reciprocal" else torch.log2(1 + k.to(y.dtype)))) * batch.mask.any(-1)
+    return (
+        gain / (k if cfg.weights == "reciprocal" else torch.log2(1 + k.to(y.dtype)))
+    ) * batch.mask.any(-1)
 
 
 def check_lists(batch):
@@ -77,9 +85,13 @@ def check_lists(batch):
         raise ValueError("a list needs at least 2 items with something to score")
     wrong = ~((batch.scores >= 0) & (batch.scores < 64))  # NaN is neither
     if wrong.any():
-        raise ValueError(f"relevance {batch.scores[wrong][0]:g}: the gain 2^y - 1 wants scores of 0 to 63")
+        raise ValueError(
+            f"relevance {batch.scores[wrong][0]:g}: the gain 2^y - 1 wants scores of 0 to 63"
+        )
     ranks = getattr(batch, "rank", None)
-    if ((batch.scores != 0) & ~present).any() or (ranks is not None and ((ranks != 0) & ~present).any()):
+    if ((batch.scores != 0) & ~present).any() or (
+        ranks is not None and ((ranks != 0) & ~present).any()
+    ):
         raise ValueError("an item has no scored token but a relevance or a rank")
     if ranks is not None:
         places = torch.arange(1, ranks.shape[1] + 1)
@@ -90,7 +102,9 @@ def check_lists(batch):
 
 def item_scores(logps, ref_logps, batch):
     """r (B, K), the MEAN over an item's tokens of the log-ratio, in float32 or better; 0 for an absent item."""
-    logps, ref_logps = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logps, ref_logps))
+    logps, ref_logps = (
+        x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logps, ref_logps)
+    )
     return (logps - ref_logps).sum(-1) / batch.mask.sum(-1).clamp(min=1)
 
 
@@ -113,7 +127,9 @@ def loss(logps, ref_logps, batch, cfg):
     if cfg.reduce == "mean":
         losses = losses / n
     # how far the policy's order is from the label's, over what counts
-    disagreement = (w * torch.sigmoid(-z).detach()).sum() / w.sum().clamp(min=torch.finfo(w.dtype).tiny)
+    disagreement = (w * torch.sigmoid(-z).detach()).sum() / w.sum().clamp(
+        min=torch.finfo(w.dtype).tiny
+    )
     return losses, {"disagreement": disagreement}
 
 
@@ -153,14 +169,19 @@ def sdpo_loss(logps, ref_logps, batch, cfg):
     """Softmax-DPO (arXiv:2406.09215): that relevant item against all irrelevant ones."""
     r = item_scores(logps, ref_logps, batch)
     others = cfg.beta * (r - (r * (batch.role > 0)).sum(1, keepdim=True))
-    return -F.logsigmoid(-others.masked_fill((batch.scores > 0) | ~batch.mask.any(-1), -torch.inf).logsumexp(1)), {}
+    return -F.logsigmoid(
+        -others.masked_fill((batch.scores > 0) | ~batch.mask.any(-1), -torch.inf).logsumexp(1)
+    ), {}
 
 
 def with_roles(rows, rng):
     """The rows with a column `role`: a relevant item at random 1, an irrelevant one at random -1, the others 0."""
     out = []
     for row in rows:
-        relevant, draw = torch.tensor(row["scores"]) > 0, torch.rand(len(row["scores"]), generator=rng)
+        relevant, draw = (
+            torch.tensor(row["scores"]) > 0,
+            torch.rand(len(row["scores"]), generator=rng),
+        )
         role = torch.zeros(len(draw))
         role[(relevant + draw).argmax()], role[(~relevant + draw).argmax()] = 1.0, -1.0
         out.append(row | {"role": role.tolist()})
@@ -170,8 +191,16 @@ def with_roles(rows, rng):
 def free_scores(y, loss, cfg, **columns):
     """The scores r (K,) of one list that minimise a loss when nothing ties them together."""
     r = torch.zeros(1, len(y), 1, dtype=torch.float64, requires_grad=True)
-    batch = SimpleNamespace(scores=torch.tensor([y]), mask=torch.ones(1, len(y), 1, dtype=torch.bool), **columns)
-    optimizer = torch.optim.LBFGS([r], max_iter=100, tolerance_grad=1e-10, tolerance_change=1e-14, line_search_fn="strong_wolfe")
+    batch = SimpleNamespace(
+        scores=torch.tensor([y]), mask=torch.ones(1, len(y), 1, dtype=torch.bool), **columns
+    )
+    optimizer = torch.optim.LBFGS(
+        [r],
+        max_iter=100,
+        tolerance_grad=1e-10,
+        tolerance_change=1e-14,
+        line_search_fn="strong_wolfe",
+    )
 
     def closure():
         optimizer.zero_grad()
@@ -194,7 +223,10 @@ def shuffled_agreement(policy, reference, rows, tokenizer, rng):
 
     count = len(rows[0]["responses"])
     order = torch.stack([torch.randperm(count, generator=rng) for _ in rows])
-    moved = [row | {"responses": [row["responses"][j] for j in o]} for row, o in zip(rows, order.tolist())]
+    moved = [
+        row | {"responses": [row["responses"][j] for j in o]}
+        for row, o in zip(rows, order.tolist())
+    ]
     gap = places(rows).gather(1, order) - places(moved)
     return 1 - (6 * gap.square().sum(1) / (count**3 - count)).mean().item()
 
@@ -208,23 +240,64 @@ def claim(lab):
     claims, found, agree = [], {}, []
     for inner, best in (("excl", 0.745253), ("incl", 0.677810), ("code", 0.677810)):
         p = free_scores((3.0, 2.0, 1.0), loss, Config(inner=inner)).softmax(0)
-        claims.append(lab.exact(f"{inner}: share of the best of three items of relevance 3, 2, 1", p[0].item(), best, 1e-5))
-    contest = dict(irpo=(loss, Config()), sdpo=(sdpo_loss, Config()), dpo=(dpo_loss, Config()), position=(loss, Config(weights="position")))
+        claims.append(
+            lab.exact(
+                f"{inner}: share of the best of three items of relevance 3, 2, 1",
+                p[0].item(),
+                best,
+                1e-5,
+            )
+        )
+    contest = dict(
+        irpo=(loss, Config()),
+        sdpo=(sdpo_loss, Config()),
+        dpo=(dpo_loss, Config()),
+        position=(loss, Config(weights="position")),
+    )
     for seed in lab.seeds:
         lists = None
         for name, (objective, cfg) in contest.items():
-            here = lab.at(seed=seed, world="ranking", steps=200, batch_size=32, lr=2e-3, prompts=6400)
+            here = lab.at(
+                seed=seed, world="ranking", steps=200, batch_size=32, lr=2e-3, prompts=6400
+            )
             policy = here.base()
-            lists = lists or here.rows(with_roles(here.world.lists(here.prompts, here.rng("lists")), here.rng("roles")))
+            lists = lists or here.rows(
+                with_roles(here.world.lists(here.prompts, here.rng("lists")), here.rng("roles"))
+            )
             policy = here.align(policy, lists, objective, cfg, watch=lambda policy, step: {})
             found.setdefault(name, []).append(here.world.measure(policy, here))
             if name == "irpo":
                 held_out, rng = here.world.lists(256, here.rng("held out")), here.rng("shuffle")
-                agree.append(shuffled_agreement(policy, here.reference, held_out, here.world.tokenizer, rng))
+                agree.append(
+                    shuffled_agreement(policy, here.reference, held_out, here.world.tokenizer, rng)
+                )
     for k in (1, 10):
-        claims.append(lab.compare("IRPO ranks better than softmax-DPO", f"ndcg_{k}", found["irpo"], found["sdpo"], margin=0.02))
-        claims.append(lab.compare("softmax-DPO ranks better than DPO", f"ndcg_{k}", found["sdpo"], found["dpo"], margin=0.02))
-    claims.append(lab.compare("IRPO's scores survive another shuffle", "rank correlation", agree, [0.9] * len(agree)))
+        claims.append(
+            lab.compare(
+                "IRPO ranks better than softmax-DPO",
+                f"ndcg_{k}",
+                found["irpo"],
+                found["sdpo"],
+                margin=0.02,
+            )
+        )
+        claims.append(
+            lab.compare(
+                "softmax-DPO ranks better than DPO",
+                f"ndcg_{k}",
+                found["sdpo"],
+                found["dpo"],
+                margin=0.02,
+            )
+        )
+    claims.append(
+        lab.compare(
+            "IRPO's scores survive another shuffle", "rank correlation", agree, [0.9] * len(agree)
+        )
+    )
     name = "the gain of the relevance helps: ndcg weights against position alone"
-    claims += [lab.compare(name, f"ndcg_{k}", found["irpo"], found["position"], expected=False) for k in (1, 10)]
+    claims += [
+        lab.compare(name, f"ndcg_{k}", found["irpo"], found["position"], expected=False)
+        for k in (1, 10)
+    ]
     return claims

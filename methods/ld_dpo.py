@@ -46,7 +46,9 @@ class Config:
 def check_pairs(logps, batch):
     """ValueError unless every row is a pair of responses with something to score."""
     if logps.dim() != 3 or logps.shape[1] != 2:
-        raise ValueError(f"log-probs of shape {tuple(logps.shape)}: pairs are (B, 2, T), the preferred response first")
+        raise ValueError(
+            f"log-probs of shape {tuple(logps.shape)}: pairs are (B, 2, T), the preferred response first"
+        )
     # on CUDA the question would make the device wait; there the data were looked at when they were read
     if logps.device.type == "cpu" and not batch.mask.any(-1).all():
         raise ValueError("a response has no scored token")
@@ -58,12 +60,16 @@ def loss(logps, ref_logps, batch, cfg):
     logps, ref_logps (B, 2, T), 0 outside batch.mask (B, 2, T) -> losses (B,) in nats, metrics. ValueError when a row is no pair or a
     response has no scored token."""
     check_pairs(logps, batch)
-    logps, ref_logps = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logps, ref_logps))
+    logps, ref_logps = (
+        x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logps, ref_logps)
+    )
     public = batch.mask.sum(-1).amin(1)[:, None, None]  # length of the shorter response (B, 1, 1)
     tail = batch.mask.cumsum(-1) > public  # counted in response tokens, wherever they stand
     beyond = logps - ref_logps if cfg.on_reference else logps
     ratio = torch.where(tail, cfg.alpha * beyond, beyond) - (0.0 if cfg.on_reference else ref_logps)
-    chosen, rejected = ratio.sum(-1).unbind(1)  # log-ratios (B,): SUM over a response's tokens, not mean
+    chosen, rejected = ratio.sum(-1).unbind(
+        1
+    )  # log-ratios (B,): SUM over a response's tokens, not mean
     z = cfg.beta * (chosen - rejected)  # the margin of the implicit reward
     losses = -F.logsigmoid(z)
     share = (tail & batch.mask).sum() / batch.mask.sum()
@@ -91,13 +97,19 @@ class Wordy:
         good = torch.arange(len(n)) > CAP
         place = torch.arange(CAP + 2)
         # what each token is: 0 none, 1 bad, 2 good, 3 filler, 4 the end
-        self.codes = torch.where(place <= n[:, None], 3, torch.where((place == n[:, None] + 1) & (n[:, None] < CAP), 4, 0))
+        self.codes = torch.where(
+            place <= n[:, None],
+            3,
+            torch.where((place == n[:, None] + 1) & (n[:, None] < CAP), 4, 0),
+        )
         self.codes[:, 0] = 1 + good.long()
         self.n, self.good = n.double(), good.double()
         self.start = torch.tensor([0.0, math.log(3)], dtype=torch.float64)
         first, second = torch.cartesian_prod(torch.arange(len(n)), torch.arange(len(n))).unbind(1)
         first, second = first[first != second], second[first != second]
-        self.pairs = torch.stack([first, second], 1)  # every ordered pair of different responses, the first preferred
+        self.pairs = torch.stack(
+            [first, second], 1
+        )  # every ordered pair of different responses, the first preferred
         liking, chance = self.good + delta * self.n, self.chance(self.start)
         weight = chance[first] * chance[second] * torch.sigmoid(liking[first] - liking[second])
         self.weight = weight / weight.sum()
@@ -106,7 +118,9 @@ class Wordy:
     def logps(self, theta):
         """Log-probs (R, T) of all responses' tokens."""
         a, b = theta
-        return torch.stack([0 * a, F.logsigmoid(-a), F.logsigmoid(a), F.logsigmoid(b), F.logsigmoid(-b)])[self.codes]
+        return torch.stack(
+            [0 * a, F.logsigmoid(-a), F.logsigmoid(a), F.logsigmoid(b), F.logsigmoid(-b)]
+        )[self.codes]
 
     def chance(self, theta):
         """Probabilities (R,)."""
@@ -114,7 +128,9 @@ class Wordy:
 
     def expected(self, theta, cfg, weight=None):
         """The population loss."""
-        losses, _ = loss(self.logps(theta)[self.pairs], self.logps(self.start)[self.pairs], self.batch, cfg)
+        losses, _ = loss(
+            self.logps(theta)[self.pairs], self.logps(self.start)[self.pairs], self.batch, cfg
+        )
         return ((self.weight if weight is None else weight) * losses).sum()
 
     def push(self, cfg):
@@ -126,7 +142,12 @@ class Wordy:
     def optimum(self, cfg):
         """(E[n], P(good)) where the population loss is least, by quasi-Newton steps."""
         theta = self.start.clone().requires_grad_()
-        how = dict(max_iter=200, tolerance_grad=1e-10, tolerance_change=1e-14, line_search_fn="strong_wolfe")
+        how = dict(
+            max_iter=200,
+            tolerance_grad=1e-10,
+            tolerance_change=1e-14,
+            line_search_fn="strong_wolfe",
+        )
         optimizer = torch.optim.LBFGS([theta], **how)
 
         def closure():
@@ -160,7 +181,9 @@ def length_at(curve, reward):
     for a, b in zip(curve, curve[1:]):
         low, high = sorted((a["reward"], b["reward"]))
         if low <= reward <= high:
-            return a["length"] + (reward - a["reward"]) / ((b["reward"] - a["reward"]) or 1.0) * (b["length"] - a["length"])
+            return a["length"] + (reward - a["reward"]) / ((b["reward"] - a["reward"]) or 1.0) * (
+                b["length"] - a["length"]
+            )
     raise ValueError(f"the curve never reaches a reward of {reward:.3g}")
 
 
@@ -182,41 +205,94 @@ def claim(lab):
     world, plain, mild = Wordy(0.1), Wordy(0.0), Wordy(0.05)
     push = [world.push(Config(0.5, alpha)) for alpha in alphas]
     for alpha, one, share in zip(alphas, push, (1.0, 0.8995, 0.7990, 0.6986, 0.5981)):
-        claims.append(lab.exact(f"alpha {alpha}: the first push on length, of DPO's", one / push[0], share, 1e-4))
+        claims.append(
+            lab.exact(
+                f"alpha {alpha}: the first push on length, of DPO's", one / push[0], share, 1e-4
+            )
+        )
     biased = [world.optimum(Config(0.5, alpha)) for alpha in alphas]
     for alpha, (n, _), length in zip(alphas, biased, (10.585, 9.553, 8.316, 7.314, 6.478)):
-        claims.append(lab.exact(f"alpha {alpha}: fillers at the optimum, length bias 0.1, 3 before", n, length, 2e-3))
+        claims.append(
+            lab.exact(
+                f"alpha {alpha}: fillers at the optimum, length bias 0.1, 3 before", n, length, 2e-3
+            )
+        )
     good = [p for _, p in biased]
-    claims.append(lab.compare("quality lost, at most 0.005", "P(good) lost", [good[0] - p for p in good[1:]], [0.005] * 4, smaller=True))
+    claims.append(
+        lab.compare(
+            "quality lost, at most 0.005",
+            "P(good) lost",
+            [good[0] - p for p in good[1:]],
+            [0.005] * 4,
+            smaller=True,
+        )
+    )
     gap = max(abs(plain.optimum(Config(0.5, alpha))[0] - 3) for alpha in alphas)
     claims.append(lab.exact("without bias the length stays: largest change", gap, 0.0, 1e-3))
     for alpha, length in zip(alphas[1:], (1.929, 1.200, 0.663, 0.324)):
         n = plain.optimum(Config(0.5, alpha, False))[0]
-        claims.append(lab.exact(f"alpha {alpha}, the reference in full: brevity of its own", n, length, 2e-3))
+        claims.append(
+            lab.exact(f"alpha {alpha}, the reference in full: brevity of its own", n, length, 2e-3)
+        )
     lengths = [mild.optimum(Config(0.5, alpha))[0] for alpha in alphas]
     text = "bias 0.05: every smaller alpha is shorter at the optimum"
-    claims.append(lab.compare(text, "fillers", lengths[1:], lengths[:-1], smaller=True, expected=False))
-    contest = {"dpo": Config(0.5, 1.0), "half": Config(0.5, 0.5), "zero": Config(0.5, 0.0), "full": Config(0.5, 0.5, False)}
+    claims.append(
+        lab.compare(text, "fillers", lengths[1:], lengths[:-1], smaller=True, expected=False)
+    )
+    contest = {
+        "dpo": Config(0.5, 1.0),
+        "half": Config(0.5, 0.5),
+        "zero": Config(0.5, 0.0),
+        "full": Config(0.5, 0.5, False),
+    }
     how = dict(steps=100, length_bias=0.1, eval_size=512, eval_every=25)
     runs = [on_reviews_with_bias(lab.at(seed=seed, **how), contest) for seed in lab.seeds]
     start, curves = [r["dpo"][0] for r in runs], {name: [r[name] for r in runs] for name in contest}
     ends = {name: [curve[-1] for curve in side] for name, side in curves.items()}
     lost = [a["reward"] - b["reward"] for a, b in zip(ends["dpo"], ends["zero"])]
     both = [min(max(p["reward"] for p in r[name]) for name in ("dpo", "zero")) for r in runs]
-    alike = [[length_at(curve, reward) for curve, reward in zip(curves[name], both)] for name in ("zero", "dpo")]
+    alike = [
+        [length_at(curve, reward) for curve, reward in zip(curves[name], both)]
+        for name in ("zero", "dpo")
+    ]
     short, text = dict(margin=0.5, smaller=True), "reviews: alpha 0 is shorter than DPO"
     return [
         *claims,
-        lab.compare("reviews: biased labels make DPO longer", "length", ends["dpo"], start, margin=2.0),
+        lab.compare(
+            "reviews: biased labels make DPO longer", "length", ends["dpo"], start, margin=2.0
+        ),
         lab.compare(f"{text}, equal steps", "length", ends["zero"], ends["dpo"], **short),
         lab.compare(text, "length", curves["zero"], curves["dpo"], at_kl="shared", **short),
         lab.compare(f"{text}, where both reach one reward", "length", *alike, smaller=True),
-        lab.compare("reviews: alpha 0.5 is shorter than DPO", "length", ends["half"], ends["dpo"], smaller=True, expected=False),
         lab.compare(
-            "reviews: reward that alpha 0 loses to DPO, at most 0.1", "reward lost", lost, [0.1] * len(lost), smaller=True, expected=False
+            "reviews: alpha 0.5 is shorter than DPO",
+            "length",
+            ends["half"],
+            ends["dpo"],
+            smaller=True,
+            expected=False,
         ),
         lab.compare(
-            "reviews: alpha 0.5, the reference in full, is far shorter", "length", ends["full"], ends["dpo"], margin=5.0, smaller=True
+            "reviews: reward that alpha 0 loses to DPO, at most 0.1",
+            "reward lost",
+            lost,
+            [0.1] * len(lost),
+            smaller=True,
+            expected=False,
         ),
-        lab.compare("and has more true reward, which brevity does not cost here", "reward", ends["full"], ends["dpo"], margin=0.05),
+        lab.compare(
+            "reviews: alpha 0.5, the reference in full, is far shorter",
+            "length",
+            ends["full"],
+            ends["dpo"],
+            margin=5.0,
+            smaller=True,
+        ),
+        lab.compare(
+            "and has more true reward, which brevity does not cost here",
+            "reward",
+            ends["full"],
+            ends["dpo"],
+            margin=0.05,
+        ),
     ]

@@ -42,9 +42,14 @@ def loss(logps, ref_logps, batch, cfg):
     if logps.device.type == "cpu" and not batch.mask.flatten(1).any(1).all():
         raise ValueError("a row has no response with a scored token")
     logps = logps.to(torch.promote_types(logps.dtype, torch.float32))
-    best = batch.scores.masked_fill(~batch.mask.any(-1), -torch.inf).argmax(1)  # (B,), the first of equal scores
+    best = batch.scores.masked_fill(~batch.mask.any(-1), -torch.inf).argmax(
+        1
+    )  # (B,), the first of equal scores
     of_best = best[:, None, None]
-    losses = -(logps.sum(-1, keepdim=True).gather(1, of_best) / batch.mask.sum(-1, keepdim=True).gather(1, of_best)).flatten()  # MEAN
+    losses = -(
+        logps.sum(-1, keepdim=True).gather(1, of_best)
+        / batch.mask.sum(-1, keepdim=True).gather(1, of_best)
+    ).flatten()  # MEAN
     return losses, {}
 
 
@@ -69,7 +74,9 @@ def dpo_of_pairs(logps, ref_logps, batch, cfg):
 def winners(world):
     """Probabilities (P, R) of the preferred one of two different responses of the reference, under Bradley-Terry."""
     chance, truth = world.reference.probs(), world.rewards()
-    beats = torch.sigmoid(truth[:, :, None] - truth[:, None, :]) - torch.eye(truth.shape[1]) / 2  # a response does not meet itself
+    beats = (
+        torch.sigmoid(truth[:, :, None] - truth[:, None, :]) - torch.eye(truth.shape[1]) / 2
+    )  # a response does not meet itself
     won = chance * (beats * chance[:, None, :]).sum(2)
     return won / won.sum(1, keepdim=True)
 
@@ -77,7 +84,11 @@ def winners(world):
 def imitate(lab):
     """A table trained on all ordered pairs, each with its exact Bradley-Terry weight -> {name: number} of what it reaches."""
     here = lab.at(world="bandit")
-    policy, batch, world = here.base(), collate(here.world.pairs_all(here.world.reference)), here.world
+    policy, batch, world = (
+        here.base(),
+        collate(here.world.pairs_all(here.world.reference)),
+        here.world,
+    )
 
     def weighted(model, batch):
         return loss(model.logps(batch), None, batch, Config())[0] * batch.weight, {}
@@ -104,7 +115,15 @@ def scorings(lab, objective, reference, steps=10):
 
     policy = here.base()
     data = here.preferences(policy, k=2)
-    here.align(policy, data, objective, SimpleNamespace(beta=0.1), reference=reference, score=score, steps=steps)
+    here.align(
+        policy,
+        data,
+        objective,
+        SimpleNamespace(beta=0.1),
+        reference=reference,
+        score=score,
+        steps=steps,
+    )
     return len(calls)
 
 
@@ -116,31 +135,76 @@ def claim(lab):
     average 0.337 against 0.250 at KL 0.40. That comparison is kept and not expected to hold. DPO at beta 0.1 ended at a reward of 0.654 and
     KL 10.5 (seed 100) and 0.752 and 6.6 (101 and 102), the fine-tuning at 0.329 and 0.46, and 0.312 and 0.43."""
     found = lab.stage("winners", lambda: imitate(lab))
-    counts = lab.stage("scorings", lambda: [scorings(lab, loss, None), scorings(lab, dpo_of_pairs, "start")])
+    counts = lab.stage(
+        "scorings", lambda: [scorings(lab, loss, None), scorings(lab, dpo_of_pairs, "start")]
+    )
     claims = [
-        lab.exact("responses of one length: the optimum is the distribution of the winners, total variation", found["gap"], 0.0, 1e-3),
-        lab.exact("its reward is that of the preferred responses", found["reward"], found["won"], 1e-3),
-        lab.compare("responses of one length: none becomes more than twice as likely", "ratio", [found["largest"]], [2.0], smaller=True),
+        lab.exact(
+            "responses of one length: the optimum is the distribution of the winners, total variation",
+            found["gap"],
+            0.0,
+            1e-3,
+        ),
+        lab.exact(
+            "its reward is that of the preferred responses", found["reward"], found["won"], 1e-3
+        ),
+        lab.compare(
+            "responses of one length: none becomes more than twice as likely",
+            "ratio",
+            [found["largest"]],
+            [2.0],
+            smaller=True,
+        ),
         *(
-            lab.compare(f"less reward than DPO's optimum at beta {beta}", "reward", [found["reward"]], [best], smaller=True)
+            lab.compare(
+                f"less reward than DPO's optimum at beta {beta}",
+                "reward",
+                [found["reward"]],
+                [best],
+                smaller=True,
+            )
             for beta, best in zip((1.0, 0.5), found["optima"])
         ),
         lab.exact("scorings of a model in 10 steps", counts[0], 10, 0.5),
         lab.exact("those of DPO, which runs its reference", counts[1], 20, 0.5),
     ]
     curves = {"sft": [], "dpo": [], "tied": []}
-    contest = dict(sft=(loss, None, None), dpo=(dpo_of_pairs, "start", 0.1), tied=(dpo_of_pairs, "start", 1.0))
+    contest = dict(
+        sft=(loss, None, None), dpo=(dpo_of_pairs, "start", 0.1), tied=(dpo_of_pairs, "start", 1.0)
+    )
     for seed in lab.seeds:
         here = lab.at(seed=seed, eval_size=512)
         data = here.preferences(here.base(), k=2)
         for name, (objective, reference, beta) in contest.items():
-            here.align(here.base(), data, objective, SimpleNamespace(beta=beta), reference=reference)
+            here.align(
+                here.base(), data, objective, SimpleNamespace(beta=beta), reference=reference
+            )
             curves[name].append(here.curve)
     ends = {name: [curve[-1] for curve in side] for name, side in curves.items()}
     start = [curve[0] for curve in curves["sft"]]
-    claims.append(lab.compare("true reward above the base model", "reward", ends["sft"], start, margin=0.1))
-    claims.append(lab.compare("less true reward than DPO, equal steps", "reward", ends["sft"], ends["dpo"], margin=0.1, smaller=True))
-    claims.append(lab.compare("less KL than DPO, equal steps", "kl", ends["sft"], ends["dpo"], margin=1.0, smaller=True))
+    claims.append(
+        lab.compare("true reward above the base model", "reward", ends["sft"], start, margin=0.1)
+    )
+    claims.append(
+        lab.compare(
+            "less true reward than DPO, equal steps",
+            "reward",
+            ends["sft"],
+            ends["dpo"],
+            margin=0.1,
+            smaller=True,
+        )
+    )
+    claims.append(
+        lab.compare(
+            "less KL than DPO, equal steps",
+            "kl",
+            ends["sft"],
+            ends["dpo"],
+            margin=1.0,
+            smaller=True,
+        )
+    )
     claims.append(
         lab.compare(
             "less true reward than DPO at beta 1",

@@ -36,14 +36,18 @@ class Config:
     tau: str = "model"  # ranks of the pair weights: model, by the current rewards; label, by the scores; none, all pairs weigh 1
     asr: bool = True  # adaptive step reward: weigh the steps of a pair by their likeness
     reduce: str = "sum"  # over the tokens of a step: sum, mean (the code)
-    divide: bool = True  # by the sum of the pair weights, so that the step size does not depend on them
+    divide: bool = (
+        True  # by the sum of the pair weights, so that the step size does not depend on them
+    )
 
     def __post_init__(self):
         if not 0 < self.beta < float("inf"):
             raise ValueError(f"beta = {self.beta} must be positive and finite")
         for name, allowed in dict(tau=("model", "label", "none"), reduce=("sum", "mean")).items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} = {getattr(self, name)} must be one of {', '.join(allowed)}")
+                raise ValueError(
+                    f"{name} = {getattr(self, name)} must be one of {', '.join(allowed)}"
+                )
 
 
 def paths(batch):
@@ -67,14 +71,18 @@ def check_trees(batch):
     if (leaf.sum(1) < 2).any():
         raise ValueError("a list needs at least 2 responses with something to score")
     if not ((batch.scores >= 0) & (batch.scores <= 1)).all():  # NaN is neither
-        raise ValueError("scores must be between 0 and 1: the gain 2^v of larger ones drowns the rest")
+        raise ValueError(
+            "scores must be between 0 and 1: the gain 2^v of larger ones drowns the rest"
+        )
     if (on & leaf[..., None] & ~batch.mask.any(-1)[:, None]).any():
         raise ValueError("a step without a scored token lies on the path of a response")
 
 
 def node_rewards(logps, ref_logps):
     """g (B, K), the log-ratio of every node, in float32 or better."""
-    logps, ref_logps = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logps, ref_logps))
+    logps, ref_logps = (
+        x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logps, ref_logps)
+    )
     return (logps - ref_logps).sum(-1)
 
 
@@ -88,7 +96,9 @@ def step_places(on, leaf):
 def step_weights(batch, parts):
     """w (B, i, j, D) of the steps of a pair, without gradient, from the column `states` (B, K, H): hidden states summed over a node."""
     states = batch.states.to(torch.promote_types(batch.states.dtype, torch.float32))
-    u = F.normalize(torch.einsum("bikd,bkh->bidh", parts.to(states.dtype), states), dim=-1)  # a mean has the direction of the sum
+    u = F.normalize(
+        torch.einsum("bikd,bkh->bidh", parts.to(states.dtype), states), dim=-1
+    )  # a mean has the direction of the sum
     return 1 + torch.einsum("bidh,bjdh->bijd", u, u)
 
 
@@ -97,13 +107,19 @@ def pair_weights(rewards, scores, leaf, cfg):
     better = (scores[:, :, None] > scores[:, None, :]) & leaf[:, :, None] & leaf[:, None, :]
     if cfg.tau == "none":
         return better.to(rewards.dtype)
-    by = rewards if cfg.tau == "model" else scores  # what ties (all rewards do at the start) ranks by score, then all have the mean rank
+    by = (
+        rewards if cfg.tau == "model" else scores
+    )  # what ties (all rewards do at the start) ranks by score, then all have the mean rank
     tied = by[:, None] == by[:, :, None]
     above = (by[:, None] > by[:, :, None]) | tied & (scores[:, None] > scores[:, :, None])
     tied = tied & (scores[:, None] == scores[:, :, None])
     tau = 0.5 + (above & leaf[:, None]).sum(-1) + (tied & leaf[:, None]).sum(-1) / 2
     gain, discount = 2**scores, 1 / torch.log(1 + tau.to(rewards.dtype))
-    return (gain[:, :, None] - gain[:, None, :]) * (discount[:, :, None] - discount[:, None, :]).abs() * better
+    return (
+        (gain[:, :, None] - gain[:, None, :])
+        * (discount[:, :, None] - discount[:, None, :]).abs()
+        * better
+    )
 
 
 def loss(logps, ref_logps, batch, cfg):
@@ -115,7 +131,9 @@ def loss(logps, ref_logps, batch, cfg):
     parts = step_places(on, leaf)
     g = torch.einsum("bikd,bk->bid", parts.to(node.dtype), node)
     if cfg.reduce == "mean":
-        g = g / torch.einsum("bikd,bk->bid", parts.to(node.dtype), batch.mask.sum(-1).to(node.dtype)).clamp(min=1)
+        g = g / torch.einsum(
+            "bikd,bk->bid", parts.to(node.dtype), batch.mask.sum(-1).to(node.dtype)
+        ).clamp(min=1)
     difference = g[:, :, None] - g[:, None, :]  # (B, i, j, D)
     w = step_weights(batch, parts) if cfg.asr else torch.ones_like(difference)
     margin = cfg.beta * (w * difference).sum(-1)  # RM
@@ -124,12 +142,17 @@ def loss(logps, ref_logps, batch, cfg):
     if cfg.divide:
         losses = losses / total.clamp(min=torch.finfo(g.dtype).tiny)
     used = (lam > 0)[..., None] & parts.any(2)[:, :, None]
-    return losses, {"pair_weight": total.mean(), "step_weight": w[used].sum() / used.sum().clamp(min=1)}
+    return losses, {
+        "pair_weight": total.mean(),
+        "step_weight": w[used].sum() / used.sum().clamp(min=1),
+    }
 
 
 def with_states(policy, batch):
     """The batch with the column `states` (B, K, H): the policy's hidden states that predict a node's tokens, summed (for `align`)."""
-    batch.columns["states"] = (policy.hidden(batch).flatten(0, 1)[batch.source] * batch.mask[..., None]).sum(2)  # of (B, K, T, H)
+    batch.columns["states"] = (
+        policy.hidden(batch).flatten(0, 1)[batch.source] * batch.mask[..., None]
+    ).sum(2)  # of (B, K, T, H)
     return batch
 
 
@@ -139,10 +162,17 @@ def tree(prompt, chains, scores):
     for (steps, ended), score in zip(chains, scores):
         parent = -1
         for n, ids in enumerate(steps):
-            parent = nodes.setdefault((parent, tuple(ids), ended and n + 1 == len(steps)), len(nodes))
+            parent = nodes.setdefault(
+                (parent, tuple(ids), ended and n + 1 == len(steps)), len(nodes)
+            )
         values[parent] = float(score)
     parents, responses, ends = zip(*nodes)
-    row = dict(prompt=prompt, responses=[list(ids) for ids in responses], parents=list(parents), ends=list(ends))
+    row = dict(
+        prompt=prompt,
+        responses=[list(ids) for ids in responses],
+        parents=list(parents),
+        ends=list(ends),
+    )
     return row | {"scores": [values.get(k, 0.0) for k in range(len(nodes))]}
 
 
@@ -162,32 +192,50 @@ def grown(lab, policy):
     world, encode = lab.world, lab.world.tokenizer.encode
     rng, rows = random.Random(int(torch.randint(2**62, (), generator=lab.rng("trees")))), []
     prompts = world.prompts(lab.prompts, lab.rng("prompts"))
-    right = [split_steps(encode(world.demonstrate(prompt, rng)), world.tokenizer) for prompt in prompts]
-    begun = [steps[:cut] for steps in right for cut in [*(rng.randrange(1, len(steps)) for _ in range(lab.k - 2)), 0]]
+    right = [
+        split_steps(encode(world.demonstrate(prompt, rng)), world.tokenizer) for prompt in prompts
+    ]
+    begun = [
+        steps[:cut]
+        for steps in right
+        for cut in [*(rng.randrange(1, len(steps)) for _ in range(lab.k - 2)), 0]
+    ]
     asked = [encode(prompts[i // (lab.k - 1)]) + sum(start, []) for i, start in enumerate(begun)]
     written = iter(zip(begun, lab.sample(policy, asked, 1)))
     for prompt, steps in zip(prompts, right):
         chains, scores = [(steps, True)], [1.0]
         for start, row in (next(written) for _ in range(lab.k - 1)):
-            chains.append((start + split_steps(row["responses"][0], world.tokenizer), row["ends"][0]))
+            chains.append(
+                (start + split_steps(row["responses"][0], world.tokenizer), row["ends"][0])
+            )
             ids = sum(chains[-1][0], [])
             marks = world.verify_steps(prompt, ids)
-            scores.append(1.0 if world.verify(prompt, ids) and all(marks) else 0.9 * [*marks, False].index(False) / len(marks))
+            scores.append(
+                1.0
+                if world.verify(prompt, ids) and all(marks)
+                else 0.9 * [*marks, False].index(False) / len(marks)
+            )
         rows.append(tree(prompt, chains, scores))
-    return [row for row in rows if len(set(row["parents"]) - {-1}) < len(row["parents"]) - 1]  # two leaves or more
+    return [
+        row for row in rows if len(set(row["parents"]) - {-1}) < len(row["parents"]) - 1
+    ]  # two leaves or more
 
 
 def run(lab, cfg):
     policy = lab.base()
     if hasattr(lab.world, "verify_steps"):
         if lab.settings.flip:
-            raise ValueError(f"--flip {lab.settings.flip} does nothing in {lab.world.name}: the verifier grades the steps")
+            raise ValueError(
+                f"--flip {lab.settings.flip} does nothing in {lab.world.name}: the verifier grades the steps"
+            )
         data = lab.rows(grown(lab, policy))
     else:  # flat lists, every response one step
         data = []
         for row in lab.preferences(policy):
             low, high = min(row["scores"]), max(row["scores"])
-            data.append(row | {"scores": [(s - low) / ((high - low) or 1.0) for s in row["scores"]]})
+            data.append(
+                row | {"scores": [(s - low) / ((high - low) or 1.0) for s in row["scores"]]}
+            )
     return lab.align(policy, data, loss, cfg, prepare=with_states if cfg.asr else None)
 
 
@@ -198,7 +246,10 @@ def dpo_of_ends(logps, ref_logps, batch, cfg):
     """The baseline: DPO between the best and the worst response of a list."""
     on, leaf = paths(batch)
     r, v = torch.where(on, node_rewards(logps, ref_logps)[:, None], 0).sum(-1), batch.scores
-    best, worst = v.masked_fill(~leaf, -torch.inf).argmax(1, keepdim=True), v.masked_fill(~leaf, torch.inf).argmin(1, keepdim=True)
+    best, worst = (
+        v.masked_fill(~leaf, -torch.inf).argmax(1, keepdim=True),
+        v.masked_fill(~leaf, torch.inf).argmin(1, keepdim=True),
+    )
     differ = v.gather(1, best) > v.gather(1, worst)
     return -(F.logsigmoid(cfg.beta * (r.gather(1, best) - r.gather(1, worst))) * differ)[:, 0], {}
 
@@ -221,7 +272,16 @@ def on_chains(lab, seed):
 
 def on_worked_sums(lab, seed):
     """The same trees of worked sums -> {name: true reward after equal steps}, and `w`, the mean step weight of the base model's pairs."""
-    here = lab.at(world="arithmetic", seed=seed, k=5, prompts=1280, steps=40, lr=1e-4, eval_size=512, eval_every=40)
+    here = lab.at(
+        world="arithmetic",
+        seed=seed,
+        k=5,
+        prompts=1280,
+        steps=40,
+        lr=1e-4,
+        eval_size=512,
+        eval_every=40,
+    )
     policy = here.base()
     rows = here.rows(grown(here, policy))
     with torch.no_grad():
@@ -243,7 +303,9 @@ def claim(lab):
     to 102: 0.828, 0.825, 0.826 and 0.798, 0.803, 0.805); ranks by the label give less (0.811, 0.805, 0.808), all pairs alike no more than
     DPO (0.803, 0.799, 0.803). Not expected on worked sums (seeds 100, 101): step weights above beta times their mean, 1.98 (0.672, 0.664
     against 0.672, 0.660), as two steps' states are nearly parallel; TPO above DPO of that beta (0.664, 0.648; of 0.5: 0.602, 0.648)."""
-    chains, sums = ([measure(lab, seed) for seed in lab.seeds] for measure in (on_chains, on_worked_sums))
+    chains, sums = (
+        [measure(lab, seed) for seed in lab.seeds] for measure in (on_chains, on_worked_sums)
+    )
     claims = []
     for found, ours, other, margin, expected in (
         (chains, "TPO", "best and worst", 0.01, True),
@@ -256,5 +318,14 @@ def claim(lab):
     ):
         text, metric = ("chains", "share of right ends") if found is chains else ("sums", "reward")
         side = ([f[name] for f in found] for name in (ours, other))
-        claims.append(lab.compare(f"{text}: {ours} above {other}", metric, *side, margin=margin, expected=expected))
-    return [*claims, lab.compare("sums: the mean step weight is nearly 2", "w", [f["w"] for f in sums], [1.8] * len(sums))]
+        claims.append(
+            lab.compare(
+                f"{text}: {ours} above {other}", metric, *side, margin=margin, expected=expected
+            )
+        )
+    return [
+        *claims,
+        lab.compare(
+            "sums: the mean step weight is nearly 2", "w", [f["w"] for f in sums], [1.8] * len(sums)
+        ),
+    ]

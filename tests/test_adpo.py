@@ -19,7 +19,10 @@ REWARDS = [1.0, 0.2, -0.3, 0.5]
 def a_list(ell=ELL, ref=REF, scores=REWARDS, q=None, dtype=torch.float64):
     """One list of responses of one token -> logps, ref_logps (1, K, 1), batch."""
     logps = torch.tensor(ell, dtype=dtype).view(1, -1, 1).requires_grad_()
-    batch = SimpleNamespace(mask=torch.ones(1, len(ell), 1, dtype=torch.bool), scores=torch.tensor([scores], dtype=dtype))
+    batch = SimpleNamespace(
+        mask=torch.ones(1, len(ell), 1, dtype=torch.bool),
+        scores=torch.tensor([scores], dtype=dtype),
+    )
     if q is not None:
         batch.q = torch.tensor([q], dtype=dtype)
     return logps, torch.tensor(ref, dtype=dtype).view(1, -1, 1), batch
@@ -33,10 +36,16 @@ def ragged(rows=5, count=4, length=6, seed=0, dtype=torch.float64):
     n[0], n[1] = count, 1
     present = torch.arange(count) < n
     mask = (torch.arange(length) < lengths) & present[..., None]
-    logps, ref_logps = (-3 * torch.rand(rows, count, length, generator=rng, dtype=dtype) * mask for _ in range(2))
+    logps, ref_logps = (
+        -3 * torch.rand(rows, count, length, generator=rng, dtype=dtype) * mask for _ in range(2)
+    )
     scores = torch.randn(rows, count, generator=rng, dtype=dtype) * present
     q = torch.rand(rows, count, generator=rng, dtype=dtype) * present
-    return logps.requires_grad_(), ref_logps, SimpleNamespace(mask=mask, scores=scores, q=q / q.sum(1, keepdim=True))
+    return (
+        logps.requires_grad_(),
+        ref_logps,
+        SimpleNamespace(mask=mask, scores=scores, q=q / q.sum(1, keepdim=True)),
+    )
 
 
 def grad_of(value, x):
@@ -54,7 +63,9 @@ def grad_of(value, x):
 def test_the_worked_example(tau, value, kl, grad):
     logps, ref_logps, batch = a_list(q=Q)
     losses, metrics = loss(logps, ref_logps, batch, Config(tau=tau, target="given"))
-    assert losses.item() == pytest.approx(value, abs=1e-6) and metrics["gap"].item() == pytest.approx(kl, abs=1e-6)
+    assert losses.item() == pytest.approx(value, abs=1e-6) and metrics[
+        "gap"
+    ].item() == pytest.approx(kl, abs=1e-6)
     found = grad_of(losses, logps).flatten()
     assert abs(found.sum()) < 1e-12
     if grad:
@@ -63,14 +74,24 @@ def test_the_worked_example(tau, value, kl, grad):
 
 @pytest.mark.parametrize(
     "tau, optimum",
-    [(0.5, [0.501130, 0.150227, 0.287566, 0.061078]), (1.0, [0.612347, 0.082094, 0.272183, 0.033377])]
+    [
+        (0.5, [0.501130, 0.150227, 0.287566, 0.061078]),
+        (1.0, [0.612347, 0.082094, 0.272183, 0.033377]),
+    ]
     + [(2.0, [0.766631, 0.020556, 0.204456, 0.008357])],
 )
 def test_the_optimum_is_the_anchor_times_q_to_the_tau(tau, optimum):
-    best = (torch.tensor(REF, dtype=torch.float64) + tau * torch.tensor(Q, dtype=torch.float64).log()).log_softmax(0)
+    best = (
+        torch.tensor(REF, dtype=torch.float64) + tau * torch.tensor(Q, dtype=torch.float64).log()
+    ).log_softmax(0)
     assert best.exp().tolist() == pytest.approx(optimum, abs=1e-6)
     logps, ref_logps, batch = a_list(best.tolist(), q=Q)
-    assert grad_of(loss(logps, ref_logps, batch, Config(tau=tau, target="given"))[0], logps).abs().max() < 1e-8
+    assert (
+        grad_of(loss(logps, ref_logps, batch, Config(tau=tau, target="given"))[0], logps)
+        .abs()
+        .max()
+        < 1e-8
+    )
 
 
 def test_the_hessian_at_the_optimum():
@@ -104,7 +125,9 @@ def test_pairs_are_dpo_and_its_smoothed_form(smoothing, value):
 def test_random_pairs_are_dpo_in_value_and_gradient(target, beta):
     rng = torch.Generator().manual_seed(0)
     mask = torch.arange(6) < torch.randint(1, 7, (8, 2, 1), generator=rng)
-    logps, ref_logps = (-3 * torch.rand(8, 2, 6, generator=rng, dtype=torch.float64) * mask for _ in range(2))
+    logps, ref_logps = (
+        -3 * torch.rand(8, 2, 6, generator=rng, dtype=torch.float64) * mask for _ in range(2)
+    )
     batch = SimpleNamespace(mask=mask, scores=torch.tensor([[1.0, 0.0]]).repeat(8, 1))
     logps.requires_grad_()
     ours, plain = (
@@ -118,7 +141,9 @@ def test_random_pairs_are_dpo_in_value_and_gradient(target, beta):
 def test_one_hot_without_an_anchor_is_supervised_fine_tuning_when_the_list_is_all_there_is():
     logits = torch.tensor(ELL, dtype=torch.float64, requires_grad=True)
     _, _, batch = a_list()
-    ours = loss(logits.log_softmax(0).view(1, 4, 1), None, batch, Config(target="hard", anchor="uniform"))[0]
+    ours = loss(
+        logits.log_softmax(0).view(1, 4, 1), None, batch, Config(target="hard", anchor="uniform")
+    )[0]
     plain = -logits.log_softmax(0)[0]
     assert ours.item() == pytest.approx(plain.item(), abs=1e-12)
     torch.testing.assert_close(grad_of(ours, logits), grad_of(plain, logits))
@@ -128,15 +153,36 @@ def test_distillation_ends_at_the_teacher_and_the_max_entropy_target_at_its_own(
     teacher = torch.tensor([0.3, -1.0, 2.0, 0.1], dtype=torch.float64).log_softmax(0)
     heat = 3.0
     logps, _, batch = a_list(teacher.tolist(), q=(teacher / heat).softmax(0).tolist())
-    assert grad_of(loss(logps, None, batch, Config(tau=heat, target="given", anchor="uniform"))[0], logps).abs().max() < 1e-8
+    assert (
+        grad_of(
+            loss(logps, None, batch, Config(tau=heat, target="given", anchor="uniform"))[0], logps
+        )
+        .abs()
+        .max()
+        < 1e-8
+    )
     logps, _, batch = a_list((torch.tensor(REWARDS).double() / 0.7).log_softmax(0).tolist())
-    assert grad_of(loss(logps, None, batch, Config(target="raw", beta_r=0.7, anchor="uniform"))[0], logps).abs().max() < 1e-8
+    assert (
+        grad_of(
+            loss(logps, None, batch, Config(target="raw", beta_r=0.7, anchor="uniform"))[0], logps
+        )
+        .abs()
+        .max()
+        < 1e-8
+    )
 
 
 def test_a_soft_pair_settles_at_the_margin_logit_p_over_beta():
     beta, p = 0.5, 0.8
-    logps, ref_logps, batch = a_list([math.log(p / (1 - p)) / beta, 0.0], [0.0, 0.0], [1.0, 0.0], q=[p, 1 - p])
-    assert grad_of(loss(logps, ref_logps, batch, Config(tau=1 / beta, target="given"))[0], logps).abs().max() < 1e-8
+    logps, ref_logps, batch = a_list(
+        [math.log(p / (1 - p)) / beta, 0.0], [0.0, 0.0], [1.0, 0.0], q=[p, 1 - p]
+    )
+    assert (
+        grad_of(loss(logps, ref_logps, batch, Config(tau=1 / beta, target="given"))[0], logps)
+        .abs()
+        .max()
+        < 1e-8
+    )
 
 
 @pytest.mark.parametrize(
@@ -162,12 +208,16 @@ def test_smoothed_ranks():
     ranks = kernel_ranks(batch.scores, batch.mask.any(-1)).sigmoid().flatten().tolist()
     assert ranks == pytest.approx([0.86520, 0.40176, 0.13480, 0.59824], abs=1e-5)
     _, _, batch = a_list(scores=[1.0, 0.2, -0.3, 100.0])
-    assert kernel_ranks(batch.scores, batch.mask.any(-1)).max().item() == pytest.approx(1.9459, abs=1e-4)
+    assert kernel_ranks(batch.scores, batch.mask.any(-1)).max().item() == pytest.approx(
+        1.9459, abs=1e-4
+    )
 
 
 def test_plackett_luce_in_values():
     logps, ref_logps, batch = a_list([0.5, 0.1, -0.4], [0.0] * 3, [3.0, 2.0, 1.0])
-    assert loss(logps, ref_logps, batch, Config(target="order"))[0].item() == pytest.approx(1.204948 / 2, abs=1e-6)
+    assert loss(logps, ref_logps, batch, Config(target="order"))[0].item() == pytest.approx(
+        1.204948 / 2, abs=1e-6
+    )
     turned = a_list([-0.4, 0.5, 0.1], [0.0] * 3, [1.0, 3.0, 2.0])
     assert loss(*turned, Config(target="order"))[0].item() == pytest.approx(1.204948 / 2, abs=1e-6)
 
@@ -178,16 +228,26 @@ def test_gradients_on_ragged_lists(target, reduce):
     logps, ref_logps, batch = ragged()
     cfg = Config(tau=0.7, target=target, reduce=reduce)
     assert torch.autograd.gradcheck(lambda x: loss(x, ref_logps, batch, cfg)[0], logps)
-    assert torch.autograd.gradcheck(lambda x: loss(logps.detach(), x, batch, cfg)[0], ref_logps.clone().requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda x: loss(logps.detach(), x, batch, cfg)[0], ref_logps.clone().requires_grad_()
+    )
     losses, _ = loss(logps, ref_logps, batch, cfg)
     grad = grad_of(losses, logps)
     assert (losses[1], grad[1].abs().sum()) == (0.0, 0.0)  # alone in its list
     assert grad[:, :, 0].isfinite().all()
     if target != "order":
         present, tokens = batch.mask.any(-1), batch.mask.sum(-1).clamp(min=1)
-        u = ((logps - ref_logps).sum(-1) / (tokens if reduce == "mean" else 1) / cfg.tau).masked_fill(~present, -math.inf)
-        by_hand = (u.softmax(1) - targets(batch, present, cfg)) / cfg.tau / (tokens if reduce == "mean" else 1)
-        torch.testing.assert_close(grad, by_hand.detach()[..., None].expand_as(grad), rtol=0, atol=1e-12)
+        u = (
+            (logps - ref_logps).sum(-1) / (tokens if reduce == "mean" else 1) / cfg.tau
+        ).masked_fill(~present, -math.inf)
+        by_hand = (
+            (u.softmax(1) - targets(batch, present, cfg))
+            / cfg.tau
+            / (tokens if reduce == "mean" else 1)
+        )
+        torch.testing.assert_close(
+            grad, by_hand.detach()[..., None].expand_as(grad), rtol=0, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -197,15 +257,21 @@ def test_absent_members_rows_and_a_constant_of_the_list_do_not_matter(target):
     plain = loss(logps, ref_logps, batch, cfg)[0]
     wide = {k: torch.nn.functional.pad(v, (0, 2)) for k, v in vars(batch).items() if k != "mask"}
     more = [torch.nn.functional.pad(x, (0, 1, 0, 2)) for x in (logps, ref_logps, batch.mask)]
-    torch.testing.assert_close(loss(*more[:2], SimpleNamespace(mask=more[2], **wide), cfg)[0], plain)
+    torch.testing.assert_close(
+        loss(*more[:2], SimpleNamespace(mask=more[2], **wide), cfg)[0], plain
+    )
     for b in range(5):
         one = SimpleNamespace(**{k: v[b : b + 1] for k, v in vars(batch).items()})
-        torch.testing.assert_close(loss(logps[b : b + 1], ref_logps[b : b + 1], one, cfg)[0][0], plain[b])
+        torch.testing.assert_close(
+            loss(logps[b : b + 1], ref_logps[b : b + 1], one, cfg)[0][0], plain[b]
+        )
     first = torch.zeros_like(logps)
     first[..., 0] = 2.0 * batch.mask.any(-1)
     torch.testing.assert_close(loss(logps + first, ref_logps, batch, cfg)[0], plain)
     if target != "given":
-        moved = SimpleNamespace(**vars(batch) | {"scores": (batch.scores + 5.0) * batch.mask.any(-1)})
+        moved = SimpleNamespace(
+            **vars(batch) | {"scores": (batch.scores + 5.0) * batch.mask.any(-1)}
+        )
         torch.testing.assert_close(loss(logps, ref_logps, moved, cfg)[0], plain, rtol=0, atol=1e-6)
 
 
@@ -231,18 +297,33 @@ def test_equal_scores_share_a_target_and_teach_no_position():
 
     def q(scores, smoothing=0.0, there=None):
         present = torch.tensor([there or [True] * len(scores)])
-        return targets(a_list(scores=scores)[2], present, Config(target="hard", smoothing=smoothing))[0].tolist()
+        return targets(
+            a_list(scores=scores)[2], present, Config(target="hard", smoothing=smoothing)
+        )[0].tolist()
 
-    assert q([0.0] * 4) == [0.25] * 4 == q([0.0] * 4, 0.2) and q([0.0, 1.0, 1.0, 0.0]) == [0, 0.5, 0.5, 0]
+    assert q([0.0] * 4) == [0.25] * 4 == q([0.0] * 4, 0.2) and q([0.0, 1.0, 1.0, 0.0]) == [
+        0,
+        0.5,
+        0.5,
+        0,
+    ]
     assert q([0.0, 1.0, 1.0, 0.0], 0.2) == pytest.approx([0.1, 0.4, 0.4, 0.1])
-    assert q([0.0, -1.0, 0.0], 0.2, [False, True, False]) == [0, 1, 0]  # alone, and below the 0 of the absent
+    assert q([0.0, -1.0, 0.0], 0.2, [False, True, False]) == [
+        0,
+        1,
+        0,
+    ]  # alone, and below the 0 of the absent
     for target in ("hard", "order", "raw", "zscore", "kde"):
         logps, ref_logps, batch = a_list(scores=[1.0] * 4)
         grad = grad_of(loss(logps, ref_logps, batch, Config(target=target))[0], logps).flatten()
         torch.testing.assert_close(grad, (logps - ref_logps).flatten().softmax(0).detach() - 0.25)
-        moved = a_list([ELL[i] for i in (2, 0, 3, 1)], [REF[i] for i in (2, 0, 3, 1)], [0.0, 1.0, 1.0, 1.0])
+        moved = a_list(
+            [ELL[i] for i in (2, 0, 3, 1)], [REF[i] for i in (2, 0, 3, 1)], [0.0, 1.0, 1.0, 1.0]
+        )
         plain = a_list(scores=[1.0, 1.0, 0.0, 1.0])
-        torch.testing.assert_close(loss(*moved, Config(target=target))[0], loss(*plain, Config(target=target))[0])
+        torch.testing.assert_close(
+            loss(*moved, Config(target=target))[0], loss(*plain, Config(target=target))[0]
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -252,7 +333,9 @@ def test_scores_of_half_precision(dtype, target):
         logps, ref_logps, batch = a_list(scores=scores)
         plain = loss(logps, ref_logps, batch, Config(target=target))[0]
         batch.scores = batch.scores.to(dtype)
-        torch.testing.assert_close(loss(logps, ref_logps, batch, Config(target=target))[0], plain, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            loss(logps, ref_logps, batch, Config(target=target))[0], plain, rtol=0, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -260,7 +343,9 @@ def test_scores_of_half_precision(dtype, target):
 @pytest.mark.parametrize("count", [1, 2, 16])
 def test_huge_log_ratios_and_long_lists_stay_finite(dtype, target, count):
     for far in (1e4, -1e4, 0.0):
-        logps, ref_logps, batch = a_list([far] + [0.0] * (count - 1), [0.0] * count, [1.0] * count, q=[1 / count] * count)
+        logps, ref_logps, batch = a_list(
+            [far] + [0.0] * (count - 1), [0.0] * count, [1.0] * count, q=[1 / count] * count
+        )
         logps = logps.detach().to(dtype).requires_grad_()
         losses, metrics = loss(logps, ref_logps.to(dtype), batch, Config(target=target))
         assert (
@@ -273,12 +358,23 @@ def test_huge_log_ratios_and_long_lists_stay_finite(dtype, target, count):
 
 @pytest.mark.parametrize(
     "plain, change",
-    [({}, dict(tau=2.0)), ({}, dict(target="raw")), ({}, dict(beta_r=1.0)), ({}, dict(reduce="mean"))]
-    + [(dict(target="hard"), dict(smoothing=0.1)), ({}, dict(target="kde")), ({}, dict(target="order"))],
+    [
+        ({}, dict(tau=2.0)),
+        ({}, dict(target="raw")),
+        ({}, dict(beta_r=1.0)),
+        ({}, dict(reduce="mean")),
+    ]
+    + [
+        (dict(target="hard"), dict(smoothing=0.1)),
+        ({}, dict(target="kde")),
+        ({}, dict(target="order")),
+    ],
 )
 def test_every_field_of_the_loss_counts(plain, change):
     logps, ref_logps, batch = ragged()
-    values = [loss(logps, ref_logps, batch, Config(**cfg))[0].sum() for cfg in (plain, plain | change)]
+    values = [
+        loss(logps, ref_logps, batch, Config(**cfg))[0].sum() for cfg in (plain, plain | change)
+    ]
     grads = [grad_of(v, logps) for v in values]
     assert abs(values[0] - values[1]) > 1e-6 and (grads[0] - grads[1]).abs().max() > 1e-6
 
@@ -344,27 +440,46 @@ def test_the_average_is_kept_in_the_optimizers_state_and_survives_a_checkpoint()
 
 
 @pytest.mark.parametrize(
-    "fields", [dict(anchor="fixed"), dict(anchor="round"), dict(anchor="ema"), dict(anchor="uniform"), dict(target="order")]
+    "fields",
+    [
+        dict(anchor="fixed"),
+        dict(anchor="round"),
+        dict(anchor="ema"),
+        dict(anchor="uniform"),
+        dict(target="order"),
+    ],
 )
 def test_runs_improve_the_reward_and_differ(fields):
     lab = Lab(Settings(world="bandit", steps=40, prompts=512, batch_size=64, k=4), quiet=True)
     policy = run(lab, Config(**fields))
     assert policy.expect(lab.world.rewards()) > lab.reference.expect(lab.world.rewards()) + 0.3
     if fields.get("anchor", "fixed") != "fixed":
-        other = run(Lab(Settings(world="bandit", steps=40, prompts=512, batch_size=64, k=4), quiet=True), Config())
+        other = run(
+            Lab(Settings(world="bandit", steps=40, prompts=512, batch_size=64, k=4), quiet=True),
+            Config(),
+        )
         assert not torch.equal(policy.logits, other.logits)
 
 
-@pytest.mark.parametrize("fields, change", [(dict(anchor="round"), dict(rounds=2)), (dict(anchor="ema"), dict(decay=0.5))])
+@pytest.mark.parametrize(
+    "fields, change",
+    [(dict(anchor="round"), dict(rounds=2)), (dict(anchor="ema"), dict(decay=0.5))],
+)
 def test_the_anchors_own_fields_count(fields, change):
     def weights(**fields):
-        return run(Lab(Settings(world="bandit", steps=8, prompts=256, batch_size=32, k=4), quiet=True), Config(**fields)).logits
+        return run(
+            Lab(Settings(world="bandit", steps=8, prompts=256, batch_size=32, k=4), quiet=True),
+            Config(**fields),
+        ).logits
 
     assert not torch.equal(weights(**fields), weights(**fields | change))
 
 
 def lists_in_a_file(folder, count=40, q=True):
-    rows = [{"prompt": f"say {i}", "responses": [" a", " b", " c"], "scores": [0.1, 0.9, 0.5]} for i in range(count)]
+    rows = [
+        {"prompt": f"say {i}", "responses": [" a", " b", " c"], "scores": [0.1, 0.9, 0.5]}
+        for i in range(count)
+    ]
     rows = [row | ({"q": [0.2, 0.5, 0.3]} if q else {}) for row in rows]
     (folder / "lists.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     return str(folder / "lists.jsonl")
@@ -372,23 +487,40 @@ def lists_in_a_file(folder, count=40, q=True):
 
 def test_every_round_has_its_own_part_of_a_file(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(Lab, "align", lambda lab, policy, data, *how, reference, every: seen.append((data, every)))
+    monkeypatch.setattr(
+        Lab, "align", lambda lab, policy, data, *how, reference, every: seen.append((data, every))
+    )
     for prompts in (None, 1000):
-        lab = Lab(Settings(data=lists_in_a_file(tmp_path), base_steps=0, context=16, prompts=prompts, steps=10), quiet=True)
+        lab = Lab(
+            Settings(
+                data=lists_in_a_file(tmp_path), base_steps=0, context=16, prompts=prompts, steps=10
+            ),
+            quiet=True,
+        )
         run(lab, Config(anchor="round", rounds=5))
         data, every = seen.pop()
         parts = [[row["prompt"] for row in data(None, round)] for round in range(5)]
         together = [x for part in parts for x in part]
-        assert every == 2 and min(map(len, parts)) == len(lab.world.train) // 5 > 0 and len(set(together)) == len(together)
+        assert (
+            every == 2
+            and min(map(len, parts)) == len(lab.world.train) // 5 > 0
+            and len(set(together)) == len(together)
+        )
 
 
 @pytest.mark.parametrize("world", ["bandit", "ranking"])
-@pytest.mark.parametrize("how", [dict(rounds=65, prompts=64, steps=130), dict(rounds=8, steps=10), dict(rounds=8, steps=4)])
+@pytest.mark.parametrize(
+    "how",
+    [dict(rounds=65, prompts=64, steps=130), dict(rounds=8, steps=10), dict(rounds=8, steps=4)],
+)
 def test_rounds_that_do_not_fit_are_refused(world, how):
     rounds = how["rounds"]
     with pytest.raises(ValueError, match=f"rounds = {rounds}"):
         run(
-            Lab(Settings(world=world, **{k: v for k, v in how.items() if k != "rounds"}), quiet=True), Config(anchor="round", rounds=rounds)
+            Lab(
+                Settings(world=world, **{k: v for k, v in how.items() if k != "rounds"}), quiet=True
+            ),
+            Config(anchor="round", rounds=rounds),
         )
 
 
@@ -406,5 +538,8 @@ def test_targets_are_given_in_a_file_alone(tmp_path, monkeypatch):
 
 
 def test_a_run_on_given_targets(tmp_path):
-    lab = Lab(Settings(data=lists_in_a_file(tmp_path), base_steps=0, context=16, steps=2, batch_size=2), quiet=True)
+    lab = Lab(
+        Settings(data=lists_in_a_file(tmp_path), base_steps=0, context=16, steps=2, batch_size=2),
+        quiet=True,
+    )
     assert all(p.isfinite().all() for p in run(lab, Config(target="given")).parameters())

@@ -33,7 +33,10 @@ def test_any_right_chain_counts(chain):
     assert WORLD.reward([PROMPT], [chain]).tolist() == [1.0]
 
 
-@pytest.mark.parametrize("prompt, chain", [("95+7=", "5+7=12,9+1=10:102"), ("95+7=", "5+7=12,9+0+1=10,1=1:102"), ("0+0=", "0=0:0")])
+@pytest.mark.parametrize(
+    "prompt, chain",
+    [("95+7=", "5+7=12,9+1=10:102"), ("95+7=", "5+7=12,9+0+1=10,1=1:102"), ("0+0=", "0=0:0")],
+)
 def test_the_last_carry_may_have_a_step_of_its_own(prompt, chain):
     assert WORLD.reward([prompt], [chain]).tolist() == [1.0]
 
@@ -42,17 +45,33 @@ def test_the_last_carry_may_have_a_step_of_its_own(prompt, chain):
     "chain, answer, steps",
     [
         ("7+8=16,4+5+1=10,3+0+1=4:405", True, [False, True, True]),  # right answer, wrong step
-        ("7+8=5,4+5=9,3+0=3:395", False, [False, True, True]),  # the carry is lost in the first step; the others follow from it
+        (
+            "7+8=5,4+5=9,3+0=3:395",
+            False,
+            [False, True, True],
+        ),  # the carry is lost in the first step; the others follow from it
         ("7+8=15,4+5+0=9,3+0=3:395", False, [True, False, True]),
-        ("7+8=15,4+5=10,3+0+1=4:405", True, [True, False, True]),  # the right result from the wrong digits
+        (
+            "7+8=15,4+5=10,3+0+1=4:405",
+            True,
+            [True, False, True],
+        ),  # the right result from the wrong digits
         ("7+9=15,4+5+1=10,3+0+1=4:405", True, [False, True, True]),
         ("7+8=15,4+5+1=10,3+0+1=4:406", False, [True, True, True]),  # wrong answer, right steps
         ("7+8=15,4+5+1=10,3+0+1=4:", False, [True, True, True]),
-        ("7+8=15,4+5+1=10,3+0+1=4", False, [False, False, False]),  # without a colon all of it is the answer
+        (
+            "7+8=15,4+5+1=10,3+0+1=4",
+            False,
+            [False, False, False],
+        ),  # without a colon all of it is the answer
         ("3+0+1=4,4+5+1=10,7+8=15:405", True, [False, False, False]),  # from the wrong end
         ("7+8=15,4+5+1=10:405", True, [True, True, False]),  # a place left out
         ("7+8=15,,3+0+1=4:405", True, [True, False, True]),
-        ("7+8=15,4+5+1=10,3+0+1=4,1+0=1:405", True, [True, True, True, False]),  # a carry that is not there
+        (
+            "7+8=15,4+5+1=10,3+0+1=4,1+0=1:405",
+            True,
+            [True, True, True, False],
+        ),  # a carry that is not there
         ("405", True, [False, False, False]),
         ("", False, [False, False, False]),
     ],
@@ -77,7 +96,10 @@ def test_any_text_has_a_reward():
         ":4_05",
         "\0\ud7ff",
     ]
-    odd += ["".join(rng.choice("0123456789+=,: ") for _ in range(rng.randint(0, 60))) for _ in range(300)]
+    odd += [
+        "".join(rng.choice("0123456789+=,: ") for _ in range(rng.randint(0, 60)))
+        for _ in range(300)
+    ]
     reward = WORLD.reward([PROMPT] * len(odd), odd)
     assert reward.shape == (len(odd),) and reward.dtype == torch.float64 and not reward.any()
 
@@ -95,9 +117,14 @@ def test_a_demonstration_without_slips_is_right_and_an_oracle_agrees():
         a, b = map(int, prompt[:-1].split("+"))
         assert WORLD.difficulty(prompt) == max(len(str(a)), len(str(b)))
         chain = WORLD.demonstrate(prompt, rng)
-        assert chain.rpartition(":")[2] == str(a + b) and WORLD.reward([prompt], [chain]).item() == 1
+        assert (
+            chain.rpartition(":")[2] == str(a + b) and WORLD.reward([prompt], [chain]).item() == 1
+        )
         slipped = WORLD.demonstrate(prompt, rng, slip=1.0)
-        assert WORLD.reward([prompt], [slipped]).item() == 0 and not WORLD.verify_steps(prompt, slipped)[0]
+        assert (
+            WORLD.reward([prompt], [slipped]).item() == 0
+            and not WORLD.verify_steps(prompt, slipped)[0]
+        )
 
 
 def test_demonstrations_slip_more_often_the_longer_the_sum():
@@ -116,7 +143,9 @@ def test_prompts_have_the_difficulty_asked_for_and_fit():
     rows = WORLD.demonstrations(500, seeded())
     assert {WORLD.difficulty(row["prompt"]) for row in rows} == {1, 2, 3, 4, 5}
     assert max(len(WORLD.tokenizer.encode(row["prompt"])) for row in rows) == WORLD.max_prompt
-    assert max(len(WORLD.tokenizer.encode(row["responses"][0])) for row in rows) < WORLD.max_response
+    assert (
+        max(len(WORLD.tokenizer.encode(row["responses"][0])) for row in rows) < WORLD.max_response
+    )
     assert rows == WORLD.demonstrations(500, seeded()) != WORLD.demonstrations(500, seeded(1))
     with pytest.raises(ValueError, match="digits=6"):
         WORLD.prompts(1, seeded(), digits=6)
@@ -125,7 +154,10 @@ def test_prompts_have_the_difficulty_asked_for_and_fit():
 def test_the_model_has_the_stated_size_and_measure_counts_by_difficulty():
     model = WORLD.model()
     assert 0.2e6 < sum(p.numel() for p in model.parameters()) < 0.3e6
-    assert model.logps(collate(WORLD.demonstrations(4, seeded()), WORLD.tokenizer)).shape[:2] == (4, 1)
+    assert model.logps(collate(WORLD.demonstrations(4, seeded()), WORLD.tokenizer)).shape[:2] == (
+        4,
+        1,
+    )
 
     class Lab:
         def rng(self, name):
@@ -138,4 +170,6 @@ def test_the_model_has_the_stated_size_and_measure_counts_by_difficulty():
         right = WORLD.difficulty(prompt) < 3 or (WORLD.difficulty(prompt) == 3 and i % 2)
         return WORLD.tokenizer.encode(WORLD.demonstrate(prompt, random.Random(0))) if right else []
 
-    assert WORLD.measure(policy, Lab()) == dict(success_1=1.0, success_2=1.0, success_3=0.5, success_4=0.0, success_5=0.0)
+    assert WORLD.measure(policy, Lab()) == dict(
+        success_1=1.0, success_2=1.0, success_3=0.5, success_4=0.0, success_5=0.0
+    )

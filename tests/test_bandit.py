@@ -31,7 +31,11 @@ def population(table, world, pairs, beta, term):
     batch = collate(pairs)
     reference = world.model().double().logps(batch).sum(-1).detach()
     optimizer = torch.optim.LBFGS(
-        table.parameters(), max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe"
+        table.parameters(),
+        max_iter=500,
+        tolerance_grad=1e-12,
+        tolerance_change=1e-16,
+        line_search_fn="strong_wolfe",
     )
 
     def closure():
@@ -55,7 +59,9 @@ def test_log_probs_are_the_product_along_the_prefixes():
     nodes = [(), *itertools.product(range(3), repeat=1), *itertools.product(range(3), repeat=2)]
     for p in range(2):
         for r, y in enumerate(table.sequences().tolist()):
-            steps = [table.logits[p, nodes.index(tuple(y[:t]))].log_softmax(-1)[y[t]] for t in range(3)]
+            steps = [
+                table.logits[p, nodes.index(tuple(y[:t]))].log_softmax(-1)[y[t]] for t in range(3)
+            ]
             torch.testing.assert_close(table.log_probs()[p, r], sum(steps))
     torch.testing.assert_close(table.probs().sum(1), torch.ones(2, dtype=torch.float64))
 
@@ -73,7 +79,10 @@ def test_scores_agree_with_the_enumeration_in_value_and_gradient():
 
 def test_scores_are_zero_outside_the_mask():
     table = random_table(2, 2, 1)
-    rows = [dict(prompt=0, responses=[[0, 1], [1, 1]], scores=[1.0, 0.0]), dict(prompt=0, responses=[[1, 0]], scores=[1.0])]
+    rows = [
+        dict(prompt=0, responses=[[0, 1], [1, 1]], scores=[1.0, 0.0]),
+        dict(prompt=0, responses=[[1, 0]], scores=[1.0]),
+    ]
     logps = table.logps(collate(rows))
     assert logps.shape == (2, 2, 2) and (logps[1, 1] == 0).all() and (logps[0] < 0).all()
 
@@ -81,20 +90,31 @@ def test_scores_are_zero_outside_the_mask():
 @pytest.mark.parametrize(("vocab", "length"), [(3, 3), (5, 1), (2, 4)])
 def test_set_log_probs_is_the_inverse_of_log_probs(vocab, length):
     table = random_table(vocab, length)
-    other = Table(vocab, length, 2).double().set_log_probs(table.log_probs() + torch.tensor([[3.0], [-1.0]]))  # not normalised
+    other = (
+        Table(vocab, length, 2)
+        .double()
+        .set_log_probs(table.log_probs() + torch.tensor([[3.0], [-1.0]]))
+    )  # not normalised
     torch.testing.assert_close(other.log_probs(), table.log_probs())
     assert table.kl(other) == pytest.approx(0, abs=1e-12)
 
 
 def test_impossible_responses_stay_impossible():
     table = Table(2, 2).set_log_probs(torch.tensor([0.5, 0.5, 0.0, 0.0]).log())
-    torch.testing.assert_close(table.probs(), torch.tensor([[0.5, 0.5, 0.0, 0.0]], dtype=torch.float64))
+    torch.testing.assert_close(
+        table.probs(), torch.tensor([[0.5, 0.5, 0.0, 0.0]], dtype=torch.float64)
+    )
     assert table.kl(Table(2, 2)) == pytest.approx(math.log(2)) and Table(2, 2).kl(table) == math.inf
-    assert {tuple(y) for ys in table.sample([0] * 20, 5, torch.Generator().manual_seed(0)) for y in ys} == {(0, 0), (0, 1)}
+    assert {
+        tuple(y) for ys in table.sample([0] * 20, 5, torch.Generator().manual_seed(0)) for y in ys
+    } == {(0, 0), (0, 1)}
 
 
 def test_kl_and_expectation_by_hand():
-    p, q = (Table(2, prompts=2).set_log_probs(torch.tensor(x).log()) for x in ([[0.5, 0.5], [0.9, 0.1]], [[0.25, 0.75], [0.9, 0.1]]))
+    p, q = (
+        Table(2, prompts=2).set_log_probs(torch.tensor(x).log())
+        for x in ([[0.5, 0.5], [0.9, 0.1]], [[0.25, 0.75], [0.9, 0.1]])
+    )
     assert p.kl(q) == pytest.approx((0.5 * math.log(2) + 0.5 * math.log(2 / 3)) / 2, abs=1e-6)
     assert p.expect(lambda y: y[:, 0]) == pytest.approx(0.3) == p.expect(torch.tensor([0.0, 1.0]))
     assert p.expect(torch.tensor([[0.0, 1.0], [2.0, 0.0]])) == pytest.approx((0.5 + 1.8) / 2)
@@ -118,9 +138,14 @@ def test_the_default_world_is_the_one_described_and_repeats_itself():
     world, again, other = World(), World(), World(seed=1)
     r = dict(zip(map(tuple, world.reference.sequences().tolist()), world.rewards()[0].tolist()))
     assert len(r) == 27
-    assert [r[y] for y in ((0, 0, 0), (0, 1, 0), (2, 1, 2), (0, 1, 2), (1, 0, 0))] == pytest.approx([3.0, 2.2, -1.0, 0.0, 1.6])
+    assert [r[y] for y in ((0, 0, 0), (0, 1, 0), (2, 1, 2), (0, 1, 2), (1, 0, 0))] == pytest.approx(
+        [3.0, 2.2, -1.0, 0.0, 1.6]
+    )
     assert world.key() == again.key() != other.key() and world.reference.kl(other.reference) > 0.01
-    assert torch.equal(world.model().logits, world.reference.logits) and world.model().logits.requires_grad
+    assert (
+        torch.equal(world.model().logits, world.reference.logits)
+        and world.model().logits.requires_grad
+    )
     assert World(spread=0.0).reference.expect(world.rewards()) == pytest.approx(0.2)  # 0.6 / 3
 
 
@@ -130,26 +155,42 @@ def test_rewards_are_looked_up_by_prompt_and_response():
     rng = torch.Generator().manual_seed(0)
     assert set(world.prompts(50, rng)) == {0, 1}
     rows = world.demonstrations(3, rng)
-    assert all(len(row["responses"]) == 1 and row["scores"] == [1.0] and len(row["responses"][0]) == 2 for row in rows)
+    assert all(
+        len(row["responses"]) == 1 and row["scores"] == [1.0] and len(row["responses"][0]) == 2
+        for row in rows
+    )
 
 
 def test_demonstrations_come_from_the_data_and_the_reference_may_be_given():
     world = World(
-        vocab=4, length=1, reference=torch.zeros(4), data=torch.tensor([0.0, 0.0, 1.0, 0.0]).log(), rewards=lambda y: y[:, 0].double()
+        vocab=4,
+        length=1,
+        reference=torch.zeros(4),
+        data=torch.tensor([0.0, 0.0, 1.0, 0.0]).log(),
+        rewards=lambda y: y[:, 0].double(),
     )
-    assert {row["responses"][0][0] for row in world.demonstrations(20, torch.Generator().manual_seed(0))} == {2}
-    assert world.reference.probs().tolist() == [[0.25] * 4] and world.rewards().tolist() == [[0.0, 1.0, 2.0, 3.0]]
+    assert {
+        row["responses"][0][0] for row in world.demonstrations(20, torch.Generator().manual_seed(0))
+    } == {2}
+    assert world.reference.probs().tolist() == [[0.25] * 4] and world.rewards().tolist() == [
+        [0.0, 1.0, 2.0, 3.0]
+    ]
 
 
 @pytest.mark.parametrize("beta", [0.2, 0.5, 1.0, 2.0])
 def test_the_optimum_has_the_highest_objective_and_its_value_is_beta_log_z(beta):
     world = World(prompts=2)
-    best, log_z = world.optimum(world.reference, beta), torch.logsumexp(world.reference.log_probs() + world.rewards() / beta, 1)
+    best, log_z = (
+        world.optimum(world.reference, beta),
+        torch.logsumexp(world.reference.log_probs() + world.rewards() / beta, 1),
+    )
     assert world.objective(best, beta) == pytest.approx(beta * log_z.mean().item(), abs=1e-5)
     for seed in range(5):
         other = random_table(seed=seed)
         gap = world.objective(best, beta) - world.objective(other, beta)
-        assert gap == pytest.approx(beta * other.kl(best), abs=1e-4)  # the gap is a KL, so never negative
+        assert gap == pytest.approx(
+            beta * other.kl(best), abs=1e-4
+        )  # the gap is a KL, so never negative
 
 
 @pytest.mark.parametrize("sampled", [False, True])
@@ -167,14 +208,22 @@ def test_all_pairs_carry_the_probability_of_meeting_them(sampled):
         return q[p][2 * a[0] + a[1]] * q[p][2 * b[0] + b[1]] * (0.7 * clean + 0.3 * (1 - clean))
 
     total = sum(map(chance, pairs))
-    assert [row["weight"] for row in pairs] == pytest.approx([24 * chance(row) / total for row in pairs])
+    assert [row["weight"] for row in pairs] == pytest.approx(
+        [24 * chance(row) / total for row in pairs]
+    )
 
 
 @pytest.mark.parametrize("beta", [0.2, 1.0])
 def test_dpo_on_the_whole_population_finds_the_optimum(beta):
     """The claim of DPO, exact: eq. 7 over all pairs is minimised by eq. 4, for every beta."""
     world = World()
-    fitted = population(world.model().double(), world, world.pairs_all(world.reference), beta, lambda z: -logsigmoid(z))
+    fitted = population(
+        world.model().double(),
+        world,
+        world.pairs_all(world.reference),
+        beta,
+        lambda z: -logsigmoid(z),
+    )
     best = world.optimum(world.reference, beta)
     assert (fitted.probs() - best.probs()).abs().max() < 1e-4
     assert world.objective(fitted, beta) == pytest.approx(world.objective(best, beta), abs=1e-5)
@@ -187,9 +236,19 @@ def test_flipped_labels_shrink_dpo_and_their_correction_undoes_it():
     best, pairs = world.optimum(world.reference, 0.5), world.pairs_all(flip=epsilon)
     assert best.expect(world.rewards()) == pytest.approx(1.2506, abs=1e-4)
     plain = population(world.model().double(), world, pairs, 0.5, lambda z: -logsigmoid(z))
-    assert plain.expect(world.rewards()) == pytest.approx(1.0860, abs=1e-4) and best.kl(plain) == pytest.approx(0.0450, abs=1e-4)
-    robust = population(world.model().double(), world, pairs, 0.5, lambda z: -logsigmoid(z) - epsilon / (1 - 2 * epsilon) * z)
-    assert robust.expect(world.rewards()) == pytest.approx(1.2506, abs=1e-4) and best.kl(robust) < 1e-6
+    assert plain.expect(world.rewards()) == pytest.approx(1.0860, abs=1e-4) and best.kl(
+        plain
+    ) == pytest.approx(0.0450, abs=1e-4)
+    robust = population(
+        world.model().double(),
+        world,
+        pairs,
+        0.5,
+        lambda z: -logsigmoid(z) - epsilon / (1 - 2 * epsilon) * z,
+    )
+    assert (
+        robust.expect(world.rewards()) == pytest.approx(1.2506, abs=1e-4) and best.kl(robust) < 1e-6
+    )
 
 
 def test_a_mixture_reference_for_negatives_from_the_model_itself():
@@ -200,7 +259,11 @@ def test_a_mixture_reference_for_negatives_from_the_model_itself():
 
     y = Table(4, 6).sequences()
     data = 0.6 * chain(y, 1) + 0.4 * chain(y, -1)
-    valid = torch.stack([((y[:, 1:] - y[:, :-1] - step) % 4 == 0).all(1) for step in (1, -1)]).any(0)
+    valid = torch.stack([((y[:, 1:] - y[:, :-1] - step) % 4 == 0).all(1) for step in (1, -1)]).any(
+        0
+    )
     world = World(4, 6, rewards=valid, data=data.log(), reference=(0.7 * data + 0.3 / 4096).log())
-    assert valid.sum() == 8 and world.data.expect(world.rewards()) == pytest.approx(0.9039, abs=1e-4)
+    assert valid.sum() == 8 and world.data.expect(world.rewards()) == pytest.approx(
+        0.9039, abs=1e-4
+    )
     assert world.reference.expect(world.rewards()) == pytest.approx(0.6333, abs=1e-4)

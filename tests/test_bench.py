@@ -12,7 +12,18 @@ from data import collate
 from methods import dpo
 from nanomodel import visible
 
-TINY = dict(layers=2, dim=16, heads=4, kv_heads=2, vocab=12, prompt=3, response=5, batch_size=2, steps=2, device="cpu")
+TINY = dict(
+    layers=2,
+    dim=16,
+    heads=4,
+    kv_heads=2,
+    vocab=12,
+    prompt=3,
+    response=5,
+    batch_size=2,
+    steps=2,
+    device="cpu",
+)
 FLAGS = [f"--{name}={value}" for name, value in TINY.items()]
 
 
@@ -28,7 +39,9 @@ def made(**changes):
 @pytest.mark.parametrize("k", [2, 3])
 def test_packed_trees_and_padded_rows_have_the_same_losses_and_gradients(k):
     it, model, reference = made(k=k)
-    ours, rows = (make(it, copy.deepcopy(model), reference) for make in (bench.ours, bench.plain_rows))
+    ours, rows = (
+        make(it, copy.deepcopy(model), reference) for make in (bench.ours, bench.plain_rows)
+    )
     torch.testing.assert_close(ours.score(1), rows.score(1))
     for p, q in zip(ours.model.parameters(), rows.model.parameters()):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-7)
@@ -49,13 +62,18 @@ def test_padded_rows_of_different_lengths_are_scored_like_packed_trees():
 def test_losses_that_differ_are_not_timed():
     it, model, reference = made()
     with pytest.raises(RuntimeError, match="first losses differ: nanopref .*, rows "):
-        bench.first_losses([bench.ours(it, model, reference), bench.plain_rows(it, it.gpt(), reference)])
+        bench.first_losses(
+            [bench.ours(it, model, reference), bench.plain_rows(it, it.gpt(), reference)]
+        )
 
 
 def test_the_listwise_loss_of_two_responses_is_dpo():
     logps, ref_logps = torch.randn(2, 3, 2, 5, dtype=torch.float64)
     batch = type("Batch", (), {"mask": torch.ones(3, 2, 5, dtype=torch.bool)})
-    ours, theirs = (loss(logps, ref_logps, batch, dpo.Config(beta=0.3))[0] for loss in (bench.listwise, dpo.loss))
+    ours, theirs = (
+        loss(logps, ref_logps, batch, dpo.Config(beta=0.3))[0]
+        for loss in (bench.listwise, dpo.loss)
+    )
     torch.testing.assert_close(ours, theirs)
 
 
@@ -76,7 +94,9 @@ def test_a_cache_that_is_wrong_is_noticed(monkeypatch):
     it, model, _ = made()
     bench.sampling(it, model)
     decode = type(model).decode
-    monkeypatch.setattr(type(model), "decode", lambda self, cache, tokens: -decode(self, cache, tokens))
+    monkeypatch.setattr(
+        type(model), "decode", lambda self, cache, tokens: -decode(self, cache, tokens)
+    )
     with pytest.raises(RuntimeError, match="cached sampling took a token"):
         bench.sampling(it, model)
 
@@ -91,14 +111,19 @@ def test_flops_count_what_the_batch_holds(response):
     real = batch.branch < batch.sees.shape[1] - 1
     pairs = int((visible(batch.branch, batch.sees) & real[:, :, None]).sum())
     matrices = sum(p.numel() for name, p in model.named_parameters() if "proj" in name)
-    expected = 6 * (matrices * int(real.sum()) + 12 * 16 * int(batch.mask.sum())) + 12 * s.layers * s.dim * pairs
+    expected = (
+        6 * (matrices * int(real.sum()) + 12 * 16 * int(batch.mask.sum()))
+        + 12 * s.layers * s.dim * pairs
+    )
     assert bench.flops(s, model) == expected
 
 
 def test_memory_holds_weights_moments_gradients_and_activations():
     shape = dict(prompt=24, response=12, k=4, vocab=64)
     it, model, reference = made(**shape)
-    contenders = [make(it, copy.deepcopy(model), reference) for make in (bench.ours, bench.plain_rows)]
+    contenders = [
+        make(it, copy.deepcopy(model), reference) for make in (bench.ours, bench.plain_rows)
+    ]
     for contender in contenders:
         contender.step(0)
     ours, rows = (bench.memory(it, contender) for contender in contenders)
@@ -110,7 +135,12 @@ def test_memory_holds_weights_moments_gradients_and_activations():
 
 
 @pytest.mark.parametrize(
-    "changes", [["--json"], ["--against=none", "--json", "--dtype", "bfloat16"], ["--k=3", "--kv_heads=4", "--json=true"]]
+    "changes",
+    [
+        ["--json"],
+        ["--against=none", "--json", "--dtype", "bfloat16"],
+        ["--k=3", "--kv_heads=4", "--json=true"],
+    ],
 )
 def test_the_last_line_is_json_with_the_numbers(capsys, changes):
     given = [flag for flag in FLAGS if flag.split("=")[0] not in "".join(changes)]
@@ -137,7 +167,10 @@ def test_trl_has_the_same_losses_or_is_asked_for_in_one_line(capsys):
     if installed:
         assert json.loads(printed.out.splitlines()[-1])["against_step_s"] > 0
     else:
-        assert printed.err.startswith("bench.py: --against trl needs the package ") and printed.err.count("\n") == 1
+        assert (
+            printed.err.startswith("bench.py: --against trl needs the package ")
+            and printed.err.count("\n") == 1
+        )
 
 
 @pytest.mark.parametrize(
@@ -166,7 +199,11 @@ def test_trl_has_the_same_losses_or_is_asked_for_in_one_line(capsys):
 def test_a_mistake_is_one_line_and_exit_2(capsys, argv, message):
     assert bench.cli(argv) == 2
     printed = capsys.readouterr()
-    assert printed.err.startswith("bench.py: " + message) and printed.err.count("\n") == 1 and not printed.out
+    assert (
+        printed.err.startswith("bench.py: " + message)
+        and printed.err.count("\n") == 1
+        and not printed.out
+    )
 
 
 def test_help_explains_every_flag(capsys):

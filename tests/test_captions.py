@@ -12,13 +12,17 @@ def rng(seed=0):
 
 
 def picture(*objects, scene="kitchen"):
-    return " ".join(["picture", WORLD.patches[scene][0], *(WORLD.patches[name][-1] for name in objects), ":"])
+    return " ".join(
+        ["picture", WORLD.patches[scene][0], *(WORLD.patches[name][-1] for name in objects), ":"]
+    )
 
 
 def test_every_word_is_one_token_and_captions_fit():
     rows = WORLD.demonstrations(500, rng())
     for row in rows:
-        prompt, response = (WORLD.tokenizer.encode(text) for text in (row["prompt"], row["responses"][0]))
+        prompt, response = (
+            WORLD.tokenizer.encode(text) for text in (row["prompt"], row["responses"][0])
+        )
         assert len(prompt) == len(row["prompt"].split()) <= WORLD.max_prompt
         assert len(response) == len(row["responses"][0].split()) < WORLD.max_response
         assert WORLD.tokenizer.decode(response) == row["responses"][0]
@@ -26,17 +30,30 @@ def test_every_word_is_one_token_and_captions_fit():
     assert 100_000 < sum(p.numel() for p in WORLD.model().parameters()) < 350_000
     assert WORLD.model().config.max_position_embeddings >= WORLD.max_prompt + WORLD.max_response
     codes = [code for own in WORLD.patches.values() for code in own]
-    assert len(set(codes)) == len(codes) == PATCHES * (len(OBJECTS) + len(SCENES)) and len(set(OBJECTS)) == len(OBJECTS)
+    assert len(set(codes)) == len(codes) == PATCHES * (len(OBJECTS) + len(SCENES)) and len(
+        set(OBJECTS)
+    ) == len(OBJECTS)
 
 
 def test_draws_come_from_the_generator_alone():
-    assert WORLD.demonstrations(20, rng(1)) == World().demonstrations(20, rng(1)) != WORLD.demonstrations(20, rng(2))
-    assert WORLD.prompts(20, rng(1)) == World().prompts(20, rng(1)) == [row["prompt"] for row in WORLD.demonstrations(20, rng(1))]
+    assert (
+        WORLD.demonstrations(20, rng(1))
+        == World().demonstrations(20, rng(1))
+        != WORLD.demonstrations(20, rng(2))
+    )
+    assert (
+        WORLD.prompts(20, rng(1))
+        == World().prompts(20, rng(1))
+        == [row["prompt"] for row in WORLD.demonstrations(20, rng(1))]
+    )
 
 
 def test_objects_are_read_off_the_patches():
     assert WORLD.objects(picture("cup", "dog")) == {"cup", "dog"}  # the background is no object
-    assert WORLD.objects("picture x49 x108 x93 x103 x36 x17 :") == {"goat", "tractor"}  # the docstring's
+    assert WORLD.objects("picture x49 x108 x93 x103 x36 x17 :") == {
+        "goat",
+        "tractor",
+    }  # the docstring's
     assert WORLD.objects("what about it") == WORLD.objects("") == set()
 
 
@@ -60,9 +77,15 @@ def test_the_parts_of_the_truth():
         assert tuple(found.values()) == expected and list(found) == list(WEIGHTS), text
         value = sum(WEIGHTS[name] * x for name, x in found.items())
         assert WORLD.reward([prompt], [text]).tolist() == [value]
-        assert WORLD.reward([prompt], [WORLD.tokenizer.encode(text) + [WORLD.tokenizer.eot]]).tolist() == [value]
+        assert WORLD.reward(
+            [prompt], [WORLD.tokenizer.encode(text) + [WORLD.tokenizer.eot]]
+        ).tolist() == [value]
     reward = WORLD.reward([prompt] * len(cases), list(cases))
-    assert reward.dtype == torch.float64 and reward.shape == (len(cases),) and reward[0] == reward.max()
+    assert (
+        reward.dtype == torch.float64
+        and reward.shape == (len(cases),)
+        and reward[0] == reward.max()
+    )
     assert WORLD.reward(["no picture"], [" a cup ."]).isfinite().all()
 
 
@@ -85,9 +108,18 @@ def test_the_estimator_ranks_captions_better_than_chance_and_not_as_the_truth_do
     prompts, texts = [row["prompt"] for row in rows], [row["responses"][0] for row in rows]
     others = texts[1:] + texts[:1]
     ours, theirs = WORLD.similarity(prompts, texts), WORLD.similarity(prompts, others)
-    assert ours.dtype == torch.float64 and (ours.abs() <= 1 + 1e-6).all() and (ours > theirs).double().mean() > 0.9
+    assert (
+        ours.dtype == torch.float64
+        and (ours.abs() <= 1 + 1e-6).all()
+        and (ours > theirs).double().mean() > 0.9
+    )
     right = [text for text in (WORLD.caption(sorted(WORLD.objects(prompt))) for prompt in prompts)]
-    wrong = [WORLD.caption([*sorted(WORLD.objects(p)), next(x for x in OBJECTS if x not in WORLD.objects(p))]) for p in prompts]
+    wrong = [
+        WORLD.caption(
+            [*sorted(WORLD.objects(p)), next(x for x in OBJECTS if x not in WORLD.objects(p))]
+        )
+        for p in prompts
+    ]
     share = (WORLD.similarity(prompts, right) > WORLD.similarity(prompts, wrong)).double().mean()
     assert 0.6 < share < 0.995
     assert WORLD.similarity([prompts[0], "?"], ["", " a cup ."]).tolist() == [0.0, 0.0]
@@ -102,12 +134,20 @@ def test_measure_counts_hallucinations():
             return rng()
 
         def sample(self, policy, prompts, k, draw):
-            return [{"prompt": prompt, "responses": [policy(WORLD.objects(prompt))]} for prompt in prompts]
+            return [
+                {"prompt": prompt, "responses": [policy(WORLD.objects(prompt))]}
+                for prompt in prompts
+            ]
 
     honest = WORLD.measure(lambda there: WORLD.caption(sorted(there)), Lab())
     assert honest == dict(chair_s=0.0, chair_i=0.0, named=1.0)
-    blind = WORLD.measure(lambda there: WORLD.caption([next(x for x in OBJECTS if x not in there)]), Lab())
+    blind = WORLD.measure(
+        lambda there: WORLD.caption([next(x for x in OBJECTS if x not in there)]), Lab()
+    )
     assert blind == dict(chair_s=1.0, chair_i=1.0, named=0.0)
-    both = WORLD.measure(lambda there: WORLD.caption([sorted(there)[0], next(x for x in OBJECTS if x not in there)]), Lab())
+    both = WORLD.measure(
+        lambda there: WORLD.caption([sorted(there)[0], next(x for x in OBJECTS if x not in there)]),
+        Lab(),
+    )
     assert both["chair_s"] == 1.0 and both["chair_i"] == 0.5 and 0.25 < both["named"] < 0.5
     assert WORLD.measure(lambda there: "", Lab()) == dict(chair_s=0.0, chair_i=0.0, named=0.0)

@@ -10,38 +10,71 @@ import torch
 
 from lab import Lab, Settings
 from methods import dpo
-from methods.curry_dpo import Config, check_pairs, curriculum, loss, rounds_of_a_table, run, star, train
+from methods.curry_dpo import (
+    Config,
+    check_pairs,
+    curriculum,
+    loss,
+    rounds_of_a_table,
+    run,
+    star,
+    train,
+)
 
-ROWS = [dict(prompt=i, responses=[[4], [0], [2], [7]], scores=[3.0, 2.0, 5.0, 4.0], reward=[0.3, 0.2, 0.5, 0.4]) for i in range(3)]
+ROWS = [
+    dict(
+        prompt=i,
+        responses=[[4], [0], [2], [7]],
+        scores=[3.0, 2.0, 5.0, 4.0],
+        reward=[0.3, 0.2, 0.5, 0.4],
+    )
+    for i in range(3)
+]
 
 
 def ragged(rows=5, length=7, seed=0):
     """Random log-probs of ragged responses in float64, 0 outside the mask."""
     rng = torch.Generator().manual_seed(seed)
     mask = torch.arange(length) < torch.randint(1, length + 1, (rows, 2, 1), generator=rng)
-    logps, ref_logps = (-3 * torch.rand(rows, 2, length, generator=rng, dtype=torch.float64) * mask for _ in range(2))
+    logps, ref_logps = (
+        -3 * torch.rand(rows, 2, length, generator=rng, dtype=torch.float64) * mask
+        for _ in range(2)
+    )
     return logps.requires_grad_(), ref_logps, SimpleNamespace(mask=mask)
 
 
 def bandit(**changes):
-    return Lab(Settings(**dict(world="bandit", steps=30, prompts=256, batch_size=64, k=4) | changes), quiet=True)
+    return Lab(
+        Settings(**dict(world="bandit", steps=30, prompts=256, batch_size=64, k=4) | changes),
+        quiet=True,
+    )
 
 
 def test_the_worked_pair():
     logps = torch.tensor([[[-12.0], [-15.0]]], dtype=torch.float64, requires_grad=True)
-    ref_logps, batch = torch.tensor([[[-13.0], [-14.0]]]).double(), SimpleNamespace(mask=torch.ones(1, 2, 1, dtype=torch.bool))
+    ref_logps, batch = (
+        torch.tensor([[[-13.0], [-14.0]]]).double(),
+        SimpleNamespace(mask=torch.ones(1, 2, 1, dtype=torch.bool)),
+    )
     losses, metrics = loss(logps, ref_logps, batch, Config())
     assert losses.item() == pytest.approx(0.598139, abs=1e-6)
     slope = 0.1 * torch.sigmoid(torch.tensor(-0.2)).item()
-    assert torch.autograd.grad(losses.sum(), logps)[0].flatten().tolist() == pytest.approx([-slope, slope], abs=1e-8)
+    assert torch.autograd.grad(losses.sum(), logps)[0].flatten().tolist() == pytest.approx(
+        [-slope, slope], abs=1e-8
+    )
     assert metrics["weight"].item() == pytest.approx(10 * slope, abs=1e-6)
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.7, 3.0])
 def test_the_loss_is_dpo_in_value_and_gradient(beta):
     logps, ref_logps, batch = ragged()
-    ours, plain = loss(logps, ref_logps, batch, Config(beta))[0], dpo.loss(logps, ref_logps, batch, dpo.Config(beta))[0]
-    assert torch.equal(ours, plain) and torch.equal(*(torch.autograd.grad(x.sum(), logps)[0] for x in (ours, plain)))
+    ours, plain = (
+        loss(logps, ref_logps, batch, Config(beta))[0],
+        dpo.loss(logps, ref_logps, batch, dpo.Config(beta))[0],
+    )
+    assert torch.equal(ours, plain) and torch.equal(
+        *(torch.autograd.grad(x.sum(), logps)[0] for x in (ours, plain))
+    )
     assert torch.autograd.gradcheck(lambda x: loss(x, ref_logps, batch, Config(beta))[0], logps)
     assert inspect.getsource(check_pairs) == inspect.getsource(dpo.check_pairs)
 
@@ -50,7 +83,12 @@ def test_the_loss_is_dpo_in_value_and_gradient(beta):
 def test_huge_margins_stay_finite(dtype):
     for far in (1e4, -1e4):
         logps = torch.tensor([[[far], [0.0]]], dtype=dtype, requires_grad=True)
-        losses, _ = loss(logps, torch.zeros_like(logps), SimpleNamespace(mask=torch.ones(1, 2, 1, dtype=torch.bool)), Config())
+        losses, _ = loss(
+            logps,
+            torch.zeros_like(logps),
+            SimpleNamespace(mask=torch.ones(1, 2, 1, dtype=torch.bool)),
+            Config(),
+        )
         assert losses.isfinite().all() and losses.dtype == torch.promote_types(dtype, torch.float32)
         assert torch.autograd.grad(losses.sum(), logps)[0].isfinite().all()
 
@@ -80,24 +118,34 @@ def test_the_star_of_a_row_easy_first():
 def test_ties_and_equal_responses_are_left_out():
     assert [rank for rank, _ in star(ROWS[0] | {"scores": [3.0, 2.0, 5.0, 5.0]})] == [3, 2]
     assert [rank for rank, _ in star(ROWS[0] | {"responses": [[4], [2], [2], [7]]})] == [2, 1]
-    images = star(dict(prompt=1, responses=torch.arange(8.0).view(4, 1, 1, 2), scores=[0.0, 1e4, -1e4, 2.0]))
-    assert [rank for rank, _ in images] == [3, 2, 1] and images[0][1]["responses"].flatten().tolist() == [2.0, 3.0, 4.0, 5.0]
+    images = star(
+        dict(prompt=1, responses=torch.arange(8.0).view(4, 1, 1, 2), scores=[0.0, 1e4, -1e4, 2.0])
+    )
+    assert [rank for rank, _ in images] == [3, 2, 1] and images[0][1][
+        "responses"
+    ].flatten().tolist() == [2.0, 3.0, 4.0, 5.0]
     with pytest.raises(ValueError, match="fewer than 2 distinct ratings"):
         star(ROWS[0] | {"scores": [1.0] * 4})
 
 
 def test_the_rounds():
-    easy, medium, hard = [[p["responses"][1] for p in pairs] for pairs in curriculum(ROWS, Config())]
+    easy, medium, hard = [
+        [p["responses"][1] for p in pairs] for pairs in curriculum(ROWS, Config())
+    ]
     assert (easy, medium, hard) == ([[0]] * 3, [[4]] * 3, [[7]] * 3)
     assert curriculum(ROWS, Config(order="hard_easy")) == curriculum(ROWS, Config())[::-1]
     pooled = curriculum(ROWS, Config(order="pooled", rounds=2))
     assert len(pooled) == 2 and pooled[0] == pooled[1] and len(pooled[0]) == 9
     single = curriculum(ROWS, Config(order="pooled", pairs="single", rounds=1))
     assert single == [curriculum(ROWS, Config())[0]]
-    sixteen = [dict(prompt=0, responses=[[i] for i in range(16)], scores=[float(i) for i in range(16)])]
+    sixteen = [
+        dict(prompt=0, responses=[[i] for i in range(16)], scores=[float(i) for i in range(16)])
+    ]
     assert len(curriculum(sixteen, Config(rounds=15))) == 15
     two = [dict(prompt=0, responses=[[0], [1]], scores=[0.0, 1.0])]
-    assert curriculum(two, Config(rounds=1)) == [[dict(prompt=0, responses=[[1], [0]], scores=[1.0, 0.0])]]
+    assert curriculum(two, Config(rounds=1)) == [
+        [dict(prompt=0, responses=[[1], [0]], scores=[1.0, 0.0])]
+    ]
 
 
 def test_rows_that_make_no_curriculum_are_refused():
@@ -122,15 +170,42 @@ def test_a_file_of_pairs_has_one_round_and_contexts_count(tmp_path):
     ends = []
     for n, rows in enumerate(
         (
-            [dict(prompt=f"q{i} is", responses=[" good", " bad"], scores=[1, 0]) for i in range(20)],
-            [dict(prompt=f"q{i} is", responses=[" good", " bad"], scores=[1, 0], context=[" x", " y z"]) for i in range(20)],
+            [
+                dict(prompt=f"q{i} is", responses=[" good", " bad"], scores=[1, 0])
+                for i in range(20)
+            ],
+            [
+                dict(
+                    prompt=f"q{i} is",
+                    responses=[" good", " bad"],
+                    scores=[1, 0],
+                    context=[" x", " y z"],
+                )
+                for i in range(20)
+            ],
         )
     ):
         (tmp_path / f"{n}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        settings = Settings(data=str(tmp_path / f"{n}.jsonl"), base_steps=0, batch_size=4, steps=2, context=64, eval_size=2)
-        with pytest.raises(ValueError, match="2 responses make 1 difficulty: --rounds 1, or order = pooled"):
+        settings = Settings(
+            data=str(tmp_path / f"{n}.jsonl"),
+            base_steps=0,
+            batch_size=4,
+            steps=2,
+            context=64,
+            eval_size=2,
+        )
+        with pytest.raises(
+            ValueError, match="2 responses make 1 difficulty: --rounds 1, or order = pooled"
+        ):
             run(Lab(settings, quiet=True), Config())
-        ends.append(torch.cat([p.detach().flatten() for p in run(Lab(settings, quiet=True), Config(rounds=1)).parameters()]))
+        ends.append(
+            torch.cat(
+                [
+                    p.detach().flatten()
+                    for p in run(Lab(settings, quiet=True), Config(rounds=1)).parameters()
+                ]
+            )
+        )
     assert not torch.equal(*ends)
 
 
@@ -163,10 +238,16 @@ def test_what_is_no_pair_is_refused():
 
 
 def test_exact_rounds_and_one_round_with_a_third_of_beta():
-    r, ref = 0.7 * torch.tensor([3.0, 2.0, 1.0, 0.0]).double(), torch.tensor([0.1, -0.2, 0.3, -0.2]).double()
+    r, ref = (
+        0.7 * torch.tensor([3.0, 2.0, 1.0, 0.0]).double(),
+        torch.tensor([0.1, -0.2, 0.3, -0.2]).double(),
+    )
     centred = r - r.mean()
     assert (centred / 0.5).tolist() == pytest.approx([2.1, 0.7, -0.7, -2.1])
-    first, third = [0.788602, 0.144065, 0.058572, 0.008761], [0.988742, 0.010984, 0.000272, 0.0000025]
+    first, third = (
+        [0.788602, 0.144065, 0.058572, 0.008761],
+        [0.988742, 0.010984, 0.000272, 0.0000025],
+    )
     assert (ref + r / 0.5).softmax(0).tolist() == pytest.approx(first, abs=1e-6)
     assert (ref + 3 * r / 0.5).softmax(0).tolist() == pytest.approx(third, abs=1e-6)
     assert rounds_of_a_table(bandit(), 1) == pytest.approx(first, abs=2e-4)
@@ -187,7 +268,12 @@ def test_star_rounds_in_a_table_are_additive_and_their_order_does_not_matter():
                 d = torch.tensor((low + high) / 2, dtype=torch.float64, requires_grad=True)
                 policy = ref.index_add(0, torch.tensor([0, j]), torch.stack([d, -d]))
                 pair, rho = (torch.stack([x[[0, j]], x[[j, 0]]])[..., None] for x in (policy, ref))
-                losses, _ = loss(pair, rho, SimpleNamespace(mask=torch.ones(2, 2, 1, dtype=torch.bool)), Config(beta))
+                losses, _ = loss(
+                    pair,
+                    rho,
+                    SimpleNamespace(mask=torch.ones(2, 2, 1, dtype=torch.bool)),
+                    Config(beta),
+                )
                 p = torch.sigmoid(torch.tensor(r[0] - r[j]))
                 (slope,) = torch.autograd.grad(p * losses[0] + (1 - p) * losses[1], d)
                 low, high = (low, d.item()) if slope > 0 else (d.item(), high)
@@ -203,7 +289,9 @@ def test_one_round_of_single_pairs_is_dpo_bit_for_bit():
     lab = bandit()
     ours = run(lab, Config(order="pooled", pairs="single", rounds=1))
     other = bandit()
-    pairs = curriculum(other.preferences(other.base()), Config(order="pooled", pairs="single", rounds=1))[0]
+    pairs = curriculum(
+        other.preferences(other.base()), Config(order="pooled", pairs="single", rounds=1)
+    )[0]
     plain = other.align(other.base(), other.rows(pairs), dpo.loss, dpo.Config(0.1))
     assert torch.equal(ours.logits, plain.logits)
 
@@ -213,20 +301,33 @@ def test_every_round_starts_at_ln_2_and_only_the_first_one_does_with_a_fixed_ref
         lab = bandit()
         lab.out = str(tmp_path / reference)
         train(lab, lab.preferences(lab.base()), Config(1.0, reference=reference))
-        lines = [json.loads(line) for line in (tmp_path / reference / "metrics.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line)
+            for line in (tmp_path / reference / "metrics.jsonl").read_text().splitlines()
+        ]
         starts = [line["loss"] for line in lines if line["step"] == 1]
         assert len(lines) == 30 and [abs(x - math.log(2)) < 1e-6 for x in starts] == wanted
-        assert [p["step"] for p in lab.curve] == sorted({p["step"] for p in lab.curve}) and lab.curve[-1]["step"] == 30
+        assert [p["step"] for p in lab.curve] == sorted(
+            {p["step"] for p in lab.curve}
+        ) and lab.curve[-1]["step"] == 30
 
 
 @pytest.mark.parametrize(
     "change",
-    [dict(beta=1.0), dict(reference="sft"), dict(order="hard_easy"), dict(order="pooled"), dict(order="pooled", rounds=2)]
+    [
+        dict(beta=1.0),
+        dict(reference="sft"),
+        dict(order="hard_easy"),
+        dict(order="pooled"),
+        dict(order="pooled", rounds=2),
+    ]
     + [dict(order="pooled", pairs="single")],
 )
 def test_every_field_changes_the_run(change):
     base = {"order": "pooled"} if len(change) == 2 else {}
-    assert not torch.equal(run(bandit(), Config(**base)).logits, run(bandit(), Config(**change)).logits)
+    assert not torch.equal(
+        run(bandit(), Config(**base)).logits, run(bandit(), Config(**change)).logits
+    )
 
 
 def test_a_run_improves_the_reward():

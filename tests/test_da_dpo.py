@@ -32,14 +32,20 @@ def at(delta, gap):
     """A pair of one-token responses whose log-ratios differ by delta."""
     logps = torch.tensor([[[delta], [0.0]]], dtype=torch.float64, requires_grad=True)
     mask = torch.ones(1, 2, 1, dtype=torch.bool)
-    return logps, torch.zeros_like(logps), SimpleNamespace(mask=mask, quality=torch.tensor([[gap, 0.0]], dtype=torch.float64))
+    return (
+        logps,
+        torch.zeros_like(logps),
+        SimpleNamespace(mask=mask, quality=torch.tensor([[gap, 0.0]], dtype=torch.float64)),
+    )
 
 
 def ragged(rows=6, length=7, seed=0, dtype=torch.float64):
     """Random log-probs of ragged responses, 0 outside the mask, and random scores."""
     rng = torch.Generator().manual_seed(seed)
     mask = torch.arange(length) < torch.randint(1, length + 1, (rows, 2, 1), generator=rng)
-    logps, ref_logps = (-3 * torch.rand(rows, 2, length, generator=rng, dtype=dtype) * mask for _ in range(2))
+    logps, ref_logps = (
+        -3 * torch.rand(rows, 2, length, generator=rng, dtype=dtype) * mask for _ in range(2)
+    )
     quality = torch.rand(rows, 2, generator=rng, dtype=torch.float64)
     return logps.requires_grad_(), ref_logps, SimpleNamespace(mask=mask, quality=quality)
 
@@ -77,9 +83,14 @@ def test_an_easy_pair_is_pulled_more_at_first_and_less_beyond_the_crossover():
     crossover = math.log(1 + math.sqrt(2)) / 0.1
     assert crossover == pytest.approx(8.814, abs=1e-3)
     for delta in (-20.0, 0.0, crossover - 0.01, crossover + 0.01, 20.0, 60.0):
-        easy, hard = (value_and_gradient(*at(delta, gap), Config())[1][0, 0].abs().item() for gap in (1.0, 0.0))
+        easy, hard = (
+            value_and_gradient(*at(delta, gap), Config())[1][0, 0].abs().item()
+            for gap in (1.0, 0.0)
+        )
         assert (easy > hard) == (delta < crossover)
-    one, other = (value_and_gradient(*at(8.8137, gap), Config())[1][0, 0].item() for gap in (1.0, 0.0))
+    one, other = (
+        value_and_gradient(*at(8.8137, gap), Config())[1][0, 0].item() for gap in (1.0, 0.0)
+    )
     assert one == pytest.approx(other, abs=2e-6)
 
 
@@ -88,7 +99,9 @@ def test_with_labels_of_either_kind_an_easy_pair_settles_half_as_far():
     p = 0.8
     for gap in (0.0, 0.5, 1.0):
         delta = math.log(p / (1 - p)) / (0.1 * (1 + gap))
-        there, back = (value_and_gradient(*at(sign * delta, gap), Config())[1][0, 0].item() for sign in (1, -1))
+        there, back = (
+            value_and_gradient(*at(sign * delta, gap), Config())[1][0, 0].item() for sign in (1, -1)
+        )
         assert p * there - (1 - p) * back == pytest.approx(0.0, abs=1e-12)
 
 
@@ -101,7 +114,9 @@ def test_without_gaps_and_with_one_gap_it_is_dpo(dtype):
     theirs = value_and_gradient(logps, ref_logps, batch, dpo.Config(0.3), dpo.loss)
     for gap, alpha in ((0.0, 1.0), (0.5, 1 / 1.5)):
         batch.quality = torch.tensor([[gap, 0.0]], dtype=torch.float64).expand(6, 2)
-        for ours, known in zip(value_and_gradient(logps, ref_logps, batch, Config(0.3, alpha)), theirs):
+        for ours, known in zip(
+            value_and_gradient(logps, ref_logps, batch, Config(0.3, alpha)), theirs
+        ):
             assert torch.equal(ours, known) if gap == 0 else torch.allclose(ours, known, rtol=1e-6)
 
 
@@ -111,12 +126,20 @@ def test_the_absolute_gap_knows_no_direction_and_no_level():
     for cfg, same in ((Config(gap="absolute"), True), (Config(gap="signed"), False)):
         plain = loss(logps, ref_logps, batch, cfg)[0]
         turned_round = SimpleNamespace(mask=batch.mask, quality=batch.quality.flip(1))
-        assert torch.allclose(loss(logps, ref_logps, turned_round, cfg)[0], plain, atol=1e-12) == same
+        assert (
+            torch.allclose(loss(logps, ref_logps, turned_round, cfg)[0], plain, atol=1e-12) == same
+        )
         lifted = SimpleNamespace(mask=batch.mask, quality=batch.quality + 0.3)
-        torch.testing.assert_close(loss(logps, ref_logps, lifted, cfg)[0], plain, rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            loss(logps, ref_logps, lifted, cfg)[0], plain, rtol=0, atol=1e-12
+        )
 
 
-@pytest.mark.parametrize("cfg", [Config(0.3), Config(0.3, 0.7, 4.0, "absolute"), Config(0.7, 1.3, 0.8, "signed")], ids=str)
+@pytest.mark.parametrize(
+    "cfg",
+    [Config(0.3), Config(0.3, 0.7, 4.0, "absolute"), Config(0.7, 1.3, 0.8, "signed")],
+    ids=str,
+)
 def test_ragged_responses_values_and_gradients_of_the_definition(cfg):
     logps, ref_logps, batch = ragged(seed=3)
     gap = batch.quality[:, 0] - batch.quality[:, 1]
@@ -126,7 +149,9 @@ def test_ragged_responses_values_and_gradients_of_the_definition(cfg):
     losses, gradient = value_and_gradient(logps, ref_logps, batch, cfg)
     torch.testing.assert_close(losses, torch.log1p(torch.exp(-z)), rtol=0, atol=1e-12)
     size = (beta * torch.sigmoid(-z))[:, None] * torch.tensor([-1.0, 1.0], dtype=torch.float64)
-    torch.testing.assert_close(gradient, size[..., None].expand_as(gradient), rtol=0, atol=1e-12)  # a SUM over tokens
+    torch.testing.assert_close(
+        gradient, size[..., None].expand_as(gradient), rtol=0, atol=1e-12
+    )  # a SUM over tokens
     assert torch.autograd.gradcheck(lambda x: loss(x, ref_logps, batch, cfg)[0], logps)
     metrics = loss(logps, ref_logps, batch, cfg)[1]
     assert metrics["pair_beta"].item() == pytest.approx(beta.mean().item())
@@ -150,11 +175,15 @@ def test_no_gradient_reaches_the_scores():
 def test_huge_margins_stay_finite(dtype):
     for margin in (1e4, -1e4):
         for cfg in (Config(1.0), Config(1.0, gap="signed")):
-            logps = torch.tensor([[[margin], [0.0]], [[0.0], [margin]]], dtype=dtype, requires_grad=True)
+            logps = torch.tensor(
+                [[[margin], [0.0]], [[0.0], [margin]]], dtype=dtype, requires_grad=True
+            )
             quality = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
             batch = SimpleNamespace(mask=torch.ones(2, 2, 1, dtype=torch.bool), quality=quality)
             losses, metrics = loss(logps, torch.zeros_like(logps), batch, cfg)
-            assert losses.isfinite().all() and losses.dtype == torch.promote_types(dtype, torch.float32)
+            assert losses.isfinite().all() and losses.dtype == torch.promote_types(
+                dtype, torch.float32
+            )
             assert torch.autograd.grad(losses.sum(), logps)[0].isfinite().all()
             assert all(value.isfinite() and not value.requires_grad for value in metrics.values())
 
@@ -162,7 +191,13 @@ def test_huge_margins_stay_finite(dtype):
 @pytest.mark.parametrize(
     "fields",
     [{name: bad} for name in ("beta", "alpha", "reach") for bad in (0.0, -0.1, math.inf, math.nan)]
-    + [dict(gap="none"), dict(gap="signed", reach=1.5), dict(contrastive=-0.1), dict(contrastive=1.1), dict(contrastive=math.nan)],
+    + [
+        dict(gap="none"),
+        dict(gap="signed", reach=1.5),
+        dict(contrastive=-0.1),
+        dict(contrastive=1.1),
+        dict(contrastive=math.nan),
+    ],
 )
 def test_fields_out_of_range_are_refused(fields):
     with pytest.raises(ValueError, match=f"{[*fields][-1]} = "):
@@ -195,8 +230,12 @@ def test_the_normaliser():
     assert n.mean().item() == pytest.approx(0.5, abs=5e-3) and 0 < n.min() and n.max() < 1
     assert torch.equal(n.argsort(), v.argsort())
     torch.testing.assert_close(normalised(-4.0 + 3.0 * v), n, rtol=0, atol=1e-9)
-    assert normalised(torch.tensor([1.0, 2.0, 3.0]).double()).tolist() == pytest.approx([0.110336, 0.5, 0.889664], abs=1e-6)
-    assert normalised(torch.full((5,), 3.7, dtype=torch.float64)).tolist() == [0.5] * 5  # no spread, no NaN
+    assert normalised(torch.tensor([1.0, 2.0, 3.0]).double()).tolist() == pytest.approx(
+        [0.110336, 0.5, 0.889664], abs=1e-6
+    )
+    assert (
+        normalised(torch.full((5,), 3.7, dtype=torch.float64)).tolist() == [0.5] * 5
+    )  # no spread, no NaN
 
 
 def test_the_vote_is_weighed_by_how_often_an_estimator_is_right():
@@ -211,10 +250,17 @@ def test_the_vote_is_weighed_by_how_often_an_estimator_is_right():
     assert (found[:, 1] == 0).all() and (found >= 0).all() and (found <= 1).all()
     torch.testing.assert_close(vote(c, m, Config(contrastive=1.0))[:, 0], n[0])
     torch.testing.assert_close(vote(c, m, Config(contrastive=0.0))[:, 0], n[1])
-    torch.testing.assert_close(vote(c, c.flip(0), Config())[:, 0], (n[0] + n[0].flip(0)) / 2)  # equally often right: the average
-    guess = torch.where(torch.arange(400)[:, None] % 2 == 0, m.abs(), -m.abs()) * torch.tensor([1.0, 0.0])  # right on every other pair
+    torch.testing.assert_close(
+        vote(c, c.flip(0), Config())[:, 0], (n[0] + n[0].flip(0)) / 2
+    )  # equally often right: the average
+    guess = torch.where(torch.arange(400)[:, None] % 2 == 0, m.abs(), -m.abs()) * torch.tensor(
+        [1.0, 0.0]
+    )  # right on every other pair
     weight = 0.5 / (0.5 + right[0])  # one at chance keeps nearly half the vote
-    torch.testing.assert_close(vote(c, guess, Config())[:, 0], (1 - weight) * n[0] + weight * normalised(guess[:, 0] - guess[:, 1]))
+    torch.testing.assert_close(
+        vote(c, guess, Config())[:, 0],
+        (1 - weight) * n[0] + weight * normalised(guess[:, 0] - guess[:, 1]),
+    )
     both = vote(c, m, Config(gap="absolute"))
     torch.testing.assert_close(both, share * normalised(c) + (1 - share) * normalised(m))
     torch.testing.assert_close(both, vote(c, m, Config(gap="signed")))
@@ -242,7 +288,11 @@ def test_matched_keeps_the_mean_beta():
 def test_the_attributes_toy():
     features, truth, picture, pairs, easy, scores = attributes(100)
     wrong = (pairs[:, 0] != pairs[:, 1]).sum(1)
-    assert torch.equal(wrong == 4, easy) and set(wrong.tolist()) == {1, 4} and 0.4 < easy.double().mean() < 0.6
+    assert (
+        torch.equal(wrong == 4, easy)
+        and set(wrong.tolist()) == {1, 4}
+        and 0.4 < easy.double().mean() < 0.6
+    )
     assert torch.equal(pairs[:, 0], truth[picture]) and features.shape == (60, 24)
     for estimator in scores:
         gap = estimator[:, 0] - estimator[:, 1]
@@ -252,7 +302,9 @@ def test_the_attributes_toy():
 def test_the_betas_narrow_the_gap_between_easy_and_hard_pairs():
     matched = Config(0.15, reach=4.0, matched=True)
     changes = dict(da=torch.clone, shuffled=shuffled, turned=turned)
-    found = on_attributes(100, {name: (matched, change) for name, change in changes.items()}, steps=100)
+    found = on_attributes(
+        100, {name: (matched, change) for name, change in changes.items()}, steps=100
+    )
     assert found["da"]["gap"] < found["shuffled"]["gap"] < found["turned"]["gap"]
 
 
@@ -265,7 +317,14 @@ SMALL = dict(base_steps=2, steps=3, batch_size=4, prompts=12, eval_size=4, max_r
 @pytest.mark.parametrize("world", ["captions", "reviews"])
 def test_a_run_and_its_fields_differ(world):
     found = []
-    for cfg in (Config(), Config(reach=3.0), Config(matched=True), Config(gap="absolute"), Config(contrastive=1.0), Config(alpha=2.0)):
+    for cfg in (
+        Config(),
+        Config(reach=3.0),
+        Config(matched=True),
+        Config(gap="absolute"),
+        Config(contrastive=1.0),
+        Config(alpha=2.0),
+    ):
         lab = Lab(Settings(world=world, lr=0.05, **SMALL), quiet=True)
         policy = run(lab, cfg)
         found.append(sum(p.detach().double().abs().sum().item() for p in policy.parameters()))
@@ -279,14 +338,25 @@ def test_the_estimators_are_frozen_models():
     contrastive, generative = estimates(lab, policy, rows)
     assert contrastive.shape == generative.shape == (len(rows), 2)
     row = rows[3]
-    assert contrastive[3].tolist() == lab.world.similarity([row["prompt"]] * 2, [lab.text(r) for r in row["responses"]]).tolist()
-    assert generative[3].tolist() == pytest.approx([sum(tokens) for tokens in lab.logps(policy, [row])[0]], abs=1e-4)
+    assert (
+        contrastive[3].tolist()
+        == lab.world.similarity(
+            [row["prompt"]] * 2, [lab.text(r) for r in row["responses"]]
+        ).tolist()
+    )
+    assert generative[3].tolist() == pytest.approx(
+        [sum(tokens) for tokens in lab.logps(policy, [row])[0]], abs=1e-4
+    )
     lab = Lab(Settings(world="reviews", **SMALL), quiet=True)
     rows = lab.preferences(lab.base(), k=2)
     contrastive, generative = estimates(lab, policy := lab.base(), rows)
-    swapped = {name: rows[3][name] for name in ("responses", "ends")} | {"prompt": rows[2]["prompt"]}
+    swapped = {name: rows[3][name] for name in ("responses", "ends")} | {
+        "prompt": rows[2]["prompt"]
+    }
     other = [sum(tokens) for tokens in lab.logps(policy, lab.rows([swapped]))[0]]
-    assert contrastive[3].tolist() == pytest.approx([a - b for a, b in zip(generative[3].tolist(), other)], abs=1e-3)
+    assert contrastive[3].tolist() == pytest.approx(
+        [a - b for a, b in zip(generative[3].tolist(), other)], abs=1e-3
+    )
 
 
 def test_shared_functions():

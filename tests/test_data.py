@@ -29,7 +29,20 @@ from data import (
 )
 
 IDS = SimpleNamespace(eot=1, pad=0, encode=lambda text: [int(word) for word in text.split()])
-WORDS = [" good", " very good", " the", "\n", "-", "é", " film", "film", "1", "+", "(a|b)", " naïve"]
+WORDS = [
+    " good",
+    " very good",
+    " the",
+    "\n",
+    "-",
+    "é",
+    " film",
+    "film",
+    "1",
+    "+",
+    "(a|b)",
+    " naïve",
+]
 
 
 def generator(seed=0):
@@ -57,9 +70,14 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
 
 def test_tied_and_strided_tensors_are_written_whole(tmp_path):
     x = torch.arange(12.0).view(3, 4)
-    save_tensors(tmp_path / "t.safetensors", {"a": x, "b": x, "c": x.T[1:], "d": torch.nn.Parameter(x[:, ::2])})
+    save_tensors(
+        tmp_path / "t.safetensors",
+        {"a": x, "b": x, "c": x.T[1:], "d": torch.nn.Parameter(x[:, ::2])},
+    )
     back = load_tensors(tmp_path / "t.safetensors")
-    assert all(torch.equal(back[k], v) for k, v in {"a": x, "b": x, "c": x.T[1:], "d": x[:, ::2]}.items())
+    assert all(
+        torch.equal(back[k], v) for k, v in {"a": x, "b": x, "c": x.T[1:], "d": x[:, ::2]}.items()
+    )
     with pytest.raises(ValueError, match="is not a readable safetensors file"):
         load_tensors(tmp_path / "nothing.safetensors")
 
@@ -72,17 +90,26 @@ def test_each_word_of_a_toy_tokenizer_is_one_token_and_the_rest_are_bytes():
     assert all(len(toy.encode(word)) == 1 for word in WORDS)
     assert len(toy.encode(" the very good film")) == 3  # the longest word first
     assert toy.encode("ab") == [97, 98] and toy.encode("日") == list("日".encode())
-    assert toy.encode("(a|b)+") == [toy.encode("(a|b)")[0], ord("+")]  # words are words, not patterns
+    assert toy.encode("(a|b)+") == [
+        toy.encode("(a|b)")[0],
+        ord("+"),
+    ]  # words are words, not patterns
     longer = [word for word in WORDS if len(word.encode()) > 1]
     assert sorted(toy.encode(word)[0] for word in longer) == list(range(256, 256 + len(longer)))
-    assert len({toy.eot, toy.pad}) == 2 and {toy.eot, toy.pad} == {toy.vocab_size - 2, toy.vocab_size - 1}
+    assert len({toy.eot, toy.pad}) == 2 and {toy.eot, toy.pad} == {
+        toy.vocab_size - 2,
+        toy.vocab_size - 1,
+    }
     assert toy.decode([toy.pad, *toy.encode("the film"), toy.eot, toy.pad]) == "the film"
     assert toy.decode([0xE6, 0x97]) == "\ufffd"  # half a character
     assert Tokenizer.toy([], name="bytes").name == "bytes"
 
 
 def random_texts(n):
-    rng, pieces = random.Random(0), [*WORDS, "a", "0", "  ", "\t", "日本", "🙂", "e\u0301", "<|end|>", "<|pad|>", "[", "\\"]
+    rng, pieces = (
+        random.Random(0),
+        [*WORDS, "a", "0", "  ", "\t", "日本", "🙂", "e\u0301", "<|end|>", "<|pad|>", "[", "\\"],
+    )
     return ["".join(rng.choice(pieces) for _ in range(rng.randrange(30))) for _ in range(n)]
 
 
@@ -90,7 +117,12 @@ def test_a_toy_tokenizer_reads_alike_through_tokenizer_json(tmp_path):
     toy = Tokenizer.toy(WORDS, name="films")
     toy.save(tmp_path)
     back = Tokenizer.load(tmp_path)
-    assert (back.name, back.eot, back.pad, back.vocab_size) == ("films", toy.eot, toy.pad, toy.vocab_size)
+    assert (back.name, back.eot, back.pad, back.vocab_size) == (
+        "films",
+        toy.eot,
+        toy.pad,
+        toy.vocab_size,
+    )
     for text in random_texts(500):
         ids = toy.encode(text)
         assert back.encode(text) == ids
@@ -99,7 +131,9 @@ def test_a_toy_tokenizer_reads_alike_through_tokenizer_json(tmp_path):
     assert back.decode([97, back.eot, back.pad, 98]) == "ab"
     (tmp_path / "tokenizer.json").unlink()  # what was loaded does not lean on its folder
     back.save(tmp_path / "again")
-    assert Tokenizer.load(tmp_path / "again").encode(" very good film") == toy.encode(" very good film")
+    assert Tokenizer.load(tmp_path / "again").encode(" very good film") == toy.encode(
+        " very good film"
+    )
 
 
 def test_a_tokenizer_that_merges_reads_alike_through_tokenizer_json(tmp_path):
@@ -107,11 +141,20 @@ def test_a_tokenizer_that_merges_reads_alike_through_tokenizer_json(tmp_path):
 
     # as GPT-2's: pieces that are no token are put together from the lowest rank up
     ranks = {bytes([i]): i for i in range(256)}
-    ranks |= {w: 256 + i for i, w in enumerate([b"aa", b"ab", b" a", b"ba", b"aaa", b"aab", b" ab", b"abab", b" aaa", b"bb", b"bbb"])}
+    ranks |= {
+        w: 256 + i
+        for i, w in enumerate(
+            [b"aa", b"ab", b" a", b"ba", b"aaa", b"aab", b" ab", b"abab", b" aaa", b"bb", b"bbb"]
+        )
+    }
     pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-    engine = tiktoken.Encoding("ab", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)})
+    engine = tiktoken.Encoding(
+        "ab", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)}
+    )
     ours = Tokenizer._tiktoken(engine)
-    assert ours.eot == len(ranks) and ours.pad == len(ranks) + 1 and ours.vocab_size == len(ranks) + 2
+    assert (
+        ours.eot == len(ranks) and ours.pad == len(ranks) + 1 and ours.vocab_size == len(ranks) + 2
+    )
     ours.save(tmp_path)
     back, rng = Tokenizer.load(tmp_path), random.Random(0)
     assert (back.eot, back.pad, back.vocab_size) == (ours.eot, ours.pad, ours.vocab_size)
@@ -135,7 +178,13 @@ def test_real_text_falls_back_to_bytes_and_the_name_says_so(monkeypatch):
 
 
 def test_a_prompt_tree_is_laid_out_as_in_the_hand_made_example():
-    row = dict(prompt="2 3", responses=["4 5", [6], "7"], parents=[-1, 0, -1], context=["", "9", "8 8"], ends=[False, True, False])
+    row = dict(
+        prompt="2 3",
+        responses=["4 5", [6], "7"],
+        parents=[-1, 0, -1],
+        context=["", "9", "8 8"],
+        ends=[False, True, False],
+    )
     tokens, position, branch, sees, sources, targets = encode(row, IDS)["tree"]
     #           prompt  0     1's separator and 6   2's separator; the last token of a leaf is no input
     assert tokens == [2, 3, 4, 5, 9, 6, 8, 8]
@@ -143,17 +192,25 @@ def test_a_prompt_tree_is_laid_out_as_in_the_hand_made_example():
     assert branch == [0, 0, 1, 1, 2, 2, 3, 3]
     assert sees.astype(int).tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1]]
     assert targets == [[4, 5], [6, 1], [7]]
-    assert sources == [[1, 2], [4, 5], [7]]  # 4 after the prompt's last token, 6 after its separator, the end after 6, 7 after 8 8
+    assert sources == [
+        [1, 2],
+        [4, 5],
+        [7],
+    ]  # 4 after the prompt's last token, 6 after its separator, the end after 6, 7 after 8 8
 
 
 def test_ends_default_to_responses_that_nothing_continues():
-    _, _, _, _, _, targets = encode(dict(prompt=[2], responses=[[3], [4], [5]], parents=[-1, 0, 0]), IDS)["tree"]
+    _, _, _, _, _, targets = encode(
+        dict(prompt=[2], responses=[[3], [4], [5]], parents=[-1, 0, 0]), IDS
+    )["tree"]
     assert targets == [[3], [4, 1], [5, 1]]
     row = encode(dict(prompt=[2], responses=[[3]]), IDS)
     assert encode(row, IDS) is row  # laid out once
 
 
-@pytest.mark.parametrize("wrong", [dict(parents=[-1]), dict(context=[[]]), dict(ends=[True, True, False])])
+@pytest.mark.parametrize(
+    "wrong", [dict(parents=[-1]), dict(context=[[]]), dict(ends=[True, True, False])]
+)
 def test_fields_with_another_count_than_responses_are_refused(wrong):
     [(name, values)] = wrong.items()
     with pytest.raises(ValueError, match=f"2 responses, but {len(values)} {name}"):
@@ -162,9 +219,13 @@ def test_fields_with_another_count_than_responses_are_refused(wrong):
 
 def test_trees_are_packed_where_they_fit_and_padding_is_a_branch_of_its_own():
     rows = [
-        dict(prompt=[2, 3], responses=[[4], [5, 6]], scores=[1.0, 0.0]),  # 5 tokens: 2 3, then 4 (which predicts the end), then 5 6
+        dict(
+            prompt=[2, 3], responses=[[4], [5, 6]], scores=[1.0, 0.0]
+        ),  # 5 tokens: 2 3, then 4 (which predicts the end), then 5 6
         dict(prompt=[7] * 9, responses=[[8]], scores=[0.5]),  # 10 tokens: its end is no input
-        dict(prompt=[9], responses=[[2], [3]], scores=[2.0, 3.0]),  # 3 tokens: there is room for both of the others in one row
+        dict(
+            prompt=[9], responses=[[2], [3]], scores=[2.0, 3.0]
+        ),  # 3 tokens: there is room for both of the others in one row
     ]
     batch = collate(rows, IDS)
     assert batch.tokens.tolist() == [[7] * 9 + [8], [2, 3, 4, 5, 6, 9, 2, 3, 0, 0]]
@@ -180,9 +241,14 @@ def test_trees_are_packed_where_they_fit_and_padding_is_a_branch_of_its_own():
         [0, 0, 0, 1, 0, 1, 0],
         [0, 0, 0, 0, 0, 0, 1],
     ]
-    assert batch.source[0].tolist() == [[11, 12, 0], [11, 13, 14]] and batch.target[0].tolist() == [[4, 1, 0], [5, 6, 1]]
+    assert batch.source[0].tolist() == [[11, 12, 0], [11, 13, 14]] and batch.target[0].tolist() == [
+        [4, 1, 0],
+        [5, 6, 1],
+    ]
     assert batch.source[1, 0].tolist() == [8, 9, 0] and batch.source[2, 1].tolist() == [15, 17, 0]
-    assert batch.scores.tolist() == [[1.0, 0.0], [0.5, 0.0], [2.0, 3.0]] and not batch.mask[1, 1].any()
+    assert (
+        batch.scores.tolist() == [[1.0, 0.0], [0.5, 0.0], [2.0, 3.0]] and not batch.mask[1, 1].any()
+    )
     assert batch.parents.tolist() == [[-1, -1]] * 3
     assert batch.mask.dtype == batch.sees.dtype == torch.bool and batch.target.dtype == torch.int64
 
@@ -193,7 +259,10 @@ def test_fixed_shapes_come_in_few_sizes_at_most_a_quarter_apart():
     assert len([s for s in sizes if 64 < s <= 128]) == 4 and sizes[-1] == 1024
     shapes, rng = set(), random.Random(0)
     for _ in range(40):
-        rows = [dict(prompt=[2] * rng.randrange(20, 30), responses=[[3] * rng.randrange(10, 20)] * 2) for _ in range(8)]
+        rows = [
+            dict(prompt=[2] * rng.randrange(20, 30), responses=[[3] * rng.randrange(10, 20)] * 2)
+            for _ in range(8)
+        ]
         batch = collate(rows, IDS, fixed=True)
         shapes.add((batch.tokens.shape, batch.sees.shape, batch.target.shape))
     assert len(shapes) <= 6
@@ -210,7 +279,15 @@ def test_columns_reach_the_batch_in_their_shapes():
             step=[[0.1, 0.2, 0.3], [0.4, 0.5]],
             at=np.ones(4),
         ),
-        dict(prompt=[2], responses=[[6]], difficulty=4, margin=1.0, weight=[7], step=[[0.6, 0.7]], at=np.zeros(4)),
+        dict(
+            prompt=[2],
+            responses=[[6]],
+            difficulty=4,
+            margin=1.0,
+            weight=[7],
+            step=[[0.6, 0.7]],
+            at=np.zeros(4),
+        ),
     ]
     batch = collate(rows, IDS)
     assert batch.difficulty.tolist() == [3, 4] and batch.difficulty.dtype == torch.int64
@@ -219,27 +296,66 @@ def test_columns_reach_the_batch_in_their_shapes():
     assert batch.step.shape == batch.mask.shape
     torch.testing.assert_close(batch.step[0], torch.tensor([[0.1, 0.2, 0.3], [0.4, 0.5, 0.0]]))
     assert torch.equal(batch.step != 0, batch.mask)
-    wide = collate([row | {"responses": [[3] * 17] * len(row["responses"])} for row in rows], IDS, fixed=True)
-    assert wide.step.shape == wide.mask.shape  # as wide as the responses, whatever their size is rounded to
-    with pytest.raises(AttributeError, match="the batch has no column 'reward'; it has at, difficulty, margin, step, weight"):
-        _ = collate([row | {"reward": [1.0]} for row in rows], IDS).reward  # the truth is not for the loss
+    wide = collate(
+        [row | {"responses": [[3] * 17] * len(row["responses"])} for row in rows], IDS, fixed=True
+    )
+    assert (
+        wide.step.shape == wide.mask.shape
+    )  # as wide as the responses, whatever their size is rounded to
+    with pytest.raises(
+        AttributeError,
+        match="the batch has no column 'reward'; it has at, difficulty, margin, step, weight",
+    ):
+        _ = collate(
+            [row | {"reward": [1.0]} for row in rows], IDS
+        ).reward  # the truth is not for the loss
     moved = batch.to("meta")
-    assert isinstance(moved, Batch) and moved.tokens.is_meta and moved.step.is_meta and moved.images is None
+    assert (
+        isinstance(moved, Batch)
+        and moved.tokens.is_meta
+        and moved.step.is_meta
+        and moved.images is None
+    )
 
 
 def test_images_and_tables_fill_their_own_fields():
     images = torch.rand(3, 2, 1, 4, 4)
-    batch = collate([dict(prompt=b, responses=images[b], scores=[1.0, 0.0], ink=0.5) for b in range(3)])
-    assert torch.equal(batch.images, images) and batch.label.tolist() == [0, 1, 2] and batch.tokens is None
+    batch = collate(
+        [dict(prompt=b, responses=images[b], scores=[1.0, 0.0], ink=0.5) for b in range(3)]
+    )
+    assert (
+        torch.equal(batch.images, images)
+        and batch.label.tolist() == [0, 1, 2]
+        and batch.tokens is None
+    )
     assert batch.mask.shape == (3, 2, 1) and batch.mask.all() and batch.ink.tolist() == [0.5] * 3
     table = collate([dict(prompt=1, responses=[[0, 2], [1, 1], [2, 0]], scores=[3.0, 2.0, 1.0])])
-    assert table.target.tolist() == [[[0, 2], [1, 1], [2, 0]]] and table.mask.shape == (1, 3, 2) and table.label.tolist() == [1]
-    rows = [dict(prompt=0, responses=images[0, :1], at=torch.ones(1)), dict(prompt=1, responses=images[1], at=torch.ones(2))]
+    assert (
+        table.target.tolist() == [[[0, 2], [1, 1], [2, 0]]]
+        and table.mask.shape == (1, 3, 2)
+        and table.label.tolist() == [1]
+    )
+    rows = [
+        dict(prompt=0, responses=images[0, :1], at=torch.ones(1)),
+        dict(prompt=1, responses=images[1], at=torch.ones(2)),
+    ]
     batch = collate(rows)  # an absent response
-    assert batch.mask[..., 0].tolist() == [[True, False], [True, True]] and batch.images[0, 1].count_nonzero() == 0
-    assert torch.equal(batch.images[1], images[1]) and batch.scores.tolist() == [[0.0, 0.0]] * 2 and batch.at.tolist() == [[1, 0], [1, 1]]
-    table = collate([dict(prompt=0, responses=[[0, 2], [1, 1]]), dict(prompt=1, responses=[[2, 2]])])
-    assert table.mask.tolist() == [[[True] * 2] * 2, [[True] * 2, [False] * 2]] and table.target.tolist()[1] == [[2, 2], [0, 0]]
+    assert (
+        batch.mask[..., 0].tolist() == [[True, False], [True, True]]
+        and batch.images[0, 1].count_nonzero() == 0
+    )
+    assert (
+        torch.equal(batch.images[1], images[1])
+        and batch.scores.tolist() == [[0.0, 0.0]] * 2
+        and batch.at.tolist() == [[1, 0], [1, 1]]
+    )
+    table = collate(
+        [dict(prompt=0, responses=[[0, 2], [1, 1]]), dict(prompt=1, responses=[[2, 2]])]
+    )
+    assert table.mask.tolist() == [
+        [[True] * 2] * 2,
+        [[True] * 2, [False] * 2],
+    ] and table.target.tolist()[1] == [[2, 2], [0, 0]]
 
 
 # ---------------------------------------------------------------- the context
@@ -255,16 +371,31 @@ def test_a_row_that_does_not_fit_the_context_is_refused_or_cut():
     row = dict(prompt=[2] * 5, responses=[[3] * 4, [4]])  # 5 + 4 and the end
     kept, cut = fit_context([row], IDS, 10)
     assert cut == 0 and kept[0]["responses"] == row["responses"] and "tree" in kept[0]
-    with pytest.raises(ValueError, match="takes 10 tokens, the context holds 9; --truncate cuts it"):
+    with pytest.raises(
+        ValueError, match="takes 10 tokens, the context holds 9; --truncate cuts it"
+    ):
         fit_context([row], IDS, 9)
-    [short], cut = fit_context([row], IDS, 9, truncate=True)  # half the context is the prompt's: its end stays
-    assert cut == 1 and short["prompt"] == [2] * 4 and short["responses"] == [[3] * 4, [4]] and short["ends"] == [True, True]
+    [short], cut = fit_context(
+        [row], IDS, 9, truncate=True
+    )  # half the context is the prompt's: its end stays
+    assert (
+        cut == 1
+        and short["prompt"] == [2] * 4
+        and short["responses"] == [[3] * 4, [4]]
+        and short["ends"] == [True, True]
+    )
     [short], _ = fit_context([row | {"prompt": [2, 3, 4, 5]}], IDS, 6, truncate=True)
-    assert short["prompt"] == [3, 4, 5] and short["responses"] == [[3] * 3, [4]] and short["ends"] == [False, True]
+    assert (
+        short["prompt"] == [3, 4, 5]
+        and short["responses"] == [[3] * 3, [4]]
+        and short["ends"] == [False, True]
+    )
     for context in range(2, 10):
         [short], _ = fit_context([row], IDS, context, truncate=True)
         assert longest(short) <= context and max(short["tree"][1]) < context
-        [short], _ = fit_context([dict(prompt="", responses=["3 3 3 3 3 3 3 3 3 3"])], IDS, context, truncate=True)
+        [short], _ = fit_context(
+            [dict(prompt="", responses=["3 3 3 3 3 3 3 3 3 3"])], IDS, context, truncate=True
+        )
         assert longest(short) <= context
     for tree in (dict(parents=[-1, 0]), dict(context=[[6], [6]])):
         with pytest.raises(ValueError, match="cannot be cut"):
@@ -281,7 +412,14 @@ def share(hits, n, p, sd=4):
 
 def pairs(n, reward=(1.0, 0.3)):
     return [
-        dict(prompt=[2], responses=[[3], [4, 4]], reward=list(reward), ends=[True, False], note=(8, 9), at=np.array([5, 6]))
+        dict(
+            prompt=[2],
+            responses=[[3], [4, 4]],
+            reward=list(reward),
+            ends=[True, False],
+            note=(8, 9),
+            at=np.array([5, 6]),
+        )
         for _ in range(n)
     ]
 
@@ -301,13 +439,20 @@ def sigmoid(x):
 def test_pairs_are_labelled_by_bradley_terry(temperature):
     rows = label(pairs(N), generator(), temperature)
     assert share(wins(rows), N, sigmoid(0.7 / temperature))
-    again, other = ([row["responses"] for row in label(pairs(N), generator(seed), temperature)] for seed in (0, 1))
+    again, other = (
+        [row["responses"] for row in label(pairs(N), generator(seed), temperature)]
+        for seed in (0, 1)
+    )
     assert again == [row["responses"] for row in rows] != other
     for row in rows:  # everything of a response moves with it
         kept = row["responses"] == [[3], [4, 4]]
         assert row["scores"] == [1.0, 0.0] and row["prompt"] == [2]
-        assert row["reward"] == ([1.0, 0.3] if kept else [0.3, 1.0]) and row["ends"] == ([True, False] if kept else [False, True])
-        assert list(row["note"]) == ([8, 9] if kept else [9, 8]) and row["at"].tolist() == ([5, 6] if kept else [6, 5])
+        assert row["reward"] == ([1.0, 0.3] if kept else [0.3, 1.0]) and row["ends"] == (
+            [True, False] if kept else [False, True]
+        )
+        assert list(row["note"]) == ([8, 9] if kept else [9, 8]) and row["at"].tolist() == (
+            [5, 6] if kept else [6, 5]
+        )
 
 
 def test_a_row_laid_out_before_its_labels_is_laid_out_again():
@@ -317,27 +462,42 @@ def test_a_row_laid_out_before_its_labels_is_laid_out_again():
 
 
 def test_without_temperature_the_better_response_always_wins_and_ties_are_even():
-    assert wins(label(pairs(50), generator(), 0.0)) == 50 and wins(label(pairs(50, (0.3, 1.0)), generator(), 0.0)) == 0
+    assert (
+        wins(label(pairs(50), generator(), 0.0)) == 50
+        and wins(label(pairs(50, (0.3, 1.0)), generator(), 0.0)) == 0
+    )
     assert share(wins(label(pairs(N, (1.0, 1.0)), generator(), 0.0)), N, 0.5)
 
 
 def test_flips_turn_labels_round_and_leave_the_truth():
     assert wins(label(pairs(50), generator(), 0.0, flip=1.0)) == 0
     rows = label(pairs(N), generator(), 0.0, flip=0.3)
-    assert share(wins(rows), N, 0.7) and all(row["reward"] == ([1.0, 0.3] if row["responses"][0] == [3] else [0.3, 1.0]) for row in rows)
-    assert share(wins(label(pairs(N), generator(), 1.0, flip=0.2)), N, 0.8 * sigmoid(0.7) + 0.2 * sigmoid(-0.7))
+    assert share(wins(rows), N, 0.7) and all(
+        row["reward"] == ([1.0, 0.3] if row["responses"][0] == [3] else [0.3, 1.0]) for row in rows
+    )
+    assert share(
+        wins(label(pairs(N), generator(), 1.0, flip=0.2)),
+        N,
+        0.8 * sigmoid(0.7) + 0.2 * sigmoid(-0.7),
+    )
 
 
 def test_length_bias_is_reward_for_each_token():
     lengths = [[1, 2]] * N
-    assert share(wins(label(pairs(N), generator(), 2.0, length_bias=1.5, lengths=lengths)), N, sigmoid((0.7 - 1.5) / 2))
+    assert share(
+        wins(label(pairs(N), generator(), 2.0, length_bias=1.5, lengths=lengths)),
+        N,
+        sigmoid((0.7 - 1.5) / 2),
+    )
     rows = label(pairs(5), generator(), 0.0, length_bias=1.0, lengths=lengths)
     assert wins(rows) == 0 and rows[0]["reward"] == [0.3, 1.0]  # the truth has no bias
 
 
 def test_a_world_may_bring_its_own_preference():
     assert share(wins(label(pairs(N), generator(), prefers=[0.8] * N)), N, 0.8)
-    assert share(wins(label(pairs(N), generator(), 2.0, prefers=[0.8] * N)), N, sigmoid(math.log(4) / 2))
+    assert share(
+        wins(label(pairs(N), generator(), 2.0, prefers=[0.8] * N)), N, sigmoid(math.log(4) / 2)
+    )
     rows = label(pairs(N), generator(), length_bias=1.0, prefers=[0.8] * N, lengths=[[1, 2]] * N)
     assert share(wins(rows), N, sigmoid(math.log(4) - 1))
     assert wins(label(pairs(20), generator(), prefers=[0.0] * 20)) == 0
@@ -345,7 +505,11 @@ def test_a_world_may_bring_its_own_preference():
 
 def test_lists_are_labelled_by_plackett_luce():
     rewards, t = [0.5, 0.0, 1.0], 0.8
-    rows = label([dict(prompt=[2], responses=[[3], [4], [5]], reward=rewards) for _ in range(N)], generator(), t)
+    rows = label(
+        [dict(prompt=[2], responses=[[3], [4], [5]], reward=rewards) for _ in range(N)],
+        generator(),
+        t,
+    )
     assert all(row["responses"] == [[3], [4], [5]] and row["reward"] == rewards for row in rows)
     counts = {order: 0 for order in itertools.permutations(range(3))}
     for row in rows:
@@ -374,20 +538,45 @@ def test_a_verifier_is_the_label_itself():
     assert kept["scores"] == [0.0, 1.0, 1.0] and kept["responses"] == row["responses"]
     assert label([row], generator(), flip=1.0, verifier=True)[0]["scores"] == [1.0, 0.0, 0.0]
     flipped = label([row] * N, generator(), flip=0.1, verifier=True)
-    assert share(sum(r["scores"][0] for r in flipped), N, 0.1) and share(sum(r["scores"][1] for r in flipped), N, 0.9)
+    assert share(sum(r["scores"][0] for r in flipped), N, 0.1) and share(
+        sum(r["scores"][1] for r in flipped), N, 0.9
+    )
     assert flipped[0]["reward"] == row["reward"]
     for reward in ([0.0, 1.0], [1.0, 0.0]):  # of two the better comes first, the truth with it
-        [pair] = label([dict(prompt=[2], responses=[[3], [4]], reward=reward)], generator(), verifier=True)
-        assert pair["scores"] == pair["reward"] == [1.0, 0.0] and pair["responses"] == ([[3], [4]] if reward[0] else [[4], [3]])
-    [pair] = label([dict(prompt=[2], responses=[[3], [4]], reward=[1.0, 1.0])], generator(), verifier=True)
+        [pair] = label(
+            [dict(prompt=[2], responses=[[3], [4]], reward=reward)], generator(), verifier=True
+        )
+        assert pair["scores"] == pair["reward"] == [1.0, 0.0] and pair["responses"] == (
+            [[3], [4]] if reward[0] else [[4], [3]]
+        )
+    [pair] = label(
+        [dict(prompt=[2], responses=[[3], [4]], reward=[1.0, 1.0])], generator(), verifier=True
+    )
     assert pair["scores"] == [1.0, 1.0] and pair["responses"] == [[3], [4]]
 
 
 def test_reorder_moves_columns_of_k_values_and_nothing_else():
-    row = dict(prompt=[7, 8], responses=torch.arange(2), scores=[1.0, 0.0], difficulty=3, steps=[1, 2, 3], name="ab", x=torch.eye(2)[0])
+    row = dict(
+        prompt=[7, 8],
+        responses=torch.arange(2),
+        scores=[1.0, 0.0],
+        difficulty=3,
+        steps=[1, 2, 3],
+        name="ab",
+        x=torch.eye(2)[0],
+    )
     moved = reorder(row, [1, 0])
-    assert moved["prompt"] == [7, 8] and moved["responses"].tolist() == [1, 0] and moved["scores"] == [0.0, 1.0]
-    assert moved["difficulty"] == 3 and moved["steps"] == [1, 2, 3] and moved["name"] == "ab" and moved["x"].tolist() == [0, 1]
+    assert (
+        moved["prompt"] == [7, 8]
+        and moved["responses"].tolist() == [1, 0]
+        and moved["scores"] == [0.0, 1.0]
+    )
+    assert (
+        moved["difficulty"] == 3
+        and moved["steps"] == [1, 2, 3]
+        and moved["name"] == "ab"
+        and moved["x"].tolist() == [0, 1]
+    )
 
 
 # ---------------------------------------------------------------- claims
@@ -400,11 +589,16 @@ def claim(ours, baseline, **options):
 def test_a_claim_of_three_seeds_needs_one_sign_and_the_margin():
     c = claim([1.0, 2.0, 3.0], [0.0, 1.0, 1.0])
     assert c.difference == pytest.approx(4 / 3) and c.holds
-    half = 4.302653 * math.sqrt(1 / 3) / math.sqrt(3)  # t of 2 degrees of freedom, standard deviation of 1 1 2
+    half = (
+        4.302653 * math.sqrt(1 / 3) / math.sqrt(3)
+    )  # t of 2 degrees of freedom, standard deviation of 1 1 2
     assert c.interval == pytest.approx([4 / 3 - half, 4 / 3 + half], abs=1e-5)
     assert not claim([1.0, 2.0, 3.0], [0.0, 1.0, 3.1]).holds  # one seed disagrees
     assert not claim([1.0, 2.0, 3.0], [1.0, 1.0, 1.0]).holds  # a tie is no agreement
-    assert not claim([1.0, 2.0, 3.0], [0.0, 1.0, 1.0], margin=1.4).holds and claim([1.0, 2.0], [0.0, 1.0], margin=0.9).holds
+    assert (
+        not claim([1.0, 2.0, 3.0], [0.0, 1.0, 1.0], margin=1.4).holds
+        and claim([1.0, 2.0], [0.0, 1.0], margin=0.9).holds
+    )
     assert not claim([0.0, 0.0, 0.0], [1.0, 1.0, 1.0]).holds
     assert claim([1.0], [0.0]).holds and all(map(math.isnan, claim([1.0], [0.0]).interval))
     assert not claim([math.nan, 2.0], [0.0, 1.0]).holds
@@ -413,14 +607,20 @@ def test_a_claim_of_three_seeds_needs_one_sign_and_the_margin():
 
 def test_from_five_seeds_on_the_interval_decides():
     baseline = [0.0] * 5
-    assert claim([1.0, 1.2, 0.9, 1.1, -0.01], baseline).holds  # one seed disagrees, the interval excludes 0
-    assert not claim([1.0, 0.2, 0.1, 0.05, 0.01], baseline).holds  # all agree, the interval does not
+    assert claim(
+        [1.0, 1.2, 0.9, 1.1, -0.01], baseline
+    ).holds  # one seed disagrees, the interval excludes 0
+    assert not claim(
+        [1.0, 0.2, 0.1, 0.05, 0.01], baseline
+    ).holds  # all agree, the interval does not
     assert not claim([1.0, 1.2, 0.9, 1.1, -0.01], baseline, margin=0.9).holds
     assert claim([1.0] * 5, baseline).interval == [1.0, 1.0]
 
 
 def test_intervals_on_known_values():
-    assert interval([1.0, 2.0, 3.0, 4.0]) == pytest.approx([2.5 - 2.054260, 2.5 + 2.054260], abs=1e-5)
+    assert interval([1.0, 2.0, 3.0, 4.0]) == pytest.approx(
+        [2.5 - 2.054260, 2.5 + 2.054260], abs=1e-5
+    )
     assert all(map(math.isnan, interval([3.0])))
     assert wilson(8, 10) == pytest.approx([0.490162, 0.943318], abs=1e-5)
     assert wilson(0, 10) == pytest.approx([0.0, 0.277533], abs=1e-5)

@@ -21,25 +21,37 @@ P_DATA, P_REF = [0.5, 0.3, 0.15, 0.05], [0.3, 0.3, 0.2, 0.2]
 
 def ratios(real, fake):
     """Log-probs (B, 2, 1) with these log-ratios to a zero reference, and a batch."""
-    logps = torch.stack([torch.as_tensor(x, dtype=torch.float64).reshape(-1) for x in (real, fake)], 1)[..., None]
-    return logps, torch.zeros_like(logps), SimpleNamespace(mask=torch.ones_like(logps, dtype=torch.bool))
+    logps = torch.stack(
+        [torch.as_tensor(x, dtype=torch.float64).reshape(-1) for x in (real, fake)], 1
+    )[..., None]
+    return (
+        logps,
+        torch.zeros_like(logps),
+        SimpleNamespace(mask=torch.ones_like(logps, dtype=torch.bool)),
+    )
 
 
 def ragged(seed=0, B=5, T=7, dtype=torch.float64):
     """Random log-probs of policy and reference, 0 outside a mask of 1 to T tokens."""
     rng = torch.Generator().manual_seed(seed)
     mask = torch.arange(T) < torch.randint(1, T + 1, (B, 2, 1), generator=rng)
-    logps, ref_logps = (-3 * torch.rand(B, 2, T, generator=rng, dtype=dtype) * mask for _ in range(2))
+    logps, ref_logps = (
+        -3 * torch.rand(B, 2, T, generator=rng, dtype=dtype) * mask for _ in range(2)
+    )
     return logps.requires_grad_(), ref_logps, SimpleNamespace(mask=mask)
 
 
 def four(data=P_DATA, reference=P_REF):
-    return World(vocab=4, length=1, data=torch.tensor(data).log(), reference=torch.tensor(reference).log())
+    return World(
+        vocab=4, length=1, data=torch.tensor(data).log(), reference=torch.tensor(reference).log()
+    )
 
 
 def minimise(policy, objective):
     """Train a policy to the minimum of objective(policy) by quasi-Newton steps."""
-    how = dict(max_iter=500, tolerance_grad=1e-10, tolerance_change=1e-15, line_search_fn="strong_wolfe")
+    how = dict(
+        max_iter=500, tolerance_grad=1e-10, tolerance_change=1e-15, line_search_fn="strong_wolfe"
+    )
     optimizer = torch.optim.LBFGS(policy.parameters(), **how)
 
     def closure():
@@ -53,7 +65,10 @@ def minimise(policy, objective):
 
 
 def optimum(world, cfg, policy=None):
-    return minimise(policy or world.model().double(), lambda p: expected_loss(p, world.reference, world.data, cfg))
+    return minimise(
+        policy or world.model().double(),
+        lambda p: expected_loss(p, world.reference, world.data, cfg),
+    )
 
 
 # ---- values
@@ -65,17 +80,25 @@ def test_at_the_reference_each_term_costs_ln_2(alpha, value):
     for beta in (0.05, 1.0):
         losses, metrics = loss(logps, logps.detach(), batch, Config(beta, alpha))
         assert losses.tolist() == pytest.approx([value] * 5, abs=1e-6)
-        assert metrics["real_ratio"] == 0 and metrics["fake_ratio"] == 0 and metrics["told_apart"] == 0.5
+        assert (
+            metrics["real_ratio"] == 0
+            and metrics["fake_ratio"] == 0
+            and metrics["told_apart"] == 0.5
+        )
 
 
 def test_values():
-    assert loss(*ratios(3.0, -2.0), Config(0.05, 4.0))[0].item() == pytest.approx(3.198544, abs=1e-6)
+    assert loss(*ratios(3.0, -2.0), Config(0.05, 4.0))[0].item() == pytest.approx(
+        3.198544, abs=1e-6
+    )
     assert loss(*ratios(3.0, -2.0), Config(1.0, 1.0))[0].item() == pytest.approx(0.175515, abs=1e-6)
 
 
 def test_metrics_are_the_two_ratios_and_the_share_told_apart():
     _, metrics = loss(*ratios([1.0, -1.0, 0.0], [2.0, -3.0, 0.0]), Config(0.1, 1.0))
-    assert {k: v.item() for k, v in metrics.items()} == pytest.approx({"real_ratio": 0.0, "fake_ratio": -1 / 3, "told_apart": 0.5})
+    assert {k: v.item() for k, v in metrics.items()} == pytest.approx(
+        {"real_ratio": 0.0, "fake_ratio": -1 / 3, "told_apart": 0.5}
+    )
     assert not any(v.requires_grad for v in metrics.values())
 
 
@@ -89,10 +112,16 @@ def test_gradients_on_ragged_responses(beta, alpha):
     assert torch.autograd.gradcheck(lambda x: loss(x, ref_logps, batch, cfg)[0], (logps,))
     real, fake = (logps - ref_logps).sum(-1).detach().unbind(1)
     losses, _ = loss(logps, ref_logps, batch, cfg)
-    torch.testing.assert_close(losses, torch.log1p((-beta * real).exp()) + alpha * torch.log1p((beta * fake).exp()))
+    torch.testing.assert_close(
+        losses, torch.log1p((-beta * real).exp()) + alpha * torch.log1p((beta * fake).exp())
+    )
     (gradient,) = torch.autograd.grad(losses.sum(), logps)
-    expected = torch.stack([-beta * torch.sigmoid(-beta * real), alpha * beta * torch.sigmoid(beta * fake)], 1)
-    torch.testing.assert_close(gradient, expected[..., None].expand_as(logps))  # the same for every token: a sum, not a mean
+    expected = torch.stack(
+        [-beta * torch.sigmoid(-beta * real), alpha * beta * torch.sigmoid(beta * fake)], 1
+    )
+    torch.testing.assert_close(
+        gradient, expected[..., None].expand_as(logps)
+    )  # the same for every token: a sum, not a mean
 
 
 def test_real_and_fake_do_not_meet_in_one_sigmoid():
@@ -107,7 +136,9 @@ def test_it_is_convex_in_each_ratio():
     r = torch.linspace(-8, 8, 33, dtype=torch.float64).requires_grad_()
     bump = beta**2 * torch.sigmoid(beta * r) * torch.sigmoid(-beta * r)
     for inputs, scale in (((r, torch.zeros(33)), 1.0), ((torch.zeros(33), r), alpha)):
-        (first,) = torch.autograd.grad(loss(*ratios(*inputs), Config(beta, alpha))[0].sum(), r, create_graph=True)
+        (first,) = torch.autograd.grad(
+            loss(*ratios(*inputs), Config(beta, alpha))[0].sum(), r, create_graph=True
+        )
         (second,) = torch.autograd.grad(first.sum(), r)
         torch.testing.assert_close(second, scale * bump)
         assert (second > 0).all()
@@ -117,14 +148,21 @@ def test_one_sigmoid_a_draw_of_noise_bounds_the_sigmoid_of_the_mean():
     draws = torch.randn(2, 1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     cfg = Config(0.5, 2.0)
     mean = draws.mean(1)
-    assert loss(*ratios(*draws), cfg)[0].mean() > loss(*ratios(mean[0], mean[1]), cfg)[0].item() + 0.01
+    assert (
+        loss(*ratios(*draws), cfg)[0].mean() > loss(*ratios(mean[0], mean[1]), cfg)[0].item() + 0.01
+    )
     alike = torch.full((7,), 0.3)
-    torch.testing.assert_close(loss(*ratios(alike, alike), cfg)[0].mean(), loss(*ratios(0.3, 0.3), cfg)[0][0])
+    torch.testing.assert_close(
+        loss(*ratios(alike, alike), cfg)[0].mean(), loss(*ratios(0.3, 0.3), cfg)[0][0]
+    )
 
 
 def test_without_fakes_it_is_a_monotone_transform_of_the_likelihood():
     r = torch.linspace(-5, 5, 21)
-    values = [loss(*ratios(r, fake), Config(0.5, 0.0))[0] for fake in (torch.zeros(21), torch.full((21,), 9.0))]
+    values = [
+        loss(*ratios(r, fake), Config(0.5, 0.0))[0]
+        for fake in (torch.zeros(21), torch.full((21,), 9.0))
+    ]
     torch.testing.assert_close(*values)
     torch.testing.assert_close(values[0], -logsigmoid(0.5 * r.double()))
     assert (values[0].diff() < 0).all()
@@ -137,10 +175,15 @@ def test_padding_order_and_batch_do_not_matter():
     wider = [torch.nn.functional.pad(x, (0, 4)) for x in (logps, ref_logps, batch.mask)]
     torch.testing.assert_close(loss(*wider[:2], SimpleNamespace(mask=wider[2]), cfg)[0], plain)
     order = torch.tensor([3, 0, 4, 1, 2])
-    torch.testing.assert_close(loss(logps[order], ref_logps[order], SimpleNamespace(mask=batch.mask[order]), cfg)[0], plain[order])
+    torch.testing.assert_close(
+        loss(logps[order], ref_logps[order], SimpleNamespace(mask=batch.mask[order]), cfg)[0],
+        plain[order],
+    )
     for b in range(5):
         one = [x[b : b + 1] for x in (logps, ref_logps, batch.mask)]
-        torch.testing.assert_close(loss(*one[:2], SimpleNamespace(mask=one[2]), cfg)[0], plain[b : b + 1])
+        torch.testing.assert_close(
+            loss(*one[:2], SimpleNamespace(mask=one[2]), cfg)[0], plain[b : b + 1]
+        )
 
 
 def test_a_single_token_is_its_own_ratio():
@@ -152,7 +195,12 @@ def test_a_single_token_is_its_own_ratio():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "out"), [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)]
+    ("dtype", "out"),
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
 )
 def test_dtypes(dtype, out):
     logps, ref_logps, batch = ragged()
@@ -161,7 +209,9 @@ def test_dtypes(dtype, out):
 
 
 def test_huge_ratios_stay_finite():
-    assert loss(*ratios([-1e4, 1e4], [1e4, -1e4]), Config(1.0, 2.0))[0].tolist() == pytest.approx([3e4, 0.0])
+    assert loss(*ratios([-1e4, 1e4], [1e4, -1e4]), Config(1.0, 2.0))[0].tolist() == pytest.approx(
+        [3e4, 0.0]
+    )
 
 
 # ---- errors
@@ -182,7 +232,12 @@ def test_an_alpha_out_of_range_is_refused(alpha):
 def test_rounds_and_noise_levels_out_of_range_are_refused():
     with pytest.raises(ValueError, match="rounds = 0"):
         Config(rounds=0)
-    for how in (dict(p_mean=-1.2), dict(p_std=1.2), dict(p_mean=-1.2, p_std=0.0), dict(p_mean=math.nan, p_std=1.0)):
+    for how in (
+        dict(p_mean=-1.2),
+        dict(p_std=1.2),
+        dict(p_mean=-1.2, p_std=0.0),
+        dict(p_mean=math.nan, p_std=1.0),
+    ):
         with pytest.raises(ValueError, match="p_mean|p_std"):
             Config(**how)
     assert Config(p_mean=-1.2, p_std=1.2)
@@ -210,7 +265,9 @@ def test_the_optimum_is_the_data():
     value = expected_loss(policy, world.reference, world.data, Config(1.0, 1.0)).item()
     assert value == pytest.approx(1.309257, abs=1e-6)
     middle = [(a + b) / 2 for a, b in zip(P_DATA, P_REF)]
-    shannon = sum(a * math.log(a / m) + b * math.log(b / m) for a, b, m in zip(P_DATA, P_REF, middle)) / 2
+    shannon = (
+        sum(a * math.log(a / m) + b * math.log(b / m) for a, b, m in zip(P_DATA, P_REF, middle)) / 2
+    )
     assert value == pytest.approx(2 * math.log(2) - 2 * shannon, abs=1e-6)
 
 
@@ -228,23 +285,30 @@ def test_beta_decides_how_far_beyond_the_data(beta, alpha, probs):
     assert optimum(world, Config(beta, alpha)).probs()[0].tolist() == pytest.approx(probs, abs=2e-5)
     target, best = theory(world.reference, world.data, beta)
     if alpha != 1.0:  # the alpha that normalises the point-by-point optimum
-        assert best == pytest.approx(alpha, abs=1e-6) and target.probs()[0].tolist() == pytest.approx(probs, abs=2e-5)
+        assert best == pytest.approx(alpha, abs=1e-6) and target.probs()[
+            0
+        ].tolist() == pytest.approx(probs, abs=2e-5)
     else:  # any other alpha leaves the family
         assert max(abs(a - b) for a, b in zip(target.probs()[0].tolist(), probs)) > 0.01
 
 
 def test_the_normaliser():
     weight = [b ** (1 - 1 / 0.5) * a ** (1 / 0.5) for a, b in zip(P_DATA, P_REF)]
-    assert sum(weight) == pytest.approx(1.258333, abs=1e-6) and theory(four().reference, four().data, 0.5)[1] == pytest.approx(
-        sum(weight) ** 0.5
-    )
+    assert sum(weight) == pytest.approx(1.258333, abs=1e-6) and theory(
+        four().reference, four().data, 0.5
+    )[1] == pytest.approx(sum(weight) ** 0.5)
 
 
-@pytest.mark.parametrize(("beta", "alpha", "gradient"), [(1.0, 1.0, (-0.1, 0, 0.025, 0.075)), (0.3, 4.0, (-0.03, 0, 0.0075, 0.0225))])
+@pytest.mark.parametrize(
+    ("beta", "alpha", "gradient"),
+    [(1.0, 1.0, (-0.1, 0, 0.025, 0.075)), (0.3, 4.0, (-0.03, 0, 0.0075, 0.0225))],
+)
 def test_the_first_step_is_maximum_likelihood_whatever_alpha(beta, alpha, gradient):
     world = four()
     policy = world.model().double()
-    (found,) = torch.autograd.grad(expected_loss(policy, world.reference, world.data, Config(beta, alpha)), policy.logits)
+    (found,) = torch.autograd.grad(
+        expected_loss(policy, world.reference, world.data, Config(beta, alpha)), policy.logits
+    )
     assert found.flatten().tolist() == pytest.approx(gradient, abs=1e-7)
     nll = -(world.data.probs() * policy.log_probs()).sum()
     torch.testing.assert_close(found, beta / 2 * torch.autograd.grad(nll, policy.logits)[0])
@@ -255,13 +319,25 @@ def test_away_from_the_reference_the_gradient_weighs_by_the_discriminator():
     policy = Table(4).double()
     with torch.no_grad():
         policy.logits.normal_(generator=torch.Generator().manual_seed(0))
-    p_data, p_ref, r = world.data.probs()[0], world.reference.probs()[0], (policy.log_probs() - world.reference.log_probs())[0].detach()
-    jacobian = torch.autograd.functional.jacobian(lambda logits: logits.log_softmax(-1), policy.logits.detach().flatten())
+    p_data, p_ref, r = (
+        world.data.probs()[0],
+        world.reference.probs()[0],
+        (policy.log_probs() - world.reference.log_probs())[0].detach(),
+    )
+    jacobian = torch.autograd.functional.jacobian(
+        lambda logits: logits.log_softmax(-1), policy.logits.detach().flatten()
+    )
     for beta, alpha in ((1.0, 1.0), (0.3, 4.0)):
-        (found,) = torch.autograd.grad(expected_loss(policy, world.reference, world.data, Config(beta, alpha)), policy.logits)
-        density = beta * (-p_data * torch.sigmoid(-beta * r) + alpha * p_ref * torch.sigmoid(beta * r))
+        (found,) = torch.autograd.grad(
+            expected_loss(policy, world.reference, world.data, Config(beta, alpha)), policy.logits
+        )
+        density = beta * (
+            -p_data * torch.sigmoid(-beta * r) + alpha * p_ref * torch.sigmoid(beta * r)
+        )
         torch.testing.assert_close(found.flatten(), density @ jacobian)
-    (found,) = torch.autograd.grad(expected_loss(policy, world.reference, world.data, Config(1.0, 1.0)), policy.logits)
+    (found,) = torch.autograd.grad(
+        expected_loss(policy, world.reference, world.data, Config(1.0, 1.0)), policy.logits
+    )
     distance = (1 - torch.sigmoid(r)) * (policy.probs()[0].detach() - p_data)  # eq. 10
     torch.testing.assert_close(found.flatten(), distance @ jacobian)
 
@@ -271,35 +347,48 @@ def test_too_much_weight_on_fakes_breaks_the_symmetry(beta, critical):
     """With the reference at the data, staying there is a minimum up to alpha = (2 + beta) / (2 - beta)."""
     assert (2 + beta) / (2 - beta) == pytest.approx(critical, abs=1e-3)
     world = four([0.25] * 4, [0.25] * 4)
-    for alpha, stable in (((2 + beta) / (2 - beta) - 0.01, True), ((2 + beta) / (2 - beta) + 0.01, False)):
+    for alpha, stable in (
+        ((2 + beta) / (2 - beta) - 0.01, True),
+        ((2 + beta) / (2 - beta) + 0.01, False),
+    ):
 
         def value(logits):
             policy = SimpleNamespace(log_probs=lambda: logits.log_softmax(-1)[None])
             return expected_loss(policy, world.reference, world.data, Config(beta, alpha))
 
-        curvature = torch.linalg.eigvalsh(torch.autograd.functional.hessian(value, torch.zeros(4, dtype=torch.float64)))
+        curvature = torch.linalg.eigvalsh(
+            torch.autograd.functional.hessian(value, torch.zeros(4, dtype=torch.float64))
+        )
         curvature = curvature[curvature.abs().argsort()][1:]  # without the logits' common shift
         assert (curvature > 0).all() if stable else (curvature < 0).all()
 
 
-@pytest.mark.parametrize(("alpha", "probs"), [(1.55, (0.25, 0.25, 0.25, 0.25)), (1.783, (0.652, 0.116, 0.116, 0.116))])
+@pytest.mark.parametrize(
+    ("alpha", "probs"), [(1.55, (0.25, 0.25, 0.25, 0.25)), (1.783, (0.652, 0.116, 0.116, 0.116))]
+)
 def test_where_the_mass_goes_beyond_the_critical_alpha(alpha, probs):
     world = four([0.25] * 4, [0.25] * 4)
     policy = world.model().double()
     with torch.no_grad():
         policy.logits += torch.tensor([0.1, 0.0, -0.01, 0.01])
-    assert sorted(optimum(world, Config(0.5, alpha), policy).probs()[0].tolist(), reverse=True) == pytest.approx(probs, abs=1e-3)
+    assert sorted(
+        optimum(world, Config(0.5, alpha), policy).probs()[0].tolist(), reverse=True
+    ) == pytest.approx(probs, abs=1e-3)
 
 
 # ---- sequences
 
 
-@pytest.mark.parametrize(("beta", "alpha", "valid"), [(1.0, 1.0, 0.9039), (0.5, 1.186, 0.9173), (0.25, 1.295, 0.9346)])
+@pytest.mark.parametrize(
+    ("beta", "alpha", "valid"), [(1.0, 1.0, 0.9039), (0.5, 1.186, 0.9173), (0.25, 1.295, 0.9346)]
+)
 def test_the_theory_on_sequences(beta, alpha, valid):
     world = counting()
     assert world.reference.expect(world.rewards()) == pytest.approx(0.6333, abs=1e-4)
     target, best = theory(world.reference, world.data, beta)
-    assert best == pytest.approx(alpha, abs=1e-3) and target.expect(world.rewards()) == pytest.approx(valid, abs=1e-4)
+    assert best == pytest.approx(alpha, abs=1e-3) and target.expect(
+        world.rewards()
+    ) == pytest.approx(valid, abs=1e-4)
 
 
 def test_a_table_reaches_the_theory_on_sequences():
@@ -324,8 +413,14 @@ def test_expected_loss_is_the_mean_of_the_loss_over_draws():
     world = counting()
     policy = Table(4, 6).double()
     rows = ddo.real_and_fake(
-        [dict(prompt=0, responses=r, scores=[1.0]) for r in world.data.sample([0] * 4000, 1, torch.Generator().manual_seed(0))],
-        [dict(prompt=0, responses=r) for r in world.reference.sample([0] * 4000, 1, torch.Generator().manual_seed(1))],
+        [
+            dict(prompt=0, responses=r, scores=[1.0])
+            for r in world.data.sample([0] * 4000, 1, torch.Generator().manual_seed(0))
+        ],
+        [
+            dict(prompt=0, responses=r)
+            for r in world.reference.sample([0] * 4000, 1, torch.Generator().manual_seed(1))
+        ],
     )
     batch = collate(rows)
     sampled = loss(policy.logps(batch), world.reference.logps(batch), batch, Config(0.3, 2.0))[0]
@@ -355,17 +450,23 @@ def test_a_bigram_has_one_row_of_logits_a_token():
     log = table.tied[0].log_softmax(-1)
     assert sum(p.numel() for p in table.parameters()) == 12
     for y, p in zip(table.sequences().tolist(), table.log_probs()[0].tolist()):
-        assert p == pytest.approx((log[0, y[0]] + sum(log[1 + a, b] for a, b in zip(y, y[1:]))).item())
+        assert p == pytest.approx(
+            (log[0, y[0]] + sum(log[1 + a, b] for a, b in zip(y, y[1:]))).item()
+        )
 
 
 def test_a_bigram_at_its_maximum_likelihood_stays_there():
     world = counting()
-    policy = minimise(Bigram(4, 6).double(), lambda p: -(world.data.probs() * p.log_probs()).sum())  # maximum likelihood
+    policy = minimise(
+        Bigram(4, 6).double(), lambda p: -(world.data.probs() * p.log_probs()).sum()
+    )  # maximum likelihood
     before = policy.expect(world.rewards())
     assert before == pytest.approx(0.0816, abs=1e-4)
     reference = Table(4, 6).double().set_log_probs(policy.log_probs())
     for cfg in (Config(1.0, 1.0), Config(0.3, 1.0)):
-        (gradient,) = torch.autograd.grad(expected_loss(policy, reference, world.data, cfg), policy.parameters())
+        (gradient,) = torch.autograd.grad(
+            expected_loss(policy, reference, world.data, cfg), policy.parameters()
+        )
         assert gradient.abs().max() < 1e-6
     for _ in range(8):  # rounds
         reference = Table(4, 6).double().set_log_probs(policy.log_probs())
@@ -378,12 +479,17 @@ def test_a_bigram_at_its_maximum_likelihood_stays_there():
 
 def edm_way(model, p_mean=-1.2, p_std=1.2):
     """The prepare and score of a run with EDM's noise."""
-    return ddo.edm_noise(Lab(Settings(world="gaussians"), quiet=True), Config(p_mean=p_mean, p_std=p_std), model)
+    return ddo.edm_noise(
+        Lab(Settings(world="gaussians"), quiet=True), Config(p_mean=p_mean, p_std=p_std), model
+    )
 
 
 def point_batch(model, n=512, shared=True):
     rng = torch.Generator().manual_seed(0)
-    batch = SimpleNamespace(images=torch.randn(n, 2, *model.shape, generator=rng), label=torch.zeros(n, dtype=torch.long))
+    batch = SimpleNamespace(
+        images=torch.randn(n, 2, *model.shape, generator=rng),
+        label=torch.zeros(n, dtype=torch.long),
+    )
     batch.mask = torch.ones(n, 2, 1, dtype=torch.bool)
     return model.prepare(batch, rng, shared=shared)
 
@@ -403,7 +509,9 @@ def test_ratios_are_zero_to_the_bit_at_the_reference():
     batch = point_batch(model)
     logps = [edm_way(model)["score"](model, batch) for _ in range(2)]
     assert torch.equal(*logps)
-    assert loss(logps[0], logps[1], batch, Config(0.5, 4.0))[0].tolist() == pytest.approx([5 * math.log(2)] * 512)
+    assert loss(logps[0], logps[1], batch, Config(0.5, 4.0))[0].tolist() == pytest.approx(
+        [5 * math.log(2)] * 512
+    )
 
 
 def test_shared_noise_makes_the_ratio_small():
@@ -413,7 +521,10 @@ def test_shared_noise_makes_the_ratio_small():
     other, batch, again = nudged(model), point_batch(model), point_batch(model)
     again.noise = torch.randn(batch.noise.shape, generator=torch.Generator().manual_seed(9))
     level = point_batch(model)
-    level.noise, level.t = again.noise, batch.t[torch.randperm(len(batch.t), generator=torch.Generator().manual_seed(3))]
+    level.noise, level.t = (
+        again.noise,
+        batch.t[torch.randperm(len(batch.t), generator=torch.Generator().manual_seed(3))],
+    )
     score = edm_way(model)["score"]
     with torch.no_grad():
         shared, noise, both = (score(other, batch) - score(model, x) for x in (batch, again, level))
@@ -430,12 +541,16 @@ def test_edms_weight_is_one_over_c_out_squared():
     c_skip, c_out, _, _ = edm(to_sigma(a), sd)
     with torch.no_grad():
         logps = edm_way(model)["score"](model, batch)
-        eps = model.eps(x_t.flatten(0, 1), batch.t.repeat_interleave(2), batch.label.repeat_interleave(2)).view_as(x_t)
+        eps = model.eps(
+            x_t.flatten(0, 1), batch.t.repeat_interleave(2), batch.label.repeat_interleave(2)
+        ).view_as(x_t)
     x_edm = x_t / a.sqrt()
     denoised = x_edm - to_sigma(a) * eps
     squared = (denoised - batch.images).square().sum(-1, keepdim=True)
     torch.testing.assert_close(logps, -squared / c_out**2)
-    output, target = ((x - c_skip * x_edm) / c_out for x in (denoised, batch.images))  # the network's F and its target
+    output, target = (
+        (x - c_skip * x_edm) / c_out for x in (denoised, batch.images)
+    )  # the network's F and its target
     torch.testing.assert_close(logps, -(output - target).square().sum(-1, keepdim=True))
     torch.testing.assert_close(to_eps("edm", output, x_t, a, sd=sd), eps)
 
@@ -447,22 +562,36 @@ def test_noise_levels_are_log_normal():
     assert batch.noise.shape == (20000, 1, 2)  # one draw for both responses
     assert t.dtype == torch.long and t.min() >= 0 and t.max() < len(model.alpha_bar)
     log_sigma = to_sigma(model.alpha_bar[t]).log()
-    assert log_sigma.mean().item() == pytest.approx(-1.2, abs=0.03) and log_sigma.std().item() == pytest.approx(1.2, abs=0.03)
+    assert log_sigma.mean().item() == pytest.approx(
+        -1.2, abs=0.03
+    ) and log_sigma.std().item() == pytest.approx(1.2, abs=0.03)
 
 
 # ---- rows and rounds
 
 
 def test_every_real_response_meets_a_sample_for_its_own_prompt():
-    real = [dict(prompt="a", responses=["x y"], scores=[1.0]), dict(prompt="b", responses=["z"], scores=[1.0], difficulty=3)]
-    fake = [dict(prompt="a", responses=[[1, 2]], ends=[False]), dict(prompt="b", responses=[[3]], ends=[True])]
+    real = [
+        dict(prompt="a", responses=["x y"], scores=[1.0]),
+        dict(prompt="b", responses=["z"], scores=[1.0], difficulty=3),
+    ]
+    fake = [
+        dict(prompt="a", responses=[[1, 2]], ends=[False]),
+        dict(prompt="b", responses=[[3]], ends=[True]),
+    ]
     assert ddo.real_and_fake(real, fake) == [
         dict(prompt="a", responses=["x y", [1, 2]], scores=[1.0, 0.0], ends=[True, False]),
         dict(prompt="b", responses=["z", [3]], scores=[1.0, 0.0], ends=[True, True]),
     ]
-    real, fake = ([dict(prompt=4, responses=torch.full((1, 1, 2, 2), value))] for value in (1.0, 2.0))
+    real, fake = (
+        [dict(prompt=4, responses=torch.full((1, 1, 2, 2), value))] for value in (1.0, 2.0)
+    )
     (row,) = ddo.real_and_fake(real, fake)
-    assert row["prompt"] == 4 and row["scores"] == [1.0, 0.0] and row["responses"].flatten(1).tolist() == [[1.0] * 4, [2.0] * 4]
+    assert (
+        row["prompt"] == 4
+        and row["scores"] == [1.0, 0.0]
+        and row["responses"].flatten(1).tolist() == [[1.0] * 4, [2.0] * 4]
+    )
 
 
 def test_rounds_share_the_steps_and_each_starts_afresh():
@@ -472,12 +601,25 @@ def test_rounds_share_the_steps_and_each_starts_afresh():
     def note(policy, data, loss, cfg, **how):
         before = policy.probs().detach().clone()
         out = align(policy, data, loss, cfg, **how)
-        seen.append((how["steps"], how["every"], how.get("reference", "start"), "optimizer" in how, before, out.probs().detach().clone()))
+        seen.append(
+            (
+                how["steps"],
+                how["every"],
+                how.get("reference", "start"),
+                "optimizer" in how,
+                before,
+                out.probs().detach().clone(),
+            )
+        )
         return out
 
     lab.align = note
     policy = run(lab, Config(beta=0.5, alpha=1.0, rounds=3))
-    assert sum(s[0] for s in seen) == 7 and len(seen) == 3 and all(s[0] == s[1] and s[2] == "start" and not s[3] for s in seen)
+    assert (
+        sum(s[0] for s in seen) == 7
+        and len(seen) == 3
+        and all(s[0] == s[1] and s[2] == "start" and not s[3] for s in seen)
+    )
     for last, this in zip(seen, seen[1:]):
         torch.testing.assert_close(last[5], this[4])
     torch.testing.assert_close(seen[-1][5], policy.probs())
@@ -489,7 +631,9 @@ def test_no_steps_leave_the_base_model():
 
 
 def test_the_round_with_the_smallest_frechet_distance_is_kept_and_continued():
-    lab = Lab(Settings(world="gaussians", base_steps=2, steps=8, batch_size=8, prompts=32), quiet=True)
+    lab = Lab(
+        Settings(world="gaussians", base_steps=2, steps=8, batch_size=8, prompts=32), quiet=True
+    )
     distances, started, ended = iter([3.0, 2.0, 5.0, 1.0, 4.0]), [], []
     lab.world.frechet, lab.world.measure = True, lambda policy, lab: {"frechet": next(distances)}
     align = lab.align
@@ -508,14 +652,18 @@ def test_the_round_with_the_smallest_frechet_distance_is_kept_and_continued():
 
 @pytest.mark.parametrize("how", [{}, dict(p_mean=-1.2, p_std=1.2)])
 def test_a_run_on_points(how):
-    lab = Lab(Settings(world="gaussians", base_steps=5, steps=4, batch_size=16, prompts=64), quiet=True)
+    lab = Lab(
+        Settings(world="gaussians", base_steps=5, steps=4, batch_size=16, prompts=64), quiet=True
+    )
     policy = run(lab, Config(rounds=2, **how))
     assert all(p.isfinite().all() for p in policy.parameters())
     assert not torch.equal(policy.output.weight, lab.reference.output.weight)
 
 
 def test_a_run_moves_a_diluted_table_towards_the_data():
-    lab = Lab(Settings(world="bandit", steps=200, batch_size=256, prompts=4096, lr=0.05), quiet=True)
+    lab = Lab(
+        Settings(world="bandit", steps=200, batch_size=256, prompts=4096, lr=0.05), quiet=True
+    )
     lab.world = counting()
     policy = run(lab, Config(beta=1.0, alpha=1.0, rounds=2))
     assert policy.expect(lab.world.rewards()) > 0.8
@@ -527,7 +675,9 @@ def test_told_apart_counts_real_above_and_fake_below():
 
 
 def test_a_round_worse_than_the_best_before_is_dropped():
-    lab = Lab(Settings(world="gaussians", base_steps=2, steps=4, batch_size=8, prompts=32), quiet=True)
+    lab = Lab(
+        Settings(world="gaussians", base_steps=2, steps=4, batch_size=8, prompts=32), quiet=True
+    )
     distances, ended = iter([3.0, 1.0, 2.0]), []
     lab.world.frechet, lab.world.measure = True, lambda policy, lab: {"frechet": next(distances)}
     align = lab.align
@@ -571,13 +721,21 @@ def test_noise_is_drawn_anew_and_at_the_nearest_level():
     model = MLP()
 
     def way(mean, std):
-        return ddo.edm_noise(Lab(Settings(world="gaussians"), quiet=True), Config(p_mean=mean, p_std=std), model)["prepare"]
+        return ddo.edm_noise(
+            Lab(Settings(world="gaussians"), quiet=True), Config(p_mean=mean, p_std=std), model
+        )["prepare"]
 
     prepare = way(-1.2, 1.2)
-    first, second = (prepare(model, SimpleNamespace(images=torch.zeros(64, 2, 2))) for _ in range(2))
+    first, second = (
+        prepare(model, SimpleNamespace(images=torch.zeros(64, 2, 2))) for _ in range(2)
+    )
     assert not torch.equal(first.t, second.t) and not torch.equal(first.noise, second.noise)
     levels = to_sigma(model.alpha_bar).log()
     for t in (1, 10, 500, 900):
         for share in (-0.4, 0.4):  # of the way to the neighbour
-            mean = (levels[t] + abs(share) * (levels[t + (1 if share > 0 else -1)] - levels[t])).item()
-            assert (way(mean, 1e-9)(model, SimpleNamespace(images=torch.zeros(4, 2, 2))).t == t).all()
+            mean = (
+                levels[t] + abs(share) * (levels[t + (1 if share > 0 else -1)] - levels[t])
+            ).item()
+            assert (
+                way(mean, 1e-9)(model, SimpleNamespace(images=torch.zeros(4, 2, 2))).t == t
+            ).all()

@@ -9,15 +9,32 @@ import torch
 import torch.nn.functional as F
 
 import nanomodel
-from nanomodel import Denoiser, UNet, UNetConfig, ddim_logprob, ddim_step, edm, mixture, q_sample, to_eps, to_sigma, to_x0
+from nanomodel import (
+    Denoiser,
+    UNet,
+    UNetConfig,
+    ddim_logprob,
+    ddim_step,
+    edm,
+    mixture,
+    q_sample,
+    to_eps,
+    to_sigma,
+    to_x0,
+)
 
-A, X0, EPS = (torch.tensor([v], dtype=torch.float64) for v in (0.2, 1.5, -0.7))  # the check point of the conversions
+A, X0, EPS = (
+    torch.tensor([v], dtype=torch.float64) for v in (0.2, 1.5, -0.7)
+)  # the check point of the conversions
 KINDS = ["eps", "x0", "v_vp", "v_flow", "u", "edm"]
 
 
 def close(value, expected, tol=1e-6):
     torch.testing.assert_close(
-        torch.as_tensor(value, dtype=torch.float64), torch.as_tensor(expected, dtype=torch.float64), rtol=tol, atol=tol
+        torch.as_tensor(value, dtype=torch.float64),
+        torch.as_tensor(expected, dtype=torch.float64),
+        rtol=tol,
+        atol=tol,
     )
 
 
@@ -28,15 +45,34 @@ def rng(seed=0):
 @pytest.mark.parametrize(
     "schedule, steps, expected",
     [
-        ("linear", [0, 100, 250, 500, 750, 999], [0.9999, 0.895142, 0.521423, 0.0777967, 0.00330016, 4.03583e-5]),
-        ("scaled_linear", [0, 100, 250, 500, 750, 999], [0.99915, 0.894223, 0.673793, 0.276333, 0.0561698, 0.0046601]),
-        ("cosine", [1, 100, 250, 500, 750, 999], [0.999959, 0.972093, 0.847012, 0.493844, 0.144272, 2.4e-6]),
+        (
+            "linear",
+            [0, 100, 250, 500, 750, 999],
+            [0.9999, 0.895142, 0.521423, 0.0777967, 0.00330016, 4.03583e-5],
+        ),
+        (
+            "scaled_linear",
+            [0, 100, 250, 500, 750, 999],
+            [0.99915, 0.894223, 0.673793, 0.276333, 0.0561698, 0.0046601],
+        ),
+        (
+            "cosine",
+            [1, 100, 250, 500, 750, 999],
+            [0.999959, 0.972093, 0.847012, 0.493844, 0.144272, 2.4e-6],
+        ),
     ],
 )
 def test_alpha_bar_tables(schedule, steps, expected):
     table = nanomodel.alpha_bar(schedule)
-    assert table.shape == (1000,) and table.dtype == torch.float64 and (table.diff() < 0).all() and table[0] < 1
-    torch.testing.assert_close(table[steps], torch.tensor(expected, dtype=torch.float64), rtol=5e-6, atol=5e-7)
+    assert (
+        table.shape == (1000,)
+        and table.dtype == torch.float64
+        and (table.diff() < 0).all()
+        and table[0] < 1
+    )
+    torch.testing.assert_close(
+        table[steps], torch.tensor(expected, dtype=torch.float64), rtol=5e-6, atol=5e-7
+    )
 
 
 def test_unknown_schedule_and_prediction_are_refused():
@@ -92,7 +128,10 @@ def test_every_prediction_gives_image_and_noise_back(kind):
 
 def test_textbook_forms_of_the_conversions():
     x, sigma, t = q_sample(X0, EPS, A), to_sigma(A), nanomodel.to_flow(A)
-    z, out = x / (A.sqrt() + (1 - A).sqrt()), torch.tensor([0.37], dtype=torch.float64)  # an imperfect output
+    z, out = (
+        x / (A.sqrt() + (1 - A).sqrt()),
+        torch.tensor([0.37], dtype=torch.float64),
+    )  # an imperfect output
     close(to_x0("eps", out, x, A), (x - (1 - A).sqrt() * out) / A.sqrt())
     close(to_eps("x0", out, x, A), (x - A.sqrt() * out) / (1 - A).sqrt())
     close(to_x0("v_vp", out, x, A), A.sqrt() * x - (1 - A).sqrt() * out)
@@ -118,7 +157,11 @@ def test_error_identities():
 
 @pytest.mark.parametrize(
     "sigma, expected",
-    [(0.02, (0.998403, 0.019984, 1.998402, 2504)), (0.5, (0.5, 0.353553, 1.414214, 8)), (5.0, (0.009901, 0.497519, 0.199007, 4.04))],
+    [
+        (0.02, (0.998403, 0.019984, 1.998402, 2504)),
+        (0.5, (0.5, 0.353553, 1.414214, 8)),
+        (5.0, (0.009901, 0.497519, 0.199007, 4.04)),
+    ],
 )
 def test_edm_preconditioning(sigma, expected):
     skip, out, scale, noise = edm(torch.tensor(sigma, dtype=torch.float64), 0.5)
@@ -133,7 +176,11 @@ def test_edm_weight_makes_the_loss_that_of_F():
     a, sd = torch.rand(40, generator=rng(1), dtype=torch.float64) * 0.9 + 0.05, 0.5
     x, sigma = q_sample(x0, eps, a), to_sigma(a)
     weight = 1 / edm(sigma, sd)[1] ** 2
-    close(weight * (to_x0("edm", output, x, a, sd=sd) - x0).square(), (output - predict("edm", x0, eps, a, sd=sd)).square(), 1e-9)
+    close(
+        weight * (to_x0("edm", output, x, a, sd=sd) - x0).square(),
+        (output - predict("edm", x0, eps, a, sd=sd)).square(),
+        1e-9,
+    )
     # the same in terms of the noise error
     close(weight * sigma**2, 1 + sigma**2 / sd**2, 1e-9)
 
@@ -174,7 +221,11 @@ def test_ddim_logprob_is_that_of_the_gaussian():
     for eta in (0.3, 1.0):
         mean, std = ddim_step(x, eps, a, b, eta)
         x_next = ddim_step(x, eps, a, b, eta, z)
-        close(ddim_logprob(x_next, x, eps, a, b, eta), torch.distributions.Normal(mean, std).log_prob(x_next).flatten(1).sum(1), 1e-10)
+        close(
+            ddim_logprob(x_next, x, eps, a, b, eta),
+            torch.distributions.Normal(mean, std).log_prob(x_next).flatten(1).sum(1),
+            1e-10,
+        )
     with pytest.raises(ValueError, match="eta = 0"):
         ddim_logprob(x, x, eps, a, b, 0.0)
 
@@ -216,7 +267,11 @@ def test_inversion_of_gaussian_data(std, steps, ddim, renoise, fixed):
     model, label = Gaussian(std), torch.zeros(1, dtype=torch.long)
     times = torch.arange(1, steps + 1)[:, None] * 500 // steps
     levels = torch.cat([torch.ones(1, 1, dtype=torch.float64), model.alpha_bar[times]])
-    for how, (expected, gap) in ((dict(), ddim), (dict(rounds=2, average=True), renoise), (dict(rounds=9), fixed)):
+    for how, (expected, gap) in (
+        (dict(), ddim),
+        (dict(rounds=2, average=True), renoise),
+        (dict(rounds=9), fixed),
+    ):
         x = model.invert(torch.ones(1, 2, dtype=torch.float64), times, label, **how)
         if expected is not None:
             close(x, torch.full((1, 2), expected))
@@ -239,17 +294,28 @@ def test_inversion_ends_at_each_image_s_own_step():
     last = torch.tensor([999, 500, 2])
     x0 = torch.randn(3, 2, generator=rng(), dtype=torch.float64)
     times = model.times(10, last)
-    assert times.shape == (10, 3) and (times[-1] == last).all() and (times >= 0).all() and (times.diff(dim=0) >= 0).all()
+    assert (
+        times.shape == (10, 3)
+        and (times[-1] == last).all()
+        and (times >= 0).all()
+        and (times.diff(dim=0) >= 0).all()
+    )
     together = model.invert(x0, times, label)
     for i in range(3):
-        close(together[i : i + 1], model.invert(x0[i : i + 1], times[:, i : i + 1], label[:1]), 1e-12)
+        close(
+            together[i : i + 1], model.invert(x0[i : i + 1], times[:, i : i + 1], label[:1]), 1e-12
+        )
     assert model.times(10)[:, 0].tolist() == list(range(99, 1000, 100))
 
 
 def test_samples_of_gaussian_data_have_its_spread():
     for eta in (0.0, 1.0):  # a grid of 100 steps is 6 % short
         x = Gaussian(0.5).sample([0], 2000, rng(), steps=100, eta=eta)
-        assert x.shape == (1, 2000, 2) and abs(x.std().item() - 0.5) < 0.04 and abs(x.mean().item()) < 0.03
+        assert (
+            x.shape == (1, 2000, 2)
+            and abs(x.std().item() - 0.5) < 0.04
+            and abs(x.mean().item()) < 0.03
+        )
 
 
 # ---------------------------------------------------------------- models
@@ -258,7 +324,9 @@ def test_samples_of_gaussian_data_have_its_spread():
 def image_batch(model, B, K, dtype=torch.float64):
     images = torch.randn(B, K, *model.shape, generator=rng(5), dtype=dtype)
     label = torch.arange(B) % model.classes
-    return SimpleNamespace(images=images, label=label, mask=torch.ones(B, K, 1, dtype=torch.bool), t=None, noise=None)
+    return SimpleNamespace(
+        images=images, label=label, mask=torch.ones(B, K, 1, dtype=torch.bool), t=None, noise=None
+    )
 
 
 def small(**how):
@@ -272,12 +340,26 @@ def small(**how):
 def test_prepare_shares_the_draw_within_a_row():
     model = small()
     batch = model.prepare(image_batch(model, 200, 3), rng())
-    assert batch.noise.shape == (200, 1, 1, 4, 6) and batch.t.shape == (200,) and batch.t.dtype == torch.long
+    assert (
+        batch.noise.shape == (200, 1, 1, 4, 6)
+        and batch.t.shape == (200,)
+        and batch.t.dtype == torch.long
+    )
     assert 0 <= batch.t.min() and batch.t.max() < 1000 and abs(batch.t.double().mean() - 500) < 80
     again = model.prepare(image_batch(model, 200, 3), rng())
     assert torch.equal(again.noise, batch.noise) and torch.equal(again.t, batch.t)
-    assert model.prepare(image_batch(model, 200, 3), rng(), shared=False).noise.shape == (200, 3, 1, 4, 6)
-    early = model.prepare(image_batch(model, 200, 3), rng(), times=lambda n, rng: torch.randint(10, (n,), generator=rng))
+    assert model.prepare(image_batch(model, 200, 3), rng(), shared=False).noise.shape == (
+        200,
+        3,
+        1,
+        4,
+        6,
+    )
+    early = model.prepare(
+        image_batch(model, 200, 3),
+        rng(),
+        times=lambda n, rng: torch.randint(10, (n,), generator=rng),
+    )
     assert early.t.max() < 10
     # equal images in a row then have equal scores, whatever was drawn
     batch.images = batch.images[:, :1].expand(-1, 3, -1, -1, -1)
@@ -312,7 +394,11 @@ def test_edm_weighted_logps_are_minus_the_error_of_F():
     x0, eps = batch.images[:, 0], batch.noise[:, 0]
     _, _, scale, noise_level = edm(to_sigma(a), 0.5)
     output = model(scale * q_sample(x0, eps, a) / a.sqrt(), noise_level.flatten(), batch.label)
-    close(logps[:, 0, 0], -(output - predict("edm", x0, eps, a, sd=0.5)).square().flatten(1).sum(1), 1e-7)
+    close(
+        logps[:, 0, 0],
+        -(output - predict("edm", x0, eps, a, sd=0.5)).square().flatten(1).sum(1),
+        1e-7,
+    )
 
 
 def test_diffusion_dpo_of_these_scores():
@@ -353,9 +439,14 @@ def test_sampling_depends_on_the_generator_alone():
     model = small()
     one, two = (model.sample([3, 1, 3], 2, rng(1), steps=3) for _ in range(2))
     assert one.shape == (3, 2, 1, 4, 6) and torch.equal(one, two)
-    assert not torch.equal(one, model.sample([3, 1, 3], 2, rng(2), steps=3)) and not torch.equal(one[0], one[2])
+    assert not torch.equal(one, model.sample([3, 1, 3], 2, rng(2), steps=3)) and not torch.equal(
+        one[0], one[2]
+    )
     torch.manual_seed(1)
-    assert torch.equal(model.sample([3], 2, rng(1), steps=3, eta=1.0), model.sample([3], 2, rng(1), steps=3, eta=1.0))
+    assert torch.equal(
+        model.sample([3], 2, rng(1), steps=3, eta=1.0),
+        model.sample([3], 2, rng(1), steps=3, eta=1.0),
+    )
     assert model.sample([], 2, rng()).shape == (0, 2, 1, 4, 6)
     for wrong in ([10], [-1, 0]):
         with pytest.raises(ValueError, match="expected classes 0 to 9"):
@@ -369,7 +460,12 @@ def test_sampling_by_hand():
     x = torch.randn(1, 1, 4, 6, generator=rng(), dtype=torch.float64)
     for t, s in ((999, 749), (749, 499), (499, 249), (249, None)):
         eps = model.eps(x, torch.tensor([t]), torch.tensor([7]))
-        x = ddim_step(x, eps, model.alpha_bar[t], model.alpha_bar[s] if s else torch.ones((), dtype=torch.float64))
+        x = ddim_step(
+            x,
+            eps,
+            model.alpha_bar[t],
+            model.alpha_bar[s] if s else torch.ones((), dtype=torch.float64),
+        )
     close(model.sample([7], 1, rng(), steps=4)[0], x, 1e-12)
 
 
@@ -385,7 +481,15 @@ def test_unet_sees_class_and_noise_level():
 
 
 @pytest.mark.parametrize(
-    "wrong", [dict(size=(7, 8)), dict(size=0), dict(size=(8, 8, 8)), dict(width=12), dict(schedule="sqrt"), dict(prediction="v")]
+    "wrong",
+    [
+        dict(size=(7, 8)),
+        dict(size=0),
+        dict(size=(8, 8, 8)),
+        dict(width=12),
+        dict(schedule="sqrt"),
+        dict(prediction="v"),
+    ],
 )
 def test_wrong_configs_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
@@ -395,7 +499,10 @@ def test_wrong_configs_are_refused(wrong):
 def test_folder_round_trip(tmp_path):
     model = small(classes=3, channels=2)
     model.float().save_pretrained(tmp_path / "new" / "folder")
-    assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
     again = UNet.from_pretrained(tmp_path / "new" / "folder")
     assert again.config == model.config
     assert torch.equal(model.sample([2], 2, rng(), steps=2), again.sample([2], 2, rng(), steps=2))

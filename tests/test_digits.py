@@ -28,11 +28,18 @@ def test_real_digits_scaled_to_one(world):
 def test_rows(world):
     rows = world.demonstrations(300, rng())
     assert {row["prompt"] for row in rows} == set(range(10)) == set(world.prompts(300, rng()))
-    assert all(row["responses"].shape == (1, 1, 8, 8) and row["scores"] == [1.0] and type(row["prompt"]) is int for row in rows)
+    assert all(
+        row["responses"].shape == (1, 1, 8, 8)
+        and row["scores"] == [1.0]
+        and type(row["prompt"]) is int
+        for row in rows
+    )
     again = world.demonstrations(300, rng())
     assert all(torch.equal(a["responses"], b["responses"]) for a, b in zip(rows, again))
     label = torch.tensor([row["prompt"] for row in rows])
-    assert (world.classify(torch.cat([row["responses"] for row in rows])).argmax(1) == label).double().mean() > 0.95
+    assert (
+        world.classify(torch.cat([row["responses"] for row in rows])).argmax(1) == label
+    ).double().mean() > 0.95
 
 
 def test_classifier_on_held_out_digits(world):
@@ -47,15 +54,25 @@ def test_reward_is_classifier_plus_bounded_ink(world):
     reward = world.reward(label, images)
     assert reward.shape == (1797,) and reward.dtype == torch.float64
     agreement = world.classify(images)[range(1797), label]
-    torch.testing.assert_close(reward, agreement.clamp(min=-5) + 3 * images.double().flatten(1).mean(1).clamp(max=0), rtol=0, atol=1e-12)
-    assert torch.equal(reward[:5], world.reward(label[:5], list(images[:5])))  # a list of images is as good
+    torch.testing.assert_close(
+        reward,
+        agreement.clamp(min=-5) + 3 * images.double().flatten(1).mean(1).clamp(max=0),
+        rtol=0,
+        atol=1e-12,
+    )
+    assert torch.equal(
+        reward[:5], world.reward(label[:5], list(images[:5]))
+    )  # a list of images is as good
     # the right class and more ink are worth something
     assert (reward > world.reward([(c + 1) % 10 for c in label], images)).double().mean() > 0.99
     bolder = (images + 0.3 * (images > -0.5)).clamp(-1, 1)
     assert world.reward(label, bolder).mean() > reward.mean() + 0.1
     # white paper, or pixels beyond white, are not
     assert world.reward(label, torch.ones_like(images)).mean() < reward.mean()
-    assert torch.equal(world.reward(label, images.clamp(-1, 1)), world.reward(label, torch.where(images == 1, 1e6, images.double())))
+    assert torch.equal(
+        world.reward(label, images.clamp(-1, 1)),
+        world.reward(label, torch.where(images == 1, 1e6, images.double())),
+    )
     for odd in (float("nan"), float("inf"), -float("inf"), 1e30):
         value = world.reward(label[:1], torch.full((1, 1, 8, 8), odd))
         assert value.isfinite() and -8 <= value <= 0
@@ -75,26 +92,46 @@ def test_frechet_distance(world):
 
 
 def test_frechet_distance_against_the_general_matrix_root(world):
-    images = torch.randn(500, 1, 8, 8, generator=rng(), dtype=torch.float64) * torch.linspace(0.1, 1, 8)
+    images = torch.randn(500, 1, 8, 8, generator=rng(), dtype=torch.float64) * torch.linspace(
+        0.1, 1, 8
+    )
     (m, S), (n, T) = moments(images), world.moments
     # the eigenvalues of S T are those of its root, squared: no symmetry needed
     cross = torch.linalg.eigvals(S @ T).real.clamp(min=0).sqrt().sum()
-    assert abs(world.frechet(images) - ((m - n).square().sum() + S.trace() + T.trace() - 2 * cross).item()) < 1e-4
+    assert (
+        abs(
+            world.frechet(images)
+            - ((m - n).square().sum() + S.trace() + T.trace() - 2 * cross).item()
+        )
+        < 1e-4
+    )
 
 
 def test_model_fits_and_is_measured(world):
     model = world.model()
-    assert isinstance(model, UNet) and 100_000 < sum(p.numel() for p in model.parameters()) < 350_000
-    copycat = SimpleNamespace(sample=lambda labels, k, rng: torch.stack([world.images[world.labels == c][:k] for c in labels]))
+    assert (
+        isinstance(model, UNet) and 100_000 < sum(p.numel() for p in model.parameters()) < 350_000
+    )
+    copycat = SimpleNamespace(
+        sample=lambda labels, k, rng: torch.stack(
+            [world.images[world.labels == c][:k] for c in labels]
+        )
+    )
     assert world.model().sample([1, 2], 3, rng(), steps=1).shape == (2, 3, 1, 8, 8)
     values = world.measure(copycat, SimpleNamespace(rng=lambda name: rng()))
-    assert set(values) == {"frechet", "agreement"} and values["agreement"] > 0.85 and values["frechet"] > 1
+    assert (
+        set(values) == {"frechet", "agreement"}
+        and values["agreement"] > 0.85
+        and values["frechet"] > 1
+    )
 
 
 def test_picture(world, tmp_path):
     images = torch.stack([world.images[world.labels == c][:4] for c in range(10)])
     world.picture(tmp_path / "samples.png", images, images + 0.5)
-    assert (tmp_path / "samples.png").read_bytes()[:4] == b"\x89PNG" and len(list(tmp_path.iterdir())) == 1
+    assert (tmp_path / "samples.png").read_bytes()[:4] == b"\x89PNG" and len(
+        list(tmp_path.iterdir())
+    ) == 1
 
 
 # ---------------------------------------------------------------- other images
@@ -103,13 +140,19 @@ def test_picture(world, tmp_path):
 def squares(n=60, side=28, channels=None, classes=3):
     """Classes of noise that differ in which rows are bright."""
     label = np.arange(n) % classes
-    images = np.random.RandomState(0).randint(0, 100, (n, side, side) + ((channels,) if channels else ())).astype(np.uint8)
+    images = (
+        np.random.RandomState(0)
+        .randint(0, 100, (n, side, side) + ((channels,) if channels else ()))
+        .astype(np.uint8)
+    )
     for i, c in enumerate(label):
         images[i, c * side // classes : (c + 1) * side // classes] += 155
     return images, label.astype(np.uint8)
 
 
-@pytest.mark.parametrize("side, size, expected", [(28, None, 14), (16, None, 16), (28, 8, 8), (32, None, 16), (9, 8, 8)])
+@pytest.mark.parametrize(
+    "side, size, expected", [(28, None, 14), (16, None, 16), (28, 8, 8), (32, None, 16), (9, 8, 8)]
+)
 def test_npz_files(tmp_path, side, size, expected):
     images, labels = squares(side=side)
     np.savez_compressed(tmp_path / "images.npz", images=images, labels=labels)
@@ -119,7 +162,9 @@ def test_npz_files(tmp_path, side, size, expected):
     assert world.model().sample([2], 2, rng(), steps=1).shape == (1, 2, 1, expected, expected)
     if side == 28 and size is None:  # means of 2 x 2 pixels
         blocks = images.reshape(60, 14, 2, 14, 2).mean((2, 4)) / images.max() * 2 - 1
-        torch.testing.assert_close(world.images[:, 0].double(), torch.from_numpy(blocks), rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            world.images[:, 0].double(), torch.from_numpy(blocks), rtol=0, atol=1e-6
+        )
 
 
 def test_colour_and_two_classes(tmp_path):
@@ -127,7 +172,11 @@ def test_colour_and_two_classes(tmp_path):
     assert world.images.shape == (60, 3, 8, 8) and world.classify(world.images).shape == (60, 2)
     assert (world.classify(world.images).argmax(1) == world.labels).all()
     assert abs(world.frechet(world.images)) < 1e-6
-    world.picture(tmp_path / "samples.png", world.images[:4].view(2, 2, 3, 8, 8), world.images[:4].view(2, 2, 3, 8, 8))
+    world.picture(
+        tmp_path / "samples.png",
+        world.images[:4].view(2, 2, 3, 8, 8),
+        world.images[:4].view(2, 2, 3, 8, 8),
+    )
     assert world.key() != World(*squares(side=8, channels=3, classes=3)).key()
 
 
@@ -152,11 +201,19 @@ def test_colour_and_two_classes(tmp_path):
 )
 def test_files_that_do_not_fit_are_refused_in_one_line(tmp_path, change, words):
     images, labels = squares()
-    arrays = {name: array for name, array in (dict(images=images, labels=labels) | change).items() if array is not None}
+    arrays = {
+        name: array
+        for name, array in (dict(images=images, labels=labels) | change).items()
+        if array is not None
+    }
     np.savez(tmp_path / "images.npz", **arrays)
     with pytest.raises(ValueError) as error:
         World.from_npz(tmp_path / "images.npz")
-    assert "images.npz" in str(error.value) and words in str(error.value) and "\n" not in str(error.value)
+    assert (
+        "images.npz" in str(error.value)
+        and words in str(error.value)
+        and "\n" not in str(error.value)
+    )
 
 
 def test_what_is_no_archive_is_refused_in_one_line(tmp_path):

@@ -21,7 +21,9 @@ def tensor(x):
 
 def batch_of(scores, mask=None):
     scores = tensor(scores) if not isinstance(scores, torch.Tensor) else scores
-    return SimpleNamespace(scores=scores, mask=torch.ones(*scores.shape, 1, dtype=torch.bool) if mask is None else mask)
+    return SimpleNamespace(
+        scores=scores, mask=torch.ones(*scores.shape, 1, dtype=torch.bool) if mask is None else mask
+    )
 
 
 def group(right, wrong):
@@ -36,7 +38,9 @@ def ragged(seed, rows=6, count=5, length=4):
     g = torch.Generator().manual_seed(seed)
     n = torch.randint(1, count + 1, (rows,), generator=g)
     n[0] = count
-    size = torch.randint(1, length + 1, (rows, count), generator=g) * (torch.arange(count) < n[:, None])
+    size = torch.randint(1, length + 1, (rows, count), generator=g) * (
+        torch.arange(count) < n[:, None]
+    )
     mask = torch.arange(length) < size[..., None]
     ref = -torch.rand(rows, count, length, generator=g, dtype=torch.float64) * 2 * mask
     logps = (ref + 0.4 * torch.randn(ref.shape, generator=g, dtype=torch.float64)) * mask
@@ -59,10 +63,18 @@ def free(**fields):
 
 def test_worked_scores():
     assert gap(*group(PLUS, MINUS)).item() == pytest.approx(-0.0666667, abs=1e-7)
-    for tau, expected in ((0.01, -0.489014), (0.1, -0.390844), (1, -0.122082), (10, -0.0721280), (1000, -0.0667211)):
+    for tau, expected in (
+        (0.01, -0.489014),
+        (0.1, -0.390844),
+        (1, -0.122082),
+        (10, -0.0721280),
+        (1000, -0.0667211),
+    ):
         assert gap(*group(PLUS, MINUS), tau).item() == pytest.approx(expected, abs=1e-6)
     assert gap(*group(PLUS, MINUS), 1e-4).item() == pytest.approx(-0.5, abs=2e-4)
-    assert gap(*group(PLUS, MINUS), 1e7).item() == pytest.approx(gap(*group(PLUS, MINUS)).item(), abs=1e-7)
+    assert gap(*group(PLUS, MINUS), 1e7).item() == pytest.approx(
+        gap(*group(PLUS, MINUS)).item(), abs=1e-7
+    )
 
 
 def test_weights_of_the_wrong_responses():
@@ -74,25 +86,36 @@ def test_weights_of_the_wrong_responses():
 
 @pytest.mark.parametrize(
     ("score", "s", "j1", "j2", "tau"),
-    [("l_ratio", (1.10517, 0.952419, 0.952419), 0.152752, 0.152752, 1.0), ("log_l", (-1.40, -1.05, -0.75), -0.5, -0.501125, 10.0)],
+    [
+        ("l_ratio", (1.10517, 0.952419, 0.952419), 0.152752, 0.152752, 1.0),
+        ("log_l", (-1.40, -1.05, -0.75), -0.5, -0.501125, 10.0),
+    ],
 )
 def test_worked_tokens(score, s, j1, j2, tau):
     batch = batch_of([[1.0, 0.0, 0.0]], torch.ones(1, 3, 2, dtype=torch.bool))
     new, old = tensor(NEW)[None], tensor(OLD)[None]
     ours = new.mean(-1) if score == "log_l" else (new - old).exp().mean(-1)
     assert ours[0].tolist() == pytest.approx(s, abs=1e-5)
-    for cfg, expected in ((Config(variant="disco_b", score=score), j1), (Config(score=score, tau=tau), j2)):
+    for cfg, expected in (
+        (Config(variant="disco_b", score=score), j1),
+        (Config(score=score, tau=tau), j2),
+    ):
         losses, metrics = loss(new, old, batch, cfg)
         assert -losses.item() == pytest.approx(expected, abs=1e-6)
         assert metrics["round_kl"].item() == pytest.approx(0, abs=1e-15) and metrics["hinge"] == 0
-    assert loss(new, old, batch, Config(estimator="k3"))[1]["round_kl"].item() == pytest.approx(0.00333611, abs=1e-8)
+    assert loss(new, old, batch, Config(estimator="k3"))[1]["round_kl"].item() == pytest.approx(
+        0.00333611, abs=1e-8
+    )
 
 
 def test_j2_is_below_j1_and_rises_with_tau():
     g = torch.Generator().manual_seed(0)
     s = torch.randn(20, 7, generator=g, dtype=torch.float64)
     right = torch.rand(20, 7, generator=g) < 0.4
-    values = torch.stack([gap(s, right, ~right, tau) for tau in (0.01, 0.1, 1.0, 10.0, 1e6)] + [gap(s, right, ~right)])
+    values = torch.stack(
+        [gap(s, right, ~right, tau) for tau in (0.01, 0.1, 1.0, 10.0, 1e6)]
+        + [gap(s, right, ~right)]
+    )
     assert (values[1:] >= values[:-1] - 1e-8).all()
     mixed = right.any(1) & (~right).any(1)
     worst = s.masked_fill(right, -math.inf).max(1).values
@@ -111,7 +134,11 @@ def test_invariances(tau):
     shifted = gap(*group([x + 5 for x in PLUS], [x + 5 for x in MINUS]), tau)
     s, right, wrong = group(PLUS, MINUS)
     order = torch.tensor([3, 0, 4, 2, 1])
-    for other in (shifted, gap(s[:, order], right[:, order], wrong[:, order], tau), gap(*group(PLUS, MINUS * 2), tau)):
+    for other in (
+        shifted,
+        gap(s[:, order], right[:, order], wrong[:, order], tau),
+        gap(*group(PLUS, MINUS * 2), tau),
+    ):
         torch.testing.assert_close(other, value)
 
 
@@ -127,7 +154,11 @@ def test_gradient_in_closed_form(variant, score):
         plus = [k for k in range(n[b]) if batch.scores[b, k] == 1]
         minus = [k for k in range(n[b]) if batch.scores[b, k] == 0]
         if plus and minus:
-            share = (s[b, minus] / 0.4).softmax(0) if variant == "disco" else torch.ones(len(minus)) / len(minus)
+            share = (
+                (s[b, minus] / 0.4).softmax(0)
+                if variant == "disco"
+                else torch.ones(len(minus)) / len(minus)
+            )
             expected[b, plus] -= (inner[b, plus] / length[b, plus, None]) / len(plus)
             expected[b, minus] += inner[b, minus] / length[b, minus, None] * share[:, None]
     torch.testing.assert_close(gradient(logps, ref, batch, cfg), expected * batch.mask / len(n))
@@ -135,7 +166,11 @@ def test_gradient_in_closed_form(variant, score):
 
 def test_gradient_by_finite_differences():
     logps, ref, batch, _ = ragged(2, rows=3, count=3, length=2)
-    for cfg in (Config(delta=0.0, estimator="k3", beta=3.0), Config(score="l_ratio", beta=0.0), *(Config(variant=v) for v in BASELINES)):
+    for cfg in (
+        Config(delta=0.0, estimator="k3", beta=3.0),
+        Config(score="l_ratio", beta=0.0),
+        *(Config(variant=v) for v in BASELINES),
+    ):
         assert torch.autograd.gradcheck(lambda x: loss(x * batch.mask, ref, batch, cfg)[0], logps)
 
 
@@ -147,13 +182,18 @@ def test_on_policy():
         losses, metrics = loss(same, ref, batch, Config(variant=variant, score="l_ratio"))
         assert losses.abs().max() < 1e-12 and metrics["round_kl"] == 0 and metrics["hinge"] == 0
     ratio_b = gradient(same, ref, batch, Config(variant="disco_b", score="l_ratio"))
-    torch.testing.assert_close(gradient(same, ref, batch, Config(variant="disco_b", score="log_l")), ratio_b)
+    torch.testing.assert_close(
+        gradient(same, ref, batch, Config(variant="disco_b", score="log_l")), ratio_b
+    )
     torch.testing.assert_close(gradient(same, ref, batch, Config(score="l_ratio")), ratio_b)
 
 
 def test_without_the_penalty_the_objective_has_no_end():
     batch, old = batch_of([[1.0, 0.0]]), torch.zeros(1, 2, 1, dtype=torch.float64)
-    values = [loss(tensor([[[-0.1], [low]]]), old, batch, free(score="log_l"))[0].item() for low in (-1.0, -10.0, -100.0, -1000.0)]
+    values = [
+        loss(tensor([[[-0.1], [low]]]), old, batch, free(score="log_l"))[0].item()
+        for low in (-1.0, -10.0, -100.0, -1000.0)
+    ]
     assert values == sorted(values, reverse=True) and values[-1] < -900
     assert loss(tensor([[[-0.1], [-1000.0]]]), old, batch, Config(score="log_l"))[0].item() > 0
 
@@ -165,16 +205,26 @@ def shifted(kl, fields):
     """Loss and its summed gradient where every token lost `kl` of log-prob; no group is mixed, so that the penalty stands alone."""
     ref = torch.full((2, 3, 2), -1.0, dtype=torch.float64)
     logps = (ref - kl).requires_grad_()
-    losses, metrics = loss(logps, ref, batch_of(torch.zeros(2, 3).double(), torch.ones(2, 3, 2, dtype=torch.bool)), Config(**fields))
+    losses, metrics = loss(
+        logps,
+        ref,
+        batch_of(torch.zeros(2, 3).double(), torch.ones(2, 3, 2, dtype=torch.bool)),
+        Config(**fields),
+    )
     (grad,) = torch.autograd.grad(losses.mean(), logps)
     return losses, grad.sum().item(), metrics
 
 
-@pytest.mark.parametrize(("kl", "penalty", "slope"), [(1e-4, 0.0, 0.0), (2e-4, 1e-5, 0.2), (1e-3, 8.1e-4, 1.8), (-0.5, 0.0, 0.0)])
+@pytest.mark.parametrize(
+    ("kl", "penalty", "slope"),
+    [(1e-4, 0.0, 0.0), (2e-4, 1e-5, 0.2), (1e-3, 8.1e-4, 1.8), (-0.5, 0.0, 0.0)],
+)
 @pytest.mark.parametrize("variant", ["disco", "disco_b"])
 def test_worked_penalties(variant, kl, penalty, slope):
     losses, grad, metrics = shifted(kl, dict(variant=variant, beta=1e3, delta=1e-4))
-    assert losses.tolist() == pytest.approx([penalty] * 2, abs=1e-12) and grad == pytest.approx(-slope, abs=1e-9)
+    assert losses.tolist() == pytest.approx([penalty] * 2, abs=1e-12) and grad == pytest.approx(
+        -slope, abs=1e-9
+    )
     assert metrics["round_kl"].item() == pytest.approx(kl) and metrics["mixed"] == 0
     # the official code multiplies a detached hinge by the KL: half the gradient (0.1 and 0.9 here)
     x = torch.tensor(kl, dtype=torch.float64, requires_grad=True)
@@ -188,8 +238,12 @@ def test_groups_without_contrast_still_count_in_the_kl():
     assert loss(logps, ref, batch, Config())[1]["round_kl"].item() == pytest.approx(expected.item())
     batch.scores[1:] = 0
     losses, metrics = loss(logps, ref, batch, Config(delta=0.0))
-    assert metrics["round_kl"].item() == pytest.approx(expected.item()) and metrics["mixed"].item() == pytest.approx(1 / len(ref))
-    assert losses[1:].tolist() == pytest.approx([1e3 * max(expected.item(), 0) ** 2] * (len(ref) - 1))
+    assert metrics["round_kl"].item() == pytest.approx(expected.item()) and metrics[
+        "mixed"
+    ].item() == pytest.approx(1 / len(ref))
+    assert losses[1:].tolist() == pytest.approx(
+        [1e3 * max(expected.item(), 0) ** 2] * (len(ref) - 1)
+    )
 
 
 def test_k1_has_the_gradient_of_the_forward_kl():
@@ -199,12 +253,18 @@ def test_k1_has_the_gradient_of_the_forward_kl():
     old = (counts / 10).double().log()
     logits = tensor([0.3, -0.2, 0.5]).requires_grad_()
     logp = logits.log_softmax(0)
-    kl = loss(logp[action][None, :, None], old[action][None, :, None], batch_of(torch.zeros(1, 10).double()), Config(delta=0.0, beta=1.0))[
-        0
-    ].sqrt()
+    kl = loss(
+        logp[action][None, :, None],
+        old[action][None, :, None],
+        batch_of(torch.zeros(1, 10).double()),
+        Config(delta=0.0, beta=1.0),
+    )[0].sqrt()
     exact = (old.exp() * (old - logp)).sum()
     assert kl.item() == pytest.approx(exact.item())
-    torch.testing.assert_close(torch.autograd.grad(kl.sum(), logits, retain_graph=True)[0], torch.autograd.grad(exact, logits)[0])
+    torch.testing.assert_close(
+        torch.autograd.grad(kl.sum(), logits, retain_graph=True)[0],
+        torch.autograd.grad(exact, logits)[0],
+    )
 
 
 # ---- the baselines
@@ -212,7 +272,12 @@ def test_k1_has_the_gradient_of_the_forward_kl():
 
 @pytest.mark.parametrize(
     ("k", "grpo", "bessel", "dr_grpo"),
-    [(1, 0.330719, 0.309359, 0.109375), (2, 0.433013, 0.405046, 0.1875), (4, 0.5, 0.467707, 0.25), (7, 0.330719, 0.309359, 0.109375)],
+    [
+        (1, 0.330719, 0.309359, 0.109375),
+        (2, 0.433013, 0.405046, 0.1875),
+        (4, 0.5, 0.467707, 0.25),
+        (7, 0.330719, 0.309359, 0.109375),
+    ],
 )
 def test_weight_of_a_question_in_each_method(k, grpo, bessel, dr_grpo):
     """Prop. 1 for 8 responses, k of them right: what multiplies the gradient of the gap."""
@@ -223,8 +288,14 @@ def test_weight_of_a_question_in_each_method(k, grpo, bessel, dr_grpo):
         grad = gradient(same, same.detach(), batch, cfg)[0, :, 0] * (cfg.normaliser or 1.0)
         assert grad.sum().item() == pytest.approx(0, abs=1e-12)
         weight[cfg.variant] = -grad[:k].sum().item()
-    assert weight["grpo"] == pytest.approx(grpo, abs=1e-6) == pytest.approx(math.sqrt(k / 8 * (1 - k / 8)), abs=1e-6)
-    assert weight["grpo"] * math.sqrt(7 / 8) == pytest.approx(bessel, abs=1e-6)  # with the n - 1 of the official code
+    assert (
+        weight["grpo"]
+        == pytest.approx(grpo, abs=1e-6)
+        == pytest.approx(math.sqrt(k / 8 * (1 - k / 8)), abs=1e-6)
+    )
+    assert weight["grpo"] * math.sqrt(7 / 8) == pytest.approx(
+        bessel, abs=1e-6
+    )  # with the n - 1 of the official code
     assert weight["dr_grpo"] == pytest.approx(dr_grpo, abs=1e-6)
     assert weight["dapo"] == pytest.approx(weight["grpo"])
     assert weight["disco"] == pytest.approx(1) == pytest.approx(weight["disco_b"])
@@ -236,7 +307,9 @@ def test_proposition_1_with_clipping(variant, high):
     g = torch.Generator().manual_seed(5)
     ref = -torch.rand(9, 8, 3, generator=g, dtype=torch.float64)
     logps = ref + 0.5 * torch.randn(ref.shape, generator=g, dtype=torch.float64)
-    batch = batch_of((torch.rand(9, 8, generator=g) < 0.4).double(), torch.ones(9, 8, 3, dtype=torch.bool))
+    batch = batch_of(
+        (torch.rand(9, 8, generator=g) < 0.4).double(), torch.ones(9, 8, 3, dtype=torch.bool)
+    )
     losses, _ = loss(logps, ref, batch, Config(variant=variant))
     ratio, right = (logps - ref).exp(), batch.scores == 1
     assert ((ratio > 1.28) | (ratio < 0.8)).any()
@@ -260,27 +333,49 @@ def test_ragged_groups_against_the_definition(variant):
             A = (rewards[k] - rewards.mean()) / spread if spread > 0 else tensor(0.0)
             ratio = (logps[b, k] - ref[b, k])[batch.mask[b, k]].exp()
             token = torch.minimum(ratio * A, ratio.clamp(1 - cfg.epsilon, 1 + high) * A)
-            terms.append({"grpo": token.mean(), "dr_grpo": token.sum() / 48, "dapo": token.sum() * len(n) / total}[variant])
+            terms.append(
+                {
+                    "grpo": token.mean(),
+                    "dr_grpo": token.sum() / 48,
+                    "dapo": token.sum() * len(n) / total,
+                }[variant]
+            )
         rows.append(-torch.stack(terms).sum() / (1 if variant == "dapo" else n[b]))
     losses, _ = loss(logps, ref, batch, cfg)
     torch.testing.assert_close(losses, torch.stack(rows))
-    torch.testing.assert_close(gradient(logps, ref, batch, cfg), torch.autograd.grad(torch.stack(rows).mean(), logps)[0])
+    torch.testing.assert_close(
+        gradient(logps, ref, batch, cfg), torch.autograd.grad(torch.stack(rows).mean(), logps)[0]
+    )
 
 
 # ---- batches
 
 
-@pytest.mark.parametrize("cfg", [Config(), Config(score="l_ratio"), Config(variant="disco_b"), *(Config(variant=v) for v in BASELINES)])
+@pytest.mark.parametrize(
+    "cfg",
+    [
+        Config(),
+        Config(score="l_ratio"),
+        Config(variant="disco_b"),
+        *(Config(variant=v) for v in BASELINES),
+    ],
+)
 def test_no_group_mixed_is_a_differentiable_zero(cfg):
     _, ref, batch, _ = ragged(7)
     same = ref.clone().requires_grad_()
     for right in (True, False):
         batch.scores = (batch.mask.any(-1) & right).double()
         losses, metrics = loss(same, ref, batch, cfg)
-        assert (losses == 0).all() and (gradient(same, ref, batch, cfg) == 0).all() and metrics["mixed"] == 0
+        assert (
+            (losses == 0).all()
+            and (gradient(same, ref, batch, cfg) == 0).all()
+            and metrics["mixed"] == 0
+        )
 
 
-@pytest.mark.parametrize("cfg", [Config(), Config(variant="disco_b"), Config(variant="grpo"), Config(variant="dr_grpo")])
+@pytest.mark.parametrize(
+    "cfg", [Config(), Config(variant="disco_b"), Config(variant="grpo"), Config(variant="dr_grpo")]
+)
 def test_absent_responses_change_nothing(cfg):
     logps, ref, batch, n = ragged(8)
     logps = logps.detach()
@@ -290,7 +385,10 @@ def test_absent_responses_change_nothing(cfg):
         alone = batch_of(batch.scores[one, :m], batch.mask[one, :m])
         value, _ = loss(logps[one, :m], ref[one, :m], alone, cfg)
         if cfg.beta is not None:  # the penalty belongs to the mini-batch
-            kls = [loss(*x, cfg)[1]["round_kl"] for x in ((logps, ref, batch), (logps[one, :m], ref[one, :m], alone))]
+            kls = [
+                loss(*x, cfg)[1]["round_kl"]
+                for x in ((logps, ref, batch), (logps[one, :m], ref[one, :m], alone))
+            ]
             whole, own = (cfg.beta * (kl - cfg.delta).clamp(min=0).square() for kl in kls)
             value = value + whole - own
         torch.testing.assert_close(losses[one], value)
@@ -343,10 +441,16 @@ def test_config_is_checked(fields):
 
 def test_every_variant_has_its_defaults():
     idle = dict(epsilon=None, epsilon_high=None, normaliser=None)
-    assert vars(Config()) == dict(variant="disco", score="l_ratio", tau=1.0, delta=0.001, beta=1000.0, estimator="k1") | idle
+    assert (
+        vars(Config())
+        == dict(variant="disco", score="l_ratio", tau=1.0, delta=0.001, beta=1000.0, estimator="k1")
+        | idle
+    )
     assert Config(score="log_l").tau == 10 and Config(variant="disco_b").tau is None
     assert (
-        Config(variant="grpo").epsilon == 0.2 and Config(variant="dapo").epsilon_high == 0.28 and Config(variant="dr_grpo").normaliser == 48
+        Config(variant="grpo").epsilon == 0.2
+        and Config(variant="dapo").epsilon_high == 0.28
+        and Config(variant="dr_grpo").normaliser == 48
     )
 
 
@@ -359,7 +463,12 @@ def test_tables():
     assert found["disco_b"] == [17, 44, 69, 91, 114]
     assert found["grpo"] == pytest.approx([18, 53, 109, 194, 358], rel=0.01)
     assert found["dr_grpo"] == pytest.approx([18, 66, 194, 532, 1688], rel=0.025)
-    assert [found[f"tau {tau}"] for tau in (None, 10.0, 1.0, 0.3)] == [[47, 65], [45, 65], [36, 62], [35, 61]]
+    assert [found[f"tau {tau}"] for tau in (None, 10.0, 1.0, 0.3)] == [
+        [47, 65],
+        [45, 65],
+        [36, 62],
+        [35, 61],
+    ]
 
 
 def region(g):
@@ -379,13 +488,23 @@ def at_rest(gradient, low=0.0, high=2.0):
 def test_the_penalty_holds_the_kl_near_delta_whatever_the_score():
     """At rest 2 beta (KL - delta) KL' = J'. With a KL of constant weight the score's scale decides: at weight 1 log_l has no optimum at
     all, and at 10 the two scores end a factor of 1.9 apart."""
-    slope = {"log_l": lambda p: 1.0, "l_ratio": lambda p: (1 / 0.2 + 1 / 0.8) * p * (1 - p)}  # J' in the gap
-    for score, expected in (("l_ratio", (0.01068, 0.01773, 0.05472)), ("log_l", (0.00951, 0.01638, 0.05336))):
+    slope = {
+        "log_l": lambda p: 1.0,
+        "l_ratio": lambda p: (1 / 0.2 + 1 / 0.8) * p * (1 - p),
+    }  # J' in the gap
+    for score, expected in (
+        ("l_ratio", (0.01068, 0.01773, 0.05472)),
+        ("log_l", (0.00951, 0.01638, 0.05336)),
+    ):
         for delta, known in zip((0.001, 0.01, 0.05), expected):
             kl = at_rest(lambda kl, dkl, p: 2e3 * max(kl - delta, 0) * dkl - slope[score](p))
             assert kl == pytest.approx(known, abs=1e-5)
-            assert stationary_kl(Config("disco_b", score=score, delta=delta)) == pytest.approx(kl, abs=1e-6)
-    log_l, l_ratio = (at_rest(lambda kl, dkl, p: 10 * dkl - slope[score](p)) for score in ("log_l", "l_ratio"))
+            assert stationary_kl(Config("disco_b", score=score, delta=delta)) == pytest.approx(
+                kl, abs=1e-6
+            )
+    log_l, l_ratio = (
+        at_rest(lambda kl, dkl, p: 10 * dkl - slope[score](p)) for score in ("log_l", "l_ratio")
+    )
     assert l_ratio / log_l == pytest.approx(1.86, abs=0.01)
     assert all(region(g)[1] < 1.0 for g in (1.0, 10.0, 30.0))
 
@@ -395,14 +514,22 @@ def test_k3_of_ratios_that_are_not_symmetric():
     batch = SimpleNamespace(mask=torch.ones(1, 2, 1, dtype=torch.bool), scores=tensor([[1.0, 0.0]]))
     change = tensor([[[0.5], [0.2]]]).requires_grad_()
     _, metrics = loss(ref + change, ref, batch, Config(estimator="k3"))
-    assert metrics["round_kl"].item() == pytest.approx((math.exp(0.5) - 1.5 + math.exp(0.2) - 1.2) / 2)
+    assert metrics["round_kl"].item() == pytest.approx(
+        (math.exp(0.5) - 1.5 + math.exp(0.2) - 1.2) / 2
+    )
     assert not any(value.requires_grad for value in metrics.values())
 
 
 @pytest.mark.parametrize(("prompts", "questions", "every"), [(None, 64, 4), (40, 40, 3), (5, 5, 1)])
 def test_an_outer_step_samples_afresh_and_takes_one_step_a_mini_batch(prompts, questions, every):
     seen = {}
-    lab = SimpleNamespace(settings=SimpleNamespace(prompts=prompts), prompts=4096, batch_size=16, k=8, base=lambda: "base")
+    lab = SimpleNamespace(
+        settings=SimpleNamespace(prompts=prompts),
+        prompts=4096,
+        batch_size=16,
+        k=8,
+        base=lambda: "base",
+    )
     lab.preferences = lambda policy, k, n, ties: (policy, k, n, ties)
     lab.align = lambda policy, data, loss, cfg, **how: seen.update(how, rows=data("now", 3))
     run(lab, Config())
@@ -410,7 +537,10 @@ def test_an_outer_step_samples_afresh_and_takes_one_step_a_mini_batch(prompts, q
 
 
 def test_groups_of_two_that_are_all_right_or_all_wrong_stay():
-    lab = Lab(Settings(world="arithmetic", k=2, steps=1, batch_size=4, base_steps=1, eval_size=2), quiet=True)
+    lab = Lab(
+        Settings(world="arithmetic", k=2, steps=1, batch_size=4, base_steps=1, eval_size=2),
+        quiet=True,
+    )
     lab.world.reward = lambda prompts, responses: torch.ones(len(responses), dtype=torch.float64)
     seen = []
     lab.align = lambda policy, data, *rest, **how: seen.extend(data(policy, 0))
@@ -421,17 +551,33 @@ def test_groups_of_two_that_are_all_right_or_all_wrong_stay():
 def test_no_infinity_meets_the_gradient():
     """A group without a wrong response under anomaly detection, which reports a NaN even where a mask takes it away again."""
     logps = torch.full((2, 3, 2), -1.0, dtype=torch.float64, requires_grad=True)
-    batch = SimpleNamespace(mask=torch.ones(2, 3, 2, dtype=torch.bool), scores=tensor([[1.0, 0.0, 1.0], [1.0, 1.0, 1.0]]))
+    batch = SimpleNamespace(
+        mask=torch.ones(2, 3, 2, dtype=torch.bool),
+        scores=tensor([[1.0, 0.0, 1.0], [1.0, 1.0, 1.0]]),
+    )
     with torch.autograd.set_detect_anomaly(True):
         loss(logps, logps.detach(), batch, Config())[0].sum().backward()
 
 
 @pytest.mark.parametrize("margin", [1e2, -1e2, 1e4, -1e4])
 @pytest.mark.parametrize(
-    "fields", [dict(variant="grpo"), dict(variant="dapo"), dict(variant="dr_grpo"), dict(score="l_ratio"), dict(score="log_l")]
+    "fields",
+    [
+        dict(variant="grpo"),
+        dict(variant="dapo"),
+        dict(variant="dr_grpo"),
+        dict(score="l_ratio"),
+        dict(score="log_l"),
+    ],
 )
 def test_far_from_pi_old_loss_and_gradient_stay_finite_in_float32(fields, margin):
     logps = torch.tensor([[[margin], [-1.0], [0.5]]], requires_grad=True)
-    losses, metrics = loss(logps, torch.zeros(1, 3, 1), batch_of([[1.0, 0.0, 0.0]]), Config(**fields))
+    losses, metrics = loss(
+        logps, torch.zeros(1, 3, 1), batch_of([[1.0, 0.0, 0.0]]), Config(**fields)
+    )
     (gradient,) = torch.autograd.grad(losses.sum(), logps)
-    assert losses.isfinite().all() and gradient.isfinite().all() and all(value.isfinite() for value in metrics.values())
+    assert (
+        losses.isfinite().all()
+        and gradient.isfinite().all()
+        and all(value.isfinite() for value in metrics.values())
+    )

@@ -23,7 +23,10 @@ def ragged(rows=5, length=7, seed=0):
     rng = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, length + 1, (rows, 2, 1), generator=rng)
     mask = torch.arange(length) < lengths
-    logps, ref_logps = (-3 * torch.rand(rows, 2, length, generator=rng, dtype=torch.float64) * mask for _ in range(2))
+    logps, ref_logps = (
+        -3 * torch.rand(rows, 2, length, generator=rng, dtype=torch.float64) * mask
+        for _ in range(2)
+    )
     return logps.requires_grad_(), ref_logps, SimpleNamespace(mask=mask)
 
 
@@ -36,7 +39,9 @@ def test_at_the_reference_the_loss_is_ln_2_and_the_gradient_half_beta():
     torch.testing.assert_close(grad, expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("beta, value, slope", [(0.1, 0.620957, -0.0462570), (0.5, 0.386871, -0.160411)])
+@pytest.mark.parametrize(
+    "beta, value, slope", [(0.1, 0.620957, -0.0462570), (0.5, 0.386871, -0.160411)]
+)
 def test_the_worked_example(beta, value, slope):
     logps, ref_logps, batch = pairs(-12.0, -14.0, -13.0, -13.5)
     losses, metrics = loss(logps, ref_logps, batch, Config(beta=beta))
@@ -49,16 +54,25 @@ def test_the_worked_example(beta, value, slope):
 
 def test_without_a_reference_the_example_gives_its_value():
     logps, _, batch = pairs(-12.0, -14.0, -13.0, -13.5)
-    assert loss(logps, torch.zeros_like(logps), batch, Config(beta=0.1))[0].item() == pytest.approx(0.598139, abs=1e-6)
+    assert loss(logps, torch.zeros_like(logps), batch, Config(beta=0.1))[0].item() == pytest.approx(
+        0.598139, abs=1e-6
+    )
 
 
 def test_swapping_the_pair_changes_the_loss_by_the_margin():
     logps, ref_logps, batch = ragged()
     beta = 0.7
     there, _ = loss(logps, ref_logps, batch, Config(beta=beta))
-    back, _ = loss(logps.flip(1), ref_logps.flip(1), SimpleNamespace(mask=batch.mask.flip(1)), Config(beta=beta))
+    back, _ = loss(
+        logps.flip(1),
+        ref_logps.flip(1),
+        SimpleNamespace(mask=batch.mask.flip(1)),
+        Config(beta=beta),
+    )
     ratio = (logps - ref_logps).sum(-1)
-    torch.testing.assert_close(there - back, -beta * (ratio[:, 0] - ratio[:, 1]), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        there - back, -beta * (ratio[:, 0] - ratio[:, 1]), rtol=0, atol=1e-12
+    )
 
 
 def test_gradient_is_the_closed_form():
@@ -67,9 +81,13 @@ def test_gradient_is_the_closed_form():
     (grad,) = torch.autograd.grad(loss(logps, ref_logps, batch, Config(beta=beta))[0].sum(), logps)
     ratio = (logps - ref_logps).sum(-1).detach()
     weight = beta * torch.sigmoid(-beta * (ratio[:, 0] - ratio[:, 1]))
-    expected = torch.stack([-weight, weight], 1)[..., None].expand_as(grad)  # the same for every token: SUM, not mean
+    expected = torch.stack([-weight, weight], 1)[..., None].expand_as(
+        grad
+    )  # the same for every token: SUM, not mean
     torch.testing.assert_close(grad, expected, rtol=0, atol=1e-12)
-    assert torch.autograd.gradcheck(lambda x: loss(x, ref_logps, batch, Config(beta=beta))[0], logps)
+    assert torch.autograd.gradcheck(
+        lambda x: loss(x, ref_logps, batch, Config(beta=beta))[0], logps
+    )
 
 
 def test_invariances():
@@ -79,12 +97,23 @@ def test_invariances():
     shift = torch.tensor([1.5, -2.0, 0.3, 4.0, -0.7], dtype=torch.float64)[:, None, None]
     first = torch.zeros_like(logps)
     first[..., 0] = 1.0  # a constant of the prompt on both responses, on either model
-    torch.testing.assert_close(loss(logps + shift * first, ref_logps, batch, cfg)[0], losses, rtol=0, atol=1e-12)
-    torch.testing.assert_close(loss(logps, ref_logps + shift * first, batch, cfg)[0], losses, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        loss(logps + shift * first, ref_logps, batch, cfg)[0], losses, rtol=0, atol=1e-12
+    )
+    torch.testing.assert_close(
+        loss(logps, ref_logps + shift * first, batch, cfg)[0], losses, rtol=0, atol=1e-12
+    )
     padded = [torch.nn.functional.pad(x, (0, 3)) for x in (logps, ref_logps, batch.mask)]
-    torch.testing.assert_close(loss(padded[0], padded[1], SimpleNamespace(mask=padded[2]), cfg)[0], losses, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        loss(padded[0], padded[1], SimpleNamespace(mask=padded[2]), cfg)[0],
+        losses,
+        rtol=0,
+        atol=1e-12,
+    )
     for b in range(5):
-        one = loss(logps[b : b + 1], ref_logps[b : b + 1], SimpleNamespace(mask=batch.mask[b : b + 1]), cfg)[0]
+        one = loss(
+            logps[b : b + 1], ref_logps[b : b + 1], SimpleNamespace(mask=batch.mask[b : b + 1]), cfg
+        )[0]
         torch.testing.assert_close(one[0], losses[b], rtol=0, atol=1e-12)
 
 
@@ -93,7 +122,9 @@ def test_plackett_luce_of_two_is_dpo():
     full = sum(torch.logsumexp(rewards[k:], 0) - rewards[k] for k in range(3))
     assert full.item() == pytest.approx(1.204948, abs=1e-6)
     logps, ref_logps, batch = pairs(0.5, 0.1, 0.0, 0.0)
-    assert loss(logps, ref_logps, batch, Config(beta=1.0))[0].item() == pytest.approx(0.513015, abs=1e-6)
+    assert loss(logps, ref_logps, batch, Config(beta=1.0))[0].item() == pytest.approx(
+        0.513015, abs=1e-6
+    )
 
 
 def test_huge_margins_stay_finite_in_every_dtype():
@@ -102,7 +133,9 @@ def test_huge_margins_stay_finite_in_every_dtype():
             logps = torch.tensor([[[margin], [0.0]]], dtype=dtype, requires_grad=True)
             batch = SimpleNamespace(mask=torch.ones(1, 2, 1, dtype=torch.bool))
             losses, _ = loss(logps, torch.zeros_like(logps), batch, Config(beta=1.0))
-            assert losses.isfinite().all() and losses.dtype == torch.promote_types(dtype, torch.float32)
+            assert losses.isfinite().all() and losses.dtype == torch.promote_types(
+                dtype, torch.float32
+            )
             assert torch.autograd.grad(losses.sum(), logps)[0].isfinite().all()
 
 
@@ -133,11 +166,20 @@ def test_what_is_no_pair_is_refused():
 def test_the_chosen_probability_can_fall_while_the_loss_falls():
     """One shared parameter with features (chosen, rejected, other) = (1, 2, 0); the optimum lies at -inf."""
     reference = torch.zeros(3, dtype=torch.float64).log_softmax(0)
-    for theta, p_chosen, value in [(0, 0.33333, 0.693147), (-1, 0.24473, 0.644397), (-2, 0.11731, 0.598139), (-4, 0.01798, 0.513015)]:
+    for theta, p_chosen, value in [
+        (0, 0.33333, 0.693147),
+        (-1, 0.24473, 0.644397),
+        (-2, 0.11731, 0.598139),
+        (-4, 0.01798, 0.513015),
+    ]:
         logp = (theta * torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64)).log_softmax(0)
         assert logp[0].exp().item() == pytest.approx(p_chosen, abs=1e-5)
-        logps, ref_logps, batch = pairs(logp[0].item(), logp[1].item(), reference[0].item(), reference[1].item())
-        assert loss(logps, ref_logps, batch, Config(beta=0.1))[0].item() == pytest.approx(value, abs=1e-6)
+        logps, ref_logps, batch = pairs(
+            logp[0].item(), logp[1].item(), reference[0].item(), reference[1].item()
+        )
+        assert loss(logps, ref_logps, batch, Config(beta=0.1))[0].item() == pytest.approx(
+            value, abs=1e-6
+        )
 
 
 @pytest.mark.parametrize("beta", [0.2, 0.5, 1.0, 2.0])
@@ -150,7 +192,9 @@ def test_the_population_gradient_vanishes_at_the_optimum_of_every_beta(beta):
 
     def gradient(policy):
         losses, _ = loss(policy.logps(batch), ref_logps, batch, Config(beta=beta))
-        return torch.autograd.grad((losses * batch.weight).mean(), policy.logits)[0].abs().max().item()
+        return (
+            torch.autograd.grad((losses * batch.weight).mean(), policy.logits)[0].abs().max().item()
+        )
 
     assert gradient(policy) < 1e-7
     policy.set_log_probs(reference.log_probs())

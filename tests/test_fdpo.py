@@ -45,14 +45,20 @@ def config(kind, beta=1.0):
 def pair(chosen, rejected, dtype=torch.float64):
     """One pair of one-token responses with these log-ratios to a zero reference."""
     logps = torch.tensor([[[chosen], [rejected]]], dtype=dtype, requires_grad=True)
-    return logps, torch.zeros_like(logps), SimpleNamespace(mask=torch.ones(1, 2, 1, dtype=torch.bool))
+    return (
+        logps,
+        torch.zeros_like(logps),
+        SimpleNamespace(mask=torch.ones(1, 2, 1, dtype=torch.bool)),
+    )
 
 
 def ragged(rows=5, length=7, seed=0, dtype=torch.float64):
     """Random log-probs of ragged responses, 0 outside the mask."""
     rng = torch.Generator().manual_seed(seed)
     mask = torch.arange(length) < torch.randint(1, length + 1, (rows, 2, 1), generator=rng)
-    logps, ref_logps = (-2 * torch.rand(rows, 2, length, generator=rng, dtype=dtype) * mask for _ in range(2))
+    logps, ref_logps = (
+        -2 * torch.rand(rows, 2, length, generator=rng, dtype=dtype) * mask for _ in range(2)
+    )
     return logps.requires_grad_(), ref_logps, SimpleNamespace(mask=mask)
 
 
@@ -89,12 +95,20 @@ def test_the_worked_example(kind, delta, value, chosen, rejected):
     assert losses.item() == pytest.approx(value, abs=1e-6)
     assert gradient.flatten().tolist() == pytest.approx([chosen, rejected], abs=1e-6)
     metrics = loss(*pair(1.0, -0.5), cfg)[1]
-    assert metrics["weight"].item() == pytest.approx(-math.expm1(-value), abs=1e-6) and metrics["clamped"] == 0
+    assert (
+        metrics["weight"].item() == pytest.approx(-math.expm1(-value), abs=1e-6)
+        and metrics["clamped"] == 0
+    )
 
 
 @pytest.mark.parametrize(
     ("kind", "slopes"),
-    [("js", (0.95257, 0.5, 0.04743)), ("fkl", (20.08554, 1, 0.04979)), ("alpha 0.5", (4.48169, 1, 0.22313)), ("rkl", (1, 1, 1))],
+    [
+        ("js", (0.95257, 0.5, 0.04743)),
+        ("fkl", (20.08554, 1, 0.04979)),
+        ("alpha 0.5", (4.48169, 1, 0.22313)),
+        ("rkl", (1, 1, 1)),
+    ],
 )
 def test_the_slope_of_the_score(kind, slopes):
     rho = torch.tensor([-3.0, 0.0, 3.0], dtype=torch.float64, requires_grad=True)
@@ -129,9 +143,14 @@ def test_the_ends_of_alpha():
     near, end = (value_and_gradient(*inputs, Config(0.3, "alpha", a)) for a in (1e-6, 0.0))
     for x, y in zip(near, end):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
-    one, forward = value_and_gradient(*inputs, Config(0.3, "alpha", 1.0)), value_and_gradient(*inputs, config("fkl", 0.3))
+    one, forward = (
+        value_and_gradient(*inputs, Config(0.3, "alpha", 1.0)),
+        value_and_gradient(*inputs, config("fkl", 0.3)),
+    )
     assert torch.equal(one[0], forward[0]) and torch.equal(one[1], forward[1])
-    assert Config(divergence="alpha").order == 0.5 and Config(0.3, "alpha") != Config(0.3, "alpha", 0.5)
+    assert Config(divergence="alpha").order == 0.5 and Config(0.3, "alpha") != Config(
+        0.3, "alpha", 0.5
+    )
 
 
 def test_a_small_alpha_does_not_cancel():
@@ -183,10 +202,19 @@ def test_ragged_responses_values_and_gradients_of_the_closed_form(kind):
     s = (1 - u**-cfg.order) / cfg.order if s is None else s
     z = 0.7 * (s[:, 0] - s[:, 1])
     torch.testing.assert_close(losses, -F.logsigmoid(z), rtol=0, atol=1e-10)
-    weight = 0.7 * torch.sigmoid(-z)[:, None] * slope(kind, rho) * torch.tensor([-1.0, 1.0], dtype=torch.float64)
-    torch.testing.assert_close(gradient, weight[..., None].expand_as(gradient), rtol=0, atol=1e-10)  # a SUM over tokens
+    weight = (
+        0.7
+        * torch.sigmoid(-z)[:, None]
+        * slope(kind, rho)
+        * torch.tensor([-1.0, 1.0], dtype=torch.float64)
+    )
+    torch.testing.assert_close(
+        gradient, weight[..., None].expand_as(gradient), rtol=0, atol=1e-10
+    )  # a SUM over tokens
     assert torch.autograd.gradcheck(lambda x: loss(x, ref_logps, batch, cfg)[0], logps)
-    assert torch.autograd.gradcheck(lambda x: loss(logps.detach(), x, batch, cfg)[0], ref_logps.clone().requires_grad_())
+    assert torch.autograd.gradcheck(
+        lambda x: loss(logps.detach(), x, batch, cfg)[0], ref_logps.clone().requires_grad_()
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -204,12 +232,18 @@ def test_swaps_padding_and_the_other_rows(kind):
     cfg = config(kind, 0.4)
     plain = loss(logps, ref_logps, batch, cfg)[0]
     back = loss(logps.flip(1), ref_logps.flip(1), SimpleNamespace(mask=batch.mask.flip(1)), cfg)[0]
-    torch.testing.assert_close(torch.exp(-plain) + torch.exp(-back), torch.ones_like(plain))  # z changes its sign
+    torch.testing.assert_close(
+        torch.exp(-plain) + torch.exp(-back), torch.ones_like(plain)
+    )  # z changes its sign
     wide = SimpleNamespace(mask=F.pad(batch.mask, (0, 3)))
-    torch.testing.assert_close(loss(F.pad(logps, (0, 3)), F.pad(ref_logps, (0, 3)), wide, cfg)[0], plain)
+    torch.testing.assert_close(
+        loss(F.pad(logps, (0, 3)), F.pad(ref_logps, (0, 3)), wide, cfg)[0], plain
+    )
     for b in range(5):
         one = SimpleNamespace(mask=batch.mask[b : b + 1])
-        torch.testing.assert_close(loss(logps[b : b + 1], ref_logps[b : b + 1], one, cfg)[0][0], plain[b])
+        torch.testing.assert_close(
+            loss(logps[b : b + 1], ref_logps[b : b + 1], one, cfg)[0][0], plain[b]
+        )
 
 
 # ---- numbers
@@ -218,7 +252,14 @@ def test_swaps_padding_and_the_other_rows(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_huge_ratios_stay_finite(kind, dtype):
-    for chosen, rejected in ((1e4, -1e4), (-1e4, 1e4), (-1e4, -1e4), (1e4, 1e4), (90.0, -90.0), (-90.0, 90.0)):
+    for chosen, rejected in (
+        (1e4, -1e4),
+        (-1e4, 1e4),
+        (-1e4, -1e4),
+        (1e4, 1e4),
+        (90.0, -90.0),
+        (-90.0, 90.0),
+    ):
         logps, ref_logps, batch = pair(chosen, rejected, dtype)
         losses, metrics = loss(logps, ref_logps, batch, config(kind, 0.1))
         assert losses.isfinite().all() and losses.dtype == torch.promote_types(dtype, torch.float32)
@@ -240,7 +281,9 @@ def test_the_norm_of_a_gradient_fits_into_float32(chosen):
     logps, ref_logps, batch = pair(chosen, 0.0, torch.float32)
     losses, _ = loss(logps.detach() + weights.sum(), ref_logps, batch, config("fkl", 1.0))
     losses.sum().backward()
-    assert torch.nn.utils.clip_grad_norm_([weights], 1.0).isfinite() and weights.grad.isfinite().all()
+    assert (
+        torch.nn.utils.clip_grad_norm_([weights], 1.0).isfinite() and weights.grad.isfinite().all()
+    )
 
 
 def test_forward_kl_saturates_long_before():
@@ -287,16 +330,42 @@ def test_what_is_no_pair_is_refused():
 
 ROWS = [
     ("rkl", 1.0, (0.63641, 0.23412, 0.08613, 0.03168, 0.01166), 1.4519, 1.0000, 0.6095, 0.60947),
-    ("alpha 0.3", 1.0, (0.65262, 0.19913, 0.08313, 0.04163, 0.02349), 1.4158, 1.0271, 0.5823, 0.58769),
-    ("alpha 0.5", 1.0, (0.65774, 0.18091, 0.08309, 0.04752, 0.03072), 1.3874, 1.0434, 0.5661, 0.56916),
-    ("alpha 0.7", 1.0, (0.65849, 0.16706, 0.08407, 0.05298, 0.03739), 1.3563, 1.0608, 0.5487, 0.54835),
+    (
+        "alpha 0.3",
+        1.0,
+        (0.65262, 0.19913, 0.08313, 0.04163, 0.02349),
+        1.4158,
+        1.0271,
+        0.5823,
+        0.58769,
+    ),
+    (
+        "alpha 0.5",
+        1.0,
+        (0.65774, 0.18091, 0.08309, 0.04752, 0.03072),
+        1.3874,
+        1.0434,
+        0.5661,
+        0.56916,
+    ),
+    (
+        "alpha 0.7",
+        1.0,
+        (0.65849, 0.16706, 0.08407, 0.05298, 0.03739),
+        1.3563,
+        1.0608,
+        0.5487,
+        0.54835,
+    ),
     ("fkl", 1.0, (0.65322, 0.15312, 0.08672, 0.06049, 0.04644), 1.3062, 1.0898, 0.5196, 0.51499),
     ("js", 1.0, (0.87817, 0.08557, 0.02478, 0.00845, 0.00303), 1.8274, 0.4740, 1.1355, 0.56570),
 ]
 
 
 @pytest.mark.parametrize(("kind", "beta", "probs", "reward", "entropy", "kl", "distance"), ROWS)
-def test_c1_every_divergence_reaches_its_own_optimum(kind, beta, probs, reward, entropy, kl, distance):
+def test_c1_every_divergence_reaches_its_own_optimum(
+    kind, beta, probs, reward, entropy, kl, distance
+):
     world, cfg = five(), config(kind, beta)
     pairs = world.pairs_all()
     table, batch = population(world, pairs, cfg), collate(pairs)
@@ -304,17 +373,34 @@ def test_c1_every_divergence_reaches_its_own_optimum(kind, beta, probs, reward, 
     assert table.probs()[0].tolist() == pytest.approx(probs, abs=1e-5)
     found = measured(world, table, cfg)
     names = ("reward", "entropy", "kl", "divergence", "least", "ece")
-    assert [found[n] for n in names] == pytest.approx([reward, entropy, kl, distance, min(probs), 0.0], abs=6e-5)
+    assert [found[n] for n in names] == pytest.approx(
+        [reward, entropy, kl, distance, min(probs), 0.0], abs=6e-5
+    )
     assert (found["ece_log"] < 1e-6) == (kind == "rkl")
-    value = (loss(table.logps(batch), world.model().double().logps(batch), batch, cfg)[0] * batch.weight.double()).mean().item()
-    assert value == pytest.approx(0.389664, abs=1e-6)  # the entropy of the labels, whatever the divergence
+    value = (
+        (
+            loss(table.logps(batch), world.model().double().logps(batch), batch, cfg)[0]
+            * batch.weight.double()
+        )
+        .mean()
+        .item()
+    )
+    assert value == pytest.approx(
+        0.389664, abs=1e-6
+    )  # the entropy of the labels, whatever the divergence
 
 
 def test_c2_reward_against_entropy_at_one_beta():
     order = ("rkl", "alpha 0.3", "alpha 0.5", "alpha 0.7", "fkl")
-    found = [measured(five(), optimum(five(), config(kind, 0.5)), config(kind, 0.5)) for kind in order]
-    assert [x["reward"] for x in found] == pytest.approx([1.8437, 1.8017, 1.7553, 1.7035, 1.6238], abs=6e-5)
-    assert [x["entropy"] for x in found] == pytest.approx([0.4579, 0.5203, 0.5800, 0.6424, 0.7320], abs=1e-4)
+    found = [
+        measured(five(), optimum(five(), config(kind, 0.5)), config(kind, 0.5)) for kind in order
+    ]
+    assert [x["reward"] for x in found] == pytest.approx(
+        [1.8437, 1.8017, 1.7553, 1.7035, 1.6238], abs=6e-5
+    )
+    assert [x["entropy"] for x in found] == pytest.approx(
+        [0.4579, 0.5203, 0.5800, 0.6424, 0.7320], abs=1e-4
+    )
     js = measured(five(), optimum(five(), config("js", 2.0)), config("js", 2.0))
     assert (js["reward"], js["entropy"]) == pytest.approx((1.4465, 0.9900), abs=6e-5)
 
@@ -323,9 +409,15 @@ def test_c3_coverage_at_one_reward():
     contest = (("rkl", 1.0705), ("js", 2.1294), ("alpha 0.5", 0.9816), ("fkl", 0.8410))
     found = [measured(five(), optimum(five(), config(*one)), config(*one)) for one in contest]
     assert [x["reward"] for x in found] == pytest.approx([1.4] * 4, abs=1e-4)
-    assert [x["least"] for x in found] == pytest.approx([0.01461, 0.02655, 0.02990, 0.03966], abs=1e-5)
-    assert [x["forward_kl"] for x in found] == pytest.approx([0.7485, 0.6454, 0.6351, 0.6173], abs=1e-4)
-    assert [x["entropy"] for x in found] == pytest.approx([1.0502, 1.0360, 1.0311, 0.9978], abs=1e-4)
+    assert [x["least"] for x in found] == pytest.approx(
+        [0.01461, 0.02655, 0.02990, 0.03966], abs=1e-5
+    )
+    assert [x["forward_kl"] for x in found] == pytest.approx(
+        [0.7485, 0.6454, 0.6351, 0.6173], abs=1e-4
+    )
+    assert [x["entropy"] for x in found] == pytest.approx(
+        [1.0502, 1.0360, 1.0311, 0.9978], abs=1e-4
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -353,7 +445,11 @@ def test_the_table_of_a_tradeoff(tmp_path, monkeypatch):
     monkeypatch.setattr(fdpo, "on_text", lambda here, contest: dict.fromkeys(contest, ends))
     claim(Lab(Settings(), str(tmp_path), quiet=True))
     page = (tmp_path / "tradeoff.txt").read_text()
-    assert page.startswith("five responses") and page.count("rkl") == page.count("fkl") == 2 and page.endswith("\n")
+    assert (
+        page.startswith("five responses")
+        and page.count("rkl") == page.count("fkl") == 2
+        and page.endswith("\n")
+    )
 
 
 # ---- the run
@@ -363,7 +459,12 @@ def test_a_run_learns_and_shared_scaffold():
     lab = Lab(Settings(world="bandit", steps=60, batch_size=256, prompts=2048), quiet=True)
     gains = {}
     for kind in ("rkl", "fkl", "js"):
-        gains[kind] = lab.evaluate(run(lab, config(kind, 0.5)))["reward"] - lab.evaluate(lab.reference)["reward"]
+        gains[kind] = (
+            lab.evaluate(run(lab, config(kind, 0.5)))["reward"]
+            - lab.evaluate(lab.reference)["reward"]
+        )
     assert min(gains.values()) > 0.5 and gains["fkl"] < gains["rkl"]
-    assert inspect.getsource(run) == inspect.getsource(dpo.run) and inspect.getsource(check_pairs) == inspect.getsource(dpo.check_pairs)
+    assert inspect.getsource(run) == inspect.getsource(dpo.run) and inspect.getsource(
+        check_pairs
+    ) == inspect.getsource(dpo.check_pairs)
     assert inspect.getsource(population) == inspect.getsource(rdpo.population)

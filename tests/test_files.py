@@ -11,18 +11,30 @@ from data import DataError, chat_template, plain_chat
 from toy.files import read_preferences, split
 
 PAIR = {"prompt": "2 + 2 is", "chosen": " 4", "rejected": " 5"}
-GRADED = {"prompt": "Add 3 and 4.", "responses": ["3 + 4 = 7", "3 + 4 = 8", "7 it is"], "scores": [1.0, 0.0, 1.0]}
+GRADED = {
+    "prompt": "Add 3 and 4.",
+    "responses": ["3 + 4 = 7", "3 + 4 = 8", "7 it is"],
+    "scores": [1.0, 0.0, 1.0],
+}
 SINGLE = {"prompt": "Sky?", "completion": " blue", "label": True}
-USER, GOOD, BAD = ({"role": r, "content": c} for r, c in (("user", "hi"), ("assistant", "hello"), ("assistant", "go away")))
+USER, GOOD, BAD = (
+    {"role": r, "content": c}
+    for r, c in (("user", "hi"), ("assistant", "hello"), ("assistant", "go away"))
+)
 
 
 def write(path, *records):
-    path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records), encoding="utf-8")
+    path.write_text(
+        "".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records),
+        encoding="utf-8",
+    )
     return path
 
 
 def hh(*turns):
-    return "".join(f"\n\n{who}: {text}" for who, text in zip(["Human", "Assistant"] * len(turns), turns))
+    return "".join(
+        f"\n\n{who}: {text}" for who, text in zip(["Human", "Assistant"] * len(turns), turns)
+    )
 
 
 # ---- formats
@@ -30,10 +42,20 @@ def hh(*turns):
 
 def test_pairs_with_a_prompt_column_keep_file_order_and_numbers(tmp_path):
     first = PAIR | {"margin": 2, "lengths": [1, 3], "id": "a", "label": 1}
-    rows, counts = read_preferences(write(tmp_path / "p.jsonl", first, PAIR | {"margin": 0.5, "lengths": [1, 1]}))
+    rows, counts = read_preferences(
+        write(tmp_path / "p.jsonl", first, PAIR | {"margin": 0.5, "lengths": [1, 1]})
+    )
     assert counts == {}
-    assert rows[0] == {"prompt": "2 + 2 is", "responses": [" 4", " 5"], "scores": [1.0, 0.0], "margin": 2.0, "lengths": [1.0, 3.0]}
-    assert "id" not in rows[0] and "label" not in rows[1]  # text, and a number that only one row has
+    assert rows[0] == {
+        "prompt": "2 + 2 is",
+        "responses": [" 4", " 5"],
+        "scores": [1.0, 0.0],
+        "margin": 2.0,
+        "lengths": [1.0, 3.0],
+    }
+    assert (
+        "id" not in rows[0] and "label" not in rows[1]
+    )  # text, and a number that only one row has
 
 
 def test_hh_transcripts_are_cut_before_the_last_answer_and_odd_ones_counted(tmp_path):
@@ -44,8 +66,15 @@ def test_hh_transcripts_are_cut_before_the_last_answer_and_odd_ones_counted(tmp_
     human = {"chosen": hh("A?", "b"), "rejected": hh("A?", "b", "C?")}
     equal = {"chosen": hh("A?", "b"), "rejected": hh("A?", "b")}
     rows, counts = read_preferences(write(tmp_path / "hh.jsonl", same, other, empty, human, equal))
-    assert [(row["prompt"], row["responses"]) for row in rows] == [(hh(*before) + "\n\nAssistant:", [" Cold.", " Hot."])]
-    assert counts == {"prompts differ": 1, "empty response": 1, "last turn is not the assistant's": 1, "identical responses": 1}
+    assert [(row["prompt"], row["responses"]) for row in rows] == [
+        (hh(*before) + "\n\nAssistant:", [" Cold.", " Hot."])
+    ]
+    assert counts == {
+        "prompts differ": 1,
+        "empty response": 1,
+        "last turn is not the assistant's": 1,
+        "identical responses": 1,
+    }
 
 
 def test_graded_solutions_keep_scores_and_drop_ties(tmp_path):
@@ -56,20 +85,44 @@ def test_graded_solutions_keep_scores_and_drop_ties(tmp_path):
 
 
 def test_a_graded_list_of_two_comes_out_preferred_first(tmp_path):
-    record = {"prompt": "p", "responses": ["b", "a"], "scores": [-1, 3], "context": ["", "x"], "reward": [0, 1]}
+    record = {
+        "prompt": "p",
+        "responses": ["b", "a"],
+        "scores": [-1, 3],
+        "context": ["", "x"],
+        "reward": [0, 1],
+    }
     (row,), _ = read_preferences(write(tmp_path / "g.jsonl", record))
-    assert row == {"prompt": "p", "responses": ["a", "b"], "scores": [3.0, -1.0], "context": ["x", ""], "reward": [1.0, 0.0]}
+    assert row == {
+        "prompt": "p",
+        "responses": ["a", "b"],
+        "scores": [3.0, -1.0],
+        "context": ["x", ""],
+        "reward": [1.0, 0.0],
+    }
 
 
 def test_trees_carry_parents_context_ends_and_token_ids(tmp_path):
-    tree = {"prompt": [1, 2], "responses": [[3], [4, 5]], "scores": [0, 1], "parents": [-1, 0], "context": ["", [9]], "ends": [False, True]}
+    tree = {
+        "prompt": [1, 2],
+        "responses": [[3], [4, 5]],
+        "scores": [0, 1],
+        "parents": [-1, 0],
+        "context": ["", [9]],
+        "ends": [False, True],
+    }
     (row,), _ = read_preferences(write(tmp_path / "t.jsonl", tree))
     assert row == tree  # with parents the order is the tree's
 
 
 def test_unpaired_labels_become_rows_of_one(tmp_path):
-    rows, counts = read_preferences(write(tmp_path / "u.jsonl", SINGLE, SINGLE | {"completion": " green", "label": 0}))
-    assert [(row["responses"], row["scores"]) for row in rows] == [([" blue"], [1.0]), ([" green"], [0.0])] and not counts
+    rows, counts = read_preferences(
+        write(tmp_path / "u.jsonl", SINGLE, SINGLE | {"completion": " green", "label": 0})
+    )
+    assert [(row["responses"], row["scores"]) for row in rows] == [
+        ([" blue"], [1.0]),
+        ([" green"], [0.0]),
+    ] and not counts
 
 
 @pytest.mark.parametrize(
@@ -86,7 +139,11 @@ def test_unpaired_labels_become_rows_of_one(tmp_path):
 )
 def test_messages_in_every_arrangement_read_alike(tmp_path, record):
     (row,), counts = read_preferences(write(tmp_path / "m.jsonl", record))
-    assert (row["prompt"], row["responses"], counts) == ("user: hi\nassistant:", [" hello", " go away"], {})
+    assert (row["prompt"], row["responses"], counts) == (
+        "user: hi\nassistant:",
+        [" hello", " go away"],
+        {},
+    )
 
 
 def test_messages_whose_prompts_differ_or_that_end_with_the_user_are_counted(tmp_path):
@@ -102,10 +159,18 @@ def test_gzip_parquet_and_blank_lines_read_like_plain_lines(tmp_path):
 
     other = PAIR | {"prompt": "caf\u00e9"}
     plain = read_preferences(write(tmp_path / "p.jsonl", PAIR, "", other))
-    (tmp_path / "named_anyhow").write_bytes(gzip.compress(b"\xef\xbb\xbf" + (tmp_path / "p.jsonl").read_bytes()))
+    (tmp_path / "named_anyhow").write_bytes(
+        gzip.compress(b"\xef\xbb\xbf" + (tmp_path / "p.jsonl").read_bytes())
+    )
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([PAIR, other]), tmp_path / "p.parquet")
-    assert read_preferences(tmp_path / "named_anyhow") == plain == read_preferences(str(tmp_path / "p.parquet"))
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([GRADED, GRADED | {"scores": None}]), tmp_path / "g.parquet")
+    assert (
+        read_preferences(tmp_path / "named_anyhow")
+        == plain
+        == read_preferences(str(tmp_path / "p.parquet"))
+    )
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([GRADED, GRADED | {"scores": None}]), tmp_path / "g.parquet"
+    )
     with pytest.raises(DataError, match="g.parquet:2: column 'scores' is missing or null"):
         read_preferences(tmp_path / "g.parquet")
 
@@ -137,7 +202,10 @@ def test_seed_shuffles_and_none_does_not(tmp_path):
         ({"prompt": "p", "chosen": "c", "rejected": None}, "column 'rejected' is missing"),
         ({"text": "p"}, r"column 'chosen' is missing or null \(columns there: text;"),
         ({}, r"column 'chosen' is missing or null \(columns there: none;"),
-        ({"chosen": "c", "rejected": "r"}, "column 'prompt' is missing, and 'chosen' has no turn before"),
+        (
+            {"chosen": "c", "rejected": "r"},
+            "column 'prompt' is missing, and 'chosen' has no turn before",
+        ),
         ({"chosen": [1, 2], "rejected": [3]}, "column 'prompt' is missing"),
         ({"chosen": [GOOD], "rejected": [BAD]}, "column 'prompt' is missing"),
         ({"responses": ["a", "b"], "scores": [1, 2]}, "column 'prompt' is missing"),
@@ -152,11 +220,23 @@ def test_seed_shuffles_and_none_does_not(tmp_path):
         (PAIR | {"chosen": "\ud800"}, "column 'chosen' holds half a character"),
         (PAIR | {"chosen": [GOOD, "x"]}, "column 'chosen' holds a list where messages"),
         (PAIR | {"chosen": [{"role": "assistant"}]}, "column 'chosen' holds a list where messages"),
-        (PAIR | {"chosen": [{"role": "assistant", "content": 3}]}, "column 'chosen' holds a list where messages"),
-        ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD | {"content": ""}]}, "column 'rejected' is empty"),
-        ({"prompt": [USER], "chosen": [GOOD], "rejected": 3}, "column 'rejected' holds a number where messages"),
+        (
+            PAIR | {"chosen": [{"role": "assistant", "content": 3}]},
+            "column 'chosen' holds a list where messages",
+        ),
+        (
+            {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD | {"content": ""}]},
+            "column 'rejected' is empty",
+        ),
+        (
+            {"prompt": [USER], "chosen": [GOOD], "rejected": 3},
+            "column 'rejected' holds a number where messages",
+        ),
         ({"prompt": [USER], "chosen": [USER, GOOD], "rejected": [USER]}, None),
-        (PAIR | {"margin": float("nan")}, "column 'margin' holds nan where a finite number belongs"),
+        (
+            PAIR | {"margin": float("nan")},
+            "column 'margin' holds nan where a finite number belongs",
+        ),
         (SINGLE | {"label": "yes"}, "column 'label' holds 'yes' where true or false belongs"),
         (SINGLE | {"label": 0.5}, "column 'label' holds 0.5"),
         (SINGLE | {"label": float("nan")}, "column 'label' holds nan"),
@@ -164,16 +244,25 @@ def test_seed_shuffles_and_none_does_not(tmp_path):
         (GRADED | {"responses": "abc"}, "column 'responses' holds text where a list belongs"),
         (GRADED | {"responses": ["a", "", "c"]}, "column 'responses' is empty"),
         (GRADED | {"responses": ["a", 1, "c"]}, "column 'responses' holds a number where text"),
-        (GRADED | {"responses": ["a"], "scores": [1]}, "column 'responses' has 1 where a comparison needs 2"),
+        (
+            GRADED | {"responses": ["a"], "scores": [1]},
+            "column 'responses' has 1 where a comparison needs 2",
+        ),
         (GRADED | {"responses": [], "scores": []}, "column 'responses' has 0 where"),
         (GRADED | {"scores": [1, 0]}, "column 'scores' has 2 entries for 3 responses"),
         (GRADED | {"scores": 1}, "column 'scores' holds a number where a list belongs"),
-        (GRADED | {"scores": [1, 0, float("nan")]}, "column 'scores' holds nan where a finite number"),
+        (
+            GRADED | {"scores": [1, 0, float("nan")]},
+            "column 'scores' holds nan where a finite number",
+        ),
         (GRADED | {"scores": [1, 0, float("-inf")]}, "column 'scores' holds -inf"),
         (GRADED | {"scores": [1, 0, 10**400]}, "column 'scores' holds 1000"),
         (GRADED | {"scores": [1, 0, "1"]}, "column 'scores' holds '1'"),
         (GRADED | {"scores": [1, 0, None]}, "column 'scores' holds None"),
-        (GRADED | {"parents": [-1, 2, 0]}, "column 'parents' holds 2 where -1 or the number of an earlier response"),
+        (
+            GRADED | {"parents": [-1, 2, 0]},
+            "column 'parents' holds 2 where -1 or the number of an earlier response",
+        ),
         (GRADED | {"parents": [0, -1, -1]}, "column 'parents' holds 0"),
         (GRADED | {"parents": [-1, -2, 0]}, "column 'parents' holds -2"),
         (GRADED | {"parents": [-1, 0.0, 0]}, "column 'parents' holds 0.0"),
@@ -185,8 +274,16 @@ def test_seed_shuffles_and_none_does_not(tmp_path):
 def test_a_bad_line_is_named_with_its_column(tmp_path, record, message):
     """The second line is at fault in every case; the first (of the same format) is good."""
     columns = set(record) if isinstance(record, dict) else set()
-    good = GRADED if columns & {"responses", "scores"} else SINGLE if columns & {"completion", "label"} else PAIR
-    path = write(tmp_path / "pairs.jsonl", good, record if isinstance(record, str) else json.dumps(record))
+    good = (
+        GRADED
+        if columns & {"responses", "scores"}
+        else SINGLE
+        if columns & {"completion", "label"}
+        else PAIR
+    )
+    path = write(
+        tmp_path / "pairs.jsonl", good, record if isinstance(record, str) else json.dumps(record)
+    )
     if message is None:  # a fault of the conversation, not of the file
         assert sum(read_preferences(path)[1].values()) == 1
         return
@@ -202,8 +299,16 @@ def test_a_bad_line_is_named_with_its_column(tmp_path, record, message):
         (b"\n \n", "the file is empty"),
         (b"\x89PNG\r\n\x1a\n\0\0", ":1: not text in UTF-8: a binary file"),
         (b"\0\0\0\0", ":1: not a line of JSON"),
-        (json.dumps(PAIR).encode() + b'\n{"prompt": "a", "cho', ":2: not a line of JSON: .*is the file cut off"),
-        (gzip.compress(b"\n".join(json.dumps(PAIR | {"prompt": str(i)}).encode() for i in range(999)))[:-900], "cannot be read"),
+        (
+            json.dumps(PAIR).encode() + b'\n{"prompt": "a", "cho',
+            ":2: not a line of JSON: .*is the file cut off",
+        ),
+        (
+            gzip.compress(
+                b"\n".join(json.dumps(PAIR | {"prompt": str(i)}).encode() for i in range(999))
+            )[:-900],
+            "cannot be read",
+        ),
         (gzip.compress(json.dumps(PAIR).encode())[:-6], "cannot be read.*ended before"),
         (gzip.compress(b"\xff\xfe\x00"), ":1: not text in UTF-8"),
         (b"\x1f\x8bnothing", "cannot be read"),
@@ -222,12 +327,16 @@ def test_a_bad_file_is_one_clear_line(tmp_path, content, message):
 def test_missing_files_folders_and_files_without_a_usable_row(tmp_path):
     with pytest.raises(DataError, match="none.jsonl: no such file"):
         read_preferences(tmp_path / "none.jsonl")
-    with pytest.raises(DataError, match="data/none.jsonl: no such file"):  # not looked for on the Hub
+    with pytest.raises(
+        DataError, match="data/none.jsonl: no such file"
+    ):  # not looked for on the Hub
         read_preferences("data/none.jsonl")
     with pytest.raises(DataError, match="is a folder"):
         read_preferences(tmp_path)
     with pytest.raises(DataError, match=r"no usable row \(identical responses: 2\)"):
-        read_preferences(write(tmp_path / "same.jsonl", PAIR | {"rejected": " 4"}, PAIR | {"rejected": " 4"}))
+        read_preferences(
+            write(tmp_path / "same.jsonl", PAIR | {"rejected": " 4"}, PAIR | {"rejected": " 4"})
+        )
 
 
 def test_the_hub_is_read_through_datasets_and_its_failures_are_one_line(monkeypatch):
@@ -239,12 +348,16 @@ def test_the_hub_is_read_through_datasets_and_its_failures_are_one_line(monkeypa
             raise ConnectionError("Couldn't reach it\nand a long explanation")
         return [PAIR]
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(__version__="5.0.0", load_dataset=load_dataset))
+    monkeypatch.setitem(
+        sys.modules, "datasets", SimpleNamespace(__version__="5.0.0", load_dataset=load_dataset)
+    )
     rows, _ = read_preferences("some/set:test")
     assert rows[0]["responses"] == [" 4", " 5"] and asked == [("some/set", "test")]
     with pytest.raises(DataError, match="^nobody/nothing: cannot be read: Couldn't reach it$"):
         read_preferences("nobody/nothing")
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(__version__="3.6.0", load_dataset=load_dataset))
+    monkeypatch.setitem(
+        sys.modules, "datasets", SimpleNamespace(__version__="3.6.0", load_dataset=load_dataset)
+    )
     with pytest.raises(DataError, match="may run code"):
         read_preferences("some/set")
 
@@ -258,27 +371,41 @@ CHATML = (
 
 
 def folder(tmp_path, template, **settings):
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template, "eos_token": "<|im_end|>"} | settings))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": template, "eos_token": "<|im_end|>"} | settings)
+    )
     return tmp_path
 
 
 def test_a_template_frames_prompt_and_answer_and_its_closing_is_cut(tmp_path):
     """The end token closes a response, so that the template's own closing would be scored twice. "i" also occurs in the closing."""
-    path = write(tmp_path / "m.jsonl", {"prompt": [USER], "chosen": [GOOD | {"content": "i"}], "rejected": [BAD]})
+    path = write(
+        tmp_path / "m.jsonl",
+        {"prompt": [USER], "chosen": [GOOD | {"content": "i"}], "rejected": [BAD]},
+    )
     (row,), _ = read_preferences(path, chat_template(folder(tmp_path, CHATML)))
     assert row["prompt"] == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert row["responses"] == ["i", "go away"]
     several = {"prompt": [USER], "chosen": [GOOD, USER, GOOD], "rejected": [BAD]}
     (row,), _ = read_preferences(write(path, several), chat_template(tmp_path))
-    assert row["responses"][0] == "hello<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nhello"
+    assert (
+        row["responses"][0]
+        == "hello<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nhello"
+    )
 
 
 def test_template_sources_named_ones_tokens_and_the_plain_fallback(tmp_path):
     assert chat_template(tmp_path) is plain_chat
     assert plain_chat([USER, GOOD], True) == "user: hi\nassistant: hello\nassistant:"
-    named = [{"name": "tools", "template": "no"}, {"name": "default", "template": "{{ bos_token }}{{ messages | tojson }}"}]
+    named = [
+        {"name": "tools", "template": "no"},
+        {"name": "default", "template": "{{ bos_token }}{{ messages | tojson }}"},
+    ]
     render = chat_template(folder(tmp_path, named, bos_token={"content": "<s>"}))
-    assert render([{"role": "user", "content": "<\u00e9>"}], False) == '<s>[{"role": "user", "content": "<\u00e9>"}]'
+    assert (
+        render([{"role": "user", "content": "<\u00e9>"}], False)
+        == '<s>[{"role": "user", "content": "<\u00e9>"}]'
+    )
     (tmp_path / "chat_template.jinja").write_text("file wins")
     assert chat_template(tmp_path)([], True) == "file wins"
 
@@ -296,7 +423,10 @@ def test_template_sources_named_ones_tokens_and_the_plain_fallback(tmp_path):
 )
 def test_templates_that_break_out_or_break_down_are_one_line(tmp_path, template):
     path = write(tmp_path / "m.jsonl", {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]})
-    with pytest.raises(DataError, match="m.jsonl:1: column 'chosen' (is refused by the chat template|cannot be told)") as caught:
+    with pytest.raises(
+        DataError,
+        match="m.jsonl:1: column 'chosen' (is refused by the chat template|cannot be told)",
+    ) as caught:
         read_preferences(path, chat_template(folder(tmp_path, template)))
     assert "\n" not in str(caught.value)
 
@@ -313,14 +443,23 @@ def test_a_template_that_is_none_is_refused_with_its_folder(tmp_path, template):
 def test_split_keeps_equal_prompts_together_whatever_the_order():
     rows = [{"prompt": f"p{i % 50}", "n": i} for i in range(200)]
     train, held = split(rows, seed=0)
-    assert len(held) == 20 and len(train) == 180 and not {r["prompt"] for r in train} & {r["prompt"] for r in held}
+    assert (
+        len(held) == 20
+        and len(train) == 180
+        and not {r["prompt"] for r in train} & {r["prompt"] for r in held}
+    )
     again, backwards = split(rows, seed=0)[1], split(rows[::-1], seed=0)[1]
     assert held == again and {r["n"] for r in held} == {r["n"] for r in backwards}
     assert {r["prompt"] for r in held} != {r["prompt"] for r in split(rows, seed=1)[1]}
 
 
-@pytest.mark.parametrize(("prompts", "sizes"), [([7], (1, 0)), ([0, 1], (1, 1)), ([[1, 2], [1, 2], [3]], None), ([], (0, 0))])
+@pytest.mark.parametrize(
+    ("prompts", "sizes"),
+    [([7], (1, 0)), ([0, 1], (1, 1)), ([[1, 2], [1, 2], [3]], None), ([], (0, 0))],
+)
 def test_split_of_few_prompts_never_empties_the_training_side(prompts, sizes):
     train, held = split([{"prompt": p} for p in prompts], seed=3)
-    assert (len(train), len(held)) == sizes if sizes else len(train) in (1, 2) and len(held) in (1, 2)
+    assert (
+        (len(train), len(held)) == sizes if sizes else len(train) in (1, 2) and len(held) in (1, 2)
+    )
     assert split([{"prompt": p} for p in prompts], 3, fraction=0)[1] == []

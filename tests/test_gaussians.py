@@ -17,8 +17,12 @@ def rng(seed=0):
 def test_density_is_that_of_the_mixture(dim):
     world = World(dim)
     x = 1.5 * torch.randn(50, dim, generator=rng(), dtype=torch.float64)
-    parts = torch.distributions.MultivariateNormal(world.modes, 0.01 * torch.eye(dim, dtype=torch.float64))
-    mixture = torch.distributions.MixtureSameFamily(torch.distributions.Categorical(torch.ones(8, dtype=torch.float64)), parts)
+    parts = torch.distributions.MultivariateNormal(
+        world.modes, 0.01 * torch.eye(dim, dtype=torch.float64)
+    )
+    mixture = torch.distributions.MixtureSameFamily(
+        torch.distributions.Categorical(torch.ones(8, dtype=torch.float64)), parts
+    )
     torch.testing.assert_close(world.log_density(x), mixture.log_prob(x), rtol=1e-9, atol=1e-6)
 
 
@@ -44,9 +48,14 @@ def test_draws_lie_on_the_ring(dim):
 def test_measures():
     world = World(std=0.05)
     ring, one = world.modes, world.modes[:1].expand(100, -1)
-    assert world.off_manifold(ring + 0.149 / math.sqrt(2)) == 0 and world.off_manifold(1.2 * ring) == 1
+    assert (
+        world.off_manifold(ring + 0.149 / math.sqrt(2)) == 0 and world.off_manifold(1.2 * ring) == 1
+    )
     assert abs(world.mode_entropy(ring) - 1) < 1e-12 and world.mode_entropy(one) == 0
-    assert abs(world.mode_entropy(torch.cat([ring[:1], ring[4:5]])) - math.log(2) / math.log(8)) < 1e-12
+    assert (
+        abs(world.mode_entropy(torch.cat([ring[:1], ring[4:5]])) - math.log(2) / math.log(8))
+        < 1e-12
+    )
     reward = world.reward([0, 0], torch.tensor([[0.3, 2.0], [float("nan"), 0.0]]))
     assert reward.dtype == torch.float64 and abs(reward[0] - 0.3) < 1e-6 and reward[1] == 0
     policy = SimpleNamespace(sample=lambda prompts, k, rng, steps: world.points(k, rng)[None])
@@ -58,10 +67,16 @@ def test_contaminated_points():
     world = World(std=0.05)
     x = world.contaminated(20000, rng())
     # 30 % are strays, nearly all of them off the manifold: the modes cover 8 pi (3 std)^2 of the square's 9
-    assert abs(world.off_manifold(x) - (0.7 * 0.0111 + 0.3 * (1 - 8 * math.pi * 0.15**2 / 9))) < 0.01
+    assert (
+        abs(world.off_manifold(x) - (0.7 * 0.0111 + 0.3 * (1 - 8 * math.pi * 0.15**2 / 9))) < 0.01
+    )
     assert x.abs().max() <= 1.5
     rows = World(clean=0.0).demonstrations(500, rng())
-    assert rows[0]["responses"].shape == (1, 2) and rows[0]["prompt"] == 0 and rows[0]["scores"] == [1.0]
+    assert (
+        rows[0]["responses"].shape == (1, 2)
+        and rows[0]["prompt"] == 0
+        and rows[0]["scores"] == [1.0]
+    )
     assert World().off_manifold(torch.cat([row["responses"] for row in rows])) > 0.5
 
 
@@ -69,8 +84,14 @@ def test_model_learns_to_score_and_sample():
     world = World()
     torch.manual_seed(0)
     model = world.model()
-    assert isinstance(model, MLP) and model.sample(world.prompts(3, rng()), 4, rng(), steps=2).shape == (3, 4, 2)
-    batch = SimpleNamespace(images=world.points(256, rng())[:, None], label=torch.zeros(256).long(), mask=torch.ones(256, 1, 1).bool())
+    assert isinstance(model, MLP) and model.sample(
+        world.prompts(3, rng()), 4, rng(), steps=2
+    ).shape == (3, 4, 2)
+    batch = SimpleNamespace(
+        images=world.points(256, rng())[:, None],
+        label=torch.zeros(256).long(),
+        mask=torch.ones(256, 1, 1).bool(),
+    )
     optimizer, draws, first = torch.optim.Adam(model.parameters(), lr=3e-3), rng(1), None
     for _ in range(100):
         loss = -model.logps(model.prepare(batch, draws)).mean()
@@ -79,7 +100,11 @@ def test_model_learns_to_score_and_sample():
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.7 * first
-    assert World(3, prediction="edm", sd=0.7).model().sample([0], 2, rng(), steps=2).shape == (1, 2, 3)
+    assert World(3, prediction="edm", sd=0.7).model().sample([0], 2, rng(), steps=2).shape == (
+        1,
+        2,
+        3,
+    )
     assert World().key() == World().key() != World(std=0.2).key()
 
 

@@ -19,9 +19,17 @@ IDS = SimpleNamespace(eot=EOT, pad=PAD, encode=lambda text: [int(word) for word 
 
 def make(seed=0, dtype=torch.float64, vocab=VOCAB, tokenizer=IDS, **changes):
     """A GPT of two layers whose weights are large enough for every token to matter."""
-    shape = dict(vocab_size=vocab, hidden_size=16, intermediate_size=24, num_attention_heads=4, num_key_value_heads=2)
+    shape = dict(
+        vocab_size=vocab,
+        hidden_size=16,
+        intermediate_size=24,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(**shape | dict(max_position_embeddings=64) | changes), tokenizer).to(dtype)
+    model = GPT(GPTConfig(**shape | dict(max_position_embeddings=64) | changes), tokenizer).to(
+        dtype
+    )
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(0 if p.dim() == 2 else 1, 0.4)
@@ -32,7 +40,9 @@ def plain(model, ids):
     """Logits (S, V) of one sequence: attention written out head by head, rotary positions as complex numbers."""
     c, w = model.config, dict(model.named_parameters())
     half, size = c.head_dim // 2, len(ids)
-    angle = torch.arange(size).float()[:, None] * c.rope_theta ** (-2 * torch.arange(half).float() / c.head_dim)
+    angle = torch.arange(size).float()[:, None] * c.rope_theta ** (
+        -2 * torch.arange(half).float() / c.head_dim
+    )
     dtype = w["embed_tokens.weight"].dtype
     turn = torch.complex(angle.cos().to(dtype), angle.sin().to(dtype))  # (S, half)
 
@@ -45,14 +55,18 @@ def plain(model, ids):
 
     x = w["embed_tokens.weight"][torch.tensor(ids)]
     for i in range(c.num_hidden_layers):
-        q_proj, k_proj, v_proj, o_proj = (w[f"layers.{i}.self_attn.{n}_proj.weight"] for n in "qkvo")
+        q_proj, k_proj, v_proj, o_proj = (
+            w[f"layers.{i}.self_attn.{n}_proj.weight"] for n in "qkvo"
+        )
         y, heads = norm(x, w[f"layers.{i}.input_layernorm.weight"]), []
         for head in range(c.num_attention_heads):
             group = head * c.num_key_value_heads // c.num_attention_heads
             q = turned(y @ q_proj[head * c.head_dim : (head + 1) * c.head_dim].T)
             k = turned(y @ k_proj[group * c.head_dim : (group + 1) * c.head_dim].T)
             v = y @ v_proj[group * c.head_dim : (group + 1) * c.head_dim].T
-            score = (q @ k.T / math.sqrt(c.head_dim)).masked_fill(torch.ones(size, size).triu(1).bool(), -math.inf)
+            score = (q @ k.T / math.sqrt(c.head_dim)).masked_fill(
+                torch.ones(size, size).triu(1).bool(), -math.inf
+            )
             heads.append(score.softmax(-1) @ v)
         x = x + torch.cat(heads, -1) @ o_proj.T
         y = norm(x, w[f"layers.{i}.post_attention_layernorm.weight"])
@@ -69,7 +83,9 @@ def path(row, k):
     parents = row.get("parents", [-1] * len(row["responses"]))
     end = [EOT] * row.get("ends", [k not in parents for k in range(len(parents))])[k]
     scored = row["responses"][k] + end
-    return path(row, parents[k])[0] + row.get("context", [[]] * len(parents))[k] + scored, len(scored)
+    return path(row, parents[k])[0] + row.get("context", [[]] * len(parents))[k] + scored, len(
+        scored
+    )
 
 
 def oracle(model, rows):
@@ -79,7 +95,11 @@ def oracle(model, rows):
         out.append([])
         for k in range(len(row["responses"])):
             ids, n = path(row, k)
-            logps = plain(model, ids).log_softmax(-1)[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+            logps = (
+                plain(model, ids)
+                .log_softmax(-1)[:-1]
+                .gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+            )
             out[-1].append(logps[len(ids) - 1 - n :])
     return out
 
@@ -94,12 +114,17 @@ def grow(kind, n=5, seed=3):
     """n rows of a kind of prompt tree."""
     g = torch.Generator().manual_seed(seed)
     count = dict(pairs=2, lists=8, chain=4, tree=7).get(kind, 3)
-    rows = [dict(prompt=words(g, 1, 9), responses=[words(g, 1, 7) for _ in range(count)]) for _ in range(n)]
+    rows = [
+        dict(prompt=words(g, 1, 9), responses=[words(g, 1, 7) for _ in range(count)])
+        for _ in range(n)
+    ]
     for b, row in enumerate(rows):
         if kind == "chain":
             row["parents"] = [-1, 0, 1, 2]
         if kind in ("tree", "everything"):
-            row["parents"] = [int(torch.randint(-1, k, (), generator=g)) if k else -1 for k in range(count)]
+            row["parents"] = [
+                int(torch.randint(-1, k, (), generator=g)) if k else -1 for k in range(count)
+            ]
         if kind == "short":
             row["responses"], row["ends"] = [[], [5], [7, 8]], [True, False, False]
         if kind in ("absent", "everything"):
@@ -111,16 +136,42 @@ def grow(kind, n=5, seed=3):
             row["ends"] = [bool(torch.rand((), generator=g) < 0.5) for _ in row["responses"]]
         if kind == "packed":
             row["prompt"] = words(g, 40, 40) if b == 0 else row["prompt"]
-        if kind == "apart":  # so long behind so short a prompt that copies of it are cheaper than wide rows
-            row |= dict(prompt=words(g, 1, 2), responses=[words(g, 40, 60) for _ in range(1 + b % 4)])
-            row |= dict(context=[words(g, 0, 3) for _ in row["responses"]], ends=[k != 1 for k in range(len(row["responses"]))])
+        if (
+            kind == "apart"
+        ):  # so long behind so short a prompt that copies of it are cheaper than wide rows
+            row |= dict(
+                prompt=words(g, 1, 2), responses=[words(g, 40, 60) for _ in range(1 + b % 4)]
+            )
+            row |= dict(
+                context=[words(g, 0, 3) for _ in row["responses"]],
+                ends=[k != 1 for k in range(len(row["responses"]))],
+            )
         if kind == "empty":  # no prompt; a step of the tree without a token of its own
-            row |= dict(prompt=[], responses=[[8], [], [4, 5], []], parents=[-1, 0, 1, 1], ends=[False, False, True, True])
+            row |= dict(
+                prompt=[],
+                responses=[[8], [], [4, 5], []],
+                parents=[-1, 0, 1, 1],
+                ends=[False, False, True, True],
+            )
             row["context"] = [[9], [], [], [3, 3]]
     return rows
 
 
-KINDS = ("pairs", "lists", "chain", "tree", "ragged", "short", "absent", "context", "ends", "packed", "apart", "empty", "everything")
+KINDS = (
+    "pairs",
+    "lists",
+    "chain",
+    "tree",
+    "ragged",
+    "short",
+    "absent",
+    "context",
+    "ends",
+    "packed",
+    "apart",
+    "empty",
+    "everything",
+)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -128,13 +179,19 @@ def test_packed_trees_equal_one_row_a_response_in_values_and_gradients(kind):
     model, rows = make(), grow(kind, 7)
     batch, expected = collate(rows, IDS), oracle(model, rows)
     logps = model.logps(batch)
-    assert (kind == "apart") == (batch.tokens.shape[1] < max(len(encode(row, IDS)["tree"][0]) for row in rows))
-    assert kind not in ("packed", "everything") or len(batch.tokens) < len(rows)  # several trees share a row
+    assert (kind == "apart") == (
+        batch.tokens.shape[1] < max(len(encode(row, IDS)["tree"][0]) for row in rows)
+    )
+    assert kind not in ("packed", "everything") or len(batch.tokens) < len(
+        rows
+    )  # several trees share a row
     target = torch.zeros_like(logps)
     for b, those in enumerate(expected):
         for k, values in enumerate(those):
             target[b, k, : len(values)] = values
-        assert batch.mask[b].sum(-1).tolist() == [len(v) for v in those] + [0] * (logps.shape[1] - len(those))
+        assert batch.mask[b].sum(-1).tolist() == [len(v) for v in those] + [0] * (
+            logps.shape[1] - len(those)
+        )
     torch.testing.assert_close(logps, target, rtol=0, atol=1e-9)
     assert logps.masked_select(~batch.mask).count_nonzero() == 0
     weight = torch.randn(logps.shape, generator=torch.Generator().manual_seed(1), dtype=logps.dtype)
@@ -149,7 +206,9 @@ def test_neighbours_padding_and_bucket_sizes_change_nothing():
     model, rows = make(), grow("everything", 9)
     logps = model.logps(collate(rows, IDS))
     order = [4, 7, 0, 8, 2, 6, 1, 5, 3]
-    torch.testing.assert_close(model.logps(collate([rows[i] for i in order], IDS)), logps[order], rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        model.logps(collate([rows[i] for i in order], IDS)), logps[order], rtol=0, atol=1e-12
+    )
     batch = collate(rows, IDS, fixed=True)
     assert batch.tokens.numel() > collate(rows, IDS).tokens.numel()
     n, k, t = logps.shape
@@ -157,10 +216,14 @@ def test_neighbours_padding_and_bucket_sizes_change_nothing():
     torch.testing.assert_close(fixed[:, :k, :t], logps, rtol=0, atol=1e-12)
     assert fixed[:, :, t:].count_nonzero() == 0
     long = dict(prompt=list(range(2, 40)), responses=[[5] * 20, [6]])
-    torch.testing.assert_close(model.logps(collate([long, *rows], IDS))[1:, :k, :t], logps, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        model.logps(collate([long, *rows], IDS))[1:, :k, :t], logps, rtol=0, atol=1e-12
+    )
     for b in range(n):
         alone = model.logps(collate([rows[b]], IDS))[0]
-        torch.testing.assert_close(alone, logps[b, : alone.shape[0], : alone.shape[1]], rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            alone, logps[b, : alone.shape[0], : alone.shape[1]], rtol=0, atol=1e-12
+        )
 
 
 def test_what_padding_holds_reaches_neither_log_probs_nor_gradients():
@@ -198,17 +261,28 @@ def test_a_certain_model_gives_log_prob_zero_to_its_own_continuation_and_to_no_s
     assert model.logps(collate(right, IDS)).abs().max() < 1e-12
     wrong = [dict(prompt=[2], responses=[[4, 5, 6, 7], [2, 3, 4]])]
     logps = model.logps(collate(wrong, IDS))[0]
-    assert logps[0].tolist()[1:] == pytest.approx([0] * 4, abs=1e-12) and logps[0, 0] < -50  # only the jump from 2 to 4
+    assert (
+        logps[0].tolist()[1:] == pytest.approx([0] * 4, abs=1e-12) and logps[0, 0] < -50
+    )  # only the jump from 2 to 4
     assert logps[1, 0] < -50 and logps[1, 3] < -50  # 2 again, and an end after 4
     [[sampled, _]] = model.sample([[2]], 2, torch.Generator().manual_seed(0))
     assert sampled == [3, 4, 5, 6, 7, EOT]
 
 
 def test_the_end_is_scored_where_a_response_ends_and_padding_is_another_token():
-    batch = collate([dict(prompt=[2], responses=[[3], [4, 5]], ends=[True, False]), dict(prompt=[2, 3], responses=[[9, 9, 9]])], IDS)
+    batch = collate(
+        [
+            dict(prompt=[2], responses=[[3], [4, 5]], ends=[True, False]),
+            dict(prompt=[2, 3], responses=[[9, 9, 9]]),
+        ],
+        IDS,
+    )
     assert batch.target[0].tolist() == [[3, EOT, 0, 0], [4, 5, 0, 0]]
     assert batch.mask[0].tolist() == [[True, True, False, False], [True, True, False, False]]
-    assert batch.target[1, 0].tolist() == [9, 9, 9, EOT] and batch.mask[1].sum(-1).tolist() == [4, 0]
+    assert batch.target[1, 0].tolist() == [9, 9, 9, EOT] and batch.mask[1].sum(-1).tolist() == [
+        4,
+        0,
+    ]
     assert EOT != PAD
 
 
@@ -229,7 +303,9 @@ def test_flex_attention_equals_the_boolean_mask(monkeypatch):
     q, k, v = (torch.randn(n, heads, s, 8, generator=g) for heads in (4, 2, 2))
     with torch.no_grad():
         plainly = attention(q, k, v, visible(batch.branch, batch.sees))
-        torch.testing.assert_close(attention(q, k, v, flex_mask(batch.branch, batch.sees)), plainly, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            attention(q, k, v, flex_mask(batch.branch, batch.sees)), plainly, rtol=0, atol=1e-5
+        )
         model = make(dtype=torch.float32)
         logps = model.logps(batch)
         with torch.autocast("cpu", torch.bfloat16):
@@ -244,9 +320,20 @@ def test_a_branch_sees_itself_and_its_ancestors_only():
     # prompt 0 1, then branch 1 (two tokens fed), its child 2, and branch 3 beside them
     row = dict(prompt=[2, 3], responses=[[4, 5], [6, 7], [8, 9]], parents=[-1, 0, -1])
     batch = collate([row], IDS)
-    assert batch.tokens.tolist() == [[2, 3, 4, 5, 6, 7, 8, 9]] and batch.position.tolist() == [[0, 1, 2, 3, 4, 5, 2, 3]]
+    assert batch.tokens.tolist() == [[2, 3, 4, 5, 6, 7, 8, 9]] and batch.position.tolist() == [
+        [0, 1, 2, 3, 4, 5, 2, 3]
+    ]
     seen = [set(row.nonzero().flatten().tolist()) for row in visible(batch.branch, batch.sees)[0]]
-    assert seen == [{0}, {0, 1}, {0, 1, 2}, {0, 1, 2, 3}, {0, 1, 2, 3, 4}, {0, 1, 2, 3, 4, 5}, {0, 1, 6}, {0, 1, 6, 7}]
+    assert seen == [
+        {0},
+        {0, 1},
+        {0, 1, 2},
+        {0, 1, 2, 3},
+        {0, 1, 2, 3, 4},
+        {0, 1, 2, 3, 4, 5},
+        {0, 1, 6},
+        {0, 1, 6, 7},
+    ]
 
 
 # ---------------------------------------------------------------- hidden states, logits, log-probs
@@ -257,7 +344,9 @@ def test_hidden_logits_and_logps_agree():
     n, s = batch.tokens.shape
     last, states = model.hidden(batch), model.hidden(batch, layers=[0, 1, 3])
     assert last.shape == (n, s, 16) and [x.shape for x in states] == [(n, s, 16)] * 3
-    assert torch.equal(states[0], model.embed_tokens(batch.tokens)) and torch.equal(model.norm(states[2]), last)
+    assert torch.equal(states[0], model.embed_tokens(batch.tokens)) and torch.equal(
+        model.norm(states[2]), last
+    )
     logits = model.logits(batch)
     assert logits.shape == (*batch.target.shape, VOCAB)
     expected = logits.log_softmax(-1).gather(-1, batch.target[..., None])[..., 0] * batch.mask
@@ -272,7 +361,9 @@ def test_a_vocabulary_applied_in_pieces_gives_the_same_values_and_gradients():
     model.chunk = 7 * VOCAB
     pieces = model.logps(batch)
     torch.testing.assert_close(pieces, whole, rtol=0, atol=1e-12)
-    for a, b in zip(torch.autograd.grad(pieces.square().sum(), list(model.parameters())), gradients):
+    for a, b in zip(
+        torch.autograd.grad(pieces.square().sum(), list(model.parameters())), gradients
+    ):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
     with torch.no_grad():
         model.chunk = 1  # less than one row: a row at a time
@@ -292,7 +383,9 @@ def test_autocast_gives_finite_float32_log_probs_and_gradients():
 
 
 def test_an_all_absent_batch_has_log_probs_of_zero():
-    assert make().logps(collate([dict(prompt=[3], responses=[[], []], ends=[False, False], scores=[0, 0])] * 2, IDS)).shape == (2, 2, 0)
+    assert make().logps(
+        collate([dict(prompt=[3], responses=[[], []], ends=[False, False], scores=[0, 0])] * 2, IDS)
+    ).shape == (2, 2, 0)
 
 
 # ---------------------------------------------------------------- sampling
@@ -315,7 +408,9 @@ def test_greedy_samples_equal_an_uncached_loop():
     for seed in range(4):
         model = make(seed, vocab=16, tie_word_embeddings=False)
         expected = [greedy(model, p, 12) for p in PROMPTS]
-        assert model.sample(PROMPTS, 3, rng, max_tokens=12, temperature=0) == [[ids] * 3 for ids in expected]
+        assert model.sample(PROMPTS, 3, rng, max_tokens=12, temperature=0) == [
+            [ids] * 3 for ids in expected
+        ]
         for prompt, ids in zip(PROMPTS, expected):
             assert model.sample([prompt], 1, rng, max_tokens=12, temperature=0) == [[ids]]
         lengths |= {len(ids) for ids in expected}
@@ -327,7 +422,9 @@ def test_cached_logits_of_diverging_samples_equal_the_plain_ones_and_share_one_p
     model, k, steps = make(), 3, 5
     cache, first = model.prefill(PROMPTS, k, steps)
     for layer in range(2):
-        assert [x.shape for x in cache.prompt[layer]] == [(4, 2, 7, 4)] * 2  # no K: the prompt is there once
+        assert [x.shape for x in cache.prompt[layer]] == [
+            (4, 2, 7, 4)
+        ] * 2  # no K: the prompt is there once
         assert [x.shape for x in cache.own[layer]] == [(4, k, 2, steps, 4)] * 2
     for n, prompt in enumerate(PROMPTS):
         torch.testing.assert_close(first[n], plain(model, prompt)[-1], rtol=0, atol=1e-9)
@@ -345,24 +442,34 @@ def test_samples_depend_on_the_generator_alone():
     model = make()
 
     def draw(seed, **options):
-        return model.sample(PROMPTS, 4, torch.Generator().manual_seed(seed), max_tokens=6, **options)
+        return model.sample(
+            PROMPTS, 4, torch.Generator().manual_seed(seed), max_tokens=6, **options
+        )
 
     before = torch.get_rng_state()
     assert draw(1) == draw(1) != draw(2)
     assert torch.equal(torch.get_rng_state(), before)
     assert draw(1, temperature=1e-4) == draw(2, temperature=0)
-    flat, sharp = (len({tuple(ids) for group in draw(3, temperature=t) for ids in group}) for t in (10.0, 0.1))
+    flat, sharp = (
+        len({tuple(ids) for group in draw(3, temperature=t) for ids in group}) for t in (10.0, 0.1)
+    )
     assert sharp < flat
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_sampled_frequencies_match_the_softmax(temperature):
     model, n = make(vocab=6), 20000
-    [samples] = model.sample([[2, 3, 4]], n, torch.Generator().manual_seed(0), max_tokens=2, temperature=temperature)
+    [samples] = model.sample(
+        [[2, 3, 4]], n, torch.Generator().manual_seed(0), max_tokens=2, temperature=temperature
+    )
     with torch.no_grad():
         first = (plain(model, [2, 3, 4])[-1] / temperature).softmax(-1).tolist()
-        second = [(plain(model, [2, 3, 4, i])[-1] / temperature).softmax(-1).tolist() for i in range(6)]
-    expected = {(i, j): first[i] * second[i][j] for i in range(6) for j in range(6) if i != EOT} | {(EOT,): first[EOT]}
+        second = [
+            (plain(model, [2, 3, 4, i])[-1] / temperature).softmax(-1).tolist() for i in range(6)
+        ]
+    expected = {(i, j): first[i] * second[i][j] for i in range(6) for j in range(6) if i != EOT} | {
+        (EOT,): first[EOT]
+    }
     counts = {pair: 0 for pair in expected}
     for ids in samples:
         counts[tuple(ids)] += 1
@@ -384,7 +491,11 @@ def test_a_prompt_that_fills_the_context_is_refused_and_a_shorter_one_has_its_ow
     model, rng = make(max_position_embeddings=16), torch.Generator()
     with pytest.raises(ValueError, match="a prompt of 16 tokens leaves no room in a context of 16"):
         model.sample([[3], [5] * 16], 1, rng)
-    short = next(p for p in ([i, j] for i in range(2, 9) for j in range(2, 9)) if len(greedy(model, p, 14)) == 14)
+    short = next(
+        p
+        for p in ([i, j] for i in range(2, 9) for j in range(2, 9))
+        if len(greedy(model, p, 14)) == 14
+    )
     [[long], [free]] = model.sample([[5] * 15, short], 1, rng, max_tokens=64, temperature=0)
     assert len(long) == 1 and free == greedy(model, short, 14)  # however long its neighbours are
 
@@ -409,16 +520,28 @@ def saved(folder, **changes):
     return model
 
 
-ROWS = [dict(prompt="the film", responses=[" good", " bad\n film"]), dict(prompt="a", responses=[" the the"])]
+ROWS = [
+    dict(prompt="the film", responses=[" good", " bad\n film"]),
+    dict(prompt="a", responses=[" the the"]),
+]
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_saved_folder_loads_back_exactly_with_its_tokenizer(tmp_path, tied):
-    model = saved(tmp_path, tie_word_embeddings=tied, num_key_value_heads=1, rope_theta=5e4, rms_norm_eps=1e-3)
+    model = saved(
+        tmp_path, tie_word_embeddings=tied, num_key_value_heads=1, rope_theta=5e4, rms_norm_eps=1e-3
+    )
     back = GPT.from_pretrained(str(tmp_path))
-    assert back.config == model.config and all(torch.equal(a, b) for a, b in zip(model.parameters(), back.parameters()))
+    assert back.config == model.config and all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), back.parameters())
+    )
     ours, theirs = back.tokenizer, model.tokenizer
-    assert (ours.name, ours.eot, ours.pad, ours.vocab_size) == (theirs.name, theirs.eot, theirs.pad, theirs.vocab_size)
+    assert (ours.name, ours.eot, ours.pad, ours.vocab_size) == (
+        theirs.name,
+        theirs.eot,
+        theirs.pad,
+        theirs.vocab_size,
+    )
     assert torch.equal(model.logps(collate(ROWS, TOY)), back.logps(collate(ROWS, ours)))
     back.save_pretrained(str(tmp_path / "again"))
     for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
@@ -442,7 +565,9 @@ def test_sharded_half_precision_weights_load_as_float32(tmp_path, tied):
     for shard in set(where.values()):
         save_file({n: weights[n].clone() for n in names if where[n] == shard}, tmp_path / shard)
     (tmp_path / "model.safetensors").unlink()
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    (tmp_path / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": where})
+    )
     back = GPT.from_pretrained(tmp_path)
     for a, b in zip(model.parameters(), back.parameters()):
         assert b.dtype == torch.float32 and torch.equal(a.bfloat16().float(), b)
@@ -454,12 +579,27 @@ def test_sharded_half_precision_weights_load_as_float32(tmp_path, tied):
 def test_what_a_config_leaves_out_is_llamas(tmp_path):
     model = saved(tmp_path, tie_word_embeddings=False, num_key_value_heads=4)
     config = json.loads((tmp_path / "config.json").read_text())
-    for name in ("rms_norm_eps", "max_position_embeddings", "rope_theta", "tie_word_embeddings", "head_dim"):
+    for name in (
+        "rms_norm_eps",
+        "max_position_embeddings",
+        "rope_theta",
+        "tie_word_embeddings",
+        "head_dim",
+    ):
         config.pop(name)
-    config |= dict(num_key_value_heads=None, rope_scaling=None, rope_parameters=dict(rope_type="default", rope_theta=777.0))
+    config |= dict(
+        num_key_value_heads=None,
+        rope_scaling=None,
+        rope_parameters=dict(rope_type="default", rope_theta=777.0),
+    )
     (tmp_path / "config.json").write_text(json.dumps(config))
     read = GPT.from_pretrained(tmp_path).config
-    assert (read.rms_norm_eps, read.max_position_embeddings, read.rope_theta, read.tie_word_embeddings) == (1e-6, 2048, 777.0, False)
+    assert (
+        read.rms_norm_eps,
+        read.max_position_embeddings,
+        read.rope_theta,
+        read.tie_word_embeddings,
+    ) == (1e-6, 2048, 777.0, False)
     assert read.num_key_value_heads == 4 and read.head_dim == model.config.head_dim
 
 
@@ -468,7 +608,9 @@ def edited(**changes):
 
     def fault(folder):
         config = json.loads((folder / "config.json").read_text()) | changes
-        (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+        (folder / "config.json").write_text(
+            json.dumps({k: v for k, v in config.items() if v is not ...})
+        )
 
     return fault
 
@@ -503,30 +645,72 @@ FAULTS = {
     "config is a list": (written("config.json", "[]"), "config.json is no JSON object"),
     "another family": (edited(model_type="gpt2"), "model_type 'gpt2' is not of the Llama family"),
     "no model type": (edited(model_type=...), "model_type None is not of the Llama family"),
-    "no width": (edited(hidden_size=...), "config.json does not describe a Llama model: .*no hidden_size"),
-    "a width of text": (edited(hidden_size="wide", head_dim=...), "config.json does not describe a Llama model"),
-    "odd heads": (edited(num_key_value_heads=3), "config.json does not describe a Llama model: num_attention_heads 4 is no multiple"),
+    "no width": (
+        edited(hidden_size=...),
+        "config.json does not describe a Llama model: .*no hidden_size",
+    ),
+    "a width of text": (
+        edited(hidden_size="wide", head_dim=...),
+        "config.json does not describe a Llama model",
+    ),
+    "odd heads": (
+        edited(num_key_value_heads=3),
+        "config.json does not describe a Llama model: num_attention_heads 4 is no multiple",
+    ),
     "negative width": (edited(intermediate_size=-8), "config.json does not describe a Llama model"),
     "another width": (
         edited(intermediate_size=32),
         r"weight layers.0.mlp.gate_proj.weight has shape \(24, 16\), the config asks for \(32, 16\)",
     ),
-    "more layers": (edited(num_hidden_layers=3), "weight layers.2.input_layernorm.weight is missing"),
+    "more layers": (
+        edited(num_hidden_layers=3),
+        "weight layers.2.input_layernorm.weight is missing",
+    ),
     "fewer layers": (edited(num_hidden_layers=1), "weight layers.1.* has no place in this model"),
     "untied in name only": (edited(tie_word_embeddings=False), "weight lm_head.weight is missing"),
-    "missing weight": (reweighted(lambda w: w.pop("model.norm.weight")), "weight norm.weight is missing"),
-    "biases": (edited(attention_bias=True), "biases or activations other than Llama's are not supported"),
-    "another activation": (edited(hidden_act="gelu"), "biases or activations other than Llama's are not supported"),
-    "rope scaling": (edited(rope_scaling=dict(type="linear", factor=2.0)), "rotary scaling .*linear.* is not supported"),
-    "rope parameters": (edited(rope_parameters=dict(rope_type="llama3", factor=8.0)), "rotary scaling .*llama3.* is not supported"),
+    "missing weight": (
+        reweighted(lambda w: w.pop("model.norm.weight")),
+        "weight norm.weight is missing",
+    ),
+    "biases": (
+        edited(attention_bias=True),
+        "biases or activations other than Llama's are not supported",
+    ),
+    "another activation": (
+        edited(hidden_act="gelu"),
+        "biases or activations other than Llama's are not supported",
+    ),
+    "rope scaling": (
+        edited(rope_scaling=dict(type="linear", factor=2.0)),
+        "rotary scaling .*linear.* is not supported",
+    ),
+    "rope parameters": (
+        edited(rope_parameters=dict(rope_type="llama3", factor=8.0)),
+        "rotary scaling .*llama3.* is not supported",
+    ),
     "pickle only": (pickled, r"it has no model.safetensors \(only safetensors are read\)"),
-    "no safetensors": (written("model.safetensors", "PK"), "model.safetensors is not a readable safetensors file"),
-    "index is no JSON": (written("model.safetensors.index.json", "{"), "index.json is no readable index of weights"),
-    "index without a map": (written("model.safetensors.index.json", "{}"), "index.json is no readable index of weights"),
+    "no safetensors": (
+        written("model.safetensors", "PK"),
+        "model.safetensors is not a readable safetensors file",
+    ),
+    "index is no JSON": (
+        written("model.safetensors.index.json", "{"),
+        "index.json is no readable index of weights",
+    ),
+    "index without a map": (
+        written("model.safetensors.index.json", "{}"),
+        "index.json is no readable index of weights",
+    ),
     "no tokenizer": (without("tokenizer.json"), "has no tokenizer.json"),
     "tokenizer is no JSON": (written("tokenizer.json", "["), "tokenizer.json cannot be read"),
-    "tokenizer settings are no JSON": (written("tokenizer_config.json", "["), "tokenizer_config.json cannot be read"),
-    "no end token": (lambda f: (written("tokenizer_config.json", "{}")(f), edited(eos_token_id=None)(f)), "names no end-of-text token"),
+    "tokenizer settings are no JSON": (
+        written("tokenizer_config.json", "["),
+        "tokenizer_config.json cannot be read",
+    ),
+    "no end token": (
+        lambda f: (written("tokenizer_config.json", "{}")(f), edited(eos_token_id=None)(f)),
+        "names no end-of-text token",
+    ),
     "another tokenizer": (
         Tokenizer.toy([" more", " words", " than", " rows", " are", " there"]).save,
         "the tokenizer has 264 tokens, the model 262",
@@ -546,14 +730,27 @@ def test_a_folder_that_is_no_llama_checkpoint_is_refused_in_one_line(tmp_path, n
 
 def test_transformers_and_this_model_read_each_others_folders(tmp_path):
     transformers = pytest.importorskip("transformers")
-    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    settings = dict(vocab_size=TOY.vocab_size, max_position_embeddings=128, rms_norm_eps=1e-4, initializer_range=0.3)
+    shape = dict(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    settings = dict(
+        vocab_size=TOY.vocab_size,
+        max_position_embeddings=128,
+        rms_norm_eps=1e-4,
+        initializer_range=0.3,
+    )
     rope = dict(rope_parameters=dict(rope_type="default", rope_theta=5e4))
     ids = TOY.encode("the film the good\n film is not bad, it is long" * 2)
     batch = collate([dict(prompt=ids[:5], responses=[ids[5:]])], TOY)
     for tied in (True, False):
         torch.manual_seed(0)
-        theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, **settings, **rope, tie_word_embeddings=tied)).eval()
+        theirs = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(**shape, **settings, **rope, tie_word_embeddings=tied)
+        ).eval()
         theirs.save_pretrained(tmp_path / "theirs")
         TOY.save(str(tmp_path / "theirs"))
         ours = GPT.from_pretrained(tmp_path / "theirs")
@@ -563,7 +760,11 @@ def test_transformers_and_this_model_read_each_others_folders(tmp_path):
             torch.testing.assert_close(ours.logits(batch)[0, 0], expected, rtol=0, atol=1e-5)
             ours.save_pretrained(str(tmp_path / "ours"))
             again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
-            torch.testing.assert_close(again(torch.tensor([ids])).logits[0, 4:], expected, rtol=0, atol=1e-6)
+            torch.testing.assert_close(
+                again(torch.tensor([ids])).logits[0, 4:], expected, rtol=0, atol=1e-6
+            )
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
-    assert tokenizer("the film\n good", add_special_tokens=False)["input_ids"] == TOY.encode("the film\n good")
+    assert tokenizer("the film\n good", add_special_tokens=False)["input_ids"] == TOY.encode(
+        "the film\n good"
+    )
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (TOY.eot, TOY.pad)

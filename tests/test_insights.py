@@ -8,7 +8,20 @@ import torch
 
 import lab
 from methods import dpo, insights, sft, survey
-from methods.insights import FREE, SCENARIOS, VARIANTS, Config, begun, loss, page, prospects, run, starts, study, trained
+from methods.insights import (
+    FREE,
+    SCENARIOS,
+    VARIANTS,
+    Config,
+    begun,
+    loss,
+    page,
+    prospects,
+    run,
+    starts,
+    study,
+    trained,
+)
 from toy import tree
 
 
@@ -17,7 +30,9 @@ def canonical():
     mask = torch.ones(1, 2, 4, dtype=torch.bool)
     mask[0, 1, 3] = False
     count = mask.sum(-1, keepdim=True)
-    logps = (torch.tensor([-4.0, -6.0], dtype=torch.float64)[:, None] / count * mask).requires_grad_()
+    logps = (
+        torch.tensor([-4.0, -6.0], dtype=torch.float64)[:, None] / count * mask
+    ).requires_grad_()
     ref_logps = torch.tensor([-5.0, -5.5], dtype=torch.float64)[:, None] / count * mask
     return logps, ref_logps, SimpleNamespace(mask=mask)
 
@@ -26,7 +41,10 @@ def ragged(rows=5, length=6, seed=0, scale=1.0):
     """Random log-probs of ragged pairs in float64, 0 outside the mask."""
     rng = torch.Generator().manual_seed(seed)
     mask = torch.arange(length) < torch.randint(1, length + 1, (rows, 2, 1), generator=rng)
-    logps, ref_logps = (-scale * torch.rand(rows, 2, length, generator=rng, dtype=torch.float64) * mask for _ in range(2))
+    logps, ref_logps = (
+        -scale * torch.rand(rows, 2, length, generator=rng, dtype=torch.float64) * mask
+        for _ in range(2)
+    )
     return logps.requires_grad_(), ref_logps, SimpleNamespace(mask=mask)
 
 
@@ -50,7 +68,12 @@ CANONICAL = [  # fields, value, slope in log pi(y_w), slope in log pi(y_l)
     (dict(variant="ipo"), 21.006944, -2.291667, 3.055556),
     (dict(variant="kto", z0=0.0), 0.962523, -0.024938, 0.024984),
     (dict(variant="kto", z0=0.3), 0.962518, -0.024969, 0.024960),
-    (dict(variant="kto"), 2 * 0.468795, 2 * -0.012469, 2 * 0.012430),  # z 0 and 1; the sum, not the mean, of the two sides
+    (
+        dict(variant="kto"),
+        2 * 0.468795,
+        2 * -0.012469,
+        2 * 0.012430,
+    ),  # z 0 and 1; the sum, not the mean, of the two sides
     (dict(variant="cpo", lam=0.0), 0.598139, -0.045017, 0.045017),
     (dict(variant="cpo"), 1.598139, -0.295017, 0.045017),
     (dict(variant="nll"), 1.0, -0.25, 0.0),
@@ -62,19 +85,34 @@ def test_the_canonical_pair(fields, known, chosen, rejected):
     item = canonical()
     assert value(item, **fields).item() == pytest.approx(known, abs=2e-6)
     grad = gradient(item, **fields)[0]
-    torch.testing.assert_close(grad[:, 0], torch.tensor([chosen, rejected], dtype=torch.float64), rtol=0, atol=1.5e-6)
-    assert (grad[0] == grad[0, 0]).all() and (grad[1, :3] == grad[1, 0]).all()  # every token of a response alike
+    torch.testing.assert_close(
+        grad[:, 0], torch.tensor([chosen, rejected], dtype=torch.float64), rtol=0, atol=1.5e-6
+    )
+    assert (grad[0] == grad[0, 0]).all() and (
+        grad[1, :3] == grad[1, 0]
+    ).all()  # every token of a response alike
 
 
 @pytest.mark.parametrize(
     "fields, known",
-    [(dict(), 0.693147), (dict(variant="ipo"), 25.0), (dict(variant="ipo", ipo_mean=False), 25.0), (dict(variant="kto", z0=0.0), 1.0)]
-    + [(dict(variant="kto"), 1.0), (dict(variant="kto", lambda_u=0.0), 0.5), (dict(variant="ipo", tau=0.5), 1.0)],
+    [
+        (dict(), 0.693147),
+        (dict(variant="ipo"), 25.0),
+        (dict(variant="ipo", ipo_mean=False), 25.0),
+        (dict(variant="kto", z0=0.0), 1.0),
+    ]
+    + [
+        (dict(variant="kto"), 1.0),
+        (dict(variant="kto", lambda_u=0.0), 0.5),
+        (dict(variant="ipo", tau=0.5), 1.0),
+    ],
 )
 def test_at_the_reference(fields, known):
     _, ref_logps, batch = ragged()
     losses = value((ref_logps, ref_logps, batch), **fields)
-    torch.testing.assert_close(losses, torch.full((5,), known, dtype=torch.float64), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        losses, torch.full((5,), known, dtype=torch.float64), rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -93,18 +131,34 @@ def test_slopes_are_those_of_the_formulas(seed):
         (dict(beta=0.4), -0.4 * s(-0.4 * h), 0.4 * s(-0.4 * h)),
         (dict(variant="ipo", tau=0.3, ipo_mean=False), 2 * (h - 1 / 0.6), -2 * (h - 1 / 0.6)),
         (dict(variant="ipo", tau=0.3), 2 * (mean_h - 1 / 0.6) / nw, -2 * (mean_h - 1 / 0.6) / nl),
-        (dict(variant="kto", beta=0.4, z0=0.7), -0.4 * hill(0.4 * (a - 0.7)), 0.4 * hill(0.4 * (0.7 - c))),
+        (
+            dict(variant="kto", beta=0.4, z0=0.7),
+            -0.4 * hill(0.4 * (a - 0.7)),
+            0.4 * hill(0.4 * (0.7 - c)),
+        ),
         (dict(variant="kto", beta=0.4), -0.4 * hill(0.4 * (a - good)), 0.4 * hill(0.4 * (bad - c))),
-        (dict(variant="kto", z0=0.7, lambda_d=2.0, lambda_u=0.3), -0.2 * hill(0.1 * (a - 0.7)), 0.03 * hill(0.1 * (0.7 - c))),
-        (dict(variant="cpo", beta=0.4, lam=0.6), -0.4 * s(-0.4 * (lw - ll)) - 0.6 / nw, 0.4 * s(-0.4 * (lw - ll))),
+        (
+            dict(variant="kto", z0=0.7, lambda_d=2.0, lambda_u=0.3),
+            -0.2 * hill(0.1 * (a - 0.7)),
+            0.03 * hill(0.1 * (0.7 - c)),
+        ),
+        (
+            dict(variant="cpo", beta=0.4, lam=0.6),
+            -0.4 * s(-0.4 * (lw - ll)) - 0.6 / nw,
+            0.4 * s(-0.4 * (lw - ll)),
+        ),
         (dict(variant="nll"), -1 / nw, 0 * lw),
     ]
     for fields, chosen, rejected in slopes:
         expected = torch.stack([chosen, rejected], 1)[..., None].expand_as(item[0])
-        torch.testing.assert_close(gradient(item, **fields), expected.contiguous(), rtol=1e-10, atol=1e-14)
+        torch.testing.assert_close(
+            gradient(item, **fields), expected.contiguous(), rtol=1e-10, atol=1e-14
+        )
 
 
-@pytest.mark.parametrize("fields", [f for f, *_ in CANONICAL if f != dict(variant="kto")])  # whose z is no part of the graph
+@pytest.mark.parametrize(
+    "fields", [f for f, *_ in CANONICAL if f != dict(variant="kto")]
+)  # whose z is no part of the graph
 def test_gradients_are_those_of_the_values(fields):
     logps, ref_logps, batch = ragged(rows=3, length=4, seed=3)
     assert torch.autograd.gradcheck(lambda x: loss(x, ref_logps, batch, Config(**fields))[0], logps)
@@ -128,10 +182,16 @@ TWICE = [
 @pytest.mark.parametrize("scale", [1.0, 40.0])
 def test_a_loss_that_stands_in_two_files_is_the_same_in_both(fields, module, theirs, scale):
     logps, ref_logps, batch = ragged(seed=4, scale=scale)
-    item = (logps, ref_logps, SimpleNamespace(mask=batch.mask, scores=torch.tensor([[1.0, 0.0]] * 5)))
+    item = (
+        logps,
+        ref_logps,
+        SimpleNamespace(mask=batch.mask, scores=torch.tensor([[1.0, 0.0]] * 5)),
+    )
     own = module.loss(*item, theirs)[0]
     torch.testing.assert_close(value(item, **fields), own, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(gradient(item, **fields), torch.autograd.grad(own.sum(), item[0])[0], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        gradient(item, **fields), torch.autograd.grad(own.sum(), item[0])[0], rtol=1e-10, atol=1e-12
+    )
 
 
 def test_cpo_has_no_reference():
@@ -141,7 +201,9 @@ def test_cpo_has_no_reference():
     uniform = torch.zeros_like(ref_logps)
     uniform[..., 0] = first.expand(-1, 2)  # any probability, the same for both
     for read in (value, gradient):
-        torch.testing.assert_close(read(item, "cpo", lam=0.0), read((logps, uniform, batch)), rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            read(item, "cpo", lam=0.0), read((logps, uniform, batch)), rtol=0, atol=1e-12
+        )
     for name in FREE:
         for other in (None, 3 * ref_logps - 1, torch.full_like(ref_logps, math.nan)):
             assert torch.equal(value((logps, other, batch), name), value(item, name))
@@ -161,7 +223,10 @@ def test_ipo_is_at_rest_at_its_target_and_turns_round_beyond(mean):
         item = (ref_logps + ratio).requires_grad_(), ref_logps, batch
         grad = gradient(item, "ipo", ipo_mean=mean)[..., 0]
         torch.testing.assert_close(
-            value(item, "ipo", ipo_mean=mean), torch.full((5,), (h - 5) ** 2, dtype=torch.float64), rtol=0, atol=1e-9
+            value(item, "ipo", ipo_mean=mean),
+            torch.full((5,), (h - 5) ** 2, dtype=torch.float64),
+            rtol=0,
+            atol=1e-9,
         )
         expected = 2 * (h - 5) * torch.stack([weight[:, 0], -weight[:, 1]], 1)
         torch.testing.assert_close(grad, expected, rtol=0, atol=1e-9)
@@ -174,8 +239,12 @@ def test_kto_weighs_its_two_sides_apart():
     # a response that is called bad has what is left of its value: the labels of both exchanged exchange the two terms
     for z0 in (0.0, 0.4):
         good, bad = (dict(variant="kto", z0=z0, **{name: 0.0}) for name in ("lambda_u", "lambda_d"))
-        torch.testing.assert_close(value(turned, **good), 1 - value(item, **bad), rtol=0, atol=1e-12)
-        torch.testing.assert_close(value(turned, **bad), 1 - value(item, **good), rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            value(turned, **good), 1 - value(item, **bad), rtol=0, atol=1e-12
+        )
+        torch.testing.assert_close(
+            value(turned, **bad), 1 - value(item, **good), rtol=0, atol=1e-12
+        )
     grad = gradient(item, "kto", lambda_u=0.0)
     assert (grad[:, 1] == 0).all() and (grad[:, 0][batch.mask[:, 0]] < 0).all()
     grad = gradient(item, "kto", lambda_d=0.0)
@@ -186,7 +255,11 @@ def uneven():
     """Four good responses and two bad ones, in rows of which some have one side alone."""
     logps, ref_logps, batch = ragged(seed=8)
     there = torch.tensor([[1, 1], [1, 0], [1, 0], [0, 1], [1, 0]]).bool()[..., None]
-    return (logps.detach() * there).requires_grad_(), ref_logps * there, SimpleNamespace(mask=batch.mask & there)
+    return (
+        (logps.detach() * there).requires_grad_(),
+        ref_logps * there,
+        SimpleNamespace(mask=batch.mask & there),
+    )
 
 
 def test_kto_takes_more_good_than_bad_responses_and_the_others_do_not():
@@ -210,7 +283,11 @@ def test_ktos_reference_point_carries_no_gradient_and_is_never_negative():
     (alone,) = torch.autograd.grad(value(item, "kto")[0], item[0])
     assert (alone[1:] == 0).all() and (alone[0] != 0).any()
     logps, ref_logps, batch = item
-    low = (ref_logps - 1.0 * batch.mask).requires_grad_(), ref_logps, batch  # all ratios negative: z is 0
+    low = (
+        (ref_logps - 1.0 * batch.mask).requires_grad_(),
+        ref_logps,
+        batch,
+    )  # all ratios negative: z is 0
     torch.testing.assert_close(value(low, "kto"), value(low, "kto", z0=0.0), rtol=0, atol=0)
     high = (ref_logps + 1.0 * batch.mask).requires_grad_(), ref_logps, batch
     assert not torch.allclose(value(high, "kto"), value(high, "kto", z0=0.0))
@@ -223,10 +300,19 @@ def test_ktos_reference_point_carries_no_gradient_and_is_never_negative():
 def test_kto_saturates_far_from_its_reference_point():
     present = torch.ones(1, 2, dtype=torch.bool)
     slopes = [
-        prospects(torch.tensor([x]), torch.tensor([-x]), present, Config("kto", z0=0.0))[1]["slope"].item() for x in (0.0, 10.0, 300.0)
+        prospects(torch.tensor([x]), torch.tensor([-x]), present, Config("kto", z0=0.0))[1][
+            "slope"
+        ].item()
+        for x in (0.0, 10.0, 300.0)
     ]
-    assert slopes[0] == 1 and slopes[1] == pytest.approx(4 * 0.731059 * 0.268941, abs=1e-5) and slopes[2] < 1e-9
-    one = prospects(torch.tensor([10.0]), torch.zeros(1), torch.tensor([[True, False]]), Config("kto", z0=0.0))[1]["slope"]
+    assert (
+        slopes[0] == 1
+        and slopes[1] == pytest.approx(4 * 0.731059 * 0.268941, abs=1e-5)
+        and slopes[2] < 1e-9
+    )
+    one = prospects(
+        torch.tensor([10.0]), torch.zeros(1), torch.tensor([[True, False]]), Config("kto", z0=0.0)
+    )[1]["slope"]
     assert one.item() == pytest.approx(slopes[1])
 
 
@@ -242,7 +328,13 @@ def test_cpos_slope_in_the_preferred_response_never_vanishes():
 def test_every_field_of_a_variant_matters(name):
     item = ragged(seed=10, scale=3.0)
     for field, default in VARIANTS[name].items():
-        other = not default if isinstance(default, bool) else 0.9 if default is None else default * 0.7 + 0.01
+        other = (
+            not default
+            if isinstance(default, bool)
+            else 0.9
+            if default is None
+            else default * 0.7 + 0.01
+        )
         assert not torch.allclose(value(item, name, **{field: other}), value(item, name)), field
 
 
@@ -253,7 +345,11 @@ def test_extremes_stay_finite_in_every_dtype(name):
             logps = torch.tensor([[[chosen], [rejected]]] * 2, dtype=dtype, requires_grad=True)
             batch = SimpleNamespace(mask=torch.ones(2, 2, 1, dtype=torch.bool))
             losses, metrics = loss(logps, torch.full_like(logps, -1.0), batch, Config(name))
-            assert losses.isfinite().all() and losses.shape == (2,) and losses.dtype == torch.promote_types(dtype, torch.float32)
+            assert (
+                losses.isfinite().all()
+                and losses.shape == (2,)
+                and losses.dtype == torch.promote_types(dtype, torch.float32)
+            )
             assert torch.autograd.grad(losses.sum(), logps)[0].isfinite().all()
             assert all(x.isfinite() and not x.requires_grad for x in metrics.values())
 
@@ -300,19 +396,33 @@ def test_what_is_no_pair_is_refused(name):
 
 def expected_loss(ratios, cfg, p):
     """The expected loss of two answers with these log-probs, the first preferred with probability p, the reference being 0."""
-    logps = torch.stack([ratios, ratios.flip(0)])[..., None]  # the pair as the label has it, and turned round
-    losses = loss(logps, torch.zeros_like(logps), SimpleNamespace(mask=torch.ones(2, 2, 1, dtype=torch.bool)), cfg)[0]
+    logps = torch.stack([ratios, ratios.flip(0)])[
+        ..., None
+    ]  # the pair as the label has it, and turned round
+    losses = loss(
+        logps,
+        torch.zeros_like(logps),
+        SimpleNamespace(mask=torch.ones(2, 2, 1, dtype=torch.bool)),
+        cfg,
+    )[0]
     return (torch.tensor([p, 1 - p], dtype=torch.float64) * losses).sum()
 
 
 @pytest.mark.parametrize(
     "cfg, h",
-    [(Config(), 13.8629), (Config("ipo", ipo_mean=False), 3.0), (Config("ipo"), 3.0), (Config("cpo", lam=0.0), 13.8629)],
+    [
+        (Config(), 13.8629),
+        (Config("ipo", ipo_mean=False), 3.0),
+        (Config("ipo"), 3.0),
+        (Config("cpo", lam=0.0), 13.8629),
+    ],
 )
 def test_population_optima(cfg, h):
     """log(p / (1 - p)) / beta, and (2 p - 1) / (2 tau), at p = 0.8; CPO's is a ratio of the policy alone."""
     ratios = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    how = dict(max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe")
+    how = dict(
+        max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe"
+    )
     optimizer = torch.optim.LBFGS([ratios], **how)
 
     def closure():
@@ -330,7 +440,9 @@ def test_population_optima(cfg, h):
 def test_kto_with_a_fixed_reference_point_has_no_optimum(p, sign):
     for h in (1.0, 10.0, 100.0):
         gap = torch.tensor(h, dtype=torch.float64, requires_grad=True)
-        slope = torch.autograd.grad(expected_loss(torch.stack([gap, -gap]) / 2, Config("kto", z0=0.0), p), gap)[0].item()
+        slope = torch.autograd.grad(
+            expected_loss(torch.stack([gap, -gap]) / 2, Config("kto", z0=0.0), p), gap
+        )[0].item()
         assert slope * sign > 0 or (sign == 0 and slope == pytest.approx(0, abs=1e-12))
 
 
@@ -359,19 +471,25 @@ def test_every_scenario_begins_at_its_own_reference(monkeypatch, name):
     """At step 0 h is 0 for every pair; with a reference left over from another scenario it is not."""
     seen = {}
     for scenario in SCENARIOS:
-        (logps, ref_logps, batch), *_ = first_call(monkeypatch, "bandit", Config(name, scenario), steps=3, prompts=64, batch_size=32)
+        (logps, ref_logps, batch), *_ = first_call(
+            monkeypatch, "bandit", Config(name, scenario), steps=3, prompts=64, batch_size=32
+        )
         torch.testing.assert_close(logps, ref_logps, rtol=0, atol=1e-6)
         seen[scenario] = (logps, batch)
     for other in ("sft", "instruct"):
         ratio = seen[other][0] - seen["base"][0]
-        assert torch.equal(seen[other][1].target, seen["base"][1].target)  # the same pairs in the same order
+        assert torch.equal(
+            seen[other][1].target, seen["base"][1].target
+        )  # the same pairs in the same order
         assert ratio.sum(-1).abs().min() > 1e-4
 
 
 @pytest.mark.parametrize("name", FREE)
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_no_reference_is_made_for_cpo(monkeypatch, name, scenario):
-    (_, ref_logps, _), *_ = first_call(monkeypatch, "bandit", Config(name, scenario), steps=2, prompts=32, batch_size=16)
+    (_, ref_logps, _), *_ = first_call(
+        monkeypatch, "bandit", Config(name, scenario), steps=2, prompts=32, batch_size=16
+    )
     assert ref_logps is None
 
 
@@ -401,7 +519,12 @@ def test_a_file_has_no_instruction_tuned_model():
 
 
 def test_run_on_text():
-    here = lab.Lab(lab.Settings(world="reviews", steps=2, prompts=8, batch_size=4, base_steps=2, max_response=6), quiet=True)
+    here = lab.Lab(
+        lab.Settings(
+            world="reviews", steps=2, prompts=8, batch_size=4, base_steps=2, max_response=6
+        ),
+        quiet=True,
+    )
     before = here.base().state_dict()
     after = run(here, Config("cpo", "sft")).state_dict()
     assert any(not torch.equal(before[k], after[k]) for k in before)
@@ -432,7 +555,9 @@ def test_an_alignment_on_the_tree_begins_at_its_start(monkeypatch):
         kept = {k: v.clone() for k, v in start.state_dict().items()}
         policy = trained(here, world, start, pairs, Config("kto"), steps=3)
         torch.testing.assert_close(calls[0][0], calls[0][1], rtol=0, atol=0)
-        assert torch.equal(calls[0][2], world.mask[pairs]) and calls[0][3] == pytest.approx(0, abs=1e-6)
+        assert torch.equal(calls[0][2], world.mask[pairs]) and calls[0][3] == pytest.approx(
+            0, abs=1e-6
+        )
         assert 0 < calls[1][3] < calls[2][3] < policy.kl(start)
         assert all(torch.equal(kept[k], v) for k, v in start.state_dict().items())
         calls.clear()
@@ -443,14 +568,25 @@ def test_the_study_and_its_table():
     found = study(here, world, sizes=(20, 60), steps=10)
     assert len(found) == 3 + 2 * 3 * 5
     for (size, scenario, name), row in found.items():
-        assert set(row) == ({"reward"} if name == "start" else {"reward", "kl", "unseen"}), (size, scenario)
+        assert set(row) == ({"reward"} if name == "start" else {"reward", "kl", "unseen"}), (
+            size,
+            scenario,
+        )
     cell = found[60, "sft", "dpo"]
-    assert cell["reward"] > found[0, "sft", "start"]["reward"] and cell["kl"] > 0.05 and 0 < cell["unseen"] < 1
+    assert (
+        cell["reward"] > found[0, "sft", "start"]["reward"]
+        and cell["kl"] > 0.05
+        and 0 < cell["unseen"] < 1
+    )
     again = study(*on_the_tree(), sizes=(20, 60), steps=10)
     assert again == found
     other = {key: {name: x + 2.0 for name, x in row.items()} for key, row in found.items()}
     lines = page([found, other]).splitlines()
     assert len(lines) == 2 + 3 + 2 * 3 and all(len(line) <= 140 for line in lines)
-    row = next(line for line in lines if line.split()[:2] == ["60", "sft"]).replace("|", " ").split()
-    expected = [found[60, "sft", name][m] + 1.0 for m in ("reward", "kl", "unseen") for name in VARIANTS]
+    row = (
+        next(line for line in lines if line.split()[:2] == ["60", "sft"]).replace("|", " ").split()
+    )
+    expected = [
+        found[60, "sft", name][m] + 1.0 for m in ("reward", "kl", "unseen") for name in VARIANTS
+    ]
     assert [float(x) for x in row[2:]] == pytest.approx(expected, abs=0.006)

@@ -57,9 +57,13 @@ def ragged(seed, rows=5, count=6, length=4):
     g = torch.Generator().manual_seed(seed)
     n = torch.randint(2, count + 1, (rows,), generator=g)
     n[0] = count
-    size = torch.randint(1, length + 1, (rows, count), generator=g) * (torch.arange(count) < n[:, None])
+    size = torch.randint(1, length + 1, (rows, count), generator=g) * (
+        torch.arange(count) < n[:, None]
+    )
     mask = torch.arange(length) < size[..., None]
-    logps, ref = (torch.randn(rows, count, length, generator=g, dtype=torch.float64) * mask for _ in range(2))
+    logps, ref = (
+        torch.randn(rows, count, length, generator=g, dtype=torch.float64) * mask for _ in range(2)
+    )
     y = torch.randint(0, 4, (rows, count), generator=g).double() * (size > 0)
     return logps.requires_grad_(), ref, lists(y, mask=mask), n
 
@@ -73,7 +77,9 @@ def by_hand(r, w, beta, inner, reduce):
     n, total = len(r), 0.0
     for i in range(n):
         others = [j for j in range(n) if j != i or inner == "incl"]
-        z = -torch.logsumexp(torch.stack([beta * (r[j] - r[i]) for j in others]), 0) + (math.log(n - 1) if inner == "code" else 0)
+        z = -torch.logsumexp(torch.stack([beta * (r[j] - r[i]) for j in others]), 0) + (
+            math.log(n - 1) if inner == "code" else 0
+        )
         total = total - w[i] * F.logsigmoid(z)
     return total / n if reduce == "mean" else total
 
@@ -82,7 +88,13 @@ def optimum(y, k, **fields):
     """p = softmax(beta r) of the free scores that minimise the loss of one list."""
     cfg, batch = Config(**fields), lists(y, k)
     r = torch.zeros(1, len(y), 1, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([r], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [r],
+        max_iter=500,
+        tolerance_grad=1e-12,
+        tolerance_change=1e-16,
+        line_search_fn="strong_wolfe",
+    )
 
     def closure():
         optimizer.zero_grad()
@@ -108,7 +120,9 @@ def optimum(y, k, **fields):
     ],
 )
 def test_two_items(inner, reduce, expected):
-    assert value((0.3, -0.1), (1.0, 0.0), (1, 2), beta=0.5, inner=inner, reduce=reduce)[0] == pytest.approx(expected, abs=1e-6)
+    assert value((0.3, -0.1), (1.0, 0.0), (1, 2), beta=0.5, inner=inner, reduce=reduce)[
+        0
+    ] == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("inner", ["excl", "code"])
@@ -133,12 +147,21 @@ def test_one_positive_is_softmax_dpo_and_cross_entropy():
     r = torch.tensor(R, dtype=torch.float64)
     sdpo = -F.logsigmoid(-torch.logsumexp(0.5 * (r[1:] - r[0]), 0))
     assert ours == pytest.approx(1.150903, abs=1e-6)
-    assert ours == pytest.approx(sdpo.item()) == pytest.approx(F.cross_entropy(0.5 * r[None], torch.tensor([0])).item())
-    assert value(R, y, k, beta=0.5, inner="code", reduce="mean")[0] == pytest.approx(0.135632, abs=1e-6)
+    assert (
+        ours
+        == pytest.approx(sdpo.item())
+        == pytest.approx(F.cross_entropy(0.5 * r[None], torch.tensor([0])).item())
+    )
+    assert value(R, y, k, beta=0.5, inner="code", reduce="mean")[0] == pytest.approx(
+        0.135632, abs=1e-6
+    )
 
 
 def test_weights_of_the_hand_case():
-    got = {weights: relevance_weights(lists(Y, K), Config(weights=weights))[0].tolist() for weights in ("ndcg", "position", "reciprocal")}
+    got = {
+        weights: relevance_weights(lists(Y, K), Config(weights=weights))[0].tolist()
+        for weights in ("ndcg", "position", "reciprocal")
+    }
     assert got["ndcg"] == pytest.approx(W, abs=1e-6)
     assert got["position"] == pytest.approx([0.5, 1.0, 0.630930, 0.430677], abs=1e-6)
     assert got["reciprocal"] == pytest.approx([0.0, 3.0, 0.5, 0.0], abs=1e-6)
@@ -154,12 +177,16 @@ def test_weights_of_the_hand_case():
 )
 def test_hand_case(inner, reduce, expected, gradient):
     got, grad = value(R, Y, K, beta=1.0, inner=inner, reduce=reduce)
-    assert got == pytest.approx(expected, abs=1e-6) and grad.tolist() == pytest.approx(gradient, abs=1e-6)
+    assert got == pytest.approx(expected, abs=1e-6) and grad.tolist() == pytest.approx(
+        gradient, abs=1e-6
+    )
     assert grad.sum().item() == pytest.approx(0, abs=1e-12)
 
 
 def test_log_sum_exp_of_each_item():
-    for i, expected in enumerate(LSE):  # with weight 1 on item i alone the loss is softplus of its log-sum-exp
+    for i, expected in enumerate(
+        LSE
+    ):  # with weight 1 on item i alone the loss is softplus of its log-sum-exp
         y, k = [0.0] * 4, [2, 3, 4]
         y[i] = 1.0
         k.insert(i, 1)
@@ -168,11 +195,16 @@ def test_log_sum_exp_of_each_item():
 
 
 @pytest.mark.parametrize(
-    ("inner", "reduce", "expected"), [("code", "mean", 0.629192), ("excl", "sum", 5.033537), ("incl", "sum", 5.843756)]
+    ("inner", "reduce", "expected"),
+    [("code", "mean", 0.629192), ("excl", "sum", 5.033537), ("incl", "sum", 5.843756)],
 )
 def test_at_the_reference(inner, reduce, expected):
     total = sum(W)
-    formula = {"code": math.log(2) * total / 4, "excl": math.log(4) * total, "incl": math.log(5) * total}[inner]
+    formula = {
+        "code": math.log(2) * total / 4,
+        "excl": math.log(4) * total,
+        "incl": math.log(5) * total,
+    }[inner]
     got = value((0.0,) * 4, Y, K, inner=inner, reduce=reduce)[0]
     assert got == pytest.approx(expected, abs=1e-6) == pytest.approx(formula, abs=1e-6)
 
@@ -180,12 +212,18 @@ def test_at_the_reference(inner, reduce, expected):
 @pytest.mark.parametrize("beta", [0.01, 0.1, 1.0, 20.0])
 def test_the_item_itself_is_left_out_whatever_beta(beta):
     """Subtracting 100 before the multiplication by beta, instead of leaving the item out, adds 0.1157 to z's sum at beta = 0.01."""
-    assert value((0.0,) * 4, Y, K, beta=beta)[0] == pytest.approx(math.log(2) * sum(W) / 4, abs=1e-6)
+    assert value((0.0,) * 4, Y, K, beta=beta)[0] == pytest.approx(
+        math.log(2) * sum(W) / 4, abs=1e-6
+    )
 
 
 @pytest.mark.parametrize(
     ("inner", "expected"),
-    [("excl", (0.745253, 0.201515, 0.053232)), ("incl", (0.677810, 0.246664, 0.075527)), ("code", (0.677810, 0.246664, 0.075527))],
+    [
+        ("excl", (0.745253, 0.201515, 0.053232)),
+        ("incl", (0.677810, 0.246664, 0.075527)),
+        ("code", (0.677810, 0.246664, 0.075527)),
+    ],
 )
 def test_optimum_of_free_scores(inner, expected):
     for beta in (1.0, 0.3):
@@ -210,7 +248,13 @@ def test_optimum_of_a_policy_over_the_whole_list(beta):
     """Where the list is every action there is, pi is pi_ref p^(1/beta), normalised."""
     ref = torch.tensor([0.1, 0.6, 0.3], dtype=torch.float64).log()
     logits = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([logits], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [logits],
+        max_iter=500,
+        tolerance_grad=1e-12,
+        tolerance_change=1e-16,
+        line_search_fn="strong_wolfe",
+    )
     batch, cfg = lists((3.0, 2.0, 1.0), (1, 2, 3)), Config(beta=beta, inner="excl")
 
     def closure():
@@ -221,7 +265,12 @@ def test_optimum_of_a_policy_over_the_whole_list(beta):
 
     optimizer.step(closure)
     w = relevance_weights(batch, cfg)[0]
-    torch.testing.assert_close(logits.detach().softmax(0), (ref + (w / w.sum()).log() / beta).softmax(0), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        logits.detach().softmax(0),
+        (ref + (w / w.sum()).log() / beta).softmax(0),
+        atol=1e-6,
+        rtol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("reduce", ["sum", "mean"])
@@ -229,7 +278,9 @@ def test_optimum_of_a_policy_over_the_whole_list(beta):
 @pytest.mark.parametrize("weights", ["ndcg", "position", "reciprocal"])
 def test_ragged_lists_against_the_definition(inner, reduce, weights):
     logps, ref, batch, n = ragged(3)
-    losses, _ = loss(logps, ref, batch, Config(beta=0.7, inner=inner, reduce=reduce, weights=weights))
+    losses, _ = loss(
+        logps, ref, batch, Config(beta=0.7, inner=inner, reduce=reduce, weights=weights)
+    )
     r, expected = item_scores(logps, ref, batch.mask), []
     for b in range(len(n)):
         order = sorted(range(n[b]), key=lambda j: -batch.scores[b, j])
@@ -241,7 +292,10 @@ def test_ragged_lists_against_the_definition(inner, reduce, weights):
         }[weights]
         expected.append(by_hand(r[b, : n[b]], [form(j) for j in range(n[b])], 0.7, inner, reduce))
     torch.testing.assert_close(losses, torch.stack(expected))
-    ours, theirs = (torch.autograd.grad(x.sum(), logps, retain_graph=True)[0] * batch.mask for x in (losses, torch.stack(expected)))
+    ours, theirs = (
+        torch.autograd.grad(x.sum(), logps, retain_graph=True)[0] * batch.mask
+        for x in (losses, torch.stack(expected))
+    )
     torch.testing.assert_close(ours, theirs)
 
 
@@ -266,13 +320,17 @@ def test_gradient_in_closed_form(inner):
             torch.testing.assert_close(grad[b, :m].sum(-1), 0.7 * (total * p - w[b, :m]))
             entropy = (w[b, :m] * (torch.logsumexp(0.7 * r[b, :m], 0) - 0.7 * r[b, :m])).sum()
             torch.testing.assert_close(loss(logps, ref, batch, cfg)[0][b].detach(), entropy)
-    torch.testing.assert_close(grad, (grad.sum(-1) / batch.mask.sum(-1).clamp(min=1))[..., None] * batch.mask)
+    torch.testing.assert_close(
+        grad, (grad.sum(-1) / batch.mask.sum(-1).clamp(min=1))[..., None] * batch.mask
+    )
 
 
 def test_gradient_by_finite_differences():
     logps, ref, batch, _ = ragged(5, rows=2, count=3, length=2)
     for inner in ("excl", "incl", "code"):
-        assert torch.autograd.gradcheck(lambda x: loss(x * batch.mask, ref, batch, Config(inner=inner))[0], logps)
+        assert torch.autograd.gradcheck(
+            lambda x: loss(x * batch.mask, ref, batch, Config(inner=inner))[0], logps
+        )
 
 
 def test_irrelevant_items_are_driven_away_without_end():
@@ -307,7 +365,9 @@ def test_invariances(inner):
     # one constant on every token of a list is one constant on every item, for scores are means
     torch.testing.assert_close(loss((logps + 3.7) * batch.mask, ref, batch, cfg)[0], before)
     batch.rank = label_ranks(batch) * batch.mask.any(-1)
-    torch.testing.assert_close(loss(logps, ref, batch, cfg)[0], before)  # the ranks that the scores imply
+    torch.testing.assert_close(
+        loss(logps, ref, batch, cfg)[0], before
+    )  # the ranks that the scores imply
     order = torch.tensor([4, 2, 0, 5, 1, 3])
     moved = lists(batch.scores[:, order], batch.rank[:, order], batch.mask[:, order])
     torch.testing.assert_close(loss(logps[:, order], ref[:, order], moved, cfg)[0], before)
@@ -326,7 +386,11 @@ def test_nothing_relevant_is_a_differentiable_zero(inner):
     batch.scores = torch.zeros_like(batch.scores)
     losses, metrics = loss(logps, ref, batch, Config(inner=inner))
     (grad,) = torch.autograd.grad(losses.mean(), logps)
-    assert (losses == 0).all() and (grad == 0).all() and all(torch.isfinite(m) for m in metrics.values())
+    assert (
+        (losses == 0).all()
+        and (grad == 0).all()
+        and all(torch.isfinite(m) for m in metrics.values())
+    )
 
 
 def test_absent_items_change_nothing():
@@ -334,7 +398,9 @@ def test_absent_items_change_nothing():
     losses, _ = loss(logps, ref, batch, Config())
     for b in range(len(n)):
         alone = lists(batch.scores[b : b + 1, : n[b]], mask=batch.mask[b : b + 1, : n[b]])
-        torch.testing.assert_close(loss(logps[b : b + 1, : n[b]], ref[b : b + 1, : n[b]], alone, Config())[0][0], losses[b])
+        torch.testing.assert_close(
+            loss(logps[b : b + 1, : n[b]], ref[b : b + 1, : n[b]], alone, Config())[0][0], losses[b]
+        )
 
 
 def test_losses_are_in_float32_or_better():
@@ -363,28 +429,42 @@ def test_baselines_leave_the_relevant_items_unordered():
         r = free_scores((3.0, 2.0, 1.0, 0.0), all_choices, Config())
         assert r[:3].max() - r[:3].min() < 1e-6 and r[0] - r[3] > 5
     r = free_scores((3.0, 2.0, 1.0, 0.0), loss, Config(inner="excl"))
-    torch.testing.assert_close(r[:3].softmax(0), tensor((0.745253, 0.201515, 0.053232)), atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        r[:3].softmax(0), tensor((0.745253, 0.201515, 0.053232)), atol=1e-3, rtol=0
+    )
 
 
 def test_baselines_in_numbers():
     batch = lists(torch.tensor([[1.0, 0.0, 0.0, 2.0]]))
     batch.role = tensor([[1.0, 0.0, -1.0, 0.0]])
     r, zero = tensor(R)[None, :, None], torch.zeros(1, 4, 1, dtype=torch.float64)
-    assert dpo_loss(r, zero, batch, Config(beta=0.5))[0].item() == pytest.approx(math.log1p(math.exp(-0.5 * 0.4)))
-    others = sum(math.exp(0.5 * (x - 0.5)) for x in (-0.2, 0.1))  # the other relevant item takes no part
-    assert sdpo_loss(r, zero, batch, Config(beta=0.5))[0].item() == pytest.approx(math.log1p(others))
+    assert dpo_loss(r, zero, batch, Config(beta=0.5))[0].item() == pytest.approx(
+        math.log1p(math.exp(-0.5 * 0.4))
+    )
+    others = sum(
+        math.exp(0.5 * (x - 0.5)) for x in (-0.2, 0.1)
+    )  # the other relevant item takes no part
+    assert sdpo_loss(r, zero, batch, Config(beta=0.5))[0].item() == pytest.approx(
+        math.log1p(others)
+    )
 
 
 def small_ranker(objective, cfg, seed=0):
     """60 items of 8 hidden qualities, lists of 10, an MLP 8-12-60 for 300 steps of 64 lists -> NDCG@1, NDCG@10, KL from uniform."""
     g = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    qualities, grades = torch.randn(60, 8, generator=g), torch.tensor([3.0, 2, 2, 1, 1, 0, 0, 0, 0, 0])
+    qualities, grades = (
+        torch.randn(60, 8, generator=g),
+        torch.tensor([3.0, 2, 2, 1, 1, 0, 0, 0, 0, 0]),
+    )
     net = torch.nn.Sequential(torch.nn.Linear(8, 12), torch.nn.Tanh(), torch.nn.Linear(12, 60))
     optimizer = torch.optim.Adam(net.parameters(), 3e-3)
 
     def draw(n):
-        query, items = torch.randn(n, 8, generator=g), torch.rand(n, 60, generator=g).argsort(1)[:, :10]
+        query, items = (
+            torch.randn(n, 8, generator=g),
+            torch.rand(n, 60, generator=g).argsort(1)[:, :10],
+        )
         truth = (qualities[items] @ query[:, :, None])[..., 0]
         return query, items, grades[truth.argsort(1, descending=True).argsort(1)]
 
@@ -398,14 +478,20 @@ def small_ranker(objective, cfg, seed=0):
         role[rows, (relevant + torch.rand(64, 10, generator=g)).argmax(1)] = 1.0
         role[rows, (~relevant + torch.rand(64, 10, generator=g)).argmax(1)] = -1.0
         batch = SimpleNamespace(mask=torch.ones(64, 10, 1, dtype=torch.bool), scores=y, role=role)
-        batch.rank = (y + 0.5 * torch.rand(64, 10, generator=g)).argsort(1, descending=True).argsort(1) + 1  # ties at random
+        batch.rank = (y + 0.5 * torch.rand(64, 10, generator=g)).argsort(
+            1, descending=True
+        ).argsort(1) + 1  # ties at random
         optimizer.zero_grad()
-        objective(logps(query, items), torch.full((64, 10, 1), -math.log(60)), batch, cfg)[0].mean().backward()
+        objective(logps(query, items), torch.full((64, 10, 1), -math.log(60)), batch, cfg)[
+            0
+        ].mean().backward()
         optimizer.step()
     query, items, y = draw(2000)
     with torch.no_grad():
         scores, p = logps(query, items)[..., 0], net(query).log_softmax(1)
-    return *(ndcg(scores, y, k).mean().item() for k in (1, 10)), (p.exp() * (p + math.log(60))).sum(1).mean().item()
+    return *(ndcg(scores, y, k).mean().item() for k in (1, 10)), (p.exp() * (p + math.log(60))).sum(
+        1
+    ).mean().item()
 
 
 def test_the_order_of_the_methods_without_a_language_model():
@@ -415,7 +501,9 @@ def test_the_order_of_the_methods_without_a_language_model():
     position = small_ranker(loss, Config(inner="excl", weights="position"))
     assert sdpo[1] > dpo_[1] and ours[0] > sdpo[0] + 0.04 and ours[1] > sdpo[1] + 0.02
     assert ours[0] == pytest.approx(0.834, abs=0.05) and ours[1] == pytest.approx(0.937, abs=0.02)
-    assert position[0] == pytest.approx(0.909, abs=0.03) and position[1] == pytest.approx(0.968, abs=0.01)
+    assert position[0] == pytest.approx(0.909, abs=0.03) and position[1] == pytest.approx(
+        0.968, abs=0.01
+    )
     assert ours[2] == pytest.approx(0.57, abs=0.05) and position[2] == pytest.approx(0.07, abs=0.02)
 
 
@@ -448,7 +536,15 @@ def test_lists_that_are_refused():
 
 
 @pytest.mark.parametrize(
-    "fields", [dict(beta=0.0), dict(beta=-1.0), dict(beta=math.inf), dict(inner="all"), dict(reduce="max"), dict(weights="dcg")]
+    "fields",
+    [
+        dict(beta=0.0),
+        dict(beta=-1.0),
+        dict(beta=math.inf),
+        dict(inner="all"),
+        dict(reduce="max"),
+        dict(weights="dcg"),
+    ],
 )
 def test_config_is_checked(fields):
     ((name, value),) = fields.items()
@@ -457,19 +553,41 @@ def test_config_is_checked(fields):
 
 
 def test_sampled_lists_get_sparse_relevance():
-    rows = [{"scores": s} for s in ([-0.3, 1.2, 0.4, -2.0], [1.0, 0.0], [0.0, 1.0, 1.0, 0.0], [-1.0, -1.0, -1.0])]
-    assert [row["scores"] for row in graded(rows)] == [[0.0, 2.0, 1.0, 0.0], [1.0, 0.0], [0.0, 1.0, 1.0, 0.0], [2.0, 2.0, 2.0]]
+    rows = [
+        {"scores": s}
+        for s in ([-0.3, 1.2, 0.4, -2.0], [1.0, 0.0], [0.0, 1.0, 1.0, 0.0], [-1.0, -1.0, -1.0])
+    ]
+    assert [row["scores"] for row in graded(rows)] == [
+        [0.0, 2.0, 1.0, 0.0],
+        [1.0, 0.0],
+        [0.0, 1.0, 1.0, 0.0],
+        [2.0, 2.0, 2.0],
+    ]
 
 
-@pytest.mark.parametrize("world, k, items", [("ranking", None, 10), ("ranking", 5, 5), ("reviews", None, 4), ("bandit", 3, 3)])
+@pytest.mark.parametrize(
+    "world, k, items",
+    [("ranking", None, 10), ("ranking", 5, 5), ("reviews", None, 4), ("bandit", 3, 3)],
+)
 def test_k_is_the_length_of_the_lists(world, k, items):
     seen = []
     lab = Lab(
-        Settings(world=world, k=k, base_steps=1 if world != "bandit" else None, steps=1, batch_size=4, prompts=4, eval_size=2), quiet=True
+        Settings(
+            world=world,
+            k=k,
+            base_steps=1 if world != "bandit" else None,
+            steps=1,
+            batch_size=4,
+            prompts=4,
+            eval_size=2,
+        ),
+        quiet=True,
     )
     lab.align = lambda policy, data, loss, cfg: seen.extend(data)
     run(lab, Config())
-    assert {len(row["responses"]) for row in seen} == {items} and all(min(row["scores"]) >= 0 for row in seen)
+    assert {len(row["responses"]) for row in seen} == {items} and all(
+        min(row["scores"]) >= 0 for row in seen
+    )
 
 
 def graded_rows(y, **columns):
@@ -479,7 +597,9 @@ def graded_rows(y, **columns):
 
 def test_disagreement_is_the_weighted_share_of_what_is_not_yet_won():
     r = tensor([[0.5, -0.2, 0.1, -0.4]])[..., None].requires_grad_()
-    _, metrics = loss(r, torch.zeros_like(r), graded_rows([[0.0, 2.0, 1.0, 0.0]]), Config(inner="excl"))
+    _, metrics = loss(
+        r, torch.zeros_like(r), graded_rows([[0.0, 2.0, 1.0, 0.0]]), Config(inner="excl")
+    )
     p, w = r[0, :, 0].softmax(0), tensor([0.0, 3.0, 1 / math.log2(3), 0.0])  # sigmoid(z_i) = p_i
     assert metrics["disagreement"].item() == pytest.approx(((w * (1 - p)).sum() / w.sum()).item())
     assert not metrics["disagreement"].requires_grad
@@ -489,15 +609,21 @@ def test_softmax_dpo_leaves_out_absent_items():
     batch = graded_rows([[1.0, 0.0, 0.0]], role=tensor([[1.0, -1.0, 0.0]]))
     r = tensor([[0.3, -0.1, 0.0]])[..., None]
     batch.mask[0, 2] = False
-    assert sdpo_loss(r, torch.zeros_like(r), batch, Config(beta=0.5))[0].item() == pytest.approx(math.log1p(math.exp(-0.2)))
+    assert sdpo_loss(r, torch.zeros_like(r), batch, Config(beta=0.5))[0].item() == pytest.approx(
+        math.log1p(math.exp(-0.2))
+    )
 
 
 def test_roles_are_one_relevant_and_one_irrelevant_item():
     rows, rng = [{"scores": [0.0, 2.0, 0.0, 1.0]}] * 200, torch.Generator().manual_seed(0)
     roles = tensor([row["role"] for row in with_roles(rows, rng)])
     assert (roles.sum(1) == 0).all() and (roles.abs().sum(1) == 2).all()
-    assert (roles[:, [1, 3]].max(1).values == 1).all() and (roles[:, [0, 2]].min(1).values == -1).all()
-    assert ((roles == 1).any(0) == torch.tensor([False, True, False, True])).all() and (roles.abs().sum(0) > 60).all()
+    assert (roles[:, [1, 3]].max(1).values == 1).all() and (
+        roles[:, [0, 2]].min(1).values == -1
+    ).all()
+    assert ((roles == 1).any(0) == torch.tensor([False, True, False, True])).all() and (
+        roles.abs().sum(0) > 60
+    ).all()
 
 
 def test_shuffled_agreement():
@@ -513,11 +639,15 @@ def test_shuffled_agreement():
             return self.of(batch)[..., None] * batch.mask
 
     by_item = Scorer(lambda batch: (batch.target * batch.mask).double().cumsum(-1)[..., -1].sin())
-    by_place = Scorer(lambda batch: torch.arange(batch.mask.shape[1]).double().expand(batch.mask.shape[:2]))
+    by_place = Scorer(
+        lambda batch: torch.arange(batch.mask.shape[1]).double().expand(batch.mask.shape[:2])
+    )
     nothing = Scorer(lambda batch: torch.zeros(batch.mask.shape[:2], dtype=torch.float64))
 
     def agreement(policy, reference):
-        return shuffled_agreement(policy, reference, rows, world.tokenizer, torch.Generator().manual_seed(1))
+        return shuffled_agreement(
+            policy, reference, rows, world.tokenizer, torch.Generator().manual_seed(1)
+        )
 
     assert agreement(by_item, nothing) == pytest.approx(1.0, abs=0.02)
     assert agreement(nothing, by_item) == pytest.approx(1.0, abs=0.02)

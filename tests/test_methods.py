@@ -34,7 +34,9 @@ def test_imports_go_one_way(name):
     for node in ast.walk(ast.parse(FILES[name])):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         for imported in names + ([node.module or ""] if isinstance(node, ast.ImportFrom) else []):
-            assert imported.split(".")[0] not in ("methods", "train", "lab", "report"), f"{name} imports {imported}"
+            assert imported.split(".")[0] not in ("methods", "train", "lab", "report"), (
+                f"{name} imports {imported}"
+            )
 
 
 def test_shared_functions_are_word_for_word_the_same():
@@ -65,5 +67,7 @@ def test_rdpo_differs_from_dpo_by_its_paper():
         text = FILES[name]
         return text[text.index("@dataclass") : text.index("return lab.align")].splitlines()
 
-    changed = [line for line in difflib.ndiff(code("dpo"), code("rdpo")) if line[:2] in ("+ ", "- ")]
+    changed = [
+        line for line in difflib.ndiff(code("dpo"), code("rdpo")) if line[:2] in ("+ ", "- ")
+    ]
     assert len(changed) < 30

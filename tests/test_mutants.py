@@ -28,7 +28,10 @@ def ragged(k, scores, seed, dtype=torch.float64, absent=False, scale=1.0, batch=
     if absent:  # the last response of every other row is not there
         count[::2, -1] = 0
     mask = torch.arange(length) < count[..., None]
-    logps, ref_logps = ((-scale * torch.rand(batch, k, length, generator=rng, dtype=torch.float64) - 0.1) * mask for _ in range(2))
+    logps, ref_logps = (
+        (-scale * torch.rand(batch, k, length, generator=rng, dtype=torch.float64) - 0.1) * mask
+        for _ in range(2)
+    )
     scores = scores(batch, k, rng).to(torch.float64) * mask.any(-1)
     columns = dict(mask=mask, scores=scores, parents=torch.full((batch, k), -1))
     return logps.to(dtype), ref_logps.to(dtype), SimpleNamespace(**columns)
@@ -55,32 +58,62 @@ def changed(item, **columns):
 def elsewhere(item):
     """The same inputs on a device where nobody can look at values: what is asked there would fail."""
     logps, ref_logps, batch = item
-    return logps.to("meta"), ref_logps.to("meta"), SimpleNamespace(**{k: v.to("meta") for k, v in vars(batch).items()})
+    return (
+        logps.to("meta"),
+        ref_logps.to("meta"),
+        SimpleNamespace(**{k: v.to("meta") for k, v in vars(batch).items()}),
+    )
 
 
 def pairs():
     """Pairs, in two precisions and sizes, some at the reference; and what is refused: lists, flat log-probs, a response without tokens."""
-    inputs = [ragged(2, first_wins, 0), ragged(2, first_wins, 1, scale=9.0), ragged(2, first_wins, 2, torch.bfloat16)]
+    inputs = [
+        ragged(2, first_wins, 0),
+        ragged(2, first_wins, 1, scale=9.0),
+        ragged(2, first_wins, 2, torch.bfloat16),
+    ]
     logps, ref_logps, batch = inputs[0]
     tied = (torch.where(torch.arange(5)[:, None, None] < 2, ref_logps, logps), ref_logps, batch)
     flat = [(logps[0], ref_logps[0], batch), (logps[..., 0], ref_logps[..., 0], batch)]
-    return [*inputs, tied, elsewhere(tied), *flat, ragged(3, first_wins, 3), ragged(2, first_wins, 4, absent=True)]
+    return [
+        *inputs,
+        tied,
+        elsewhere(tied),
+        *flat,
+        ragged(3, first_wins, 3),
+        ragged(2, first_wins, 4, absent=True),
+    ]
 
 
 def ranked(item):
     """A column `rank`, 1 to n in a random order, 0 for what is absent."""
     present = item[2].mask.any(-1)
-    draw = torch.rand(present.shape, generator=torch.Generator().manual_seed(9)).masked_fill(~present, 2.0)
+    draw = torch.rand(present.shape, generator=torch.Generator().manual_seed(9)).masked_fill(
+        ~present, 2.0
+    )
     return changed(item, rank=(draw.argsort(1).argsort(1) + 1) * present)
 
 
 def lists():
     """Lists of graded items with and without given ranks; refused: no list, negative grades, wrong ranks, graded absent items."""
-    inputs = [ragged(5, grades, 0), ragged(5, grades, 1, absent=True), ragged(4, grades, 2, torch.bfloat16)]
+    inputs = [
+        ragged(5, grades, 0),
+        ragged(5, grades, 1, absent=True),
+        ragged(4, grades, 2, torch.bfloat16),
+    ]
     inputs += [ranked(inputs[0]), ranked(inputs[1]), ragged(2, first_wins, 3)]
     first = [x.roll(1, 1) for x in inputs[1][:2]]  # the absent item comes first
-    inputs += [changed((*first, inputs[1][2]), mask=inputs[1][2].mask.roll(1, 1), scores=2.0 * (inputs[1][2].scores.roll(1, 1) > 2))]
-    inputs += [changed(inputs[0], scores=0 * inputs[0][2].scores), changed(inputs[3], rank=inputs[3][2].rank.double())]
+    inputs += [
+        changed(
+            (*first, inputs[1][2]),
+            mask=inputs[1][2].mask.roll(1, 1),
+            scores=2.0 * (inputs[1][2].scores.roll(1, 1) > 2),
+        )
+    ]
+    inputs += [
+        changed(inputs[0], scores=0 * inputs[0][2].scores),
+        changed(inputs[3], rank=inputs[3][2].rank.double()),
+    ]
     bad, twice = ragged(3, grades, 4, absent=True), ranked(inputs[0])
     graded = bad[2].scores.clone()
     graded[0, -1] = 1.0
@@ -98,12 +131,23 @@ def lists():
         changed(bad, scores=graded),
         changed(inputs[0], scores=zero),
     ]
-    return [*inputs, elsewhere(inputs[3]), *bad_inputs, changed(twice, rank=wrong), changed(inputs[1], rank=places)]
+    return [
+        *inputs,
+        elsewhere(inputs[3]),
+        *bad_inputs,
+        changed(twice, rank=wrong),
+        changed(inputs[1], rank=places),
+    ]
 
 
 def groups():
     """Groups of verified responses, some all right or all wrong, near and far from pi_old; and what is refused."""
-    inputs = [ragged(6, verdicts, 0), ragged(6, verdicts, 1, absent=True), ragged(2, verdicts, 2), ragged(4, verdicts, 3, torch.bfloat16)]
+    inputs = [
+        ragged(6, verdicts, 0),
+        ragged(6, verdicts, 1, absent=True),
+        ragged(2, verdicts, 2),
+        ragged(4, verdicts, 3, torch.bfloat16),
+    ]
     logps, ref_logps, batch = ragged(4, verdicts, 4)
     near = (ref_logps + 0.01 * logps, ref_logps, batch)
     far, off = ragged(4, verdicts, 5, scale=4.0), ragged(4, verdicts, 7, torch.float32, scale=200.0)
@@ -111,8 +155,21 @@ def groups():
     half[0, 0] = 0.5
     right = lone[2].scores.clone()
     right[0, -1] = 1.0
-    empty = changed(lone, mask=lone[2].mask & (torch.arange(5) > 0)[:, None, None], scores=lone[2].scores * (torch.arange(5) > 0)[:, None])
-    return [*inputs, near, far, off, elsewhere(near), changed((logps, ref_logps, batch), scores=half), changed(lone, scores=right), empty]
+    empty = changed(
+        lone,
+        mask=lone[2].mask & (torch.arange(5) > 0)[:, None, None],
+        scores=lone[2].scores * (torch.arange(5) > 0)[:, None],
+    )
+    return [
+        *inputs,
+        near,
+        far,
+        off,
+        elsewhere(near),
+        changed((logps, ref_logps, batch), scores=half),
+        changed(lone, scores=right),
+        empty,
+    ]
 
 
 def likelihoods():
@@ -122,12 +179,22 @@ def likelihoods():
     certain[:2] = 0.0
     positive = logps.clone()
     positive[0, 0, 0] = 0.25
-    return [*pairs(), (logps, None, batch), (certain, ref_logps, batch), (logps / 100, ref_logps, batch), (positive, ref_logps, batch)]
+    return [
+        *pairs(),
+        (logps, None, batch),
+        (certain, ref_logps, batch),
+        (logps / 100, ref_logps, batch),
+        (positive, ref_logps, batch),
+    ]
 
 
 def far_pairs():
     """Pairs, some at ratios that no float32 holds."""
-    return [*pairs(), ragged(2, first_wins, 5, scale=60.0), ragged(2, first_wins, 6, torch.float32, scale=200.0)]
+    return [
+        *pairs(),
+        ragged(2, first_wins, 5, scale=60.0),
+        ragged(2, first_wins, 6, torch.float32, scale=200.0),
+    ]
 
 
 def judged_pairs():
@@ -144,13 +211,19 @@ def scored_pairs():
     items.append(changed(items[0], quality=quality.clone().requires_grad_()))
     high, low = quality.clone(), quality.clone()
     high[0, 0], low[0, 1] = 1.25, -0.25
-    edge = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0], [0.0, 0.0], [0.5, 1.0]], dtype=torch.float64)
+    edge = torch.tensor(
+        [[0.0, 1.0], [1.0, 0.0], [1.0, 1.0], [0.0, 0.0], [0.5, 1.0]], dtype=torch.float64
+    )
     return [*items, *(changed(items[0], quality=q) for q in (high, low, edge)), pairs()[0]]
 
 
 def best_first():
     """Lists of which one is the best: negative scores, absent responses, ties; and what is refused, an empty row."""
-    items = [ragged(3, grades, 0), ragged(3, grades, 1, absent=True), ragged(2, first_wins, 2, torch.bfloat16)]
+    items = [
+        ragged(3, grades, 0),
+        ragged(3, grades, 1, absent=True),
+        ragged(2, first_wins, 2, torch.bfloat16),
+    ]
     logps, ref_logps, batch = items[1]
     negative = changed(items[1], scores=(batch.scores - 5) * batch.mask.any(-1))
     empty = changed(items[1], mask=batch.mask & (torch.arange(5) > 0)[:, None, None])
@@ -162,21 +235,58 @@ def targeted_lists():
 
     def with_q(item):
         present = item[2].mask.any(-1)
-        draw = torch.rand(present.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64) * present
-        return changed(item, q=draw / draw.sum(1, keepdim=True).clamp(min=1e-9), scores=item[2].scores * 1.3 - 2 * draw)
+        draw = (
+            torch.rand(
+                present.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64
+            )
+            * present
+        )
+        return changed(
+            item,
+            q=draw / draw.sum(1, keepdim=True).clamp(min=1e-9),
+            scores=item[2].scores * 1.3 - 2 * draw,
+        )
 
-    items = [with_q(ragged(4, grades, 0)), with_q(ragged(5, grades, 1, absent=True)), with_q(ragged(3, grades, 2, torch.bfloat16))]
-    items += [with_q(ragged(2, first_wins, 3)), changed(with_q(ragged(4, grades, 4)), scores=torch.ones(5, 4, dtype=torch.float64))]
+    items = [
+        with_q(ragged(4, grades, 0)),
+        with_q(ragged(5, grades, 1, absent=True)),
+        with_q(ragged(3, grades, 2, torch.bfloat16)),
+    ]
+    items += [
+        with_q(ragged(2, first_wins, 3)),
+        changed(with_q(ragged(4, grades, 4)), scores=torch.ones(5, 4, dtype=torch.float64)),
+    ]
     logps, ref_logps, batch = items[1]
-    first = changed((logps.roll(1, 1), ref_logps.roll(1, 1), batch), **{n: getattr(batch, n).roll(1, 1) for n in ("mask", "scores", "q")})
-    lone, below = with_q(ragged(2, grades, 6, absent=True)), changed(items[1], scores=(batch.scores - 9) * batch.mask.any(-1))
+    first = changed(
+        (logps.roll(1, 1), ref_logps.roll(1, 1), batch),
+        **{n: getattr(batch, n).roll(1, 1) for n in ("mask", "scores", "q")},
+    )
+    lone, below = (
+        with_q(ragged(2, grades, 6, absent=True)),
+        changed(items[1], scores=(batch.scores - 9) * batch.mask.any(-1)),
+    )
     infinite, small = items[0][2].scores.clone(), items[0][2].q.clone()
     infinite[0, 0], small[0] = torch.inf, 0.9 * small[0]
-    bad = [changed(items[0], scores=infinite), changed(items[0], q=small), changed(items[1], q=batch.q.roll(1, 1))]
+    bad = [
+        changed(items[0], scores=infinite),
+        changed(items[0], q=small),
+        changed(items[1], q=batch.q.roll(1, 1)),
+    ]
     bad += [changed(items[0], q=2 * items[0][2].q - items[0][2].q.flip(1)), ragged(3, grades, 5)]
     empty = changed(items[1], mask=batch.mask & (torch.arange(5) > 0)[:, None, None])
     half = changed(items[0], scores=items[0][2].scores.bfloat16())
-    return [*items, half, first, lone, below, (logps, None, batch), elsewhere(items[0]), elsewhere(bad[-1]), *bad, empty]
+    return [
+        *items,
+        half,
+        first,
+        lone,
+        below,
+        (logps, None, batch),
+        elsewhere(items[0]),
+        elsewhere(bad[-1]),
+        *bad,
+        empty,
+    ]
 
 
 def trees():
@@ -185,20 +295,40 @@ def trees():
     def grown(seed, dtype=torch.float64, absent=False):
         logps, ref_logps, batch = ragged(7, grades, seed, dtype, absent)
         leaf = torch.tensor([0, 0, 1, 1, 0, 1, 1])
-        states = torch.randn(5, 7, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+        states = torch.randn(
+            5, 7, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        ).to(dtype)
         parents = torch.tensor([-1, 0, 1, 0, 0, 4, -1]).expand(5, -1)
-        return changed((logps, ref_logps, batch), parents=parents, scores=batch.scores * leaf / 3, states=states)
+        return changed(
+            (logps, ref_logps, batch),
+            parents=parents,
+            scores=batch.scores * leaf / 3,
+            states=states,
+        )
 
     items = [grown(0), grown(1, absent=True), grown(2, torch.bfloat16)]
     flat = ragged(4, grades, 3)
     states = torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     flat = changed(flat, scores=flat[2].scores / 3, states=states)
-    bare = (*flat[:2], SimpleNamespace(**{n: v for n, v in vars(flat[2]).items() if n != "parents"}))
+    bare = (
+        *flat[:2],
+        SimpleNamespace(**{n: v for n, v in vars(flat[2]).items() if n != "parents"}),
+    )
     deep = torch.tensor([-1, 0, 1, -1]).expand(5, -1)
     lone = changed(flat, mask=flat[2].mask & (torch.arange(4) < 1)[:, None])
-    two = changed(flat, mask=flat[2].mask & (torch.arange(4) < 2)[:, None], scores=flat[2].scores * (torch.arange(4) < 2))
+    two = changed(
+        flat,
+        mask=flat[2].mask & (torch.arange(4) < 2)[:, None],
+        scores=flat[2].scores * (torch.arange(4) < 2),
+    )
     items += [(flat[1], flat[1], flat[2])]  # at the reference: all rewards tie
-    items += [flat, bare, two, changed(flat, parents=deep, scores=flat[2].scores * torch.tensor([0, 0, 1, 1])), elsewhere(items[0])]
+    items += [
+        flat,
+        bare,
+        two,
+        changed(flat, parents=deep, scores=flat[2].scores * torch.tensor([0, 0, 1, 1])),
+        elsewhere(items[0]),
+    ]
     known = items[0][2].scores.clone()
     known[:, :2] = 0.5  # steps within a response have scores too
     one, short = torch.zeros_like(flat[2].scores), flat[2].mask.clone()
@@ -213,10 +343,17 @@ def trees():
 
 def graded_pairs():
     """Pairs with graded scores, near and far from the reference, at it, without it; refused by odpo: a rejected one that scores more."""
-    scores = torch.tensor([[2.0, 0.5], [1.0, 0.9], [0.3, -4.0], [5.0, 1.0], [0.1, 0.0]], dtype=torch.float64)
-    items = [changed(item, scores=scores) if item[2].scores.shape == (5, 2) else item for item in [*far_pairs(), *likelihoods()]]
+    scores = torch.tensor(
+        [[2.0, 0.5], [1.0, 0.9], [0.3, -4.0], [5.0, 1.0], [0.1, 0.0]], dtype=torch.float64
+    )
+    items = [
+        changed(item, scores=scores) if item[2].scores.shape == (5, 2) else item
+        for item in [*far_pairs(), *likelihoods()]
+    ]
     logps, ref_logps, batch = items[0]
-    flipped = changed(items[0], scores=torch.where(torch.arange(5)[:, None] < 2, scores.flip(1), scores))
+    flipped = changed(
+        items[0], scores=torch.where(torch.arange(5)[:, None] < 2, scores.flip(1), scores)
+    )
     return [*items, flipped, (ref_logps, ref_logps, batch), (logps, None, batch)]
 
 
@@ -224,9 +361,19 @@ def one_sided_pairs():
     """Pairs, near and far from the reference, above it and without it, and rows where one side is absent; refused: a row without any."""
     items = far_pairs()
     logps, ref_logps, batch = items[0]
-    there = [[1, 1], [1, 0], [1, 0], [0, 1], [1, 0]], [[1, 0]] * 4 + [[0, 1]], [[1, 0]] * 5, [[0, 1]] * 5, [[0, 0]] + [[1, 1]] * 4
+    there = (
+        [[1, 1], [1, 0], [1, 0], [0, 1], [1, 0]],
+        [[1, 0]] * 4 + [[0, 1]],
+        [[1, 0]] * 5,
+        [[0, 1]] * 5,
+        [[0, 0]] + [[1, 1]] * 4,
+    )
     masks = [batch.mask & torch.tensor(sides).bool()[..., None] for sides in there]
-    sides = [changed((logps * mask, known * mask, batch), mask=mask) for mask in masks for known in (ref_logps, 2 * logps)]
+    sides = [
+        changed((logps * mask, known * mask, batch), mask=mask)
+        for mask in masks
+        for known in (ref_logps, 2 * logps)
+    ]
     return [*items, *sides, (logps, None, batch)]
 
 
@@ -237,23 +384,47 @@ CASES = {
     "curry_dpo": ([dict(beta=0.3), dict(beta=1.7)], pairs),
     "sft": ([{}], best_first),
     "asft": (
-        [dict(weight=0.3), dict(weight=1.7, beta=0.4), dict(weight=0.6, beta=2.0, supervised=False), dict(weight=0.7, supervised=False)],
+        [
+            dict(weight=0.3),
+            dict(weight=1.7, beta=0.4),
+            dict(weight=0.6, beta=2.0, supervised=False),
+            dict(weight=0.7, supervised=False),
+        ],
         likelihoods,
     ),
     "fdpo": (
-        [dict(beta=0.3, divergence=d) for d in ("rkl", "fkl", "js")] + [dict(beta=0.3, divergence="alpha", alpha=a) for a in (0.3, None)],
+        [dict(beta=0.3, divergence=d) for d in ("rkl", "fkl", "js")]
+        + [dict(beta=0.3, divergence="alpha", alpha=a) for a in (0.3, None)],
         far_pairs,
     ),
-    "ld_dpo": ([dict(beta=0.3, alpha=0.3), dict(beta=1.7, alpha=0.0), dict(beta=0.7, alpha=0.6, on_reference=False)], pairs),
+    "ld_dpo": (
+        [
+            dict(beta=0.3, alpha=0.3),
+            dict(beta=1.7, alpha=0.0),
+            dict(beta=0.7, alpha=0.6, on_reference=False),
+        ],
+        pairs,
+    ),
     "insights": (
-        [dict(beta=0.3), dict(variant="ipo", tau=0.3), dict(variant="ipo", tau=0.7, ipo_mean=False), dict(variant="nll")]
-        + [dict(variant="kto", beta=0.3), dict(variant="kto", beta=0.3, z0=0.4, lambda_d=1.7, lambda_u=0.6)]
+        [
+            dict(beta=0.3),
+            dict(variant="ipo", tau=0.3),
+            dict(variant="ipo", tau=0.7, ipo_mean=False),
+            dict(variant="nll"),
+        ]
+        + [
+            dict(variant="kto", beta=0.3),
+            dict(variant="kto", beta=0.3, z0=0.4, lambda_d=1.7, lambda_u=0.6),
+        ]
         + [dict(variant="cpo", beta=0.3, lam=0.7)],
         one_sided_pairs,
     ),
     "survey": (
         [
-            dict(variant=v, **{k: x and 3.1 * x if k in ("beta", "tau") else x for k, x in known.items()})
+            dict(
+                variant=v,
+                **{k: x and 3.1 * x if k in ("beta", "tau") else x for k, x in known.items()},
+            )
             for v, known in importlib.import_module("methods.survey").VARIANTS.items()
         ]
         + [
@@ -261,35 +432,72 @@ CASES = {
             dict(variant="beta_dpo", beta=0.3, alpha=1.7, gamma=0.2),
             dict(variant="chi_po", beta=0.3, gamma=0.2),
         ]
-        + [dict(variant="dr_dpo", beta=0.3, tau=0.4), dict(variant="dpop", beta=0.3, lam=0.4), dict(variant="slic", gamma=0.3, lam=0.7)]
-        + [dict(variant="alpha_dpo", alpha=0.9, gamma=0.3), dict(variant="cpo", lam=0.4), dict(variant="orpo", lam=0.7)]
-        + [dict(variant="dpo_nll", lam=0.4), dict(variant="odpo", alpha=0.7), dict(variant="r_dpo", alpha=-0.3)],
+        + [
+            dict(variant="dr_dpo", beta=0.3, tau=0.4),
+            dict(variant="dpop", beta=0.3, lam=0.4),
+            dict(variant="slic", gamma=0.3, lam=0.7),
+        ]
+        + [
+            dict(variant="alpha_dpo", alpha=0.9, gamma=0.3),
+            dict(variant="cpo", lam=0.4),
+            dict(variant="orpo", lam=0.7),
+        ]
+        + [
+            dict(variant="dpo_nll", lam=0.4),
+            dict(variant="odpo", alpha=0.7),
+            dict(variant="r_dpo", alpha=-0.3),
+        ],
         graded_pairs,
     ),
     "r2q": ([dict(beta=0.3), dict(beta=1.7)], pairs),
     "tpo": (
         [dict(beta=0.7, tau=t, asr=a) for t in ("model", "label", "none") for a in (True, False)]
-        + [dict(beta=1.3, reduce="mean"), dict(divide=False), dict(divide=False, asr=False, tau="label")],
+        + [
+            dict(beta=1.3, reduce="mean"),
+            dict(divide=False),
+            dict(divide=False, asr=False, tau="label"),
+        ],
         trees,
     ),
     "three_d": (
-        [dict(variant="dpo", beta=0.3), dict(variant="flex", beta=1.7, beta_rejected=0.4), dict(variant="sft", beta=0.3, gamma=0.6)],
+        [
+            dict(variant="dpo", beta=0.3),
+            dict(variant="flex", beta=1.7, beta_rejected=0.4),
+            dict(variant="sft", beta=0.3, gamma=0.6),
+        ],
         pairs,
     ),
     "da_dpo": (
-        [dict(beta=0.3), dict(beta=1.7, alpha=0.7, reach=4.0, gap="absolute"), dict(beta=0.7, alpha=1.3, reach=0.8, gap="signed")],
+        [
+            dict(beta=0.3),
+            dict(beta=1.7, alpha=0.7, reach=4.0, gap="absolute"),
+            dict(beta=0.7, alpha=1.3, reach=0.8, gap="signed"),
+        ],
         scored_pairs,
     ),
-    "madpo": ([dict(beta=0.3, c_max=4.0, tau=2.0), dict(beta=1.7, c_max=2.0, c_min=0.3, tau=4.0, lam=0.5)], judged_pairs),
+    "madpo": (
+        [
+            dict(beta=0.3, c_max=4.0, tau=2.0),
+            dict(beta=1.7, c_max=2.0, c_min=0.3, tau=4.0, lam=0.5),
+        ],
+        judged_pairs,
+    ),
     "adpo": (
         [dict(target=t, tau=0.7) for t in ("hard", "raw", "zscore", "kde", "given", "order")]
-        + [dict(target="hard", smoothing=0.2, reduce="mean"), dict(target="kde", beta_r=0.8, reduce="mean")],
+        + [
+            dict(target="hard", smoothing=0.2, reduce="mean"),
+            dict(target="kde", beta_r=0.8, reduce="mean"),
+        ],
         targeted_lists,
     ),
     "rdpo": ([dict(beta=0.3, epsilon=0.2), dict(beta=1.7, epsilon=0.0)], pairs),
     "ddo": ([dict(beta=0.3, alpha=1.9), dict(beta=1.7, alpha=0.0)], pairs),
     "irpo": (
-        [dict(beta=0.7, inner=i, reduce=r) for i in ("excl", "incl", "code") for r in ("mean", "sum")]
+        [
+            dict(beta=0.7, inner=i, reduce=r)
+            for i in ("excl", "incl", "code")
+            for r in ("mean", "sum")
+        ]
         + [dict(beta=0.7, weights=w) for w in ("position", "reciprocal")],
         lists,
     ),
@@ -301,7 +509,10 @@ CASES = {
             for e in ("k1", "k3")
         ]
         + [dict(variant="grpo", epsilon=0.3), dict(variant="dr_grpo", epsilon=0.3, normaliser=7.0)]
-        + [dict(variant="dapo", epsilon=0.2, epsilon_high=0.4), dict(variant="dapo", epsilon=0.4, epsilon_high=0.2)],
+        + [
+            dict(variant="dapo", epsilon=0.2, epsilon_high=0.4),
+            dict(variant="dapo", epsilon=0.4, epsilon_high=0.2),
+        ],
         groups,
     ),
 }
@@ -317,7 +528,9 @@ SURVIVORS = {
     "adpo": {
         "loss: 0.0 -> 1.0": "stands where q is 0: any finite number will do",
     },
-    "madpo": {"margin_weights: h.detach() -> h": "a column of the data carries no gradient; if one did, test_madpo.py would notice"},
+    "madpo": {
+        "margin_weights: h.detach() -> h": "a column of the data carries no gradient; if one did, test_madpo.py would notice"
+    },
     "tpo": {
         "loss: torch.ones_like(difference) -> torch.ones_like(_detached(difference))": "ones have no gradient",
         f"loss: {PAIR_WEIGHTS} -> {PAIR_WEIGHTS.replace('g.sum(-1)', '_detached(g.sum(-1))')}": "the order of the rewards alone is read",
@@ -329,7 +542,9 @@ SURVIVORS = {
         "paths: 1 -> 2": "-2 is no place of a parent either",
         "paths: eye + child_of.to(eye.dtype) @ on -> eye - child_of.to(eye.dtype) @ on": "only which entries are 0 is read",
     },
-    "insights": {"loss: torch.zeros_like(logps) -> torch.zeros_like(_detached(logps))": "zeros have no gradient"},
+    "insights": {
+        "loss: torch.zeros_like(logps) -> torch.zeros_like(_detached(logps))": "zeros have no gradient"
+    },
     "survey": {
         "loss: ref_logps.sum(-1).unbind(1) -> _detached(ref_logps.sum(-1)).unbind(1)": "where it has a gradient it is not read",
         "loss: ref_logps.sum(-1) -> _detached(ref_logps).sum(-1)": "the same",
@@ -392,14 +607,21 @@ def edits(node, graph):
     elif isinstance(node, ast.Call):
         yield from edits_of_call(node, graph)
     elif graph and isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
-        other = {"logps": "ref_logps", "ref_logps": "logps", "chosen": "rejected", "rejected": "chosen"}.get(node.id)
+        other = {
+            "logps": "ref_logps",
+            "ref_logps": "logps",
+            "chosen": "rejected",
+            "rejected": "chosen",
+        }.get(node.id)
         if other:
             yield ast.Name(other, ast.Load())
 
 
 def edits_of_call(node, graph):
     """The call left out, its name for its twin's, two arguments exchanged, an argument detached or left out."""
-    method = isinstance(node.func, ast.Attribute) and not (isinstance(node.func.value, ast.Name) and node.func.value.id in ("torch", "F"))
+    method = isinstance(node.func, ast.Attribute) and not (
+        isinstance(node.func.value, ast.Name) and node.func.value.id in ("torch", "F")
+    )
     if method:
         yield node.func.value
     elif node.args and not isinstance(node.args[0], (ast.GeneratorExp, ast.Starred)):
@@ -415,7 +637,14 @@ def edits_of_call(node, graph):
         yield changed_node(node, args=[node.args[1], node.args[0], *node.args[2:]])
     for i, arg in enumerate(node.args):
         if graph and not isinstance(arg, (ast.Constant, ast.GeneratorExp, ast.Starred)):
-            yield changed_node(node, args=[*node.args[:i], ast.Call(ast.Name("_detached", ast.Load()), [arg], []), *node.args[i + 1 :]])
+            yield changed_node(
+                node,
+                args=[
+                    *node.args[:i],
+                    ast.Call(ast.Name("_detached", ast.Load()), [arg], []),
+                    *node.args[i + 1 :],
+                ],
+            )
     if method and graph:
         inner = ast.Call(ast.Name("_detached", ast.Load()), [node.func.value], [])
         yield changed_node(node, func=changed_node(node.func, value=inner))
@@ -460,7 +689,11 @@ def replaced(function, path, new):
 
 def functions_of(module):
     """The functions of a file that its loss is made of: itself and what it calls, and so on."""
-    tree = {f.name: f for f in ast.parse(inspect.getsource(module)).body if isinstance(f, ast.FunctionDef)}
+    tree = {
+        f.name: f
+        for f in ast.parse(inspect.getsource(module)).body
+        if isinstance(f, ast.FunctionDef)
+    }
     found, ask = {}, ["loss"]
     while ask:
         name = ask.pop()
@@ -506,12 +739,23 @@ def outcome(loss, cfg, item):
     batch = SimpleNamespace(**{k: v.clone() for k, v in vars(batch).items()})
     try:
         losses, metrics = loss(logps, None if ref_logps is None else ref_logps.clone(), batch, cfg)
-        (gradient,) = torch.autograd.grad(losses.sum(), [logps], allow_unused=True) if losses.requires_grad else (None,)
+        (gradient,) = (
+            torch.autograd.grad(losses.sum(), [logps], allow_unused=True)
+            if losses.requires_grad
+            else (None,)
+        )
         gradient = torch.zeros_like(logps) if gradient is None else gradient
         if logps.is_meta:
             return "ran", None
-        free = [value.requires_grad for value in metrics.values()]  # a metric that carries a graph keeps it alive
-        return [losses.detach(), gradient, *(value.detach() for value in metrics.values()), torch.tensor(free)], list(metrics)
+        free = [
+            value.requires_grad for value in metrics.values()
+        ]  # a metric that carries a graph keeps it alive
+        return [
+            losses.detach(),
+            gradient,
+            *(value.detach() for value in metrics.values()),
+            torch.tensor(free),
+        ], list(metrics)
     except Exception as error:  # noqa: BLE001 - a mutant may do anything
         return f"{type(error).__name__}: {error}", None
 
@@ -520,7 +764,9 @@ def differ(a, b):
     if isinstance(a[0], str) or isinstance(b[0], str) or a[1] != b[1]:
         return a != b
     return any(
-        x.dtype != y.dtype or x.shape != y.shape or not torch.allclose(x.double(), y.double(), rtol=1e-9, atol=1e-12, equal_nan=True)
+        x.dtype != y.dtype
+        or x.shape != y.shape
+        or not torch.allclose(x.double(), y.double(), rtol=1e-9, atol=1e-12, equal_nan=True)
         for x, y in zip(a[0], b[0])
     )
 
@@ -534,7 +780,9 @@ def survivors(name):
     count, alive = 0, []
     for text, functions in mutants(module):
         loss, cut = built(module, functions)
-        told = next((i for i, (run, known) in enumerate(runs) if differ(outcome(loss, *run), known)), None)
+        told = next(
+            (i for i, (run, known) in enumerate(runs) if differ(outcome(loss, *run), known)), None
+        )
         if told is not None:
             runs.insert(0, runs.pop(told))  # what told this one will tell the next
         if "_detached" in text and not cut and told is None:
@@ -549,7 +797,9 @@ def survivors(name):
 
 
 def test_every_loss_is_here():
-    with_loss = {n for n in lab_module.methods() if hasattr(importlib.import_module(f"methods.{n}"), "loss")}
+    with_loss = {
+        n for n in lab_module.methods() if hasattr(importlib.import_module(f"methods.{n}"), "loss")
+    }
     assert set(CASES) == with_loss
 
 

@@ -37,7 +37,10 @@ def ragged(rows=5, length=7, seed=0):
     """Random log-probs of ragged responses in float64, 0 outside the mask."""
     rng = torch.Generator().manual_seed(seed)
     mask = torch.arange(length) < torch.randint(1, length + 1, (rows, 2, 1), generator=rng)
-    logps, ref_logps = (-3 * torch.rand(rows, 2, length, generator=rng, dtype=torch.float64) * mask for _ in range(2))
+    logps, ref_logps = (
+        -3 * torch.rand(rows, 2, length, generator=rng, dtype=torch.float64) * mask
+        for _ in range(2)
+    )
     return logps.requires_grad_(), ref_logps, SimpleNamespace(mask=mask)
 
 
@@ -62,12 +65,20 @@ def along(values, y):
 def test_the_hand_case():
     q, value, a = soft_optimum(HAND, torch.full_like(HAND, HALF), 1.0)
     assert value.tolist() == pytest.approx([0.357374, 0.0, 0.620115], abs=1e-6)
-    assert a.flatten().tolist() == pytest.approx([-0.357374, 0.262740, 0.0, 0.0, -0.620115, 0.379885], abs=1e-6)
-    assert [q[2, 1].item(), q[2, 0].item(), q[0, 1].item()] == pytest.approx([0.306853, -0.693147, -0.073033], abs=1e-6)
+    assert a.flatten().tolist() == pytest.approx(
+        [-0.357374, 0.262740, 0.0, 0.0, -0.620115, 0.379885], abs=1e-6
+    )
+    assert [q[2, 1].item(), q[2, 0].item(), q[0, 1].item()] == pytest.approx(
+        [0.306853, -0.693147, -0.073033], abs=1e-6
+    )
     pi = (q - value[:, None]).exp()
-    assert pi[0, 1].item() == pytest.approx(0.650245, abs=1e-6) and pi[2, 1].item() == pytest.approx(0.731059, abs=1e-6)
+    assert pi[0, 1].item() == pytest.approx(0.650245, abs=1e-6) and pi[
+        2, 1
+    ].item() == pytest.approx(0.731059, abs=1e-6)
     assert (pi[0, 1] * pi[2, 1]).item() == pytest.approx(0.475367, abs=1e-6)
-    assert (a[0, 1] + a[2, 1]).item() == pytest.approx(0.642626, abs=1e-6)  # the first token earns credit, though r is 0 there
+    assert (a[0, 1] + a[2, 1]).item() == pytest.approx(
+        0.642626, abs=1e-6
+    )  # the first token earns credit, though r is 0 there
     assert (a[0, 1] + a[2, 1]).item() == pytest.approx(1 - value[0].item(), abs=1e-12)
 
 
@@ -88,25 +99,39 @@ def test_a_random_tree(vocab, length):
     after = torch.cat([value[1:], value.new_zeros(r.numel() + 1 - len(value))]).view_as(r)
     assert (a - (r + after - value[:, None])).abs().max() < 1e-12  # eq. 10
     log_pi = (q - value[:, None]) / beta
-    torch.testing.assert_close(log_pi.logsumexp(1), torch.zeros(len(r)).double(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        log_pi.logsumexp(1), torch.zeros(len(r)).double(), rtol=0, atol=1e-12
+    )
     total, gains = along(r, y).sum(1), along(a, y).sum(1)
     log_p, log_q = along(log_pi, y).sum(1), along(log_ref, y).sum(1)
     torch.testing.assert_close(log_p, (log_q + total / beta).log_softmax(0), rtol=0, atol=1e-12)
-    torch.testing.assert_close(total, value[0] + gains, rtol=0, atol=1e-12)  # the sum telescopes, so V(s_0) cancels in a pair
-    torch.testing.assert_close(torch.sigmoid(total[0] - total[1]), torch.sigmoid(gains[0] - gains[1]), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        total, value[0] + gains, rtol=0, atol=1e-12
+    )  # the sum telescopes, so V(s_0) cancels in a pair
+    torch.testing.assert_close(
+        torch.sigmoid(total[0] - total[1]), torch.sigmoid(gains[0] - gains[1]), rtol=0, atol=1e-12
+    )
 
 
 def test_any_logits_are_the_q_of_a_reward():
     table, _ = random_tree(seed=1)
     policy, _ = random_tree(seed=2)
     log_ref, beta = table.logits[0].detach().log_softmax(-1), 0.7
-    for shift in (0.0, torch.randn(13, 1, generator=torch.Generator().manual_seed(3), dtype=torch.float64)):
+    for shift in (
+        0.0,
+        torch.randn(13, 1, generator=torch.Generator().manual_seed(3), dtype=torch.float64),
+    ):
         q = beta * policy.logits[0].detach() + shift
         value = beta * (q / beta).logsumexp(1)
         after = torch.cat([value[1:], value.new_zeros(27)]).view(13, 3)
         r = q - beta * log_ref - after  # Lemma 1
         again, back, _ = soft_optimum(r, log_ref, beta)
-        torch.testing.assert_close((again - back[:, None]) / beta, policy.logits[0].detach().log_softmax(-1), rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            (again - back[:, None]) / beta,
+            policy.logits[0].detach().log_softmax(-1),
+            rtol=0,
+            atol=1e-12,
+        )
         torch.testing.assert_close(again, q, rtol=0, atol=1e-12)
 
 
@@ -122,7 +147,9 @@ def test_small_beta_does_not_overflow_and_zero_is_refused():
 
 
 def test_the_mean_reward_of_the_reference_falls():
-    pi_ref, pi = (torch.tensor(p, dtype=torch.float64).log() for p in ([0.5, 0.3, 0.2], [0.7, 0.2, 0.1]))
+    pi_ref, pi = (
+        torch.tensor(p, dtype=torch.float64).log() for p in ([0.5, 0.3, 0.2], [0.7, 0.2, 0.1])
+    )
     mean = (pi_ref.exp() * token_rewards(pi, pi_ref, Config(0.1))).sum().item()
     assert mean == pytest.approx(-0.009203, abs=1e-6)
     assert mean == pytest.approx(-0.1 * (pi_ref.exp() * (pi_ref - pi)).sum().item(), abs=1e-12)
@@ -134,10 +161,15 @@ def test_loss_and_gradient_are_those_of_dpo():
         ours, metrics = loss(logps, ref_logps, batch, Config(beta))
         theirs, _ = dpo.loss(logps, ref_logps, batch, dpo.Config(beta))
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
-        (a,), (b,) = (torch.autograd.grad(x.sum(), logps, retain_graph=True) for x in (ours, theirs))
+        (a,), (b,) = (
+            torch.autograd.grad(x.sum(), logps, retain_graph=True) for x in (ours, theirs)
+        )
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
         sums = beta * (logps - ref_logps).sum(-1).detach().mean(0)
-        assert [metrics["chosen_reward"].item(), metrics["rejected_reward"].item()] == pytest.approx(sums.tolist(), abs=1e-12)
+        assert [
+            metrics["chosen_reward"].item(),
+            metrics["rejected_reward"].item(),
+        ] == pytest.approx(sums.tolist(), abs=1e-12)
     assert torch.autograd.gradcheck(lambda x: loss(x, ref_logps, batch, Config(0.4))[0], logps)
 
 
@@ -146,7 +178,9 @@ def test_every_token_of_a_side_has_the_same_gradient():
     losses, _ = loss(logps, ref_logps, batch, Config(0.3))
     (grad,) = torch.autograd.grad(losses.sum(), logps)
     slope = 0.3 * (1 - (-losses).exp()).detach()  # beta sigmoid(-h)
-    torch.testing.assert_close(grad, torch.stack([-slope, slope], 1)[..., None].expand_as(grad), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        grad, torch.stack([-slope, slope], 1)[..., None].expand_as(grad), rtol=0, atol=1e-12
+    )
 
 
 def test_a_mean_over_tokens_would_not_telescope():
@@ -155,15 +189,24 @@ def test_a_mean_over_tokens_would_not_telescope():
     y = table.sequences()
     gains, total = along(a, y), along(r, y).sum(1)
     assert ((total[:, None] - total) - (gains.sum(1)[:, None] - gains.sum(1))).abs().max() < 1e-12
-    assert ((total - value[0]) - gains[:, :-1].sum(1)).abs().max() > 0.1  # without the last token: not R - V(s_0)
+    assert (
+        (total - value[0]) - gains[:, :-1].sum(1)
+    ).abs().max() > 0.1  # without the last token: not R - V(s_0)
 
 
 def test_huge_margins_stay_finite_in_every_dtype():
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         for margin in (1e4, -1e4):
             logps = torch.tensor([[[margin], [0.0]]], dtype=dtype, requires_grad=True)
-            losses, _ = loss(logps, torch.zeros_like(logps), SimpleNamespace(mask=torch.ones(1, 2, 1, dtype=torch.bool)), Config(1.0))
-            assert losses.isfinite().all() and losses.dtype == torch.promote_types(dtype, torch.float32)
+            losses, _ = loss(
+                logps,
+                torch.zeros_like(logps),
+                SimpleNamespace(mask=torch.ones(1, 2, 1, dtype=torch.bool)),
+                Config(1.0),
+            )
+            assert losses.isfinite().all() and losses.dtype == torch.promote_types(
+                dtype, torch.float32
+            )
             assert torch.autograd.grad(losses.sum(), logps)[0].isfinite().all()
 
 
@@ -177,7 +220,9 @@ def test_what_is_no_pair_is_refused():
         loss(logps, ref_logps, batch, Config())
 
 
-@pytest.mark.parametrize("fields", [dict(reference="new"), dict(sft_steps=5), dict(reference="chosen", sft_steps=0)])
+@pytest.mark.parametrize(
+    "fields", [dict(reference="new"), dict(sft_steps=5), dict(reference="chosen", sft_steps=0)]
+)
 def test_fields_that_do_nothing_are_refused(fields):
     with pytest.raises(ValueError, match=list(fields)[-1]):
         Config(**fields)
@@ -188,17 +233,28 @@ def test_imitation_looks_at_the_chosen_response_alone():
     logps, ref_logps, batch = ragged()
     (grad,) = torch.autograd.grad(imitation(logps, ref_logps, batch, None)[0].sum(), logps)
     assert (grad[:, 1] == 0).all()
-    torch.testing.assert_close(grad[:, 0], (-1.0 / batch.mask[:, 0].sum(-1).double())[:, None].expand(5, 7), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        grad[:, 0],
+        (-1.0 / batch.mask[:, 0].sum(-1).double())[:, None].expand(5, 7),
+        rtol=0,
+        atol=1e-12,
+    )
 
 
 def test_proxy_tuning_gives_the_proxy_back():
     table, _ = random_tree()
-    reference, policy = (x.logits[0].detach().log_softmax(-1) for x in (table, random_tree(seed=5)[0]))
+    reference, policy = (
+        x.logits[0].detach().log_softmax(-1) for x in (table, random_tree(seed=5)[0])
+    )
     torch.testing.assert_close(proxy_tune(reference, policy, reference), policy, rtol=0, atol=1e-12)
-    torch.testing.assert_close(proxy_tune(reference, policy, reference, 0.0), reference, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        proxy_tune(reference, policy, reference, 0.0), reference, rtol=0, atol=1e-12
+    )
     steered = proxy_tune(torch.zeros(1, 3), policy[:1], reference[:1], 2.0).exp()
     expected = (policy[:1] - reference[:1]).mul(2).exp()
-    torch.testing.assert_close(steered, (expected / expected.sum()), rtol=0, atol=1e-6, check_dtype=False)
+    torch.testing.assert_close(
+        steered, (expected / expected.sum()), rtol=0, atol=1e-6, check_dtype=False
+    )
 
 
 def test_a_full_beam_finds_the_likeliest_response():
@@ -206,11 +262,15 @@ def test_a_full_beam_finds_the_likeliest_response():
         table, r = random_tree(seed=seed)
         y, log_p = table.sequences(), table.log_probs()[0].detach()
         ids, score = beam_search(table, 0, 9, 3)
-        assert ids == y[log_p.argmax()].tolist() and score == pytest.approx(log_p.max().item(), abs=1e-12)
+        assert ids == y[log_p.argmax()].tolist() and score == pytest.approx(
+            log_p.max().item(), abs=1e-12
+        )
         assert score >= beam_search(table, 0, 1, 3)[1]
         total = along(r, y).sum(1)
         best = bandit.Table(3, 3).set_log_probs(log_p + total / 0.5)
-        assert beam_search(best, 0, 9, 3)[0] == y[(total + 0.5 * log_p).argmax()].tolist()  # argmax of R + beta log pi_ref
+        assert (
+            beam_search(best, 0, 9, 3)[0] == y[(total + 0.5 * log_p).argmax()].tolist()
+        )  # argmax of R + beta log pi_ref
     with pytest.raises(ValueError, match="width"):
         beam_search(table, 0, 0, 3)
 
@@ -227,8 +287,17 @@ def test_greedy_takes_the_best_token_each_time():
 def test_beams_of_a_language_model_end():
     world = arithmetic.World()
     torch.manual_seed(0)
-    shape = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
-    model = GPT(GPTConfig(vocab_size=world.tokenizer.vocab_size, max_position_embeddings=24, **shape), world.tokenizer)
+    shape = dict(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    model = GPT(
+        GPTConfig(vocab_size=world.tokenizer.vocab_size, max_position_embeddings=24, **shape),
+        world.tokenizer,
+    )
     with torch.no_grad():
         model.embed_tokens.weight *= 20
     greedy = model.sample(["1+2="], 1, torch.Generator(), 8, temperature=0)[0][0]
@@ -239,7 +308,10 @@ def test_beams_of_a_language_model_end():
     assert wide[1] >= narrow[1] and end not in wide[0]
     written = torch.tensor([greedy[:3]])
     assert next_logps(model, "1+2=", written).argmax().item() == greedy[3]
-    assert next_logps(model, world.tokenizer.encode("1+2="), written).shape == (1, world.tokenizer.vocab_size)
+    assert next_logps(model, world.tokenizer.encode("1+2="), written).shape == (
+        1,
+        world.tokenizer.vocab_size,
+    )
 
 
 def test_the_steps_of_a_sum_and_the_mark_of_the_wrong_one():
@@ -247,11 +319,21 @@ def test_the_steps_of_a_sum_and_the_mark_of_the_wrong_one():
     ids = world.tokenizer.encode("7+8+0=15,4+5+1=11,3+0+1=04:415")
     values = [0.01 * i for i in range(len(ids) + 1)]  # the end token's last
     steps = steps_of(world, "347+58=", ids, values)
-    assert ["".join(pieces) for pieces, _, _ in steps] == ["7+8+0=15", "4+5+1=11", "3+0+1=04", "415"]
+    assert ["".join(pieces) for pieces, _, _ in steps] == [
+        "7+8+0=15",
+        "4+5+1=11",
+        "3+0+1=04",
+        "415",
+    ]
     assert [right for *_, right in steps] == [True, False, True, False]
     assert all(len(pieces) == len(values) for pieces, values, _ in steps)
     text = show_credit(world, "347+58=", ids, values).splitlines()
-    assert len(text) == 5 and [line.endswith("<- wrong") for line in text[1:]] == [False, True, False, True]
+    assert len(text) == 5 and [line.endswith("<- wrong") for line in text[1:]] == [
+        False,
+        True,
+        False,
+        True,
+    ]
     plain = show_credit(SimpleNamespace(tokenizer=world.tokenizer), "347+58=", ids, values)
     assert len(plain.splitlines()) == 2 and "wrong" not in plain
 
@@ -260,8 +342,16 @@ def test_the_steps_of_a_sum_and_the_mark_of_the_wrong_one():
     "response, texts, right",
     [
         ("7+8+0=15;4+5+1=10,3+0+1=04:405", ["7+8+0=15", "4+5+1=10", "3+0+1=04", "405"], [True] * 4),
-        ("7+8+0=15\n4+5+1=11;3+0+1=04:415", ["7+8+0=15", "4+5+1=11", "3+0+1=04", "415"], [True, False, True, False]),
-        ("7+8+0=15,4+5:9,3+0+1=04:405", ["7+8+0=15", "4+5:9", "3+0+1=04", "405"], [True, False, True, True]),  # the last colon counts
+        (
+            "7+8+0=15\n4+5+1=11;3+0+1=04:415",
+            ["7+8+0=15", "4+5+1=11", "3+0+1=04", "415"],
+            [True, False, True, False],
+        ),
+        (
+            "7+8+0=15,4+5:9,3+0+1=04:405",
+            ["7+8+0=15", "4+5:9", "3+0+1=04", "405"],
+            [True, False, True, True],
+        ),  # the last colon counts
         ("7+8+0=15,4+5+1=10:40,5", ["7+8+0=15", "4+5+1=10", "40,5"], [True, True, False]),
         ("7+8+0=15,4+5+", ["7+8+0=15,4+5+"], [False]),  # no colon: all of it is the answer
     ],
@@ -270,30 +360,49 @@ def test_steps_are_those_of_the_verifier(response, texts, right):
     world = arithmetic.World()
     ids = world.tokenizer.encode(response)
     steps = steps_of(world, "347+58=", ids, [0.1] * (len(ids) + 1))
-    assert ["".join(pieces) for pieces, _, _ in steps] == texts and [mark for *_, mark in steps] == right
+    assert ["".join(pieces) for pieces, _, _ in steps] == texts and [
+        mark for *_, mark in steps
+    ] == right
     marks = world.verify_steps("347+58=", ids)
-    assert right[:-1] == marks[: len(right) - 1] and not any(marks[len(right) - 1 :])  # what is left is places left out
+    assert right[:-1] == marks[: len(right) - 1] and not any(
+        marks[len(right) - 1 :]
+    )  # what is left is places left out
 
 
 def test_auc():
     marked = torch.tensor([True, True, False, False])
-    assert auc(torch.tensor([3.0, 2.0, 1.0, 0.0]), marked) == 1.0 and auc(torch.tensor([0.0, 1.0, 2.0, 3.0]), marked) == 0.0
-    assert auc(torch.zeros(4), marked) == 0.5 and auc(torch.tensor([2.0, 0.0, 1.0, -1.0]), marked) == 0.75
+    assert (
+        auc(torch.tensor([3.0, 2.0, 1.0, 0.0]), marked) == 1.0
+        and auc(torch.tensor([0.0, 1.0, 2.0, 3.0]), marked) == 0.0
+    )
+    assert (
+        auc(torch.zeros(4), marked) == 0.5
+        and auc(torch.tensor([2.0, 0.0, 1.0, -1.0]), marked) == 0.75
+    )
 
 
 def test_the_world_of_tokens():
     world = tokens.World()
     y = world.reference.sequences()
     assert world.token_reward.shape == (1365, 4) and len(y) == 4096
-    total = [0.5 * ids.count(1) - 2.0 * sum(pair == (0, 3) for pair in zip(ids, ids[1:])) for ids in y.tolist()]
+    total = [
+        0.5 * ids.count(1) - 2.0 * sum(pair == (0, 3) for pair in zip(ids, ids[1:]))
+        for ids in y.tolist()
+    ]
     assert world.truth[0].tolist() == pytest.approx(total)
     assert world.reward([0], [[0, 3, 1, 1, 0, 3]]).item() == pytest.approx(-3.0)
     policy = world.model()
     torch.testing.assert_close(policy.log_probs(), world.reference.log_probs())
-    batch = SimpleNamespace(label=torch.zeros(1, dtype=torch.long), target=y[None, :5], mask=torch.ones(1, 5, 6, dtype=torch.bool))
+    batch = SimpleNamespace(
+        label=torch.zeros(1, dtype=torch.long),
+        target=y[None, :5],
+        mask=torch.ones(1, 5, 6, dtype=torch.bool),
+    )
     with torch.no_grad():
         policy.net[2].weight.normal_()
-    torch.testing.assert_close(policy.logps(batch).sum(-1).double(), policy.log_probs()[:, :5], rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        policy.logps(batch).sum(-1).double(), policy.log_probs()[:, :5], rtol=0, atol=1e-5
+    )
     log_pi = policy.logits[0].log_softmax(-1)
     torch.testing.assert_close(world.along(log_pi, y[:5]), policy.logps(batch)[0])
     torch.testing.assert_close(along(log_pi, y), world.along(log_pi, y))
@@ -305,7 +414,9 @@ def test_a_run_learns_which_token_is_to_blame():
     policy, reference = from_reference(here, data, Config(0.5))
     y = here.world.reference.sequences()
     error = here.world.along(here.world.token_reward, y) < 0
-    a = here.world.along(0.5 * (policy.logits.log_softmax(-1) - reference.logits.log_softmax(-1))[0].detach(), y)
+    a = here.world.along(
+        0.5 * (policy.logits.log_softmax(-1) - reference.logits.log_softmax(-1))[0].detach(), y
+    )
     assert auc(-a, error) > 0.9 and abs(auc(-a.roll(1, 1), error) - 0.5) < 0.35
     p, q = (m.log_probs()[0].detach() for m in (policy, reference))
     assert (q.exp() * (a.sum(1) + 0.5 * (q - p))).sum().abs() < 1e-5  # eq. 16
@@ -314,16 +425,24 @@ def test_a_run_learns_which_token_is_to_blame():
 
 def test_the_reference_and_the_fit_change_the_run():
     settings = Settings(world="tokens", steps=5, prompts=100)
-    ends = [run(Lab(settings, quiet=True), cfg).log_probs() for cfg in (Config(), Config(0.7), Config(reference="chosen"))]
+    ends = [
+        run(Lab(settings, quiet=True), cfg).log_probs()
+        for cfg in (Config(), Config(0.7), Config(reference="chosen"))
+    ]
     ends.append(run(Lab(settings, quiet=True), Config(reference="chosen", sft_steps=3)).log_probs())
     assert all((a - b).abs().max() > 1e-6 for i, a in enumerate(ends) for b in ends[:i])
 
 
 def test_a_run_prints_what_it_is_about(capsys):
-    small = Settings(world="reviews", steps=1, prompts=8, base_steps=3, max_response=6, eval_size=2, batch_size=2)
+    small = Settings(
+        world="reviews", steps=1, prompts=8, base_steps=3, max_response=6, eval_size=2, batch_size=2
+    )
     run(Lab(small), Config())
     out = capsys.readouterr().out
-    assert "token rewards of a rejected answer to" in out and "true reward of beam search: width 1" in out
+    assert (
+        "token rewards of a rejected answer to" in out
+        and "true reward of beam search: width 1" in out
+    )
 
 
 def test_token_credit_is_beta_times_the_log_ratio():
@@ -331,8 +450,12 @@ def test_token_credit_is_beta_times_the_log_ratio():
     policy, other = here.base(), here.base()
     with torch.no_grad():
         other.embed_tokens.weight *= 1.5
-    rows = here.rows([dict(prompt="1+2=", responses=["1+2+0=03:3"]), dict(prompt="3+4=", responses=["07"])])
+    rows = here.rows(
+        [dict(prompt="1+2=", responses=["1+2+0=03:3"]), dict(prompt="3+4=", responses=["07"])]
+    )
     values = token_credit(here, other, policy, rows, Config(0.2))
     ours, theirs = here.logps(other, rows), here.logps(policy, rows)
     assert [len(v) for v in values] == [len(x[0]) for x in ours]
-    assert values[0] == pytest.approx([0.2 * (a - b) for a, b in zip(ours[0][0], theirs[0][0])], abs=1e-6)
+    assert values[0] == pytest.approx(
+        [0.2 * (a - b) for a, b in zip(ours[0][0], theirs[0][0])], abs=1e-6
+    )

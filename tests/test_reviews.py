@@ -32,7 +32,11 @@ def test_every_word_is_one_token_and_reviews_fit():
 
 
 def test_draws_come_from_the_generator_alone():
-    assert WORLD.demonstrations(20, rng(1)) == World().demonstrations(20, rng(1)) != WORLD.demonstrations(20, rng(2))
+    assert (
+        WORLD.demonstrations(20, rng(1))
+        == World().demonstrations(20, rng(1))
+        != WORLD.demonstrations(20, rng(2))
+    )
     assert WORLD.prompts(20, rng(1)) == WORLD.prompts(20, rng(1))
 
 
@@ -85,7 +89,14 @@ def test_broken_is_the_least_number_of_breaks():
                 if start and legal(text[start:end], False):
                     fewest[end] = min(fewest[end], fewest[start] + 1)
                 elif not start:
-                    fewest[end] = min(fewest[end], 0 if legal(text[:end], True) else 1 if legal(text[:end], False) else len(text) + 1)
+                    fewest[end] = min(
+                        fewest[end],
+                        0
+                        if legal(text[:end], True)
+                        else 1
+                        if legal(text[:end], False)
+                        else len(text) + 1,
+                    )
         assert WORLD.broken(text) == fewest[-1], text
 
 
@@ -94,7 +105,15 @@ def test_sentiment():
         text: parts(f" the lens is {text} .")["sentiment"]
         for text in ("good", "not good", "bad", "not bad", "very good", "great", "not very good")
     }
-    assert value["great"] > value["very good"] > value["good"] > value["not bad"] > 0 > value["not good"] > value["bad"]
+    assert (
+        value["great"]
+        > value["very good"]
+        > value["good"]
+        > value["not bad"]
+        > 0
+        > value["not good"]
+        > value["bad"]
+    )
     assert value["not very good"] == value["not good"]
     # a negation ends with its clause, also when it stands in the prompt
     assert parts(" bad .", PROMPT + " it is not")["sentiment"] == value["not bad"]
@@ -113,7 +132,10 @@ def test_penalties():
         == parts(" the screen is good .", "review of the phone :")["astray"]
         == 0
     )
-    assert parts(" the lens is good")["unended"] == parts("")["unended"] == 1 and parts(" it is good .")["unended"] == 0
+    assert (
+        parts(" the lens is good")["unended"] == parts("")["unended"] == 1
+        and parts(" it is good .")["unended"] == 0
+    )
     assert parts(" the lens is good .", "what about it")["astray"] == 0  # a product nobody named
 
 
@@ -127,7 +149,9 @@ def test_reward_is_the_weighted_sum_and_finite_for_any_text():
         [0, 255, 3],
     ]
     reward = WORLD.reward([PROMPT] * len(texts), texts)
-    assert reward.dtype == torch.float64 and reward.shape == (len(texts),) and reward.isfinite().all()
+    assert (
+        reward.dtype == torch.float64 and reward.shape == (len(texts),) and reward.isfinite().all()
+    )
     assert reward[0].item() == CENTRE + WEIGHTS["sentiment"] * 0.5
     assert reward[4] == WORLD.reward([PROMPT], [" it is bad ."])[0]
     assert torch.equal(reward, WORLD.reward([PROMPT] * len(texts), texts))
@@ -144,6 +168,12 @@ def test_the_truth_of_demonstrations_is_mixed():
 
 def test_word_lists_do_not_contradict_each_other():
     own = [word for parts in PRODUCTS.values() for word in " ".join(parts).split()]
-    assert not set(own) & {"good", "bad", *JOIN, *DEGREE} and not set(DEGREE) & set(OPINION) and EVERY_OWN == set(own) | set(OWN)
+    assert (
+        not set(own) & {"good", "bad", *JOIN, *DEGREE}
+        and not set(DEGREE) & set(OPINION)
+        and EVERY_OWN == set(own) | set(OWN)
+    )
     for level_words in PRODUCTS.values():
-        assert all(OPINION[word] == 1 for word in level_words[2].split()) and all(OPINION[word] == -1 for word in level_words[3].split())
+        assert all(OPINION[word] == 1 for word in level_words[2].split()) and all(
+            OPINION[word] == -1 for word in level_words[3].split()
+        )

@@ -34,7 +34,11 @@ def test_on_pairs_it_is_dpos_baseline_bit_for_bit(dtype):
     logps, batch = ragged(dtype=dtype)
     batch.scores = torch.tensor([1.0, 0.0]).expand(6, 2)
     ours, theirs = (value_and_gradient(f, logps, batch) for f in (loss, dpo.preferred))
-    assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1]) and ours[0].dtype == dtype
+    assert (
+        torch.equal(ours[0], theirs[0])
+        and torch.equal(ours[1], theirs[1])
+        and ours[0].dtype == dtype
+    )
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 16])
@@ -72,8 +76,13 @@ def test_the_order_of_a_list_its_padding_and_the_other_rows_change_nothing():
     order = torch.tensor([2, 0, 3, 1])
     moved = SimpleNamespace(mask=batch.mask[:, order], scores=batch.scores[:, order])
     torch.testing.assert_close(loss(logps[:, order], None, moved, Config())[0], plain)
-    wide = SimpleNamespace(mask=torch.nn.functional.pad(batch.mask, (0, 3, 0, 2)), scores=torch.nn.functional.pad(batch.scores, (0, 2)))
-    torch.testing.assert_close(loss(torch.nn.functional.pad(logps, (0, 3, 0, 2)), None, wide, Config())[0], plain)
+    wide = SimpleNamespace(
+        mask=torch.nn.functional.pad(batch.mask, (0, 3, 0, 2)),
+        scores=torch.nn.functional.pad(batch.scores, (0, 2)),
+    )
+    torch.testing.assert_close(
+        loss(torch.nn.functional.pad(logps, (0, 3, 0, 2)), None, wide, Config())[0], plain
+    )
     for b in range(6):
         one = SimpleNamespace(mask=batch.mask[b : b + 1], scores=batch.scores[b : b + 1])
         torch.testing.assert_close(loss(logps[b : b + 1], None, one, Config())[0][0], plain[b])
@@ -85,7 +94,9 @@ def test_an_absent_response_is_never_the_preferred_one():
     batch.scores, batch.mask, logps = batch.scores - 2, batch.mask.clone(), logps.detach().clone()
     batch.mask[:, 1], batch.scores[:, 1], logps[:, 1] = False, 0.0, 0.0
     rest = SimpleNamespace(mask=batch.mask[:, [0, 2]], scores=batch.scores[:, [0, 2]])
-    torch.testing.assert_close(loss(logps, None, batch, Config())[0], loss(logps[:, [0, 2]], None, rest, Config())[0])
+    torch.testing.assert_close(
+        loss(logps, None, batch, Config())[0], loss(logps[:, [0, 2]], None, rest, Config())[0]
+    )
     batch.mask[2] = False
     with pytest.raises(ValueError, match="no response with a scored token"):
         loss(logps, None, batch, Config())
@@ -95,21 +106,35 @@ def test_of_equal_scores_the_first_counts():
     for count in (2, 16):
         logps, batch = ragged(count=count)
         batch.scores = torch.full_like(batch.scores, 0.3)
-        torch.testing.assert_close(loss(logps, None, batch, Config())[0], dpo.preferred(logps, None, batch, None)[0])
+        torch.testing.assert_close(
+            loss(logps, None, batch, Config())[0], dpo.preferred(logps, None, batch, None)[0]
+        )
 
 
 def test_large_values_and_short_types():
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         logps = torch.tensor([[[-1e4], [0.0]], [[0.0], [-1e4]]], dtype=dtype, requires_grad=True)
-        batch = SimpleNamespace(mask=torch.ones(2, 2, 1, dtype=torch.bool), scores=torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
+        batch = SimpleNamespace(
+            mask=torch.ones(2, 2, 1, dtype=torch.bool),
+            scores=torch.tensor([[1.0, 0.0], [1.0, 0.0]]),
+        )
         losses, _ = loss(logps, None, batch, Config())
         assert losses.dtype == torch.promote_types(dtype, torch.float32)
         assert losses.tolist() == pytest.approx([1e4, 0.0], rel=1e-2)
-        assert torch.autograd.grad(losses.sum(), logps)[0].flatten().tolist() == [-1.0, 0.0, -1.0, 0.0]
+        assert torch.autograd.grad(losses.sum(), logps)[0].flatten().tolist() == [
+            -1.0,
+            0.0,
+            -1.0,
+            0.0,
+        ]
     logps = torch.full((1, 2, 300), -1.0, dtype=torch.bfloat16)
     logps[0, 0, 0] = -2.0
-    batch = SimpleNamespace(mask=torch.ones(1, 2, 300, dtype=torch.bool), scores=torch.tensor([[1.0, 0.0]]))
-    assert loss(logps, None, batch, Config())[0].item() == pytest.approx(301 / 300, abs=1e-6)  # summed in float32
+    batch = SimpleNamespace(
+        mask=torch.ones(1, 2, 300, dtype=torch.bool), scores=torch.tensor([[1.0, 0.0]])
+    )
+    assert loss(logps, None, batch, Config())[0].item() == pytest.approx(
+        301 / 300, abs=1e-6
+    )  # summed in float32
 
 
 # ---- what its optimum is
@@ -121,7 +146,12 @@ def test_the_population_gradient_vanishes_at_the_winners_and_nowhere_near():
 
     def slope():
         return (
-            torch.autograd.grad((loss(policy.logps(batch), None, batch, Config())[0] * batch.weight).mean(), policy.logits)[0].abs().max()
+            torch.autograd.grad(
+                (loss(policy.logps(batch), None, batch, Config())[0] * batch.weight).mean(),
+                policy.logits,
+            )[0]
+            .abs()
+            .max()
         )
 
     assert slope() > 1e-3
@@ -132,7 +162,13 @@ def test_the_population_gradient_vanishes_at_the_winners_and_nowhere_near():
 
 def test_the_winners_by_counting():
     """Two responses of probability 1/4 and 3/4 that differ by ln 3: the better one wins 3 in 4 of the pairs of both."""
-    world = World(vocab=2, length=1, spread=0.0, rewards=[math.log(3), 0.0], reference=torch.tensor([1.0, 3.0]).log())
+    world = World(
+        vocab=2,
+        length=1,
+        spread=0.0,
+        rewards=[math.log(3), 0.0],
+        reference=torch.tensor([1.0, 3.0]).log(),
+    )
     assert winners(world)[0].tolist() == pytest.approx([0.75, 0.25])
 
 
@@ -145,9 +181,15 @@ def test_with_unequal_lengths_a_winner_counts_by_its_length():
     batch = SimpleNamespace(mask=mask, scores=torch.tensor([[1.0, 0.0]] * 4))
     for share, still in ((0.625, True), (0.25, False)):
         logit = torch.tensor(math.log(share / (1 - share)), dtype=torch.float64, requires_grad=True)
-        first = torch.stack([torch.nn.functional.logsigmoid(logit), torch.nn.functional.logsigmoid(-logit)])
-        logps = torch.nn.functional.pad(first[:, None], (0, 4))[torch.tensor(pairs)]  # the other tokens follow surely
-        (slope,) = torch.autograd.grad((weight * loss(logps, None, batch, Config())[0]).sum(), logit)
+        first = torch.stack(
+            [torch.nn.functional.logsigmoid(logit), torch.nn.functional.logsigmoid(-logit)]
+        )
+        logps = torch.nn.functional.pad(first[:, None], (0, 4))[
+            torch.tensor(pairs)
+        ]  # the other tokens follow surely
+        (slope,) = torch.autograd.grad(
+            (weight * loss(logps, None, batch, Config())[0]).sum(), logit
+        )
         assert (abs(slope.item()) < 1e-8) == still
 
 
@@ -178,7 +220,14 @@ def test_images():
     """The noise error of the preferred image, and of nothing else."""
     lab = Lab(Settings(world="digits", base_steps=0), quiet=True)
     rng = torch.Generator().manual_seed(0)
-    rows = [{"prompt": i, "responses": torch.rand(2, 1, 8, 8, generator=rng), "scores": [float(i % 2), float(1 - i % 2)]} for i in range(4)]
+    rows = [
+        {
+            "prompt": i,
+            "responses": torch.rand(2, 1, 8, 8, generator=rng),
+            "scores": [float(i % 2), float(1 - i % 2)],
+        }
+        for i in range(4)
+    ]
     policy = lab.base()
     batch = policy.prepare(collate(rows), rng)
     logps = policy.logps(batch)
@@ -189,9 +238,26 @@ def test_images():
 
 def test_single_answers_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    answers = [{"prompt": f"say {i}", "completion": " yes" if i % 2 else " no", "label": i % 2 == 1} for i in range(8)]
+    answers = [
+        {"prompt": f"say {i}", "completion": " yes" if i % 2 else " no", "label": i % 2 == 1}
+        for i in range(8)
+    ]
     (tmp_path / "answers.jsonl").write_text("\n".join(json.dumps(row) for row in answers))
-    argv = ["--method", "sft", "--data", "answers.jsonl", "--context", "16", "--base_steps", "0", "--batch_size", "2", "--show"]
+    argv = [
+        "--method",
+        "sft",
+        "--data",
+        "answers.jsonl",
+        "--context",
+        "16",
+        "--base_steps",
+        "0",
+        "--batch_size",
+        "2",
+        "--show",
+    ]
     assert train.cli(argv) == 0
     printed = capsys.readouterr().out
-    assert "1 responses, scores [1.0]" in printed and "5 scored tokens" in printed  # " yes" and the end: the good ones alone
+    assert (
+        "1 responses, scores [1.0]" in printed and "5 scored tokens" in printed
+    )  # " yes" and the end: the good ones alone

@@ -10,7 +10,20 @@ import torch.nn.functional as F
 
 import lab
 from methods import asft, dpo, fdpo, ld_dpo, rdpo
-from methods.survey import FREE, TAXONOMY, VARIANTS, Config, extremes, loss, on_tree, picture, ranked, reward_at, run, standardised
+from methods.survey import (
+    FREE,
+    TAXONOMY,
+    VARIANTS,
+    Config,
+    extremes,
+    loss,
+    on_tree,
+    picture,
+    ranked,
+    reward_at,
+    run,
+    standardised,
+)
 from toy import bandit, tree
 
 
@@ -21,14 +34,23 @@ def canonical(lw=-4.0, ll=-6.0):
     count = mask.sum(-1, keepdim=True)
     logps = (torch.tensor([lw, ll], dtype=torch.float64)[:, None] / count * mask).requires_grad_()
     ref_logps = torch.tensor([-5.0, -5.5], dtype=torch.float64)[:, None] / count * mask
-    return logps, ref_logps, SimpleNamespace(mask=mask, scores=torch.tensor([[math.exp(0.2), 0.0]], dtype=torch.float64))
+    return (
+        logps,
+        ref_logps,
+        SimpleNamespace(
+            mask=mask, scores=torch.tensor([[math.exp(0.2), 0.0]], dtype=torch.float64)
+        ),
+    )
 
 
 def ragged(rows=5, length=6, seed=0, scale=1.0):
     """Random log-probs of ragged pairs in float64, 0 outside the mask, with graded scores."""
     rng = torch.Generator().manual_seed(seed)
     mask = torch.arange(length) < torch.randint(1, length + 1, (rows, 2, 1), generator=rng)
-    logps, ref_logps = (-scale * torch.rand(rows, 2, length, generator=rng, dtype=torch.float64) * mask for _ in range(2))
+    logps, ref_logps = (
+        -scale * torch.rand(rows, 2, length, generator=rng, dtype=torch.float64) * mask
+        for _ in range(2)
+    )
     scores = torch.rand(rows, 2, generator=rng, dtype=torch.float64).sort(1, descending=True)[0]
     return logps.requires_grad_(), ref_logps, SimpleNamespace(mask=mask, scores=scores)
 
@@ -89,24 +111,46 @@ def test_the_canonical_pair_where_more_than_it_counts():
     assert value(canonical(), "beta_dpo", gamma=1.0).item() == pytest.approx(0.600393, abs=1e-6)
     # a second pair that brings the mean reward to 0 (bco), and one standard deviation between the two (alpha_dpo)
     logps, ref_logps, batch = canonical()
-    both = torch.cat([logps, 2 * ref_logps - logps]), torch.cat([ref_logps] * 2), SimpleNamespace(mask=torch.cat([batch.mask] * 2))
+    both = (
+        torch.cat([logps, 2 * ref_logps - logps]),
+        torch.cat([ref_logps] * 2),
+        SimpleNamespace(mask=torch.cat([batch.mask] * 2)),
+    )
     assert value(both, "bco")[0].item() == pytest.approx(1.312856, abs=1e-6)
     assert value(both, "alpha_dpo")[0].item() == pytest.approx(0.474077, abs=1e-6)
     # Dr. DPO of two losses, 0.5 and 1
     h = [-math.log(math.expm1(x)) for x in (0.5, 1.0)]
-    item = torch.tensor([[[x], [0.0]] for x in h]), torch.zeros(2, 2, 1), SimpleNamespace(mask=torch.ones(2, 2, 1, dtype=torch.bool))
-    torch.testing.assert_close(value(item, "dr_dpo", beta=1.0), torch.full((2,), 0.719070), rtol=0, atol=1e-6)
+    item = (
+        torch.tensor([[[x], [0.0]] for x in h]),
+        torch.zeros(2, 2, 1),
+        SimpleNamespace(mask=torch.ones(2, 2, 1, dtype=torch.bool)),
+    )
+    torch.testing.assert_close(
+        value(item, "dr_dpo", beta=1.0), torch.full((2,), 0.719070), rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
     "name, expected",
-    [("dpo", 0.693147), ("ipo", 25), ("hinge", 1), ("nca", 1.386294), ("bco", 1.386294), ("apo_zero", 1), ("apo_down", 1), ("sppo", 50)]
+    [
+        ("dpo", 0.693147),
+        ("ipo", 25),
+        ("hinge", 1),
+        ("nca", 1.386294),
+        ("bco", 1.386294),
+        ("apo_zero", 1),
+        ("apo_down", 1),
+        ("sppo", 50),
+    ]
     + [("exo", 2.761231), ("disco_pop", 0.846574), ("kto", 1.0), ("cal_dpo", 25.693147)],
 )
 def test_at_the_reference(name, expected):
     _, ref_logps, batch = ragged()
     torch.testing.assert_close(
-        value((ref_logps, ref_logps, batch), name), torch.full((5,), expected, dtype=torch.float64), rtol=1e-6, atol=0
+        value((ref_logps, ref_logps, batch), name),
+        torch.full((5,), expected, dtype=torch.float64),
+        rtol=1e-6,
+        atol=0,
     )
 
 
@@ -135,23 +179,38 @@ REDUCED = [  # (variant and fields, variant and fields it equals)
 def test_reductions_in_value_and_gradient(fields, known):
     item = ragged(seed=3)
     torch.testing.assert_close(value(item, **fields), value(item, **known), rtol=0, atol=1e-12)
-    torch.testing.assert_close(gradient(item, **fields), gradient(item, **known), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        gradient(item, **fields), gradient(item, **known), rtol=0, atol=1e-12
+    )
 
 
 def test_reductions_in_a_limit():
     item = ragged(seed=4)
-    torch.testing.assert_close(value(item, "dr_dpo", tau=1e7), value(item).mean().expand(5), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        value(item, "dr_dpo", tau=1e7), value(item).mean().expand(5), rtol=0, atol=1e-6
+    )
     torch.testing.assert_close(value(item, "alpha_div", alpha=1e-7), value(item), rtol=0, atol=1e-6)
-    torch.testing.assert_close(value(item, "alpha_div", alpha=1.0), value(item, "fkl"), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        value(item, "alpha_div", alpha=1.0), value(item, "fkl"), rtol=0, atol=1e-12
+    )
     logps, ref_logps, batch = item
-    none = (logps, torch.zeros_like(ref_logps), batch)  # cpo without its second term is DPO with a uniform reference
+    none = (
+        logps,
+        torch.zeros_like(ref_logps),
+        batch,
+    )  # cpo without its second term is DPO with a uniform reference
     torch.testing.assert_close(value(item, "cpo", lam=0.0), value(none), rtol=0, atol=1e-12)
     for b in range(5):  # AOT of one pair is DPO
         one = (logps[b : b + 1], ref_logps[b : b + 1], SimpleNamespace(mask=batch.mask[b : b + 1]))
         torch.testing.assert_close(value(one, "aot"), value(one), rtol=0, atol=1e-12)
     equal = SimpleNamespace(mask=torch.ones_like(batch.mask), scores=batch.scores)
     for name in ("r_dpo", "ld_dpo"):  # equal lengths
-        torch.testing.assert_close(value((logps, ref_logps, equal), name), value((logps, ref_logps, equal)), rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            value((logps, ref_logps, equal), name),
+            value((logps, ref_logps, equal)),
+            rtol=0,
+            atol=1e-12,
+        )
 
 
 def test_aot_sorts_both_sides():
@@ -168,7 +227,11 @@ TWICE = [
     (dict(variant="rdpo", beta=0.3, epsilon=0.2), rdpo, dict(beta=0.3, epsilon=0.2)),
     (dict(variant="fkl", beta=0.3), fdpo, dict(beta=0.3, divergence="fkl")),
     (dict(variant="js", beta=0.3), fdpo, dict(beta=0.3, divergence="js")),
-    (dict(variant="alpha_div", beta=0.3, alpha=0.3), fdpo, dict(beta=0.3, divergence="alpha", alpha=0.3)),
+    (
+        dict(variant="alpha_div", beta=0.3, alpha=0.3),
+        fdpo,
+        dict(beta=0.3, divergence="alpha", alpha=0.3),
+    ),
     (dict(variant="ld_dpo", beta=0.3, alpha=0.3), ld_dpo, dict(beta=0.3, alpha=0.3)),
 ]
 
@@ -179,23 +242,37 @@ def test_a_loss_that_has_its_own_file_is_the_same_there(fields, module, theirs, 
     item = ragged(seed=6, scale=scale)
     own = module.loss(*item, module.Config(**theirs))[0]
     torch.testing.assert_close(value(item, **fields), own, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(gradient(item, **fields), torch.autograd.grad(own.sum(), item[0])[0], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(
+        gradient(item, **fields), torch.autograd.grad(own.sum(), item[0])[0], rtol=1e-10, atol=1e-12
+    )
 
 
 def test_cdpo_is_the_baseline_of_rdpo_and_orpo_has_the_odds_of_asft():
     item = ragged(seed=7)
     cfg = SimpleNamespace(beta=0.3, epsilon=0.2)
-    torch.testing.assert_close(value(item, "cdpo", beta=0.3, epsilon=0.2), rdpo.conservative_dpo(*item, cfg)[0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        value(item, "cdpo", beta=0.3, epsilon=0.2),
+        rdpo.conservative_dpo(*item, cfg)[0],
+        rtol=0,
+        atol=1e-12,
+    )
     lw, ll, _, _, nw, nl = sums(item)
     odds = [(s - asft.log1mexp(s)) for s in (lw / nw, ll / nl)]
-    torch.testing.assert_close(value(item, "orpo", lam=0.7), -lw / nw - 0.7 * F.logsigmoid(odds[0] - odds[1]), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        value(item, "orpo", lam=0.7),
+        -lw / nw - 0.7 * F.logsigmoid(odds[0] - odds[1]),
+        rtol=0,
+        atol=1e-12,
+    )
 
 
 @pytest.mark.parametrize("e", [0.1, 0.3])
 def test_rdpo_is_unbiased(e):
     logps, ref_logps, batch = ragged(seed=8)
     turned = (logps.flip(1), ref_logps.flip(1), SimpleNamespace(mask=batch.mask.flip(1)))
-    mean = (1 - e) * value((logps, ref_logps, batch), "rdpo", epsilon=e) + e * value(turned, "rdpo", epsilon=e)
+    mean = (1 - e) * value((logps, ref_logps, batch), "rdpo", epsilon=e) + e * value(
+        turned, "rdpo", epsilon=e
+    )
     torch.testing.assert_close(mean, value((logps, ref_logps, batch)), rtol=0, atol=1e-12)
 
 
@@ -207,22 +284,34 @@ def test_what_a_variant_reads(name):
     assert here.shape == (5,) and here.dtype == torch.float64
     if name in FREE:
         torch.testing.assert_close(value((logps, None, batch), name), here, rtol=0, atol=0)
-        torch.testing.assert_close(value((logps, 3 * ref_logps - 1, batch), name), here, rtol=0, atol=0)
+        torch.testing.assert_close(
+            value((logps, 3 * ref_logps - 1, batch), name), here, rtol=0, atol=0
+        )
         return
     assert not torch.allclose(value((logps, 1.7 * ref_logps, batch), name), here)
     if name not in ("alpha_dpo", "dpo_nll"):  # these look at the policy alone, too
         first = torch.zeros_like(ref_logps)
         first[..., 0] = -0.7
-        torch.testing.assert_close(value((logps + first, ref_logps + first, batch), name), here, rtol=0, atol=1e-9)
+        torch.testing.assert_close(
+            value((logps + first, ref_logps + first, batch), name), here, rtol=0, atol=1e-9
+        )
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_gradients_are_those_of_the_values(name):
     logps, ref_logps, batch = ragged(rows=3, length=4, seed=10)
-    fields = dict(z0=0.1) if name == "kto" else dict(alpha=0.0) if name in ("beta_dpo", "alpha_dpo") else {}
+    fields = (
+        dict(z0=0.1)
+        if name == "kto"
+        else dict(alpha=0.0)
+        if name in ("beta_dpo", "alpha_dpo")
+        else {}
+    )
     if name == "bco":  # its mean is no part of the graph
         return
-    assert torch.autograd.gradcheck(lambda x: loss(x, ref_logps, batch, Config(name, **fields))[0], logps)
+    assert torch.autograd.gradcheck(
+        lambda x: loss(x, ref_logps, batch, Config(name, **fields))[0], logps
+    )
 
 
 @pytest.mark.parametrize("name", ["kto", "bco", "beta_dpo", "alpha_dpo"])
@@ -233,12 +322,21 @@ def test_what_is_taken_over_the_batch_carries_no_gradient(name):
 
 
 def test_closed_form_gradients_of_the_canonical_pair():
-    slopes = dict(dpo=(-0.046257, 0.046257), ipo=(-7.0, 7.0), ipo_mean=(-2.291667, 3.055556), cpo=(-0.295017, 0.045017))
+    slopes = dict(
+        dpo=(-0.046257, 0.046257),
+        ipo=(-7.0, 7.0),
+        ipo_mean=(-2.291667, 3.055556),
+        cpo=(-0.295017, 0.045017),
+    )
     for name, expected in slopes.items():
         grad = gradient(canonical(), name)[0, :, 0]
-        torch.testing.assert_close(grad, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            grad, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-6
+        )
     grad = gradient(canonical(), "kto", z0=0.3)[0, :, 0]
-    torch.testing.assert_close(grad, torch.tensor([-0.024969, 0.024960], dtype=torch.float64), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        grad, torch.tensor([-0.024969, 0.024960], dtype=torch.float64), rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -254,9 +352,13 @@ def test_extremes_stay_finite_in_every_dtype(name):
     for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         for chosen, rejected in ((0.0, -1e4), (-1e4, 0.0), (-1e4, -1e4), (0.0, 0.0)):
             logps = torch.tensor([[[chosen], [rejected]]] * 2, dtype=dtype, requires_grad=True)
-            batch = SimpleNamespace(mask=torch.ones(2, 2, 1, dtype=torch.bool), scores=torch.tensor([[1.0, 0.0]] * 2))
+            batch = SimpleNamespace(
+                mask=torch.ones(2, 2, 1, dtype=torch.bool), scores=torch.tensor([[1.0, 0.0]] * 2)
+            )
             losses = loss(logps, torch.full_like(logps, -1.0), batch, Config(name))[0]
-            assert losses.isfinite().all() and losses.dtype == torch.promote_types(dtype, torch.float32)
+            assert losses.isfinite().all() and losses.dtype == torch.promote_types(
+                dtype, torch.float32
+            )
             assert torch.autograd.grad(losses.sum(), logps, allow_unused=True)[0].isfinite().all()
 
 
@@ -291,7 +393,12 @@ def test_what_is_no_pair_is_refused():
     with pytest.raises(ValueError, match="pairs"):
         loss(logps[:, :1], ref_logps[:, :1], batch, Config())
     with pytest.raises(ValueError, match="odpo"):
-        loss(logps, ref_logps, SimpleNamespace(mask=batch.mask, scores=torch.ones(5, 2)), Config("odpo"))
+        loss(
+            logps,
+            ref_logps,
+            SimpleNamespace(mask=batch.mask, scores=torch.ones(5, 2)),
+            Config("odpo"),
+        )
     batch.mask[0, 1] = False
     with pytest.raises(ValueError, match="no scored token"):
         loss(logps, ref_logps, batch, Config())
@@ -300,13 +407,20 @@ def test_what_is_no_pair_is_refused():
 def settled(cfg, p):
     """[a, c] where the expected loss is least, for two answers of which the first is preferred with probability p."""
     ratios = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    batch, weight = SimpleNamespace(mask=torch.ones(2, 2, 1, dtype=torch.bool)), torch.tensor([p, 1 - p], dtype=torch.float64)
-    how = dict(max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe")
+    batch, weight = (
+        SimpleNamespace(mask=torch.ones(2, 2, 1, dtype=torch.bool)),
+        torch.tensor([p, 1 - p], dtype=torch.float64),
+    )
+    how = dict(
+        max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe"
+    )
     optimizer = torch.optim.LBFGS([ratios], **how)
 
     def closure():
         optimizer.zero_grad()
-        logps = torch.stack([ratios, ratios.flip(0)])[..., None]  # the pair as the label has it, and turned round
+        logps = torch.stack([ratios, ratios.flip(0)])[
+            ..., None
+        ]  # the pair as the label has it, and turned round
         value = (weight * loss(logps, torch.zeros_like(logps), batch, cfg)[0]).sum()
         value.backward()
         return value
@@ -317,13 +431,23 @@ def settled(cfg, p):
 
 @pytest.mark.parametrize(
     "name, h",
-    [("dpo", 13.8629), ("cdpo", 10.4597), ("rdpo", 19.4591), ("ipo", 3.0), ("nca", 13.8629), ("bco", 27.7259), ("sppo", 6.0)]
+    [
+        ("dpo", 13.8629),
+        ("cdpo", 10.4597),
+        ("rdpo", 19.4591),
+        ("ipo", 3.0),
+        ("nca", 13.8629),
+        ("bco", 27.7259),
+        ("sppo", 6.0),
+    ]
     + [("exo", 41.4405), ("cal_dpo", 5.6073)],
 )
 def test_population_optima(name, h):
     a, c = settled(Config(name), 0.8)
     assert a - c == pytest.approx(h, abs=1e-3)
-    sides = dict(nca=(4.7, -9.1629), bco=(h / 2, -h / 2), sppo=(h / 2, -h / 2))  # these three have an optimum for each side
+    sides = dict(
+        nca=(4.7, -9.1629), bco=(h / 2, -h / 2), sppo=(h / 2, -h / 2)
+    )  # these three have an optimum for each side
     assert name not in sides or [a, c] == pytest.approx(sides[name], abs=1e-3)
 
 
@@ -333,7 +457,12 @@ def expected_slope(name, h, p=0.8):
     pair = torch.stack([h, -h]) / 2
     logps = torch.stack([pair, pair.flip(0)])[..., None]
     cfg = Config(name, z0=0.0) if name == "kto" else Config(name)
-    losses = loss(logps, torch.zeros_like(logps), SimpleNamespace(mask=torch.ones(2, 2, 1, dtype=torch.bool)), cfg)[0]
+    losses = loss(
+        logps,
+        torch.zeros_like(logps),
+        SimpleNamespace(mask=torch.ones(2, 2, 1, dtype=torch.bool)),
+        cfg,
+    )[0]
     return torch.autograd.grad((losses * torch.tensor([p, 1 - p])).sum(), h)[0].item()
 
 
@@ -344,8 +473,18 @@ def test_the_hinge_turns_at_one_over_beta_and_kto_never():
 
 
 def test_the_taxonomy_holds_every_variant_once():
-    marked = [name for papers in TAXONOMY.values() for names in re.findall(r"\[(.*?)\]", papers) for name in names.split()]
-    assert sorted(marked) == sorted(VARIANTS) and len(VARIANTS) == 36 and len(TAXONOMY) == 25 and set(FREE) <= set(VARIANTS)
+    marked = [
+        name
+        for papers in TAXONOMY.values()
+        for names in re.findall(r"\[(.*?)\]", papers)
+        for name in names.split()
+    ]
+    assert (
+        sorted(marked) == sorted(VARIANTS)
+        and len(VARIANTS) == 36
+        and len(TAXONOMY) == 25
+        and set(FREE) <= set(VARIANTS)
+    )
 
 
 def test_the_slope_of_disco_pop_at_the_reference_is_positive():
@@ -353,17 +492,29 @@ def test_the_slope_of_disco_pop_at_the_reference_is_positive():
     grad = gradient((ref_logps.clone().requires_grad_(), ref_logps, batch), "disco_pop")
     slope = 0.05 * ((1 - math.log(2)) / (4 * 0.05) - 0.75)
     assert slope > 0
-    torch.testing.assert_close(grad[:, 0, 0], torch.full((5,), slope, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        grad[:, 0, 0], torch.full((5,), slope, dtype=torch.float64), rtol=0, atol=1e-12
+    )
 
 
 def test_extremes_keep_what_belongs_to_a_response_and_refuse_a_tree():
-    row = dict(prompt="p", responses=["a", "b", "c"], scores=[0.1, 0.9, -1.0], context=["x", "y", "z"], parents=[-1, -1, -1])
-    assert extremes(row) == dict(prompt="p", responses=["b", "c"], scores=[0.9, -1.0], context=["y", "z"])
+    row = dict(
+        prompt="p",
+        responses=["a", "b", "c"],
+        scores=[0.1, 0.9, -1.0],
+        context=["x", "y", "z"],
+        parents=[-1, -1, -1],
+    )
+    assert extremes(row) == dict(
+        prompt="p", responses=["b", "c"], scores=[0.9, -1.0], context=["y", "z"]
+    )
     with pytest.raises(ValueError, match="continue each other"):
         extremes(row | {"parents": [-1, 0, 0]})
 
 
-@pytest.mark.parametrize("how", [dict(variant="odpo", alpha=5.0), dict(variant="r_dpo"), dict(variant="ld_dpo")])
+@pytest.mark.parametrize(
+    "how", [dict(variant="odpo", alpha=5.0), dict(variant="r_dpo"), dict(variant="ld_dpo")]
+)
 def test_what_does_nothing_in_a_world_is_refused(how):
     class Verified(bandit.World):  # scores 0 and 1, and responses of one length
         verifier = True
@@ -376,7 +527,11 @@ def test_what_does_nothing_in_a_world_is_refused(how):
 
 def test_small_helpers():
     x = torch.tensor([1.0, 3.0], requires_grad=True)
-    assert standardised(x).tolist() == [-1, 1] and not standardised(x).requires_grad and standardised(torch.ones(3)).tolist() == [0, 0, 0]
+    assert (
+        standardised(x).tolist() == [-1, 1]
+        and not standardised(x).requires_grad
+        and standardised(torch.ones(3)).tolist() == [0, 0, 0]
+    )
     curve = [dict(kl=0.0, reward=0.0), dict(kl=0.4, reward=1.0), dict(kl=0.8, reward=2.0)]
     assert reward_at(curve, 0.5) == pytest.approx(1.25) and math.isnan(reward_at(curve, 1.0))
 
@@ -389,16 +544,27 @@ def test_the_bench_on_the_tree(tmp_path):
     exact = {name: [on_tree(here, world, pairs, Config(name), steps=30)] for name in ("dpo", "cpo")}
     first, last = exact["dpo"][0][0], exact["dpo"][0][-1]
     assert first["kl"] == pytest.approx(0, abs=1e-6) and first["dw"] == 0 and last["step"] == 30
-    assert last["reward"] > 0.3 and last["kl"] > 0.05 and last["dw"] > last["dl"] and last["accuracy"] > 0.7
+    assert (
+        last["reward"] > 0.3
+        and last["kl"] > 0.05
+        and last["dw"] > last["dl"]
+        and last["accuracy"] > 0.7
+    )
     text = {name: [dict(reward=1.5, kl=0.5, length=9.0, chosen_logp=-20.0)] for name in exact}
     lines = ranked(exact, text, kl=0.1).splitlines()
-    assert len(lines) == 3 and "text reward" in lines[0] and "1.500" in next(x for x in lines if x.startswith("cpo"))
+    assert (
+        len(lines) == 3
+        and "text reward" in lines[0]
+        and "1.500" in next(x for x in lines if x.startswith("cpo"))
+    )
     picture(str(tmp_path / "survey.png"), exact, text, world)
     assert (tmp_path / "survey.png").read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.parametrize("name", ["odpo", "simpo"])
 def test_run(name, tmp_path):
-    here = lab.Lab(lab.Settings(world="bandit", steps=3, prompts=32, batch_size=8), str(tmp_path), quiet=True)
+    here = lab.Lab(
+        lab.Settings(world="bandit", steps=3, prompts=32, batch_size=8), str(tmp_path), quiet=True
+    )
     before = here.base().logits.detach().clone()
     assert not torch.equal(run(here, Config(name)).logits, before)

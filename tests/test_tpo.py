@@ -31,7 +31,11 @@ def flat(rewards, scores):
     """A list of responses of one token each with these log-ratios -> logps (1, K, 1), ref_logps, batch."""
     logps = torch.tensor(rewards, dtype=torch.float64)[None, :, None].requires_grad_()
     scores = torch.tensor([scores], dtype=torch.float64)
-    return logps, torch.zeros_like(logps), SimpleNamespace(mask=torch.ones_like(logps, dtype=torch.bool), scores=scores)
+    return (
+        logps,
+        torch.zeros_like(logps),
+        SimpleNamespace(mask=torch.ones_like(logps, dtype=torch.bool), scores=scores),
+    )
 
 
 def forest(rows=4, seed=0, length=3, hidden=5):
@@ -41,12 +45,23 @@ def forest(rows=4, seed=0, length=3, hidden=5):
     count = torch.randint(1, length + 1, (rows, 7), generator=rng)
     count[::2, -1] = 0
     mask = torch.arange(length) < count[..., None]
-    logps, ref_logps = (-3 * torch.rand(rows, 7, length, generator=rng, dtype=torch.float64) * mask for _ in range(2))
+    logps, ref_logps = (
+        -3 * torch.rand(rows, 7, length, generator=rng, dtype=torch.float64) * mask
+        for _ in range(2)
+    )
     scores = torch.zeros(rows, 7, dtype=torch.float64)
     for leaf in (2, 3, 5, 6):
-        scores[:, leaf] = torch.rand(rows, generator=rng, dtype=torch.float64) * mask[:, leaf].any(-1)
-    states = torch.randn(rows, 7, hidden, generator=rng, dtype=torch.float64) * mask.any(-1, keepdim=True)
-    return logps.requires_grad_(), ref_logps, SimpleNamespace(mask=mask, scores=scores, parents=parents, states=states)
+        scores[:, leaf] = torch.rand(rows, generator=rng, dtype=torch.float64) * mask[:, leaf].any(
+            -1
+        )
+    states = torch.randn(rows, 7, hidden, generator=rng, dtype=torch.float64) * mask.any(
+        -1, keepdim=True
+    )
+    return (
+        logps.requires_grad_(),
+        ref_logps,
+        SimpleNamespace(mask=mask, scores=scores, parents=parents, states=states),
+    )
 
 
 def by_hand(logps, ref_logps, batch, cfg, b):
@@ -61,10 +76,21 @@ def by_hand(logps, ref_logps, batch, cfg, b):
             leaves.append(i)
             routes.append(route)
     last = min(map(len, routes)) - 1
-    steps = [[[k for n, k in enumerate(route) if min(n, last) == d] for d in range(last + 1)] for route in routes]
-    value = {tuple(step): g[step].sum() / (count[step].sum() if cfg.reduce == "mean" else 1) for chain in steps for step in chain}
+    steps = [
+        [[k for n, k in enumerate(route) if min(n, last) == d] for d in range(last + 1)]
+        for route in routes
+    ]
+    value = {
+        tuple(step): g[step].sum() / (count[step].sum() if cfg.reduce == "mean" else 1)
+        for chain in steps
+        for step in chain
+    }
     v = batch.scores[b, leaves]
-    by = [sum(value[tuple(step)] for step in chain).item() for chain in steps] if cfg.tau == "model" else v.tolist()
+    by = (
+        [sum(value[tuple(step)] for step in chain).item() for chain in steps]
+        if cfg.tau == "model"
+        else v.tolist()
+    )
     by = list(zip(by, v.tolist()))
     tau = [0.5 + sum((x > y) + (x == y) / 2 for x in by) for y in by]
     total, weight = 0.0, 0.0
@@ -73,12 +99,16 @@ def by_hand(logps, ref_logps, batch, cfg, b):
             if v[i] > v[j]:
                 lam = 1.0
                 if cfg.tau != "none":
-                    lam = (2 ** v[i].item() - 2 ** v[j].item()) * abs(1 / math.log(1 + tau[i]) - 1 / math.log(1 + tau[j]))
+                    lam = (2 ** v[i].item() - 2 ** v[j].item()) * abs(
+                        1 / math.log(1 + tau[i]) - 1 / math.log(1 + tau[j])
+                    )
                 margin = 0.0
                 for one, other in zip(steps[i], steps[j]):
                     w = 1.0
                     if cfg.asr:
-                        u = [batch.states[b, k].sum(0) / batch.mask[b, k].sum() for k in (one, other)]
+                        u = [
+                            batch.states[b, k].sum(0) / batch.mask[b, k].sum() for k in (one, other)
+                        ]
                         w = 1 + F.cosine_similarity(*u, dim=0)
                     margin = margin + cfg.beta * w * (value[tuple(one)] - value[tuple(other)])
                 total, weight = total - lam * F.logsigmoid(margin), weight + lam
@@ -93,19 +123,29 @@ def test_a_pair_without_step_weights_is_dpo_times_a_constant(tau):
     assert (ours / theirs).item() == pytest.approx(0.532456, abs=1e-6)
     divided = loss(logps, ref_logps, batch, Config(0.7, tau=tau, asr=False))[0]
     torch.testing.assert_close(divided, theirs, rtol=0, atol=1e-12)
-    torch.testing.assert_close(dpo_of_ends(logps, ref_logps, batch, Config(0.7))[0], theirs, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        dpo_of_ends(logps, ref_logps, batch, Config(0.7))[0], theirs, rtol=0, atol=1e-12
+    )
 
 
 def test_without_pair_weights_all_pairs_are_dpo():
     logps, ref_logps, batch = flat([0.2, 0.5, -0.1, 0.0], [1.0, 0.6, 0.3, 0.0])
     r = logps[0, :, 0]
     expected = -sum(F.logsigmoid(r[i] - r[j]) for i in range(4) for j in range(i + 1, 4))
-    torch.testing.assert_close(loss(logps, ref_logps, batch, Config(**PLAIN | dict(tau="none")))[0][0], expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        loss(logps, ref_logps, batch, Config(**PLAIN | dict(tau="none")))[0][0],
+        expected,
+        rtol=0,
+        atol=1e-12,
+    )
 
 
 @pytest.mark.parametrize(
     "tau, value, slopes",
-    [("label", 1.130402, (-0.753893, 0.072828, 0.242930, 0.438135)), ("model", 0.752251, (-0.327685, -0.075147, 0.165214, 0.237618))],
+    [
+        ("label", 1.130402, (-0.753893, 0.072828, 0.242930, 0.438135)),
+        ("model", 0.752251, (-0.327685, -0.075147, 0.165214, 0.237618)),
+    ],
 )
 def test_the_hand_case(tau, value, slopes):
     logps, ref_logps, batch = flat([0.2, 0.5, -0.1, 0.0], [1.0, 0.6, 0.3, 0.0])
@@ -114,13 +154,20 @@ def test_the_hand_case(tau, value, slopes):
     (grad,) = torch.autograd.grad(losses.sum(), logps)
     assert grad.flatten().tolist() == pytest.approx(slopes, abs=1e-6) and grad.sum().abs() < 1e-12
     lam = {"label": 1.859695, "model": 0.2579 + 0.2221 + 0.1889 + 0.2337 + 0.3720 + 0.0231}[tau]
-    assert metrics["pair_weight"].item() == pytest.approx(lam, abs=2e-4) and metrics["step_weight"].item() == 1.0
+    assert (
+        metrics["pair_weight"].item() == pytest.approx(lam, abs=2e-4)
+        and metrics["step_weight"].item() == 1.0
+    )
 
 
 def test_at_the_reference_the_loss_is_ln_2_times_the_weights():
     logps, _, batch = flat([0.2, 0.5, -0.1, 0.0], [1.0, 0.6, 0.3, 0.0])
-    assert loss(logps, logps.detach(), batch, Config(**PLAIN | dict(tau="label")))[0].item() == pytest.approx(1.289042, abs=1e-6)
-    assert loss(logps, logps.detach(), batch, Config(asr=False))[0].item() == pytest.approx(math.log(2), abs=1e-12)
+    assert loss(logps, logps.detach(), batch, Config(**PLAIN | dict(tau="label")))[
+        0
+    ].item() == pytest.approx(1.289042, abs=1e-6)
+    assert loss(logps, logps.detach(), batch, Config(asr=False))[0].item() == pytest.approx(
+        math.log(2), abs=1e-12
+    )
 
 
 def two_chains(g, cosines):
@@ -135,17 +182,29 @@ def two_chains(g, cosines):
     scores = torch.zeros(1, 2 * n, dtype=torch.float64)
     scores[0, n - 1] = 1.0
     mask = torch.ones(1, 2 * n, 1, dtype=torch.bool)
-    return logps, torch.zeros_like(logps), SimpleNamespace(mask=mask, scores=scores, parents=parents, states=states)
+    return (
+        logps,
+        torch.zeros_like(logps),
+        SimpleNamespace(mask=mask, scores=scores, parents=parents, states=states),
+    )
 
 
 def test_step_weights_by_hand():
     item = two_chains([[0.4, 0.3, 0.1], [0.4, -0.2, 0.5]], [1.0, 0.2, 0.8])
     losses, metrics = loss(*item, Config(0.5))
-    assert losses.item() == pytest.approx(0.723597, abs=1e-6)  # the margin is -0.06: the weights turned its sign
+    assert losses.item() == pytest.approx(
+        0.723597, abs=1e-6
+    )  # the margin is -0.06: the weights turned its sign
     assert metrics["step_weight"].item() == pytest.approx(5 / 3, abs=1e-6)
     (grad,) = torch.autograd.grad(losses.sum(), item[0])
-    slope = 0.5 * torch.sigmoid(torch.tensor(0.06, dtype=torch.float64)) * torch.tensor([2.0, 1.2, 1.8], dtype=torch.float64)
-    torch.testing.assert_close(grad.flatten(), torch.cat([-slope, slope]), rtol=0, atol=1e-6, check_dtype=False)
+    slope = (
+        0.5
+        * torch.sigmoid(torch.tensor(0.06, dtype=torch.float64))
+        * torch.tensor([2.0, 1.2, 1.8], dtype=torch.float64)
+    )
+    torch.testing.assert_close(
+        grad.flatten(), torch.cat([-slope, slope]), rtol=0, atol=1e-6, check_dtype=False
+    )
     assert loss(*item, Config(0.5, asr=False))[0].item() == pytest.approx(0.668460, abs=1e-6)
 
 
@@ -154,7 +213,9 @@ def test_equal_steps_count_twice_and_opposite_ones_not_at_all():
     (grad,) = torch.autograd.grad(loss(*item, Config(0.5))[0].sum(), item[0])
     assert grad[0, [1, 3]].abs().max() < 1e-12 and grad[0, 0].item() < -0.1
     both = two_chains([[0.4, 0.3], [0.1, -0.2]], [1.0, 1.0])
-    torch.testing.assert_close(loss(*both, Config(0.5))[0], loss(*both, Config(1.0, asr=False))[0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        loss(*both, Config(0.5))[0], loss(*both, Config(1.0, asr=False))[0], rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("tau", ["model", "label", "none"])
@@ -173,10 +234,14 @@ def test_random_trees_against_loops(tau, asr, how):
 def test_paths_and_merged_steps():
     _, _, batch = forest()
     on, leaf = paths(batch)
-    assert on[1, 5].tolist() == [True, False, False, False, True, True, False] and on[1, 6].sum() == 1
+    assert (
+        on[1, 5].tolist() == [True, False, False, False, True, True, False] and on[1, 6].sum() == 1
+    )
     assert leaf[1].tolist() == [False, False, True, True, False, True, True] and not leaf[0, 6]
     parts = step_places(on, leaf)
-    assert parts[0, 2, :, 0].nonzero().flatten().tolist() == [0] and parts[0, 2, :, 1].nonzero().flatten().tolist() == [1, 2]
+    assert parts[0, 2, :, 0].nonzero().flatten().tolist() == [0] and parts[
+        0, 2, :, 1
+    ].nonzero().flatten().tolist() == [1, 2]
     assert parts[1, 2, :, 0].sum() == 3  # a response of one step: all is one step
     flat_on, flat_leaf = paths(SimpleNamespace(mask=batch.mask))
     assert (flat_on == torch.eye(7).bool()).all() and (flat_leaf == batch.mask.any(-1)).all()
@@ -192,11 +257,18 @@ def test_a_shared_step_has_no_gradient():
 
 def test_the_order_of_the_list_does_not_matter():
     logps, ref_logps, batch = flat([0.2, 0.5, -0.1, 0.0], [0.6, 1.0, 0.3, 0.0])
-    batch.states = torch.randn(1, 4, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    batch.states = torch.randn(
+        1, 4, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
     order = [2, 0, 3, 1]
-    moved = SimpleNamespace(mask=batch.mask, scores=batch.scores[:, order], states=batch.states[:, order])
+    moved = SimpleNamespace(
+        mask=batch.mask, scores=batch.scores[:, order], states=batch.states[:, order]
+    )
     for cfg in (Config(), Config(asr=False)):
-        there, back = loss(logps, ref_logps, batch, cfg)[0], loss(logps[:, order], ref_logps, moved, cfg)[0]
+        there, back = (
+            loss(logps, ref_logps, batch, cfg)[0],
+            loss(logps[:, order], ref_logps, moved, cfg)[0],
+        )
         torch.testing.assert_close(there, back, rtol=0, atol=1e-12)
 
 
@@ -214,20 +286,28 @@ def test_ties_do_not_depend_on_the_order_of_the_list(tau, rewards, scores, value
     losses = loss(logps, ref_logps, batch, cfg)[0]
     (grad,) = torch.autograd.grad(losses.sum(), logps)
     pairs = [(i, j) for i in range(5) for j in range(5) if scores[i] > scores[j]]
-    lam = {(i, j): (2 ** scores[i] - 2 ** scores[j]) * abs(1 / math.log(1 + value[i]) - 1 / math.log(1 + value[j])) for i, j in pairs}
+    lam = {
+        (i, j): (2 ** scores[i] - 2 ** scores[j])
+        * abs(1 / math.log(1 + value[i]) - 1 / math.log(1 + value[j]))
+        for i, j in pairs
+    }
     expected = sum(w * math.log1p(math.exp(rewards[j] - rewards[i])) for (i, j), w in lam.items())
     assert losses.item() == pytest.approx(expected, abs=1e-12)
     for order in ([4, 3, 2, 1, 0], [2, 0, 4, 1, 3], [1, 3, 0, 2, 4]):
         moved, _, other = flat([rewards[i] for i in order], [scores[i] for i in order])
         there = loss(moved, ref_logps, other, cfg)[0]
         torch.testing.assert_close(there, losses, rtol=0, atol=1e-12)
-        torch.testing.assert_close(torch.autograd.grad(there.sum(), moved)[0], grad[:, order], rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            torch.autograd.grad(there.sum(), moved)[0], grad[:, order], rtol=0, atol=1e-12
+        )
 
 
 def test_a_merged_step_has_the_mean_of_its_tokens():
     mask = torch.arange(4) < torch.tensor([4, 1, 1])[None, :, None]
     logps = torch.tensor([[[0.1] * 4, [1.0, 0, 0, 0], [0.0] * 4]], dtype=torch.float64)
-    batch = SimpleNamespace(mask=mask, scores=torch.tensor([[0.0, 1.0, 0.0]]), parents=torch.tensor([[-1, 0, -1]]))
+    batch = SimpleNamespace(
+        mask=mask, scores=torch.tensor([[0.0, 1.0, 0.0]]), parents=torch.tensor([[-1, 0, -1]])
+    )
     losses = loss(logps, 0 * logps, batch, Config(1.0, tau="none", asr=False, reduce="mean"))[0]
     assert losses.item() == pytest.approx(math.log1p(math.exp(-1.4 / 5)), abs=1e-12)
 
@@ -249,14 +329,18 @@ def test_equal_scores_teach_nothing():
 def test_the_released_outer_loss_lowers_the_best():
     """Published code: -log sigmoid(beta R) of a ranking loss R over all ordered pairs, the diagonal included, over n (n - 1)."""
     r = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    better = torch.tensor([[0.0, 1.0, 1.0], [-1.0, 0.0, 1.0], [-1.0, -1.0, 0.0]], dtype=torch.float64)
+    better = torch.tensor(
+        [[0.0, 1.0, 1.0], [-1.0, 0.0, 1.0], [-1.0, -1.0, 0.0]], dtype=torch.float64
+    )
     ranking = -F.logsigmoid(better * (r[:, None] - r)).sum() / 6
     outer = -F.logsigmoid(0.5 * ranking)
     (grad,) = torch.autograd.grad(outer, r)
     assert outer.item() == pytest.approx(0.466625, abs=1e-6)
     assert grad.tolist() == pytest.approx([0.062147, 0.0, -0.062147], abs=1e-6)
     logps, ref_logps, batch = flat([0.0, 0.0, 0.0], [1.0, 0.5, 0.0])
-    ours = torch.autograd.grad(loss(logps, ref_logps, batch, Config(asr=False, tau="none"))[0].sum(), logps)[0].flatten()
+    ours = torch.autograd.grad(
+        loss(logps, ref_logps, batch, Config(asr=False, tau="none"))[0].sum(), logps
+    )[0].flatten()
     assert ours[0] < 0 < ours[2]
 
 
@@ -268,7 +352,9 @@ def test_huge_margins_stay_finite_in_every_dtype(dtype, k):
         logps[:, 0] = margin
         logps.requires_grad_()
         scores, states = torch.linspace(1, 0, k).expand(2, k), torch.ones(2, k, 3, dtype=dtype)
-        batch = SimpleNamespace(mask=torch.ones(2, k, 1, dtype=torch.bool), scores=scores, states=states)
+        batch = SimpleNamespace(
+            mask=torch.ones(2, k, 1, dtype=torch.bool), scores=scores, states=states
+        )
         losses = loss(logps, torch.zeros_like(logps), batch, Config())[0]
         assert losses.isfinite().all() and losses.dtype == torch.promote_types(dtype, torch.float32)
         assert torch.autograd.grad(losses.sum(), logps)[0].isfinite().all()
@@ -278,9 +364,19 @@ def test_what_is_refused():
     logps, ref_logps, batch = flat([0.2, 0.5], [1.0, 0.0])
     for scores in ([math.nan, 0.0], [100.0, 0.0], [0.5, -0.1]):
         with pytest.raises(ValueError, match="between 0 and 1"):
-            loss(logps, ref_logps, SimpleNamespace(mask=batch.mask, scores=torch.tensor([scores])), Config(asr=False))
+            loss(
+                logps,
+                ref_logps,
+                SimpleNamespace(mask=batch.mask, scores=torch.tensor([scores])),
+                Config(asr=False),
+            )
     with pytest.raises(ValueError, match="at least 2"):
-        loss(logps[:, :1], ref_logps[:, :1], SimpleNamespace(mask=batch.mask[:, :1], scores=batch.scores[:, :1]), Config(asr=False))
+        loss(
+            logps[:, :1],
+            ref_logps[:, :1],
+            SimpleNamespace(mask=batch.mask[:, :1], scores=batch.scores[:, :1]),
+            Config(asr=False),
+        )
     logps, ref_logps, batch = forest()
     batch.mask[1, 1] = False
     with pytest.raises(ValueError, match="step without"):
@@ -293,22 +389,41 @@ def test_what_is_refused():
 
 
 def test_a_tree_is_made_of_what_the_solutions_share():
-    chains = [([[1], [2], [3]], True), ([[1], [2], [4, 5]], True), ([[1], [6]], False), ([[1], [2], [3]], True)]
+    chains = [
+        ([[1], [2], [3]], True),
+        ([[1], [2], [4, 5]], True),
+        ([[1], [6]], False),
+        ([[1], [2], [3]], True),
+    ]
     row = tree("x", chains, [1.0, 0.6, 0.3, 1.0])
     assert row["responses"] == [[1], [2], [3], [4, 5], [6]] and row["parents"] == [-1, 0, 1, 1, 0]
-    assert row["ends"] == [False, False, True, True, False] and row["scores"] == [0.0, 0.0, 1.0, 0.6, 0.3]
+    assert row["ends"] == [False, False, True, True, False] and row["scores"] == [
+        0.0,
+        0.0,
+        1.0,
+        0.6,
+        0.3,
+    ]
 
 
 def test_steps_end_with_their_separator():
     tokenizer = arithmetic.World().tokenizer
     ids = tokenizer.encode("7+8+0=15,4+5+1=10:105")
-    assert [tokenizer.decode(step) for step in split_steps(ids, tokenizer)] == ["7+8+0=15,", "4+5+1=10:", "105"]
-    assert split_steps([], tokenizer) == [[]] and sum(split_steps(ids[:9], tokenizer), []) == ids[:9]
+    assert [tokenizer.decode(step) for step in split_steps(ids, tokenizer)] == [
+        "7+8+0=15,",
+        "4+5+1=10:",
+        "105",
+    ]
+    assert (
+        split_steps([], tokenizer) == [[]] and sum(split_steps(ids[:9], tokenizer), []) == ids[:9]
+    )
 
 
 def test_trees_of_sums_are_scored_as_one_response_a_row():
     """A path of the tree has the log-probs of the response written out, and each score is the share of right steps."""
-    here = Lab(Settings(world="arithmetic", base_steps=20, prompts=6, k=5, batch_size=4), quiet=True)
+    here = Lab(
+        Settings(world="arithmetic", base_steps=20, prompts=6, k=5, batch_size=4), quiet=True
+    )
     policy = here.base()
     rows = here.rows(grown(here, policy))
     batch = with_states(policy, collate(rows, here.world.tokenizer))
@@ -321,10 +436,14 @@ def test_trees_of_sums_are_scored_as_one_response_a_row():
         for i in leaf[b].nonzero().flatten().tolist():
             ids = sum((row["responses"][k] for k in on[b, i].nonzero().flatten().tolist()), [])
             whole = here.rows([dict(prompt=row["prompt"], responses=[ids], ends=[row["ends"][i]])])
-            assert sum(here.logps(policy, whole)[0][0]) == pytest.approx(total[b, i].item(), abs=1e-3)
+            assert sum(here.logps(policy, whole)[0][0]) == pytest.approx(
+                total[b, i].item(), abs=1e-3
+            )
             marks = here.world.verify_steps(row["prompt"], ids)
             right = here.world.reward([row["prompt"]], [ids]).item()
-            assert row["scores"][i] == pytest.approx(1.0 if right else 0.9 * [*marks, False].index(False) / len(marks))
+            assert row["scores"][i] == pytest.approx(
+                1.0 if right else 0.9 * [*marks, False].index(False) / len(marks)
+            )
 
 
 def test_the_modular_world():
@@ -332,15 +451,21 @@ def test_the_modular_world():
     assert (world.right[:, 2] == world.problems.sum(1) % 7).all()
     assert world.reward([5], [world.right[5].tolist()]).item() == 1.0
     policy = world.model()
-    torch.testing.assert_close(policy.log_probs().exp().sum(1), torch.ones(300, dtype=torch.float64), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        policy.log_probs().exp().sum(1), torch.ones(300, dtype=torch.float64), rtol=0, atol=1e-5
+    )
     a, b, c, d = world.problems[4].tolist()
     steps = policy.steps.log_softmax(-1)
     expected = steps[0, a, b, 2] + steps[1, 2, c, 6] + steps[2, 6, d, 1]
-    assert policy.log_probs()[4, 2 * 49 + 6 * 7 + 1].item() == pytest.approx(expected.item(), abs=1e-5)
+    assert policy.log_probs()[4, 2 * 49 + 6 * 7 + 1].item() == pytest.approx(
+        expected.item(), abs=1e-5
+    )
     rows = world.lists(50, rng)
     for row in rows:
         right = world.right[row["prompt"]].tolist()
-        assert row["responses"][0] == right and row["scores"][0] == 1.0 and len(row["responses"]) == 5
+        assert (
+            row["responses"][0] == right and row["scores"][0] == 1.0 and len(row["responses"]) == 5
+        )
         assert all(chain[0] == right[0] for chain in row["responses"][:4])
         for chain, v in zip(row["responses"], row["scores"]):
             first = [*(x == y for x, y in zip(chain, right)), False].index(False)
@@ -350,14 +475,39 @@ def test_the_modular_world():
 
 
 def test_every_field_changes_the_run():
-    settings = Settings(world="arithmetic", base_steps=10, prompts=6, k=4, batch_size=3, steps=2, eval_size=2, max_response=12)
+    settings = Settings(
+        world="arithmetic",
+        base_steps=10,
+        prompts=6,
+        k=4,
+        batch_size=3,
+        steps=2,
+        eval_size=2,
+        max_response=12,
+    )
     ends = []
-    for fields in (dict(), dict(beta=0.9), dict(tau="label"), dict(asr=False), dict(reduce="mean"), dict(divide=False)):
+    for fields in (
+        dict(),
+        dict(beta=0.9),
+        dict(tau="label"),
+        dict(asr=False),
+        dict(reduce="mean"),
+        dict(divide=False),
+    ):
         model = run(Lab(settings, quiet=True), Config(**fields))
         ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     assert all((a - b).abs().max() > 0 for i, a in enumerate(ends) for b in ends[:i])
 
 
 def test_lists_without_steps():
-    settings = Settings(world="reviews", base_steps=2, prompts=6, k=3, batch_size=3, steps=1, eval_size=2, max_response=6)
+    settings = Settings(
+        world="reviews",
+        base_steps=2,
+        prompts=6,
+        k=3,
+        batch_size=3,
+        steps=1,
+        eval_size=2,
+        max_response=6,
+    )
     assert run(Lab(settings, quiet=True), Config()) is not None

@@ -16,11 +16,15 @@ def test_there_are_1364_answers_and_they_share_the_whole_probability(world):
     p = world.reference.probs()[0]
     assert (p > 0).sum() == 1364 and p.sum().item() == pytest.approx(1.0, abs=1e-12)
     ends = world.answers == END
-    assert torch.equal(p > 0, ~ends[:, 0] & (ends[:, 1:] | ~ends[:, :-1]).all(1))  # a token first, after an end only ends
+    assert torch.equal(
+        p > 0, ~ends[:, 0] & (ends[:, 1:] | ~ends[:, :-1]).all(1)
+    )  # a token first, after an end only ends
     # and the random logits of each prefix are what it is drawn by
     logits = torch.zeros(1, 781, 5).normal_(0.0, 0.7, generator=torch.Generator().manual_seed(0))[0]
     after = logits[1].log_softmax(-1)  # the prefix "0"
-    assert p[(world.answers == torch.tensor([0, END, END, END, END])).all(1)].item() == pytest.approx(
+    assert p[
+        (world.answers == torch.tensor([0, END, END, END, END])).all(1)
+    ].item() == pytest.approx(
         (logits[0, :4].log_softmax(-1)[0] + after[END]).exp().item(), rel=1e-5
     )
 
@@ -35,14 +39,21 @@ def test_the_truth_is_standardised_and_counts_what_it_says(world):
         return raw[(world.answers == torch.tensor(tokens)).all(1)].item()
 
     assert (
-        of(0) == 2 and of(3) == -2 and of(1, 0) == 2 and of(2, 1, 0, 3) == 1 and of(0, 1) == 1 and of(1, 1, 2, 2, 3) == pytest.approx(-0.4)
+        of(0) == 2
+        and of(3) == -2
+        and of(1, 0) == 2
+        and of(2, 1, 0, 3) == 1
+        and of(0, 1) == 1
+        and of(1, 1, 2, 2, 3) == pytest.approx(-0.4)
     )
 
 
 def test_scores_are_the_log_probs_of_the_table_and_masked_tokens_cost_nothing(world):
     model, answers = world.model(), world.reference.probs()[0].nonzero()[:, 0]
     scores = model.scores(world.index[answers])
-    torch.testing.assert_close(scores.sum(-1).double(), model.log_probs()[0, answers], rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        scores.sum(-1).double(), model.log_probs()[0, answers], rtol=0, atol=1e-5
+    )
     assert (scores[~world.mask[answers]] == 0).all()
     (gradient,) = torch.autograd.grad(scores.square().sum(), model.logits)
     assert gradient.isfinite().all() and isinstance(model, Tree)
@@ -50,7 +61,13 @@ def test_scores_are_the_log_probs_of_the_table_and_masked_tokens_cost_nothing(wo
 
 def test_lengths_count_the_end_where_there_is_one(world):
     def scored(*tokens):
-        return world.mask[(world.answers == torch.tensor(list(tokens) + [END] * (5 - len(tokens)))).all(1)].sum().item()
+        return (
+            world.mask[
+                (world.answers == torch.tensor(list(tokens) + [END] * (5 - len(tokens)))).all(1)
+            ]
+            .sum()
+            .item()
+        )
 
     assert [scored(0), scored(0, 0), scored(0, 0, 0, 0), scored(0, 0, 0, 0, 0)] == [2, 3, 5, 5]
 
@@ -63,10 +80,16 @@ def test_rows_hold_answers_up_to_their_end_and_padding_is_neither_scored_nor_cou
     number = (full * 5 ** torch.arange(4, -1, -1)).sum(1)
     torch.testing.assert_close(world.reward([0] * 200, answers), world.truth[0, number])
     batch, model = collate(rows), world.model()
-    assert torch.equal(batch.mask[:, 0], world.mask[number]) and (batch.target[:, 0][~batch.mask[:, 0]] == 0).all()
+    assert (
+        torch.equal(batch.mask[:, 0], world.mask[number])
+        and (batch.target[:, 0][~batch.mask[:, 0]] == 0).all()
+    )
     ours, theirs = model.logps(batch)[:, 0], model.scores(world.index[number])
     torch.testing.assert_close(ours, theirs * world.mask[number])
-    gradients = [torch.autograd.grad((x.sum(1) / batch.mask.sum((1, 2))).sum(), model.logits)[0] for x in (ours, theirs)]
+    gradients = [
+        torch.autograd.grad((x.sum(1) / batch.mask.sum((1, 2))).sum(), model.logits)[0]
+        for x in (ours, theirs)
+    ]
     assert gradients[0].isfinite().all()
     torch.testing.assert_close(*gradients)
 
@@ -76,7 +99,9 @@ def test_exact_and_frontier_agree_with_enumeration(world):
     kl = optimum.kl(world.reference)
     assert world.frontier(kl) == pytest.approx(world.exact(optimum)["reward"], abs=1e-4)
     start = world.exact(world.model())
-    assert start["kl"] == pytest.approx(0.0, abs=1e-6) and start["reward"] == pytest.approx(0.0, abs=1e-5)
+    assert start["kl"] == pytest.approx(0.0, abs=1e-6) and start["reward"] == pytest.approx(
+        0.0, abs=1e-5
+    )
     p = world.reference.probs()[0]
     assert start["entropy"] == pytest.approx(-(p[p > 0] * p[p > 0].log()).sum().item(), abs=1e-4)
 
@@ -101,7 +126,11 @@ def test_labels_follow_truth_length_and_flips(world):
 
 def test_a_batch_has_masks_scores_and_columns(world):
     batch = world.batch(torch.tensor([[5, 9], [800, 3]]), weight=torch.ones(2))
-    assert batch.mask.shape == (2, 2, 5) and batch.scores.tolist() == [[1, 0], [1, 0]] and batch.weight.sum() == 2
+    assert (
+        batch.mask.shape == (2, 2, 5)
+        and batch.scores.tolist() == [[1, 0], [1, 0]]
+        and batch.weight.sum() == 2
+    )
 
 
 def test_seeds_draw_different_references(world):
@@ -113,7 +142,9 @@ def test_the_lab_runs_it(tmp_path):
     import lab
     from methods import dpo
 
-    here = lab.Lab(lab.Settings(world="tree", steps=5, prompts=64, batch_size=16), str(tmp_path), quiet=True)
+    here = lab.Lab(
+        lab.Settings(world="tree", steps=5, prompts=64, batch_size=16), str(tmp_path), quiet=True
+    )
     policy = dpo.run(here, dpo.Config())
     found = here.evaluate(policy)
     assert found["kl"] > 0 and torch.isfinite(torch.tensor(found["reward"]))

@@ -47,7 +47,9 @@ class World:
     pairs = dict(prompts=4096, steps=100, lr=3e-5, batch_size=32, k=8)
 
     def __init__(self):
-        self.tokenizer = data.Tokenizer.toy(["+0=", "+1="])  # a carry with its signs is one token, all else single characters
+        self.tokenizer = data.Tokenizer.toy(
+            ["+0=", "+1="]
+        )  # a carry with its signs is one token, all else single characters
 
     def model(self):
         """A fresh GPT: two layers of width 96, about 0.25M parameters."""
@@ -77,7 +79,10 @@ class World:
         rng, prompts = random.Random(int(torch.randint(2**62, (), generator=rng))), []
         for _ in range(n):
             longer = digits or rng.randint(1, DIGITS)
-            a, b = (rng.randrange(10 ** (d - 1) if d > 1 else 0, 10**d) for d in (longer, rng.randint(1, longer)))
+            a, b = (
+                rng.randrange(10 ** (d - 1) if d > 1 else 0, 10**d)
+                for d in (longer, rng.randint(1, longer))
+            )
             prompts.append(f"{a}+{b}=")
         return prompts
 
@@ -105,7 +110,14 @@ class World:
         """n rows with one worked sum each, slips included."""
         prompts = self.prompts(n, rng)
         rng = random.Random(int(torch.randint(2**62, (), generator=rng)))
-        return [{"prompt": p, "responses": [self.demonstrate(p, rng, SLIP * self.difficulty(p) ** 2)], "scores": [1.0]} for p in prompts]
+        return [
+            {
+                "prompt": p,
+                "responses": [self.demonstrate(p, rng, SLIP * self.difficulty(p) ** 2)],
+                "scores": [1.0],
+            }
+            for p in prompts
+        ]
 
     def difficulty(self, prompt):
         """Digits of the longer number."""
@@ -113,13 +125,17 @@ class World:
 
     def _parts(self, response):
         """(work, answer) of a response, text or token ids, without spaces."""
-        work, _, answer = (response if isinstance(response, str) else self.tokenizer.decode(response)).rpartition(":")
+        work, _, answer = (
+            response if isinstance(response, str) else self.tokenizer.decode(response)
+        ).rpartition(":")
         return work.replace(" ", ""), answer.strip()
 
     def verify(self, prompt, response):
         """Is the answer right? It is what stands after the last colon, or the whole response when there is none."""
         answer = self._parts(response)[1]
-        return bool(re.fullmatch("[0-9]+", answer)) and (answer.lstrip("0") or "0") == str(sum(numbers(prompt)))  # int() has a limit
+        return bool(re.fullmatch("[0-9]+", answer)) and (answer.lstrip("0") or "0") == str(
+            sum(numbers(prompt))
+        )  # int() has a limit
 
     def verify_steps(self, prompt, response):
         """Is each step right? A list of bools: the steps in the order written, then False for every place that is left out."""
@@ -130,14 +146,19 @@ class World:
             given = [a // 10**place % 10, b // 10**place % 10, carry]
             match = STEP.fullmatch(step)
             operands, result = (match[1].split("+"), int(match[2])) if match else ([], None)
-            same = sorted(int(x) for x in operands if x != "0") == sorted(x for x in given if x)  # zeros need not be written
+            same = sorted(int(x) for x in operands if x != "0") == sorted(
+                x for x in given if x
+            )  # zeros need not be written
             marks.append(same and result == sum(given))
             carry = result // 10 if match else sum(given) // 10
         return marks + [False] * (self.difficulty(prompt) - len(steps))
 
     def reward(self, prompts, responses):
         """The truth: n prompts (text) and n responses (text or token ids) -> (n,) float64, 1 = right answer and no wrong step, else 0."""
-        right = [self.verify(p, r) and all(self.verify_steps(p, r)) for p, r in zip(prompts, responses, strict=True)]
+        right = [
+            self.verify(p, r) and all(self.verify_steps(p, r))
+            for p, r in zip(prompts, responses, strict=True)
+        ]
         return torch.tensor(right, dtype=torch.float64)
 
     def measure(self, policy, lab):

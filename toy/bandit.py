@@ -23,7 +23,9 @@ class Table(nn.Module):
     def __init__(self, vocab, length=1, prompts=1):
         super().__init__()
         self.vocab, self.length = vocab, length
-        self.logits = nn.Parameter(torch.zeros(prompts, sum(vocab**t for t in range(length)), vocab))
+        self.logits = nn.Parameter(
+            torch.zeros(prompts, sum(vocab**t for t in range(length)), vocab)
+        )
 
     def logps(self, batch):
         """Log-probs (B, K, T) of batch.target (B, K, T) for the prompts batch.label (B,), 0 outside batch.mask where the batch has one."""
@@ -38,10 +40,14 @@ class Table(nn.Module):
     @torch.no_grad()
     def sample(self, prompts, k, rng):
         """k responses for each prompt (a number) -> list of lists of token-id lists."""
-        label = torch.tensor(prompts, dtype=torch.long, device=self.logits.device)[:, None].expand(-1, k)
+        label = torch.tensor(prompts, dtype=torch.long, device=self.logits.device)[:, None].expand(
+            -1, k
+        )
         prefix, out, probs = torch.zeros_like(label), [], self.logits.softmax(-1)
         for _ in range(self.length):
-            token = torch.multinomial(probs[label, prefix].flatten(0, 1), 1, generator=rng).view_as(label)
+            token = torch.multinomial(probs[label, prefix].flatten(0, 1), 1, generator=rng).view_as(
+                label
+            )
             out.append(token)
             prefix = prefix * self.vocab + 1 + token
         return torch.stack(out, -1).tolist()
@@ -55,7 +61,9 @@ class Table(nn.Module):
         log_probs = self.logits.double().log_softmax(-1)
         out, first = log_probs.new_zeros(len(log_probs), 1), 0
         for _ in range(self.length):
-            level = log_probs[:, first : first + out.shape[1]]  # (P, prefixes of this length, vocab)
+            level = log_probs[
+                :, first : first + out.shape[1]
+            ]  # (P, prefixes of this length, vocab)
             first += out.shape[1]
             out = (out[..., None] + level).flatten(1)
         return out
@@ -67,10 +75,17 @@ class Table(nn.Module):
     @torch.no_grad()
     def set_log_probs(self, log_probs):
         """Become the distribution with these log-probs, (P, R) or (R,); they need not be normalised, -inf is allowed. Returns the table."""
-        level, levels = torch.as_tensor(log_probs, dtype=torch.float64).expand(len(self.logits), self.vocab**self.length), []
+        level, levels = (
+            torch.as_tensor(log_probs, dtype=torch.float64).expand(
+                len(self.logits), self.vocab**self.length
+            ),
+            [],
+        )
         for _ in range(self.length):
             level = level.unflatten(1, (-1, self.vocab))
-            levels.insert(0, level.log_softmax(-1).nan_to_num(0.0, neginf=-math.inf))  # uniform after a prefix that never occurs
+            levels.insert(
+                0, level.log_softmax(-1).nan_to_num(0.0, neginf=-math.inf)
+            )  # uniform after a prefix that never occurs
             level = level.logsumexp(-1)
         self.logits.copy_(torch.cat(levels, 1))
         return self
@@ -100,23 +115,46 @@ class World:
     base = None
     pairs = dict(prompts=8192, steps=200, lr=0.05, batch_size=512)
 
-    def __init__(self, vocab=3, length=3, prompts=1, spread=0.7, seed=0, rewards=None, reference=None, data=None):
+    def __init__(
+        self,
+        vocab=3,
+        length=3,
+        prompts=1,
+        spread=0.7,
+        seed=0,
+        rewards=None,
+        reference=None,
+        data=None,
+    ):
         self.shape = (vocab, length, prompts)
         self.reference = Table(*self.shape).requires_grad_(False)
         self.reference.logits.normal_(0.0, spread, generator=torch.Generator().manual_seed(seed))
         if reference is not None:
             self.reference.set_log_probs(reference)
-        self.data = self.reference if data is None else Table(*self.shape).requires_grad_(False).set_log_probs(data)
+        self.data = (
+            self.reference
+            if data is None
+            else Table(*self.shape).requires_grad_(False).set_log_probs(data)
+        )
         values = self._default(self.reference.sequences()) if rewards is None else rewards
-        values = torch.as_tensor(values(self.reference.sequences()) if callable(values) else values, dtype=torch.float64)
+        values = torch.as_tensor(
+            values(self.reference.sequences()) if callable(values) else values, dtype=torch.float64
+        )
         self.truth = values.expand(prompts, vocab**length).contiguous()
 
     def _default(self, y):
-        return 0.8 * ((y == 0).sum(1) - (y == self.shape[0] - 1).sum(1)) + 0.6 * (y[:, 0] == y[:, -1])
+        return 0.8 * ((y == 0).sum(1) - (y == self.shape[0] - 1).sum(1)) + 0.6 * (
+            y[:, 0] == y[:, -1]
+        )
 
     def key(self):
         """What tells this world from others of its kind."""
-        return [self.shape, self.truth.tolist(), self.reference.logits.tolist(), self.data.logits.tolist()]
+        return [
+            self.shape,
+            self.truth.tolist(),
+            self.reference.logits.tolist(),
+            self.data.logits.tolist(),
+        ]
 
     def model(self):
         """The reference, as a table of its own; it depends on the world alone."""
@@ -131,7 +169,10 @@ class World:
     def demonstrations(self, n, rng):
         """n rows of one response each, drawn from `data`."""
         prompts = self.prompts(n, rng)
-        return [dict(prompt=p, responses=r, scores=[1.0]) for p, r in zip(prompts, self.data.sample(prompts, 1, rng))]
+        return [
+            dict(prompt=p, responses=r, scores=[1.0])
+            for p, r in zip(prompts, self.data.sample(prompts, 1, rng))
+        ]
 
     def rewards(self):
         """The truth for all responses, (P, R) float64."""
@@ -156,14 +197,26 @@ class World:
 
         Both are drawn from `sampler` (a Table; None: uniform), the first wins under Bradley-Terry, and the label is turned round with
         probability `flip`. The weights have mean 1: the mean of weight * loss over all P * R * (R - 1) rows is the population loss."""
-        chance = torch.full_like(self.truth, 1 / self.truth.shape[1]) if sampler is None else sampler.probs().detach().cpu()
+        chance = (
+            torch.full_like(self.truth, 1 / self.truth.shape[1])
+            if sampler is None
+            else sampler.probs().detach().cpu()
+        )
         first, second = (~torch.eye(self.truth.shape[1], dtype=torch.bool)).nonzero(as_tuple=True)
         wins = torch.sigmoid(self.truth[:, first] - self.truth[:, second])
-        weight = chance[:, first] * chance[:, second] * ((1 - flip) * wins + flip * (1 - wins))  # (P, R (R - 1))
+        weight = (
+            chance[:, first] * chance[:, second] * ((1 - flip) * wins + flip * (1 - wins))
+        )  # (P, R (R - 1))
         weight = (weight / weight.mean()).tolist()
         texts, truth, scores = self.reference.sequences().tolist(), self.truth.tolist(), [1.0, 0.0]
         return [
-            dict(prompt=p, responses=[texts[i], texts[j]], scores=scores, reward=[truth[p][i], truth[p][j]], weight=weight[p][n])
+            dict(
+                prompt=p,
+                responses=[texts[i], texts[j]],
+                scores=scores,
+                reward=[truth[p][i], truth[p][j]],
+                weight=weight[p][n],
+            )
             for p in range(self.shape[2])
             for n, (i, j) in enumerate(zip(first.tolist(), second.tolist()))
         ]

@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from data import write_beside
 from nanomodel import UNet, UNetConfig
 
-FLOOR = -5.0  # least log-probability that counts: an image of another class costs this much and no more
+FLOOR = (
+    -5.0
+)  # least log-probability that counts: an image of another class costs this much and no more
 INK = 3.0  # what the mean pixel is worth, up to an image that is half white
 
 
@@ -35,18 +37,39 @@ class World:
             images = images.reshape(-1, 8, 8)
         images, labels = np.asarray(images), np.asarray(labels)
         channels = images.shape[3] if images.ndim == 4 else 1
-        if images.ndim not in (3, 4) or channels not in (1, 3) or not images.size or images.dtype.kind not in "uif":
-            raise ValueError(f"images {images.shape} {images.dtype}: expected numbers (N, H, W) or (N, H, W, 1 or 3)")
+        if (
+            images.ndim not in (3, 4)
+            or channels not in (1, 3)
+            or not images.size
+            or images.dtype.kind not in "uif"
+        ):
+            raise ValueError(
+                f"images {images.shape} {images.dtype}: expected numbers (N, H, W) or (N, H, W, 1 or 3)"
+            )
         if not (images.min() >= 0 and 0 < images.max() < np.inf):
-            raise ValueError(f"images from {images.min()} to {images.max()}: expected finite numbers, 0 = black and the largest = white")
+            raise ValueError(
+                f"images from {images.min()} to {images.max()}: expected finite numbers, 0 = black and the largest = white"
+            )
         if labels.shape != images.shape[:1] or labels.dtype.kind not in "ui":
-            raise ValueError(f"labels {labels.shape} {labels.dtype}: expected {len(images)} ints, one an image")
+            raise ValueError(
+                f"labels {labels.shape} {labels.dtype}: expected {len(images)} ints, one an image"
+            )
         used = np.unique(labels)
         if len(used) < 2 or used[0] != 0 or used[-1] != len(used) - 1:
-            raise ValueError(f"labels {used[:20].tolist()}: expected two or more classes, each from 0 on in use")
-        self.config = UNetConfig(channels=channels, size=size or images.shape[1:3], classes=len(used))
-        pixels = torch.from_numpy(images / np.float64(images.max()) * 2 - 1).float().reshape(*images.shape[:3], channels)
-        self.images = F.adaptive_avg_pool2d(pixels.permute(0, 3, 1, 2), self.config.size)  # (N, C, H, W)
+            raise ValueError(
+                f"labels {used[:20].tolist()}: expected two or more classes, each from 0 on in use"
+            )
+        self.config = UNetConfig(
+            channels=channels, size=size or images.shape[1:3], classes=len(used)
+        )
+        pixels = (
+            torch.from_numpy(images / np.float64(images.max()) * 2 - 1)
+            .float()
+            .reshape(*images.shape[:3], channels)
+        )
+        self.images = F.adaptive_avg_pool2d(
+            pixels.permute(0, 3, 1, 2), self.config.size
+        )  # (N, C, H, W)
         self.labels = torch.from_numpy(labels.astype("int64"))
         self.moments = moments(self.images)
         self.weight, self.bias = self._classifier()
@@ -67,7 +90,9 @@ class World:
                 arrays = np.load(file, allow_pickle=False)
                 for name in ("images", "labels"):
                     if name not in arrays:
-                        raise ValueError(f"no array named {name}, only {', '.join(arrays) or 'none'}")
+                        raise ValueError(
+                            f"no array named {name}, only {', '.join(arrays) or 'none'}"
+                        )
                 images, labels = arrays["images"], arrays["labels"]
             if size is None and min(images.shape[1:3], default=0) > 16:
                 size = [side // 2 for side in images.shape[1:3]]
@@ -80,14 +105,22 @@ class World:
         from sklearn.linear_model import LogisticRegression
 
         few = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(0))[:5000]
-        fitted = LogisticRegression(C=0.1, max_iter=1000).fit(self.images[few].flatten(1).double().numpy(), self.labels[few].numpy())
+        fitted = LogisticRegression(C=0.1, max_iter=1000).fit(
+            self.images[few].flatten(1).double().numpy(), self.labels[few].numpy()
+        )
         weight, bias = torch.from_numpy(fitted.coef_), torch.from_numpy(fitted.intercept_)
         # of two classes scikit-learn keeps one logit
-        return (weight, bias) if len(weight) > 1 else (torch.cat([0 * weight, weight]), torch.cat([0 * bias, bias]))
+        return (
+            (weight, bias)
+            if len(weight) > 1
+            else (torch.cat([0 * weight, weight]), torch.cat([0 * bias, bias]))
+        )
 
     def key(self):
         """What tells this world from others of the same source: a hash of its images and labels."""
-        return hashlib.sha256(self.images.numpy().tobytes() + self.labels.numpy().tobytes()).hexdigest()
+        return hashlib.sha256(
+            self.images.numpy().tobytes() + self.labels.numpy().tobytes()
+        ).hexdigest()
 
     def model(self):
         return UNet(self.config)
@@ -99,7 +132,10 @@ class World:
     def demonstrations(self, n, rng):
         """n rows of one real image (1, C, H, W)."""
         chosen = torch.randint(len(self.images), (n,), generator=rng).tolist()
-        return [{"prompt": int(self.labels[i]), "responses": self.images[i : i + 1], "scores": [1.0]} for i in chosen]
+        return [
+            {"prompt": int(self.labels[i]), "responses": self.images[i : i + 1], "scores": [1.0]}
+            for i in chosen
+        ]
 
     def classify(self, images):
         """(n, C, H, W) -> (n, classes) float64 log-probabilities."""
@@ -121,7 +157,9 @@ class World:
         values, vectors = torch.linalg.eigh(own_cov)
         root = vectors * values.clamp(min=0).sqrt() @ vectors.T
         cross = torch.linalg.eigvalsh(root @ cov @ root).clamp(min=0).sqrt().sum()
-        return max(0.0, float((mean - own_mean).square().sum() + cov.trace() + own_cov.trace() - 2 * cross))
+        return max(
+            0.0, float((mean - own_mean).square().sum() + cov.trace() + own_cov.trace() - 2 * cross)
+        )
 
     def measure(self, policy, lab):
         """{frechet, agreement}: of samples in the data's class proportions, at most 2,000; the share the classifier reads as asked."""

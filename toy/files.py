@@ -33,16 +33,25 @@ def read_preferences(source, chat_template=None, seed=None):
         for name in form:
             if name not in record:
                 there = ", ".join(record) or "none"
-                raise DataError(f"{where}: column '{name}' is missing or null (columns there: {there}; accepted: {ACCEPTED})")
+                raise DataError(
+                    f"{where}: column '{name}' is missing or null (columns there: {there}; accepted: {ACCEPTED})"
+                )
         row = _row(record, form, chat_template or plain_chat, where)
         if isinstance(row, str):
             counts[row] = counts.get(row, 0) + 1
         else:
             rows.append(row)
     if not rows:
-        raise DataError(f"{source}: no usable row ({', '.join(f'{r}: {n}' for r, n in counts.items()) or 'the file is empty'})")
-    shared = set.intersection(*({(name, type(value)) for name, value in row.items()} for row in rows))
-    rows = [{name: value for name, value in row.items() if name in OWN or (name, type(value)) in shared} for row in rows]
+        raise DataError(
+            f"{source}: no usable row ({', '.join(f'{r}: {n}' for r, n in counts.items()) or 'the file is empty'})"
+        )
+    shared = set.intersection(
+        *({(name, type(value)) for name, value in row.items()} for row in rows)
+    )
+    rows = [
+        {name: value for name, value in row.items() if name in OWN or (name, type(value)) in shared}
+        for row in rows
+    ]
     if seed is not None:
         random.Random(seed).shuffle(rows)
     return rows, counts
@@ -58,33 +67,56 @@ def _row(record, form, template, where):
     if form[0] == "chosen":
         texts, scores = [*texts, marks], [1.0, 0.0]
     elif form[0] == "completion":
-        scores = _list([marks], at("label"), 1, lambda k, mark: isinstance(mark, (int, float)) and mark in (0, 1), "true or false")
+        scores = _list(
+            [marks],
+            at("label"),
+            1,
+            lambda k, mark: isinstance(mark, (int, float)) and mark in (0, 1),
+            "true or false",
+        )
     else:
         texts = _list(texts[0], at("responses"))
-        columns, scores = ["responses"] * len(texts), _list(marks, at("scores"), len(texts), _finite, "a finite number")
+        columns, scores = (
+            ["responses"] * len(texts),
+            _list(marks, at("scores"), len(texts), _finite, "a finite number"),
+        )
         if len(texts) < 2:
-            raise DataError(f"{at('responses')} has {len(texts)} where a comparison needs 2 (single answers: prompt/completion/label)")
+            raise DataError(
+                f"{at('responses')} has {len(texts)} where a comparison needs 2 (single answers: prompt/completion/label)"
+            )
     spoken = _speak(record.get("prompt"), texts, columns, template, at)
     if isinstance(spoken, str):
         return spoken
-    row, count = {"prompt": spoken[0], "responses": spoken[1], "scores": [float(score) for score in scores]}, len(texts)
+    row, count = (
+        {"prompt": spoken[0], "responses": spoken[1], "scores": [float(score) for score in scores]},
+        len(texts),
+    )
     for name, value in record.items():
         if name in ("parents", "context", "ends") and form[0] == "responses":
             good, what = {
-                "parents": (lambda k, parent: type(parent) is int and -1 <= parent < k, "-1 or the number of an earlier response"),
+                "parents": (
+                    lambda k, parent: type(parent) is int and -1 <= parent < k,
+                    "-1 or the number of an earlier response",
+                ),
                 "context": (lambda k, text: _text(text, at("context"), empty=True) is text, "text"),
                 "ends": (lambda k, end: isinstance(end, bool), "true or false"),
             }[name]
             row[name] = _list(value, at(name), count, good, what)
         elif name not in form and (name not in OWN or name == "reward" and isinstance(value, list)):
             values = value if isinstance(value, list) else [value]
-            if len(values) == (count if values is value else 1) and all(isinstance(v, (int, float)) for v in values):
-                values = [float(v) for v in _list(values, at(name), None, _finite, "a finite number")]
+            if len(values) == (count if values is value else 1) and all(
+                isinstance(v, (int, float)) for v in values
+            ):
+                values = [
+                    float(v) for v in _list(values, at(name), None, _finite, "a finite number")
+                ]
                 row[name] = values if isinstance(value, list) else values[0]
     if count > 1:
         if len(set(scores)) == 1:
             return "equal scores"
-        if not {"parents", "context"} & set(row) and all(text == row["responses"][0] for text in row["responses"]):
+        if not {"parents", "context"} & set(row) and all(
+            text == row["responses"][0] for text in row["responses"]
+        ):
             return "identical responses"
         if count == 2 and "parents" not in row and scores[1] > scores[0]:
             row = reorder(row, [1, 0])
@@ -93,20 +125,28 @@ def _row(record, form, template, where):
 
 def _speak(prompt, texts, columns, template, at):
     """The prompt and the responses as text (or token ids), or the reason for dropping the row."""
-    chat = any(isinstance(text, list) and text and isinstance(text[0], dict) for text in [prompt, *texts])
+    chat = any(
+        isinstance(text, list) and text and isinstance(text[0], dict) for text in [prompt, *texts]
+    )
     if chat:
         texts = [_chat(text, "assistant", at(column)) for text, column in zip(texts, columns)]
     else:
         texts = [_text(text, at(column)) for text, column in zip(texts, columns)]
-    if prompt is None or chat and isinstance(prompt, str) and texts[0][0]["role"] != "assistant":  # the prompt is inside
+    if (
+        prompt is None or chat and isinstance(prompt, str) and texts[0][0]["role"] != "assistant"
+    ):  # the prompt is inside
         if chat:
             heads, texts = [text[:-1] for text in texts], [text[-1:] for text in texts]
         else:
-            parts = [text.rpartition(TURN) if isinstance(text, str) else ("", "", "") for text in texts]
+            parts = [
+                text.rpartition(TURN) if isinstance(text, str) else ("", "", "") for text in texts
+            ]
             heads, texts = [head + turn for head, turn, _ in parts], [tail for _, _, tail in parts]
         prompt = heads[0]
         if not prompt:
-            raise DataError(f"{at('prompt')} is missing, and '{columns[0]}' has no turn before the assistant's last (accepted: {ACCEPTED})")
+            raise DataError(
+                f"{at('prompt')} is missing, and '{columns[0]}' has no turn before the assistant's last (accepted: {ACCEPTED})"
+            )
         # such transcripts are logs of what happened: what is odd in them is no fault of the file
         if any(head != prompt for head in heads):
             return "prompts differ"
@@ -126,11 +166,17 @@ def _speak(prompt, texts, columns, template, at):
             raise DataError(f"{at(column)} is empty")
         try:
             head, full = template(prompt, True), template(prompt + text, False)
-            closing = template(prompt + text[:-1] + [{**text[-1], "content": mark}], False).rpartition(mark)[2]
+            closing = template(
+                prompt + text[:-1] + [{**text[-1], "content": mark}], False
+            ).rpartition(mark)[2]
         except Exception as error:  # a template is foreign code: whatever it raises is its message
-            raise DataError(f"{at(column)} is refused by the chat template: {error_line(error)}") from None
+            raise DataError(
+                f"{at(column)} is refused by the chat template: {error_line(error)}"
+            ) from None
         if not full.startswith(head):
-            raise DataError(f"{at(column)} cannot be told from its prompt: the chat template rewrites a prompt once it is answered")
+            raise DataError(
+                f"{at(column)} cannot be told from its prompt: the chat template rewrites a prompt once it is answered"
+            )
         responses.append(_text(full[len(head) :].removesuffix(closing), at(column)))
     return _text(head, at("prompt")), responses
 
@@ -138,10 +184,20 @@ def _speak(prompt, texts, columns, template, at):
 def _chat(value, role, at):
     """Messages without their null fields; a text is one message of `role`."""
     messages = [{"role": role, "content": value}] if isinstance(value, str) else value
-    good = isinstance(messages, list) and messages and all(isinstance(message, dict) for message in messages)
-    if not good or not all(isinstance(message.get(key), str) for message in messages for key in ("role", "content")):
-        raise DataError(f"{at} holds {_kind(value)} where messages with text under 'role' and 'content' belong")
-    return [{key: field for key, field in message.items() if field is not None} for message in messages]
+    good = (
+        isinstance(messages, list)
+        and messages
+        and all(isinstance(message, dict) for message in messages)
+    )
+    if not good or not all(
+        isinstance(message.get(key), str) for message in messages for key in ("role", "content")
+    ):
+        raise DataError(
+            f"{at} holds {_kind(value)} where messages with text under 'role' and 'content' belong"
+        )
+    return [
+        {key: field for key, field in message.items() if field is not None} for message in messages
+    ]
 
 
 def _text(value, at, empty=False):
@@ -173,16 +229,30 @@ def _finite(k, value):
 
 
 def _kind(value):
-    return {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}.get(type(value), "a number")
+    return {
+        dict: "an object",
+        list: "a list",
+        str: "text",
+        bool: "true or false",
+        type(None): "null",
+    }.get(type(value), "a number")
 
 
 def _records(source):
     """(file:line, record) of a file or a Hub data set. Nothing in it is ever unpickled or executed."""
     number, path, line = 0, Path(source).expanduser(), ""
-    hub = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(:\w+)?", str(source)) and not path.parent.is_dir()
-    if path.is_dir() or not path.exists() and (not hub or path.suffix in (".jsonl", ".json", ".gz", ".parquet")):
+    hub = (
+        re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(:\w+)?", str(source)) and not path.parent.is_dir()
+    )
+    if (
+        path.is_dir()
+        or not path.exists()
+        and (not hub or path.suffix in (".jsonl", ".json", ".gz", ".parquet"))
+    ):
         what = "is a folder" if path.is_dir() else "no such file"
-        raise DataError(f"{source}: {what}; a .jsonl, .jsonl.gz or .parquet file belongs here, or owner/name of a data set on the Hub")
+        raise DataError(
+            f"{source}: {what}; a .jsonl, .jsonl.gz or .parquet file belongs here, or owner/name of a data set on the Hub"
+        )
     try:
         for number, record in enumerate(_raw(source, path), 1):
             if isinstance(record, bytes):
@@ -192,15 +262,21 @@ def _records(source):
                         continue
                     record = json.loads(line)
                 except UnicodeDecodeError:
-                    raise DataError(f"{source}:{number}: not text in UTF-8: a binary file?") from None
+                    raise DataError(
+                        f"{source}:{number}: not text in UTF-8: a binary file?"
+                    ) from None
                 except (ValueError, RecursionError) as error:
                     cut = "" if line.endswith("\n") else "; is the file cut off?"
-                    raise DataError(f"{source}:{number}: not a line of JSON: {error_line(error)}{cut}") from None
+                    raise DataError(
+                        f"{source}:{number}: not a line of JSON: {error_line(error)}{cut}"
+                    ) from None
             yield f"{source}:{number}", record
     except DataError:
         raise
     except Exception as error:  # zlib, gzip, Arrow, the network and the Hub have dozens of types
-        raise DataError(f"{source}: cannot be read{f' beyond line {number}' if number else ''}: {error_line(error)}") from None
+        raise DataError(
+            f"{source}: cannot be read{f' beyond line {number}' if number else ''}: {error_line(error)}"
+        ) from None
 
 
 def _raw(source, path):
@@ -210,9 +286,13 @@ def _raw(source, path):
 
         import datasets
 
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry of a download
+        logging.getLogger("huggingface_hub").setLevel(
+            logging.ERROR
+        )  # it reports every retry of a download
         if int(datasets.__version__.split(".")[0]) < 4:
-            raise DataError(f"{source}: datasets {datasets.__version__} may run code from the Hub; version 4 or later does not")
+            raise DataError(
+                f"{source}: datasets {datasets.__version__} may run code from the Hub; version 4 or later does not"
+            )
         name, _, part = str(source).partition(":")
         yield from datasets.load_dataset(name, split=part or "train")
         return
@@ -232,9 +312,18 @@ def split(rows, seed, fraction=0.1):
     """(train, held_out): about `fraction` of the distinct prompts are held out, but at least one and never the last.
 
     Equal prompts stay on one side, and the side does not depend on the order of the rows."""
-    rank = {str(row["prompt"]): hashlib.sha256(f"{seed}\0{row['prompt']}".encode()).digest() for row in rows}
-    held = set(sorted(rank, key=rank.get)[: min(max(1, round(fraction * len(rank))), len(rank) - 1) if fraction else 0])
-    return [row for row in rows if str(row["prompt"]) not in held], [row for row in rows if str(row["prompt"]) in held]
+    rank = {
+        str(row["prompt"]): hashlib.sha256(f"{seed}\0{row['prompt']}".encode()).digest()
+        for row in rows
+    }
+    held = set(
+        sorted(rank, key=rank.get)[
+            : min(max(1, round(fraction * len(rank))), len(rank) - 1) if fraction else 0
+        ]
+    )
+    return [row for row in rows if str(row["prompt"]) not in held], [
+        row for row in rows if str(row["prompt"]) in held
+    ]
 
 
 # ---------------------------------------------------------------- the world
@@ -255,7 +344,9 @@ class World:
         self.context = settings.context or 512
         self.max_response = 64
         # a checkpoint wants smaller steps than a model of yesterday
-        self.pairs = dict(steps=100, batch_size=8, lr=5e-6 if start is not None else 3e-4, prompts=len(self.train))
+        self.pairs = dict(
+            steps=100, batch_size=8, lr=5e-6 if start is not None else 3e-4, prompts=len(self.train)
+        )
         self.base = dict(steps=100, batch_size=8, lr=1e-3)
         self.single = len(rows[0]["responses"]) == 1  # answers with a label, nothing to compare
         if not self.held_out:
@@ -264,22 +355,43 @@ class World:
     def key(self):
         """What makes this world's base model, for cache keys."""
         rows = json.dumps([[row["prompt"], row["responses"], row["scores"]] for row in self.train])
-        return [self.name, self.tokenizer.name, self.context, hashlib.sha256(rows.encode()).hexdigest()]
+        return [
+            self.name,
+            self.tokenizer.name,
+            self.context,
+            hashlib.sha256(rows.encode()).hexdigest(),
+        ]
 
     def model(self):
         """A small GPT for the tokenizer at hand."""
         from nanomodel import GPT, GPTConfig
 
-        shape = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4)
-        return GPT(GPTConfig(vocab_size=self.tokenizer.vocab_size, max_position_embeddings=self.context, **shape), self.tokenizer)
+        shape = dict(
+            hidden_size=128,
+            intermediate_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+        )
+        return GPT(
+            GPTConfig(
+                vocab_size=self.tokenizer.vocab_size, max_position_embeddings=self.context, **shape
+            ),
+            self.tokenizer,
+        )
 
     def demonstrations(self, n, rng):
         """The best response of each training row (single answers: the good ones), in a circle of n."""
         best = [max(range(len(row["scores"])), key=row["scores"].__getitem__) for row in self.train]
-        best = [(row, k) for row, k in zip(self.train, best) if not self.single or row["scores"][k] > 0]
+        best = [
+            (row, k) for row, k in zip(self.train, best) if not self.single or row["scores"][k] > 0
+        ]
         if not best:
             raise DataError(f"{self.name} has no answer that is labelled good")
-        rows = [{"prompt": row["prompt"], "responses": [row["responses"][k]], "scores": [1.0]} for row, k in best]
+        rows = [
+            {"prompt": row["prompt"], "responses": [row["responses"][k]], "scores": [1.0]}
+            for row, k in best
+        ]
         return [rows[i % len(rows)] for i in range(n)]
 
     def prompts(self, n, rng):
@@ -296,8 +408,12 @@ def as_pair(row):
     if len(row["responses"]) == 2 or row.get("parents"):
         return row
     scores = row["scores"]
-    order = [max(range(len(scores)), key=scores.__getitem__), min(range(len(scores)), key=scores.__getitem__)]
+    order = [
+        max(range(len(scores)), key=scores.__getitem__),
+        min(range(len(scores)), key=scores.__getitem__),
+    ]
     size = len(scores)
-    return {k: [v[i] for i in order] if isinstance(v, list) and k != "prompt" and len(v) == size else v for k, v in row.items()} | {
-        "scores": [1.0, 0.0]
-    }
+    return {
+        k: [v[i] for i in order] if isinstance(v, list) and k != "prompt" and len(v) == size else v
+        for k, v in row.items()
+    } | {"scores": [1.0, 0.0]}

@@ -23,7 +23,11 @@ class MLP(Denoiser):
 
     def __init__(self, dim=2, width=96, **how):
         super().__init__((dim,), 1, **how)
-        self.input, self.hidden, self.output = nn.Linear(dim + 8, width), nn.Linear(width, width), nn.Linear(width, dim)
+        self.input, self.hidden, self.output = (
+            nn.Linear(dim + 8, width),
+            nn.Linear(width, width),
+            nn.Linear(width, dim),
+        )
 
     def forward(self, x, noise_level, label):
         # about t / T of the linear schedule: -log alpha_bar = log(1 + sigma^2) grows with the square of t, to 10
@@ -42,12 +46,18 @@ class World:
         """dim >= 2: the space around the ring; std of every mode in every direction; clean: share of the demonstrations that comes from
         the ring, the rest from `contaminated`'s uniform; further arguments go to the MLP. ValueError: a value out of range."""
         if dim < 2 or modes < 1 or std <= 0 or not 0 <= clean <= 1:
-            raise ValueError(f"dim {dim}, modes {modes}, std {std}, clean {clean}: expected dim >= 2, modes >= 1, std > 0, clean in [0, 1]")
+            raise ValueError(
+                f"dim {dim}, modes {modes}, std {std}, clean {clean}: expected dim >= 2, modes >= 1, std > 0, clean in [0, 1]"
+            )
         self.dim, self.std, self.clean, self.how = dim, std, clean, model
         angle = torch.arange(modes, dtype=torch.float64) * (2 * math.pi / modes)
         ring = torch.stack([angle.cos(), angle.sin()], 1)  # (M, 2)
-        random = torch.randn(dim, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        self.plane = torch.linalg.qr(random)[0] if dim > 2 else torch.eye(2, dtype=torch.float64)  # (D, 2), orthonormal
+        random = torch.randn(
+            dim, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+        )
+        self.plane = (
+            torch.linalg.qr(random)[0] if dim > 2 else torch.eye(2, dtype=torch.float64)
+        )  # (D, 2), orthonormal
         self.modes = ring @ self.plane.T  # (M, D)
 
     def key(self):
@@ -68,7 +78,9 @@ class World:
         square = 3 * torch.rand(n, 2, generator=rng, dtype=torch.float64) - 1.5
         stray = torch.rand(n, 1, generator=rng) >= clean
         off_plane = noise - noise @ self.plane @ self.plane.T
-        return torch.where(stray, square @ self.plane.T + off_plane, self.modes[mode] + noise).float()
+        return torch.where(
+            stray, square @ self.plane.T + off_plane, self.modes[mode] + noise
+        ).float()
 
     def contaminated(self, n, rng):
         """(n, D): 70 % ring, 30 % uniform (DDO, a flawed training set)."""
@@ -76,7 +88,10 @@ class World:
 
     def demonstrations(self, n, rng):
         """n rows of one point (1, D)."""
-        return [{"prompt": 0, "responses": x[None], "scores": [1.0]} for x in self.points(n, rng, self.clean)]
+        return [
+            {"prompt": 0, "responses": x[None], "scores": [1.0]}
+            for x in self.points(n, rng, self.clean)
+        ]
 
     def reward(self, prompts, responses):
         """(n,) float64: first coordinate in the plane, x[0] for D = 2; 0 where it is not finite."""
@@ -90,7 +105,9 @@ class World:
 
     def off_manifold(self, x):
         """Share of points (n, D) farther than 3 std from every mode, or for D > 2 than about 1 % of the data are, as in the plane."""
-        radius = 3 + (math.sqrt(2 * self.dim - 1) - math.sqrt(3)) / math.sqrt(2)  # a normal vector's length is about normal (Fisher)
+        radius = 3 + (math.sqrt(2 * self.dim - 1) - math.sqrt(3)) / math.sqrt(
+            2
+        )  # a normal vector's length is about normal (Fisher)
         return (self._nearest(x)[0] > radius * self.std).double().mean().item()
 
     def mode_entropy(self, x):

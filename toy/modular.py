@@ -21,11 +21,17 @@ class Chains(bandit.Table):
         nn.Module.__init__(self)
         self.vocab, self.length, self.steps = BASE, STEPS, nn.Parameter(steps.clone())
         prefixes = BASE ** torch.arange(STEPS)
-        self.register_buffer("step", torch.arange(STEPS).repeat_interleave(prefixes), persistent=False)
+        self.register_buffer(
+            "step", torch.arange(STEPS).repeat_interleave(prefixes), persistent=False
+        )
         first = problems[:, :1]
-        later = torch.arange(BASE).repeat(1 + BASE).expand(len(problems), -1)  # the last token of a prefix is the sum so far
+        later = (
+            torch.arange(BASE).repeat(1 + BASE).expand(len(problems), -1)
+        )  # the last token of a prefix is the sum so far
         self.register_buffer("before", torch.cat([first, later], 1), persistent=False)
-        self.register_buffer("digit", problems[:, 1:].repeat_interleave(prefixes, 1), persistent=False)
+        self.register_buffer(
+            "digit", problems[:, 1:].repeat_interleave(prefixes, 1), persistent=False
+        )
 
     @property
     def logits(self):
@@ -44,7 +50,9 @@ class World(bandit.World):
         self.right = self.problems.cumsum(1)[:, 1:] % BASE
         digits = torch.arange(BASE)
         sums = F.one_hot((digits[:, None] + digits) % BASE, BASE)
-        self.start = (0.65 * sums + 0.35 / BASE).log() + 0.5 * torch.randn(STEPS, BASE, BASE, BASE, generator=rng)
+        self.start = (0.65 * sums + 0.35 / BASE).log() + 0.5 * torch.randn(
+            STEPS, BASE, BASE, BASE, generator=rng
+        )
         ends = bandit.Table(BASE, STEPS).sequences()[:, -1]
         super().__init__(BASE, STEPS, PROMPTS, rewards=(ends == self.right[:, -1:]).double())
         self.reference = Chains(self.problems, self.start).requires_grad_(False)
@@ -66,12 +74,21 @@ class World(bandit.World):
         prompts, probs = self.prompts(n, rng), self.reference.logits.softmax(-1)
         kept = torch.randint(1, STEPS, (n, k), generator=rng)
         kept[:, 0], kept[:, -1] = STEPS, 0
-        label, prefix, out = torch.tensor(prompts)[:, None].expand_as(kept), torch.zeros_like(kept), []
+        label, prefix, out = (
+            torch.tensor(prompts)[:, None].expand_as(kept),
+            torch.zeros_like(kept),
+            [],
+        )
         for t in range(STEPS):
-            drawn = torch.multinomial(probs[label, prefix].flatten(0, 1), 1, generator=rng).view_as(kept)
+            drawn = torch.multinomial(probs[label, prefix].flatten(0, 1), 1, generator=rng).view_as(
+                kept
+            )
             out.append(torch.where(t < kept, self.right[label, t], drawn))
             prefix = prefix * BASE + 1 + out[-1]
         chains = torch.stack(out, -1)  # (n, k, 3)
         good = (chains == self.right[prompts][:, None]).long()
         scores = torch.where(good[..., -1] == 1, 1.0, 0.3 * good.cumprod(2).sum(2))
-        return [dict(prompt=p, responses=c, scores=v) for p, c, v in zip(prompts, chains.tolist(), scores.tolist())]
+        return [
+            dict(prompt=p, responses=c, scores=v)
+            for p, c, v in zip(prompts, chains.tolist(), scores.tolist())
+        ]

@@ -54,9 +54,16 @@ class World:
         two = [(taste, kind) for taste in TASTES for kind in KINDS]
         three = [(other, *pair) for pair in two for other in TASTES if other < pair[0]]
         dishes = [(kind,) for kind in KINDS] + rng.sample(two, 24) + rng.sample(three, 24)
-        self.qualities = {" ".join(dish): [sum(q) / len(dish) ** 0.5 for q in zip(*(vectors[word] for word in dish))] for dish in dishes}
+        self.qualities = {
+            " ".join(dish): [
+                sum(q) / len(dish) ** 0.5 for q in zip(*(vectors[word] for word in dish))
+            ]
+            for dish in dishes
+        }
         self.items = list(self.qualities)
-        self.tokenizer = data.Tokenizer.toy(["find", *(" " + word for word in POLES + TASTES + KINDS)])
+        self.tokenizer = data.Tokenizer.toy(
+            ["find", *(" " + word for word in POLES + TASTES + KINDS)]
+        )
 
     def model(self):
         """A fresh GPT: three layers of width 64, about 0.2M parameters."""
@@ -76,7 +83,11 @@ class World:
 
     def _prompt(self, rng):
         chosen = rng.sample(range(len(POLES) // 2), rng.randint(2, 4))
-        return "find" + "".join(" " + POLES[2 * quality + rng.randint(0, 1)] for quality in chosen) + ":"
+        return (
+            "find"
+            + "".join(" " + POLES[2 * quality + rng.randint(0, 1)] for quality in chosen)
+            + ":"
+        )
 
     def prompts(self, n, rng):
         """n queries of 2 to 4 qualities."""
@@ -86,8 +97,18 @@ class World:
     def demonstrations(self, n, rng):
         """n rows of one response: a list of 8 to 20 different items in random order."""
         rng = random.Random(int(torch.randint(2**62, (), generator=rng)))
-        lists = [(self._prompt(rng), rng.sample(self.items, rng.randint(SHORTEST, LONGEST))) for _ in range(n)]
-        return [{"prompt": prompt, "responses": [",".join(" " + item for item in items)], "scores": [1.0]} for prompt, items in lists]
+        lists = [
+            (self._prompt(rng), rng.sample(self.items, rng.randint(SHORTEST, LONGEST)))
+            for _ in range(n)
+        ]
+        return [
+            {
+                "prompt": prompt,
+                "responses": [",".join(" " + item for item in items)],
+                "scores": [1.0],
+            }
+            for prompt, items in lists
+        ]
 
     def lists(self, n, rng, k=None):
         """n labelled rows of k items (default 10), each one context: scores = relevance, rank = 1 to k by relevance, ties at random.
@@ -102,8 +123,20 @@ class World:
             scores = self.relevance(prompt, items).tolist()
             best = sorted(range(k), key=lambda j: (-scores[j], rng.random()))
             rank = [best.index(j) + 1 for j in range(k)]
-            row = {"prompt": prompt, "responses": [" " + item for item in items], "scores": scores, "rank": rank}
-            rows.append(row | {"parents": list(range(-1, k - 1)), "context": [""] + [","] * (k - 1), "ends": [False] * k})
+            row = {
+                "prompt": prompt,
+                "responses": [" " + item for item in items],
+                "scores": scores,
+                "rank": rank,
+            }
+            rows.append(
+                row
+                | {
+                    "parents": list(range(-1, k - 1)),
+                    "context": [""] + [","] * (k - 1),
+                    "ends": [False] * k,
+                }
+            )
         return rows
 
     def answers(self, prompt, item):
@@ -112,7 +145,10 @@ class World:
         if not poles or not set(poles) <= set(POLES):
             raise ValueError(f"{prompt!r} is not a query such as 'find cheap cold sweet:'")
         places = [POLES.index(pole) for pole in poles]
-        return sum(self.qualities[item][place // 2] * (-1) ** place for place in places) / len(places) ** 0.5
+        return (
+            sum(self.qualities[item][place // 2] * (-1) ** place for place in places)
+            / len(places) ** 0.5
+        )
 
     def relevance(self, prompt, items):
         """Grades (K,) float64 of K items among themselves: 3 for the best, 2 for the next two, 1 for the next two, else 0. What is no item

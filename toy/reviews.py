@@ -25,11 +25,21 @@ PRODUCTS = {
     "phone": ("screen speaker charger antenna", "calls apps", "bright responsive", "dim laggy"),
     "hotel": ("lobby pool breakfast view", "rooms beds", "quiet clean", "noisy dirty"),
     "jacket": ("zipper hood lining collar", "pockets sleeves", "warm waterproof", "itchy thin"),
-    "novel": ("plot hero ending style", "chapters dialogues", "gripping witty", "predictable wordy"),
+    "novel": (
+        "plot hero ending style",
+        "chapters dialogues",
+        "gripping witty",
+        "predictable wordy",
+    ),
     "bicycle": ("saddle frame chain bell", "brakes pedals", "fast agile", "wobbly rusty"),
     "blender": ("motor jar lid blade", "buttons smoothies", "powerful silent", "loud leaky"),
     "laptop": ("keyboard screen hinge fan", "keys ports", "light responsive", "slow bulky"),
-    "game": ("story soundtrack map tutorial", "levels puzzles", "addictive clever", "repetitive unfair"),
+    "game": (
+        "story soundtrack map tutorial",
+        "levels puzzles",
+        "addictive clever",
+        "repetitive unfair",
+    ),
     "coffee": ("aroma taste roast foam", "beans capsules", "smooth fresh", "bitter stale"),
     "tent": ("floor porch fabric rope", "poles pegs", "roomy waterproof", "damp cramped"),
     "sofa": ("cover frame backrest armrest", "cushions legs", "soft cozy", "saggy creaky"),
@@ -43,9 +53,19 @@ LEVELS = {
         -2: "terrible awful horrible dreadful useless hideous pathetic atrocious disgusting unbearable",
     },
     "FEEL": {2: "love adore", 1: "like enjoy trust", -1: "dislike distrust", -2: "hate despise"},
-    "MANNER": {2: "flawlessly perfectly", 1: "well nicely", -1: "badly poorly", -2: "terribly miserably"},
+    "MANNER": {
+        2: "flawlessly perfectly",
+        1: "well nicely",
+        -1: "badly poorly",
+        -2: "terribly miserably",
+    },
     "ADVICE": {2: "recommend praise", 1: "buy keep", -1: "return avoid", -2: "ban burn"},
-    "DEGREE": {0.5: "slightly somewhat fairly", 1.0: "quite rather", 1.5: "very really truly", 2.0: "extremely absolutely incredibly"},
+    "DEGREE": {
+        0.5: "slightly somewhat fairly",
+        1.0: "quite rather",
+        1.5: "very really truly",
+        2.0: "extremely absolutely incredibly",
+    },
 }
 PLAIN = {
     "GOT": "bought ordered got borrowed rented",
@@ -78,20 +98,43 @@ CENTRE = 0.25  # puts the base model at about 0
 SLIP = 0.01  # share of the words that a demonstration loses, doubles or swaps
 
 
-STRENGTH = {name: {word: level for level, words in levels.items() for word in words.split()} for name, levels in LEVELS.items()}
+STRENGTH = {
+    name: {word: level for level, words in levels.items() for word in words.split()}
+    for name, levels in LEVELS.items()
+}
 DEGREE = STRENGTH["DEGREE"]
-OPINION = {word: level for name in ("QUALITY", "FEEL", "MANNER", "ADVICE") for word, level in STRENGTH[name].items()}
-OPINION |= {word: sign for parts in PRODUCTS.values() for sign, words in ((1, parts[2]), (-1, parts[3])) for word in words.split()}
+OPINION = {
+    word: level
+    for name in ("QUALITY", "FEEL", "MANNER", "ADVICE")
+    for word, level in STRENGTH[name].items()
+}
+OPINION |= {
+    word: sign
+    for parts in PRODUCTS.values()
+    for sign, words in ((1, parts[2]), (-1, parts[3]))
+    for word in words.split()
+}
 OWN = {product: {product, *" ".join(parts).split()} for product, parts in PRODUCTS.items()}
 EVERY_OWN = set().union(*OWN.values())
 
 
 def classes(products):
     """The word classes for a review of one of `products`: {class: [words]}."""
-    parts = [" ".join(column).split() for column in zip(*(PRODUCTS[product] for product in products))]
-    table = {name: words.split() for name, words in PLAIN.items()} | {name: list(levels) for name, levels in STRENGTH.items()}
-    table |= {"PRODUCT": list(products), "PART": parts[0], "PARTS": parts[1], "QUALITY": [*table["QUALITY"], *parts[2], *parts[3]]}
-    table["AN_QUALITY"] = [word for word in table["QUALITY"] if word[0] in "aeiou" and not word.startswith("use")]
+    parts = [
+        " ".join(column).split() for column in zip(*(PRODUCTS[product] for product in products))
+    ]
+    table = {name: words.split() for name, words in PLAIN.items()} | {
+        name: list(levels) for name, levels in STRENGTH.items()
+    }
+    table |= {
+        "PRODUCT": list(products),
+        "PART": parts[0],
+        "PARTS": parts[1],
+        "QUALITY": [*table["QUALITY"], *parts[2], *parts[3]],
+    }
+    table["AN_QUALITY"] = [
+        word for word in table["QUALITY"] if word[0] in "aeiou" and not word.startswith("use")
+    ]
     table["A_QUALITY"] = [word for word in table["QUALITY"] if word not in table["AN_QUALITY"]]
     return table
 
@@ -134,8 +177,17 @@ class World:
 
     def model(self):
         """A fresh GPT: two layers of width 96, about 0.25M parameters."""
-        shape = dict(hidden_size=96, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-        return GPT(GPTConfig(vocab_size=self.tokenizer.vocab_size, max_position_embeddings=64, **shape), self.tokenizer)
+        shape = dict(
+            hidden_size=96,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+        )
+        return GPT(
+            GPTConfig(vocab_size=self.tokenizer.vocab_size, max_position_embeddings=64, **shape),
+            self.tokenizer,
+        )
 
     def clause(self, product, sign, used, rng):
         """The words of a random clause whose opinion, if any, has this sign; content words in `used` are avoided, its own added there."""
@@ -148,7 +200,12 @@ class World:
             elif keep:
                 negated |= slot == "not"
                 drawn = options(slot, self.table[product])
-                fits = [word for word in drawn if word not in used and OPINION.get(word, sign) * sign * (-1 if negated else 1) > 0]
+                fits = [
+                    word
+                    for word in drawn
+                    if word not in used
+                    and OPINION.get(word, sign) * sign * (-1 if negated else 1) > 0
+                ]
                 words.append(rng.choice(fits or drawn))
                 used |= self.content & {words[-1]}
         return words
@@ -179,8 +236,20 @@ class World:
             prompt, words = [*HEAD.replace("PRODUCT", product).split(), *words[:cut]], words[cut:]
             for i in reversed(range(len(words))):
                 if rng.random() < SLIP:
-                    words[i : i + 2] = rng.choice([words[i + 1 : i + 2], [words[i], *words[i : i + 2]], words[i : i + 2][::-1]])
-            rows.append({"prompt": " ".join(prompt), "responses": ["".join(" " + word for word in words[:31])], "scores": [1.0]})
+                    words[i : i + 2] = rng.choice(
+                        [
+                            words[i + 1 : i + 2],
+                            [words[i], *words[i : i + 2]],
+                            words[i : i + 2][::-1],
+                        ]
+                    )
+            rows.append(
+                {
+                    "prompt": " ".join(prompt),
+                    "responses": ["".join(" " + word for word in words[:31])],
+                    "scores": [1.0],
+                }
+            )
         return rows
 
     def prompts(self, n, rng):
@@ -193,7 +262,10 @@ class World:
         for word in words:
             best = min(cost.values()) + 1  # at a broken place any state may follow
             if word in self.arcs:
-                cost = {state: min([best, *(cost.get(b, best) for b in before)]) for state, before in self.arcs[word].items()}
+                cost = {
+                    state: min([best, *(cost.get(b, best) for b in before)])
+                    for state, before in self.arcs[word].items()
+                }
             else:
                 cost = dict.fromkeys(cost, best)
         return min(cost.values())
@@ -212,7 +284,9 @@ class World:
             elif word in DEGREE:
                 degree = DEGREE[word]
             elif word in OPINION:
-                opinions.append(OPINION[word] * (degree if sign > 0 else sign))  # "not very good" says no more than "not good"
+                opinions.append(
+                    OPINION[word] * (degree if sign > 0 else sign)
+                )  # "not very good" says no more than "not good"
                 sign, degree = 1.0, 1.0
         content = [word for word in words if word in self.content]
         foreign = EVERY_OWN - OWN.get(head.split(" ")[-1], EVERY_OWN)
@@ -226,11 +300,19 @@ class World:
 
     def reward(self, prompts, responses):
         """The truth: n prompts (text) and n responses (text or token ids) -> (n,) float64, finite for any text."""
-        parts = [self.parts(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
-        return torch.tensor([CENTRE + sum(WEIGHTS[name] * value for name, value in part.items()) for part in parts], dtype=torch.float64)
+        parts = [
+            self.parts(prompt, response)
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+        return torch.tensor(
+            [CENTRE + sum(WEIGHTS[name] * value for name, value in part.items()) for part in parts],
+            dtype=torch.float64,
+        )
 
     def measure(self, policy, lab):
         """Each part of the reward, on average over 256 sampled reviews."""
-        rows = lab.sample(policy, self.prompts(256, lab.rng("measure prompts")), 1, lab.rng("measure samples"))
+        rows = lab.sample(
+            policy, self.prompts(256, lab.rng("measure prompts")), 1, lab.rng("measure samples")
+        )
         parts = [self.parts(row["prompt"], row["responses"][0]) for row in rows]
         return {name: sum(part[name] for part in parts) / len(parts) for name in WEIGHTS}

@@ -23,9 +23,19 @@ class SharedTable(bandit.Table):
     def __init__(self):
         nn.Module.__init__(self)
         self.vocab, self.length = VOCAB, LENGTH
-        prefixes = [(*p, *[VOCAB] * (LENGTH - 1 - n)) for n in range(LENGTH) for p in itertools.product(range(VOCAB), repeat=n)]
-        self.register_buffer("features", F.one_hot(torch.tensor(prefixes), VOCAB + 1).flatten(1).float(), persistent=False)
-        self.net = nn.Sequential(nn.Linear(self.features.shape[1], 64), nn.Tanh(), nn.Linear(64, VOCAB))
+        prefixes = [
+            (*p, *[VOCAB] * (LENGTH - 1 - n))
+            for n in range(LENGTH)
+            for p in itertools.product(range(VOCAB), repeat=n)
+        ]
+        self.register_buffer(
+            "features",
+            F.one_hot(torch.tensor(prefixes), VOCAB + 1).flatten(1).float(),
+            persistent=False,
+        )
+        self.net = nn.Sequential(
+            nn.Linear(self.features.shape[1], 64), nn.Tanh(), nn.Linear(64, VOCAB)
+        )
         for p, spread in zip(self.net.parameters(), (0.3, 0.0, 0.0, 0.0)):
             nn.init.normal_(p, 0.0, spread)
 
@@ -40,7 +50,10 @@ def soft_optimum(r, log_ref, beta):
     if not 0 < beta < float("inf"):
         raise ValueError(f"beta = {beta} must be positive and finite")
     prefixes, vocab = r.shape
-    q, value = r + beta * log_ref, r.new_zeros(prefixes * vocab + 1)  # the last level of states is the end, with V = 0
+    q, value = (
+        r + beta * log_ref,
+        r.new_zeros(prefixes * vocab + 1),
+    )  # the last level of states is the end, with V = 0
     first, size = prefixes, prefixes - (prefixes - 1) // vocab
     while first:  # from the longest prefixes to the empty one
         first -= size
@@ -59,9 +72,16 @@ class World(bandit.World):
     pairs = dict(prompts=4000, steps=800, lr=2e-3, batch_size=128)
 
     def __init__(self):
-        self.token_reward = torch.zeros(sum(VOCAB**t for t in range(LENGTH)), VOCAB, dtype=torch.float64)
-        self.token_reward[:, 1], self.token_reward[1::VOCAB, 3] = 0.5, -2.0  # prefixes 1, 5, 9, ... end in token 0
-        super().__init__(VOCAB, LENGTH, spread=0.0, rewards=lambda y: self.along(self.token_reward, y).sum(1))
+        self.token_reward = torch.zeros(
+            sum(VOCAB**t for t in range(LENGTH)), VOCAB, dtype=torch.float64
+        )
+        self.token_reward[:, 1], self.token_reward[1::VOCAB, 3] = (
+            0.5,
+            -2.0,
+        )  # prefixes 1, 5, 9, ... end in token 0
+        super().__init__(
+            VOCAB, LENGTH, spread=0.0, rewards=lambda y: self.along(self.token_reward, y).sum(1)
+        )
 
     def along(self, values, y):
         """Values (prefixes, vocab) of the tokens of responses y (n, T) -> (n, T)."""

@@ -36,7 +36,10 @@ class Tree(bandit.Table):
 
     def sample(self, prompts, k, rng):
         """As that of a Table; an answer stops behind its end."""
-        return [[y[: y.index(END) + 1] if END in y else y for y in group] for group in super().sample(prompts, k, rng)]
+        return [
+            [y[: y.index(END) + 1] if END in y else y for y in group]
+            for group in super().sample(prompts, k, rng)
+        ]
 
     def scores(self, index):
         """Log-probs of tokens, by their places in the flat table (World.index)."""
@@ -92,7 +95,9 @@ class World(bandit.World):
         p = torch.sigmoid(sharpness * gap) if sharpness < float("inf") else (gap > 0).double()
         wins = torch.rand(len(p), generator=rng, dtype=torch.float64) < p
         wins = wins ^ (torch.rand(len(p), generator=rng) < flip)
-        return torch.where(wins[:, None], torch.stack([first, second], 1), torch.stack([second, first], 1))
+        return torch.where(
+            wins[:, None], torch.stack([first, second], 1), torch.stack([second, first], 1)
+        )
 
     def drawn(self, n, rng, **how):
         """n pairs (n, 2) of the reference's answers, `labelled` how; rng(name) gives the generators (a Lab's)."""
@@ -120,5 +125,9 @@ class World(bandit.World):
         low, high = 1e-2, 1e2
         for _ in range(60):
             beta = (low * high) ** 0.5
-            low, high = (low, beta) if self.optimum(self.reference, beta).kl(self.reference) < kl else (beta, high)
+            low, high = (
+                (low, beta)
+                if self.optimum(self.reference, beta).kl(self.reference) < kl
+                else (beta, high)
+            )
         return self.optimum(self.reference, beta).expect(self.truth)
