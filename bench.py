@@ -36,9 +36,8 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-import report
 from data import collate, fit_context
-from lab import pick_device, unknown
+from lab import pick_device, report, unknown
 from methods import dpo
 from nanomodel import GPT, GPTConfig, rotary
 from train import convert, explanations, one_line

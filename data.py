@@ -7,76 +7,116 @@ tokens, N packed rows of S tokens, G branches a row.
 import json
 import math
 import os
-import tempfile
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-# ---------------------------------------------------------------- files
+# ---------------------------------------------------------------- what a method file declares
 
 
-def write_beside(path, write):
-    """Call `write(temporary_path)` in the folder of `path`, then rename: readers see the old file or the new one, never half of one."""
-    folder = os.path.dirname(os.path.abspath(path))
-    os.makedirs(folder, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=".writing-")
-    os.close(handle)
-    try:
-        write(temporary)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp's files are private
-        os.replace(temporary, path)
-    except BaseException as error:
-        os.unlink(temporary)
-        if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise
+class UserError(ValueError):
+    """A mistake that the user can mend. The command line prints it as one line and exits with 2."""
 
 
-def write_text(path, text):
-    """Write a text file in one step (see write_beside)."""
+@dataclass(frozen=True)
+class Paper:
+    """What a method file says about itself, as `PAPER = Paper("pairs", ...)`.
 
-    def write(temporary):
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+    family: the heading under which `--list` shows it: pairs, lists, online, images, analysis,
+    beyond, or baseline for a file without a paper of its own.
+    worlds: the kinds of world that it runs on. needs: what a world must offer: "pairs or lists",
+    "lists", "demonstrations", "verifier" or "reward". ignores: run settings that do nothing under
+    this method and are therefore refused. defaults: run settings that it changes when it is run
+    alone. core: what the contract tests and the mutants examine.
+    """
 
-    write_beside(path, write)
-
-
-def save_tensors(path, tensors, metadata=None):
-    """Write {name: tensor} as safetensors in one step; tied or strided tensors are copied."""
-    from safetensors.torch import save
-
-    data = save(
-        {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
-        metadata or {"format": "pt"},
-    )
-
-    def write(temporary):
-        with open(temporary, "wb") as file:
-            file.write(data)
-
-    write_beside(path, write)
+    family: str
+    worlds: tuple = ("text", "images", "table")
+    needs: str = "pairs or lists"
+    ignores: tuple = ()
+    defaults: dict = field(default_factory=dict)
+    core: tuple = ("loss",)
 
 
-def load_tensors(path):
-    """{name: tensor} of one safetensors file; ValueError when it is not one."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def check_fields(cfg, **allowed):
+    """UserError unless every named field of a Config lies where it may.
 
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
+    allowed: an interval as text, "(0, inf)" or "[0, 0.5)", or a tuple of the values that are
+    accepted. A field annotated int takes whole numbers only. None is accepted where the field's
+    default is None. Booleans are not numbers; NaN lies in no interval.
+    """
+    declared = {f.name: f for f in fields(cfg)}
+    for name, where in allowed.items():
+        value, kind = getattr(cfg, name), str(declared[name].type)
+        if value is None and declared[name].default is None:
+            continue
+        if isinstance(where, tuple):
+            if value not in where:
+                raise UserError(f"{name} = {value}: expected one of {', '.join(map(str, where))}")
+            continue
+        whole = "int" in kind and "float" not in kind
+        number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+        low, high = (float(end) for end in where[1:-1].split(","))
+        if not (
+            number
+            and (low < value or (low == value and where[0] == "["))
+            and (value < high or (value == high and where[-1] == "]"))
+        ):
+            what = "a whole number" if whole else "a number"
+            raise UserError(f"{name} = {value}: expected {what} in {where}")
+
+
+def fill_variant(cfg, variants):
+    """Give the fields of a Config that are None the defaults of its `variant`.
+
+    variants: {variant: {field: default}}. UserError: the variant is unknown, or a field was given
+    that only other variants read.
+    """
+    if cfg.variant not in variants:
+        raise UserError(f"variant = {cfg.variant}: expected one of {', '.join(variants)}")
+    known = variants[cfg.variant]
+    for name in dict.fromkeys(name for each in variants.values() for name in each):
+        value = getattr(cfg, name)
+        if name in known and value is None:
+            object.__setattr__(cfg, name, known[name])
+        elif name not in known and value is not None:
+            readers = ", ".join(v for v, names in variants.items() if name in names)
+            raise UserError(
+                f"{name} = {value} does nothing with variant = {cfg.variant}; "
+                f"it is read by {readers}"
+            )
+
+
+def upcast(*tensors):
+    """The tensors in float32 or better (bfloat16 becomes float32, float64 stays); None stays."""
+    wide = [x if x is None else x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors]
+    return wide[0] if len(wide) == 1 else tuple(wide)
+
+
+def pair(logps, ref_logps, batch):
+    """(logps, ref_logps) of pairs, checked and in float32 or better.
+
+    logps (B, 2, T), the chosen response first; ref_logps alike, or None for a loss without a
+    reference. UserError: the rows are not pairs, or a response has no scored token. The second
+    check runs on CPU only: on CUDA it would force a host-device sync, and rows were validated
+    when they were loaded.
+    """
+    if logps.dim() != 3 or logps.shape[1] != 2:
+        raise UserError(
+            f"log-probs of shape {tuple(logps.shape)}: "
+            "this loss takes pairs (B, 2, T), the chosen response first"
+        )
+    if logps.device.type == "cpu" and not batch.mask.any(-1).all():
+        raise UserError("a response has no scored token")
+    return upcast(logps, ref_logps)
 
 
 # ---------------------------------------------------------------- tokenizers
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """A fault in a file the user gave: one line that names file, line (in Parquet and on the Hub the row, from 1) and column."""
 
 
@@ -216,14 +256,14 @@ class Tokenizer:
                     files[name] = file.read()
                 settings |= json.loads(files[name]) if name.endswith("config.json") else {}
             except (OSError, ValueError, TypeError) as error:
-                raise ValueError(f"{path} cannot be read: {error_line(error)}") from None
+                raise UserError(f"{path} cannot be read: {error_line(error)}") from None
         files.pop("config.json", None)
         if "tokenizer.json" not in files:
-            raise ValueError(f"{folder} has no tokenizer.json")
+            raise UserError(f"{folder} has no tokenizer.json")
         try:
             engine = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
         except Exception as error:  # the library raises bare Exception
-            raise ValueError(
+            raise UserError(
                 f"{folder}/tokenizer.json cannot be read: {error_line(error)}"
             ) from None
         engine.no_truncation()
@@ -239,7 +279,7 @@ class Tokenizer:
             eot = settings.get("eos_token_id")
             eot = eot[0] if isinstance(eot, list) else eot
         if eot is None:
-            raise ValueError(f"{folder} names no end-of-text token (eos_token)")
+            raise UserError(f"{folder} names no end-of-text token (eos_token)")
         pad = identity("pad_token")
         if pad is None or pad == eot:  # the end must be learnt, so padding is another token
             pad = 0 if eot else 1
@@ -266,6 +306,8 @@ class Tokenizer:
 
     def save(self, folder):
         """Write tokenizer.json and tokenizer_config.json, readable by `tokenizers` and `transformers`; a checkpoint's own as they were."""
+        from lab.store import write_text
+
         self.files = self.files or self._huggingface()
         for name, text in self.files.items():
             write_text(os.path.join(folder, name), text)
@@ -388,13 +430,13 @@ def encode(row, tokenizer):
     ends = row.get("ends") or [k not in parents for k in range(count)]
     for name, values in dict(parents=parents, context=context, ends=ends).items():
         if len(values) != count:
-            raise ValueError(f"{count} responses, but {len(values)} {name}")
+            raise UserError(f"{count} responses, but {len(values)} {name}")
     prompt = ids(row["prompt"]) or [tokenizer.eot]  # something has to predict the first token
     tokens, position, branch = list(prompt), list(range(len(prompt))), [0] * len(prompt)
     last, ancestors, sources, targets = {-1: len(prompt) - 1}, [{0}], [], []
     for k, (response, parent) in enumerate(zip(row["responses"], parents)):
         if not -1 <= parent < k:
-            raise ValueError(
+            raise UserError(
                 f"parents {parents}: response {k} must continue an earlier response or the prompt (-1)"
             )
         leaf = k not in parents
@@ -587,11 +629,11 @@ def fit_context(rows, tokenizer, context, truncate=False):
         longest = max(row["tree"][1]) + 2
         if longest > context:
             if not truncate:
-                raise ValueError(
+                raise UserError(
                     f"a prompt with its responses takes {longest} tokens, the context holds {context}; --truncate cuts it"
                 )
             if any(p != -1 for p in row["parents"]) or row.get("context"):
-                raise ValueError(
+                raise UserError(
                     f"a chain or tree of {longest} tokens does not fit into the context of {context} and cannot be cut"
                 )
             cut += 1
@@ -741,3 +783,15 @@ def wilson(wins, n):
     z, p = 1.959964, wins / n
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     return [(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)]
+
+
+def write_text(path, text):
+    from lab.store import write_text
+
+    write_text(path, text)
+
+
+def write_beside(path, write):
+    from lab.store import write_beside
+
+    write_beside(path, write)

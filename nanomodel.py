@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data import Tokenizer, error_line, load_tensors, save_tensors, write_text
+from data import Tokenizer, UserError, error_line
 
 # ---------------------------------------------------------------- folders
 
@@ -24,7 +24,7 @@ def read_checkpoint(folder):
     folder = str(folder)
     if not os.path.isdir(folder):
         if os.path.exists(folder) or folder.count("/") != 1 or folder.startswith((".", "/")):
-            raise ValueError(f"{folder} is no checkpoint folder")
+            raise UserError(f"{folder} is no checkpoint folder")
         from huggingface_hub import snapshot_download
 
         try:
@@ -32,18 +32,18 @@ def read_checkpoint(folder):
                 folder, allow_patterns=["*.json", "*.safetensors", "*.jinja"]
             )
         except Exception as error:  # the hub client raises many kinds
-            raise ValueError(
+            raise UserError(
                 f"{folder} is neither a folder nor a Hub name that can be fetched: {str(error).splitlines()[0]}"
             ) from None
     try:
         with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
             config = json.load(file)
     except FileNotFoundError:
-        raise ValueError(f"{folder} is no checkpoint: it has no config.json") from None
+        raise UserError(f"{folder} is no checkpoint: it has no config.json") from None
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise ValueError(f"{folder}/config.json cannot be read: {error}") from None
+        raise UserError(f"{folder}/config.json cannot be read: {error}") from None
     if not isinstance(config, dict):
-        raise ValueError(f"{folder}/config.json is no JSON object")
+        raise UserError(f"{folder}/config.json is no JSON object")
     index = os.path.join(folder, "model.safetensors.index.json")
     names = ["model.safetensors"]
     if os.path.exists(index):
@@ -53,11 +53,13 @@ def read_checkpoint(folder):
                     {os.path.basename(name) for name in json.load(file)["weight_map"].values()}
                 )
         except (ValueError, KeyError, TypeError, AttributeError, OSError):
-            raise ValueError(f"{index} is no readable index of weights") from None
+            raise UserError(f"{index} is no readable index of weights") from None
+    from lab.store import load_tensors
+
     weights = {}
     for name in names:
         if not os.path.exists(os.path.join(folder, name)):
-            raise ValueError(
+            raise UserError(
                 f"{folder} is no checkpoint: it has no {name} (only safetensors are read)"
             )
         weights |= load_tensors(os.path.join(folder, name))
@@ -69,14 +71,14 @@ def load_weights(model, weights, where):
     own = model.state_dict()
     for name, tensor in own.items():
         if name not in weights:
-            raise ValueError(f"{where}: weight {name} is missing")
+            raise UserError(f"{where}: weight {name} is missing")
         if weights[name].shape != tensor.shape:
-            raise ValueError(
+            raise UserError(
                 f"{where}: weight {name} has shape {tuple(weights[name].shape)}, the config asks for {tuple(tensor.shape)}"
             )
     for name in weights:
         if name not in own and not name.endswith("rotary_emb.inv_freq"):
-            raise ValueError(f"{where}: weight {name} has no place in this model")
+            raise UserError(f"{where}: weight {name} has no place in this model")
     model.load_state_dict({k: weights[k] for k in own})
 
 
@@ -102,11 +104,11 @@ class GPTConfig:
     def __post_init__(self):
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
+            raise UserError(
                 f"num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads {self.num_key_value_heads}"
             )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} must be even for rotary positions")
+            raise UserError(f"head_dim {self.head_dim} must be even for rotary positions")
 
 
 class RMSNorm(nn.Module):
@@ -437,7 +439,7 @@ class GPT(nn.Module):
         ]
         rooms = [context - len(p) for p in prompts]
         if min(rooms) < 1:
-            raise ValueError(
+            raise UserError(
                 f"a prompt of {context - min(rooms)} tokens leaves no room in a context of {context}"
             )
         max_tokens = min(max_tokens, max(rooms))
@@ -474,6 +476,8 @@ class GPT(nn.Module):
 
     def save_pretrained(self, folder):
         """Write config.json, model.safetensors and the tokenizer in Hugging Face's layout, each file in one step."""
+        from lab.store import save_tensors, write_text
+
         config = asdict(self.config) | {
             "architectures": ["LlamaForCausalLM"],
             "model_type": "llama",
@@ -500,7 +504,7 @@ class GPT(nn.Module):
         """Load a Llama-family checkpoint from a folder or Hub name in float32. ValueError in one line: none there, or another family."""
         folder, config, weights = read_checkpoint(folder)
         if config.get("model_type") != "llama":
-            raise ValueError(
+            raise UserError(
                 f"{folder}: model_type {config.get('model_type')!r} is not of the Llama family"
             )
         scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
@@ -508,15 +512,13 @@ class GPT(nn.Module):
             not isinstance(scaling, dict)
             or scaling.get("rope_type", scaling.get("type", "default")) != "default"
         ):
-            raise ValueError(f"{folder}: rotary scaling {scaling} is not supported")
+            raise UserError(f"{folder}: rotary scaling {scaling} is not supported")
         if (
             config.get("attention_bias")
             or config.get("mlp_bias")
             or config.get("hidden_act", "silu") != "silu"
         ):
-            raise ValueError(
-                f"{folder}: biases or activations other than Llama's are not supported"
-            )
+            raise UserError(f"{folder}: biases or activations other than Llama's are not supported")
         config = {k: v for k, v in config.items() if v is not None}
         # what a Llama config.json leaves out
         config = (
@@ -545,12 +547,12 @@ class GPT(nn.Module):
             )
             model = cls(config)
         except (TypeError, KeyError, ZeroDivisionError, ValueError, RuntimeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{folder}/config.json does not describe a Llama model: {error_line(error)}"
             ) from None
         model.tokenizer = Tokenizer.load(folder)
         if model.tokenizer.vocab_size > config.vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"{folder}: the tokenizer has {model.tokenizer.vocab_size} tokens, the model {config.vocab_size}"
             )
         weights = {k.removeprefix("model."): v.float() for k, v in weights.items()}
@@ -576,7 +578,7 @@ def alpha_bar(schedule="linear", steps=1000):
     elif schedule == "scaled_linear":
         beta = torch.linspace(0.00085**0.5, 0.012**0.5, steps, dtype=torch.float64) ** 2
     else:
-        raise ValueError(f"schedule = {schedule!r}: expected linear, scaled_linear or cosine")
+        raise UserError(f"schedule = {schedule!r}: expected linear, scaled_linear or cosine")
     return (1 - beta).cumprod(0)
 
 
@@ -613,7 +615,7 @@ def mixture(kind, a, k=0.5, sd=1.0):
         return sigma / (sd * norm), -sd / norm
     constant = {"eps": (0.0, 1.0), "x0": (1.0, 0.0), "v_flow": (1.0, -1.0), "u": (k, k - 1.0)}
     if kind not in constant:
-        raise ValueError(f"prediction = {kind!r}: expected eps, x0, v_vp, v_flow, u or edm")
+        raise UserError(f"prediction = {kind!r}: expected eps, x0, v_vp, v_flow, u or edm")
     return constant[kind]
 
 
@@ -647,7 +649,7 @@ def ddim_step(x, eps, a, b, eta=0.0, z=None):
 def ddim_logprob(x_next, x, eps, a, b, eta):
     """log p(x_next | x) (n,), summed over the dimensions of one image (D3PO, Alg. 1). ValueError: eta = 0 has no density."""
     if eta <= 0:
-        raise ValueError(f"eta = {eta}: a deterministic step has no density, expected eta > 0")
+        raise UserError(f"eta = {eta}: a deterministic step has no density, expected eta > 0")
     mean, std = ddim_step(x, eps, a, b, eta)
     return (
         (-((x_next - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi))
@@ -733,7 +735,7 @@ class Denoiser(nn.Module):
         """k images for each of n class labels, (n, k, *shape), by DDIM (eta = 1: ancestral). ValueError: an unknown class."""
         labels = torch.as_tensor(prompts, dtype=torch.long).reshape(-1)
         if len(labels) and not 0 <= labels.min() <= labels.max() < self.classes:
-            raise ValueError(
+            raise UserError(
                 f"prompts = {labels.unique().tolist()}: expected classes 0 to {self.classes - 1}"
             )
         device, images = self.device, []
@@ -820,11 +822,11 @@ class UNetConfig:
     def __post_init__(self):
         self.size = (self.size, self.size) if isinstance(self.size, int) else tuple(self.size)
         if len(self.size) != 2 or any(side < 2 or side % 2 for side in self.size):
-            raise ValueError(
+            raise UserError(
                 f"size = {self.size}: expected an even height and width, two resolutions need to halve them"
             )
         if self.width < 8 or self.width % 8:
-            raise ValueError(f"width = {self.width}: expected a multiple of 8")
+            raise UserError(f"width = {self.width}: expected a multiple of 8")
 
 
 class UNet(Denoiser):
@@ -862,6 +864,8 @@ class UNet(Denoiser):
 
     def save_pretrained(self, folder):
         """Write config.json and model.safetensors, each file in one step."""
+        from lab.store import save_tensors, write_text
+
         save_tensors(os.path.join(folder, "model.safetensors"), self.state_dict())
         write_text(
             os.path.join(folder, "config.json"),
@@ -873,10 +877,10 @@ class UNet(Denoiser):
         """Load what save_pretrained wrote. ValueError in one line when the folder is no checkpoint, or that of another model."""
         folder, config, weights = read_checkpoint(folder)
         if not isinstance(config, dict) or config.get("model_type") != "unet":
-            raise ValueError(f"{folder}/config.json does not describe a UNet")
+            raise UserError(f"{folder}/config.json does not describe a UNet")
         try:
             model = cls(UNetConfig(**{f.name: config[f.name] for f in fields(UNetConfig)}))
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ValueError(f"{folder}/config.json does not describe a UNet: {error}") from None
+            raise UserError(f"{folder}/config.json does not describe a UNet: {error}") from None
         load_weights(model, weights, folder)
         return model

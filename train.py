@@ -26,13 +26,10 @@ import traceback
 
 import torch
 
-import report
-from data import plain_chat, write_text
-from lab import (
-    HERE,
-    Lab,
-    Settings,
-    Stop,
+from data import UserError, plain_chat
+from lab import Lab, Settings, report
+from lab.lab import Stop
+from lab.settings import (
     idle,
     load_pretrained,
     make_world,
@@ -42,6 +39,7 @@ from lab import (
     unknown,
     worlds,
 )
+from lab.store import HERE, write_json, write_text
 
 ACTIONS = dict(
     method="the paper to run (see --list); a list runs all of them, `all` every one that fits",
@@ -83,7 +81,7 @@ def convert(name, text, kind):
             if part == "str":
                 return text
     wanted = {"int": "a whole number", "float": "a number", "bool": "true or false"}
-    raise ValueError(
+    raise UserError(
         f"--{name} {text}: not {' or '.join(wanted[p.strip()] for p in kind.split('|') if p.strip() in wanted)}"
     )
 
@@ -103,13 +101,13 @@ def read_flags(argv):
     flags, i = {}, 0
     while i < len(argv):
         if not argv[i].startswith("--") or argv[i] == "--":
-            raise ValueError(
+            raise UserError(
                 f"unexpected {argv[i]!r}: flags begin with --, lists are written with commas"
             )
         name, equals, value = argv[i][2:].partition("=")
         name = name.replace("-", "_")
         if name not in known and name not in owners:
-            raise ValueError(
+            raise UserError(
                 unknown("flag", "--" + name, sorted("--" + n for n in known | set(owners)))
             )
         i += 1
@@ -119,10 +117,10 @@ def read_flags(argv):
                 value, i = argv[i], i + 1
         elif not equals:
             if i == len(argv) or argv[i].startswith("--"):
-                raise ValueError(f"--{name} needs a value")
+                raise UserError(f"--{name} needs a value")
             value, i = argv[i], i + 1
         if name in flags:
-            raise ValueError(f"--{name} is given twice")
+            raise UserError(f"--{name} is given twice")
         flags[name] = value
     return flags, owners
 
@@ -130,7 +128,7 @@ def read_flags(argv):
 def load_method(name):
     """The module of a method; ValueError with the nearest name when there is none."""
     if name not in methods():
-        raise ValueError(unknown("method", name, methods()))
+        raise UserError(unknown("method", name, methods()))
     return importlib.import_module(f"methods.{name}")
 
 
@@ -140,12 +138,12 @@ def combinations(flags, owners):
     if names == ["all"]:
         names = methods()
     if len(set(names)) < len(names):
-        raise ValueError(f"--method {flags['method']} names a method twice")
+        raise UserError(f"--method {flags['method']} names a method twice")
     own = explanations(Settings)
     configs = {f for f in flags if f in owners}
     for name in sorted(configs):
         if not set(owners[name]) & set(names):
-            raise ValueError(
+            raise UserError(
                 f"--{name} is a flag of {', '.join(owners[name])}, not of {', '.join(n or 'no method' for n in names)}"
             )
     single = ("data", "init", "out", "world")
@@ -159,10 +157,10 @@ def combinations(flags, owners):
     if "seeds" in flags:
         first = grids.get("seed", [0])
         if len(first) > 1:
-            raise ValueError("--seeds and a list in --seed exclude each other")
+            raise UserError("--seeds and a list in --seed exclude each other")
         count = convert("seeds", flags["seeds"], "int")
         if count < 1:
-            raise ValueError(f"--seeds {count} must be at least 1")
+            raise UserError(f"--seeds {count} must be at least 1")
         grids["seed"] = list(range(first[0], first[0] + count))
     runs = []
     for method in names:
@@ -183,10 +181,10 @@ def combinations(flags, owners):
             }
         for name, values in grid.items():
             if len(set(values)) < len(values):
-                raise ValueError(f"--{name} {flags.get(name)} names a value twice")
+                raise UserError(f"--{name} {flags.get(name)} names a value twice")
         for name in getattr(module, "UNUSED", ()):
             if name in grid:
-                raise ValueError(f"--{name} does nothing under {method}")
+                raise UserError(f"--{name} does nothing under {method}")
         for values in itertools.product(*grid.values()):
             chosen = dict(zip(grid, values))
             settings = Settings(**(defaults | {k: v for k, v in chosen.items() if k in own}))
@@ -204,7 +202,7 @@ def check_fit(method, module, world, settings):
     """ValueError when a method cannot use a world, with the methods that can, or a setting does nothing with the two."""
     if world.kind not in module.KINDS:
         able = [n for n in methods() if world.kind in load_method(n).KINDS]
-        raise ValueError(
+        raise UserError(
             f"{method} needs a world of {' or '.join(module.KINDS)}, {world.name} is one of {world.kind}; {', '.join(able)} can use it"
         )
     needs = getattr(module, "NEEDS", "pairs or lists")
@@ -215,12 +213,12 @@ def check_fit(method, module, world, settings):
             if world.kind in load_method(n).KINDS
             and hasattr(world, getattr(load_method(n), "NEEDS", "name"))
         ]
-        raise ValueError(
+        raise UserError(
             f"{method} needs a world with a {needs}, {world.name} has none; {', '.join(able)} can use it"
         )
     if needs != "demonstrations" and getattr(world, "single", False):
         able = [n for n in methods() if getattr(load_method(n), "NEEDS", "") == "demonstrations"]
-        raise ValueError(
+        raise UserError(
             f"{world.name} has single answers (completion/label), {method} needs {needs}; {', '.join(able)} can use it"
         )
     if module.FAMILY == "lists" and hasattr(
@@ -232,7 +230,7 @@ def check_fit(method, module, world, settings):
             if getattr(settings, n) != getattr(Settings, n)
         ]
         if idle:
-            raise ValueError(
+            raise UserError(
                 f"--{', --'.join(idle)} would do nothing with the lists of {world.name}"
             )
         world.lists(1, torch.Generator(), settings.k)
@@ -252,11 +250,11 @@ def new_folder(settings, label):
             number += 1
     elif os.path.isdir(out) and os.listdir(out):
         if not settings.overwrite:
-            raise ValueError(
+            raise UserError(
                 f"--out {out} is not empty; --overwrite empties it, --resume goes on with it"
             )
         if not os.path.exists(os.path.join(out, "run.json")):
-            raise ValueError(
+            raise UserError(
                 f"--out {out} does not look like a run (no run.json), so it is not emptied"
             )
         for name in ("init", "data"):
@@ -264,16 +262,16 @@ def new_folder(settings, label):
             if value and (os.path.realpath(value) + os.sep).startswith(
                 os.path.realpath(out) + os.sep
             ):
-                raise ValueError(
+                raise UserError(
                     f"--{name} {value} lies in --out {out}, which --overwrite would empty"
                 )
         os.replace(out, replaced(out))
     elif os.path.exists(out) and not os.path.isdir(out):
-        raise ValueError(f"--out {out} is a file")
+        raise UserError(f"--out {out} is a file")
     try:
         os.makedirs(out, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--out {out} cannot be written: {error.strerror}") from None
+        raise UserError(f"--out {out} cannot be written: {error.strerror}") from None
     return out
 
 
@@ -332,7 +330,7 @@ def one_run(method, settings, cfg, out, show=False, quiet=False):
     report.curves(lab, f"{method} on {lab.world.name}, seed {settings.seed}")
     if hasattr(model, "save_pretrained"):
         model.save_pretrained(out)
-    report.write_json(os.path.join(out, "summary.json"), summary)
+    write_json(os.path.join(out, "summary.json"), summary)
     shutil.rmtree(os.path.join(out, "stages"), ignore_errors=True)
     say(
         f"\n{report.clock(time.time() - lab.started)} in all; written to {out}/: "
@@ -358,7 +356,7 @@ def many_runs(runs, out):
         if os.path.exists(os.path.dirname(about)) and not os.path.exists(
             about
         ):  # no flags: it is the sweep that is resumed
-            report.write_json(
+            write_json(
                 about,
                 {
                     "settings": dataclasses.asdict(settings),
@@ -378,7 +376,7 @@ def many_runs(runs, out):
     text = report.sweep_table(results, varied or ["method"])
     print(text)
     write_text(os.path.join(out, "sweep.txt"), text + "\n")
-    report.write_json(
+    write_json(
         os.path.join(out, "sweep.json"),
         [{**{n: s[n] for n in [*varied, "seed"]}, **after} for s, after in results],
     )
@@ -426,7 +424,7 @@ def run_claims(method, settings, seeds, out, quiet=False):
     }
     lines = [dataclasses.asdict(c) | about for c in claims]
     write_text(os.path.join(out, "claim.md"), report.claims_markdown(lines))
-    report.write_json(os.path.join(out, "claim.json"), lines)
+    write_json(os.path.join(out, "claim.json"), lines)
     shutil.rmtree(os.path.join(out, "stages"), ignore_errors=True)
     print(f"{report.clock(time.time() - start)} in all; written to {out}/: claim.json, claim.md")
     return lines
@@ -475,7 +473,7 @@ def all_claims(names, settings, seeds, out):
         )
         print(f"[{i + 1}/{len(names)}] {name}: {say}; {report.clock(left)} left", flush=True)
         write_text(os.path.join(out, "claims.md"), report.claims_markdown(lines))
-        report.write_json(os.path.join(out, "claims.json"), lines)
+        write_json(os.path.join(out, "claims.json"), lines)
     print(
         f"{report.clock(time.time() - start)} in all; written to {out}/: claims.json, claims.md, a folder a method"
     )
@@ -488,7 +486,7 @@ def ask(settings, prompt):
     Greedy, unless --temperature asks for samples."""
     lab = Lab(settings)
     if lab.world.kind != "text":
-        raise ValueError(
+        raise UserError(
             f"--prompt needs a text model; {lab.world.name} is a world of {lab.world.kind}"
         )
     model = lab.base()
@@ -548,14 +546,14 @@ def main(argv):
         return print_list()
     if "resume" in flags:
         if len(flags) > 1:
-            raise ValueError("--resume takes no other flag: the run's own settings are used")
+            raise UserError("--resume takes no other flag: the run's own settings are used")
         out = flags["resume"]
         try:
             with open(os.path.join(out, "run.json"), encoding="utf-8") as file:
                 kept = json.load(file)
             flags, old = kept["flags"], kept["versions"]
         except (OSError, ValueError, KeyError, TypeError):
-            raise ValueError(f"--resume {out} is no run folder (no readable run.json)") from None
+            raise UserError(f"--resume {out} is no run folder (no readable run.json)") from None
         if old != versions():
             print(
                 f"this machine differs from the run's ({old} -> {versions()}): the weights may differ in the last bits",
@@ -584,7 +582,7 @@ def start(flags, owners, out):
             "base_steps",
         }
         if set(flags) - useful:
-            raise ValueError(
+            raise UserError(
                 f"--{', --'.join(sorted(set(flags) - useful))} does nothing beside --prompt"
             )
         return ask(
@@ -594,7 +592,7 @@ def start(flags, owners, out):
             flags["prompt"],
         )
     if method is None:
-        raise ValueError("--method is needed (see --list)")
+        raise UserError("--method is needed (see --list)")
     if "show" in flags:
         with contextlib.suppress(Stop):
             one_run(
@@ -613,7 +611,7 @@ def start(flags, owners, out):
         "dtype",
         "compile",
     }:
-        raise ValueError(
+        raise UserError(
             "--claim sets its own data and hyper-parameters; it takes --seeds, --seed, --out, --device, --dtype, --compile"
         )
     fitting, place = {}, "claim"
@@ -645,7 +643,7 @@ def start(flags, owners, out):
             if os.path.exists(flags.get(name, ""))
         }
         flags = flags | local  # --resume may be called from another folder
-    report.write_json(
+    write_json(
         os.path.join(out, "run.json"),
         {
             "flags": flags,
@@ -691,24 +689,13 @@ def start(flags, owners, out):
         shutil.rmtree(replaced(out), ignore_errors=True)
 
 
-def one_line(error):
-    """Is this error the user's to mend? Then it is one line: what we raised ourselves, a full disk, a folder that cannot be written."""
-    if isinstance(error, OSError):
-        return True
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = os.path.abspath(frames[-1].filename).startswith(HERE + os.sep)
-    return isinstance(error, ValueError) and ours and (frames[-1].line or "").startswith("raise")
-
-
 def cli(argv):
     """`main` with a user's mistake as one line on stderr -> exit status (0, 1 a claim does not hold, 2 bad input, 130 interrupted)."""
     try:
         return main(argv) or 0
     except KeyboardInterrupt:
         return 130
-    except (ValueError, OSError) as error:
-        if not one_line(error):
-            raise
+    except (UserError, OSError) as error:
         print("train.py: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
 

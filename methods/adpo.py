@@ -24,7 +24,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from data import collate
+from data import UserError, collate
 from toy import bandit
 
 FAMILY, KINDS = "lists", ("text", "images", "table")
@@ -50,7 +50,7 @@ class Config:
             ("anchor", ("fixed", "round", "ema", "uniform")),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(
+                raise UserError(
                     f"{name} = {getattr(self, name)} must be one of {', '.join(allowed)}"
                 )
         used = dict(
@@ -61,19 +61,19 @@ class Config:
             used | dict(rounds=(self.anchor == "round", 4), decay=(self.anchor == "ema", 0.99))
         ).items():
             if getattr(self, name) is not None and not fits:
-                raise ValueError(
+                raise UserError(
                     f"{name} = {getattr(self, name)} does nothing with target {self.target} and anchor {self.anchor}"
                 )
             if getattr(self, name) is None and fits:
                 setattr(self, name, default)
         for name in ("tau", "beta_r"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} = {getattr(self, name)} must be positive and finite")
+                raise UserError(f"{name} = {getattr(self, name)} must be positive and finite")
         for name in ("smoothing", "decay"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)} must be at least 0 and below 1")
+                raise UserError(f"{name} = {getattr(self, name)} must be at least 0 and below 1")
         if self.rounds is not None and self.rounds < 1:
-            raise ValueError(f"rounds = {self.rounds} must be at least 1")
+            raise UserError(f"rounds = {self.rounds} must be at least 1")
 
 
 def deviation(scores, present):
@@ -130,20 +130,18 @@ def targets(batch, present, cfg):
 def check_scored(logps, batch, cfg):
     """ValueError unless every row has a response with something to score, finite scores, and with target = given a distribution q."""
     if cfg.target == "given" and not hasattr(batch, "q"):
-        raise ValueError("target = given reads the column q, and the rows have none")
+        raise UserError("target = given reads the column q, and the rows have none")
     if logps.device.type != "cpu":  # on CUDA the question would make the device wait
         return
     present = batch.mask.any(-1)
     if not present.any(1).all() or not batch.scores.isfinite().all():
-        raise ValueError(
-            "a list has no response with a scored token, or a score that is not finite"
-        )
+        raise UserError("a list has no response with a scored token, or a score that is not finite")
     if cfg.target == "given" and (
         (batch.q * ~present).any()
         or (batch.q < 0).any()
         or ((batch.q.sum(1) - 1).abs() > 1e-4).any()
     ):
-        raise ValueError(
+        raise UserError(
             "the targets q of a list must be 0 or more, 0 where a response is absent, and sum to 1"
         )
 
@@ -215,17 +213,17 @@ def run(lab, cfg):
         cfg.rounds or 1,
     )  # rows of a file
     if cfg.target == "given" and not (given and "q" in given[0]):
-        raise ValueError(
+        raise UserError(
             "target = given needs --data whose rows have the column q, a number for each response"
         )
     if cfg.reduce == "mean" and lab.world.kind == "images":
-        raise ValueError("reduce = mean does nothing for images, which have one number each")
+        raise UserError("reduce = mean does nothing for images, which have one number each")
     n, every = (
         (min(lab.prompts, len(given)) if given else lab.prompts) // rounds,
         -(-lab.steps // rounds) or 1,
     )
     if not n or lab.steps and -(-lab.steps // every) < rounds:
-        raise ValueError(
+        raise UserError(
             f"rounds = {rounds} do not fit into {lab.steps} steps or the prompts there are: {n} for each"
         )
     policy = lab.base()

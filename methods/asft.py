@@ -25,7 +25,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from data import collate
+from data import UserError, collate
 from toy import bandit
 
 FAMILY, KINDS = "pairs", ("text", "table")
@@ -44,11 +44,11 @@ class Config:
 
     def __post_init__(self):
         if not 0 <= self.weight < float("inf"):
-            raise ValueError(f"weight = {self.weight} must be 0 or more and finite")
+            raise UserError(f"weight = {self.weight} must be 0 or more and finite")
         if not 0 < self.beta < float("inf"):
-            raise ValueError(f"beta = {self.beta} must be positive and finite")
+            raise UserError(f"beta = {self.beta} must be positive and finite")
         if self.weight == 0 and (self.beta != 1 or not self.supervised):
-            raise ValueError(
+            raise UserError(
                 "weight = 0 leaves supervised fine-tuning alone: beta must be 1 and supervised true"
             )
 
@@ -56,12 +56,12 @@ class Config:
 def check_pairs(logps, batch):
     """ValueError unless every row is a pair of responses with something to score."""
     if logps.dim() != 3 or logps.shape[1] != 2:
-        raise ValueError(
+        raise UserError(
             f"log-probs of shape {tuple(logps.shape)}: pairs are (B, 2, T), the preferred response first"
         )
     # on CUDA the question would make the device wait; there the data were looked at when they were read
     if logps.device.type == "cpu" and not batch.mask.any(-1).all():
-        raise ValueError("a response has no scored token")
+        raise UserError("a response has no scored token")
 
 
 def log1mexp(s):
@@ -76,7 +76,7 @@ def loss(logps, ref_logps, batch, cfg):
     row is no pair, a response has no scored token, or a log-prob is positive."""
     check_pairs(logps, batch)
     if logps.device.type == "cpu" and (logps > 0).any():
-        raise ValueError(
+        raise UserError(
             f"a log-prob of {logps.max():g} is positive: the likelihood of ASFT must be a probability"
         )
     logps = logps.to(torch.promote_types(logps.dtype, torch.float32))

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import collate
+from data import UserError, collate
 from toy import bandit
 
 FAMILY, KINDS = "pairs", ("text", "images", "table")
@@ -43,7 +43,7 @@ class Config:
 
     def __post_init__(self):
         if not 0 < self.beta < float("inf"):
-            raise ValueError(f"beta = {self.beta} must be positive and finite")
+            raise UserError(f"beta = {self.beta} must be positive and finite")
         known = dict(
             reference=("previous", "sft"),
             order=("easy_hard", "hard_easy", "pooled"),
@@ -51,13 +51,13 @@ class Config:
         )
         for name, allowed in known.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(
+                raise UserError(
                     f"{name} = {getattr(self, name)} must be one of {', '.join(allowed)}"
                 )
         if self.rounds < 1:
-            raise ValueError(f"rounds = {self.rounds} must be at least 1")
+            raise UserError(f"rounds = {self.rounds} must be at least 1")
         if self.pairs == "single" and self.order != "pooled":
-            raise ValueError(
+            raise UserError(
                 f"order = {self.order} does nothing with pairs = single, which have one difficulty: order = pooled"
             )
 
@@ -65,12 +65,12 @@ class Config:
 def check_pairs(logps, batch):
     """ValueError unless every row is a pair of responses with something to score."""
     if logps.dim() != 3 or logps.shape[1] != 2:
-        raise ValueError(
+        raise UserError(
             f"log-probs of shape {tuple(logps.shape)}: pairs are (B, 2, T), the preferred response first"
         )
     # on CUDA the question would make the device wait; there the data were looked at when they were read
     if logps.device.type == "cpu" and not batch.mask.any(-1).all():
-        raise ValueError("a response has no scored token")
+        raise UserError("a response has no scored token")
 
 
 def loss(logps, ref_logps, batch, cfg):
@@ -94,11 +94,11 @@ def star(row):
     """[(rank of the loser, pair)] of a row of K rated responses: the best against each other one, the worst first.
     ValueError when all ratings are equal, or the responses are nodes of a tree. Pairs of equal ratings or equal responses are left out."""
     if any(parent >= 0 for parent in row.get("parents", ())):
-        raise ValueError(
+        raise UserError(
             f"the responses to {row['prompt']!r} continue each other; a pair is of whole responses"
         )
     if len(set(row["scores"])) < 2:
-        raise ValueError(f"the responses to {row['prompt']!r} have fewer than 2 distinct ratings")
+        raise UserError(f"the responses to {row['prompt']!r} have fewer than 2 distinct ratings")
     order = sorted(range(len(row["scores"])), key=lambda i: -row["scores"][i])
     best, found = order[0], []
     for rank in range(len(order) - 1, 0, -1):
@@ -145,9 +145,7 @@ def curriculum(rows, cfg):
         rounds = [pairs] * cfg.rounds
     elif rows and cfg.rounds != hardest:
         made = f"{hardest + 1} responses make {hardest} difficult{'y' if hardest == 1 else 'ies'}"
-        raise ValueError(
-            f"rounds = {cfg.rounds}, but {made}: --rounds {hardest}, or order = pooled"
-        )
+        raise UserError(f"rounds = {cfg.rounds}, but {made}: --rounds {hardest}, or order = pooled")
     else:
         rounds = [
             [pair for stars in found for r, pair in stars if r == rank]
@@ -155,7 +153,7 @@ def curriculum(rows, cfg):
         ]
         rounds = rounds if cfg.order == "easy_hard" else rounds[::-1]
     if not rows or not all(rounds):
-        raise ValueError(
+        raise UserError(
             "a round has no pairs: every pair of it has equal ratings or equal responses"
         )
     return rounds
@@ -166,7 +164,7 @@ def train(lab, rows, cfg):
     steps than rounds, unless there are none."""
     policy, curve, rounds = lab.base(), [], curriculum(rows, cfg)
     if 0 < lab.steps < cfg.rounds:
-        raise ValueError(
+        raise UserError(
             f"--steps {lab.steps} is too few for rounds = {cfg.rounds}, of a step or more each"
         )
     start = (

@@ -24,6 +24,8 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
+from data import UserError
+
 FAMILY, KINDS = "pairs", ("text",)
 UNUSED = ("k",)  # run settings that leave no choice here
 DEFAULTS = dict(world="captions")
@@ -43,33 +45,33 @@ class Config:
     def __post_init__(self):
         for name in ("beta", "alpha", "reach"):
             if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} = {getattr(self, name)} must be positive and finite")
+                raise UserError(f"{name} = {getattr(self, name)} must be positive and finite")
         if self.gap not in ("normalised", "absolute", "signed"):
-            raise ValueError(f"gap = {self.gap} must be one of normalised, absolute, signed")
+            raise UserError(f"gap = {self.gap} must be one of normalised, absolute, signed")
         if self.gap == "signed" and self.reach > 1:
-            raise ValueError(
+            raise UserError(
                 f"reach = {self.reach} must be at most 1 where the gap is signed: a beta would be negative"
             )
         if self.contrastive is not None and not 0 <= self.contrastive <= 1:
-            raise ValueError(f"contrastive = {self.contrastive} must be between 0 and 1")
+            raise UserError(f"contrastive = {self.contrastive} must be between 0 and 1")
 
 
 def check_pairs(logps, batch):
     """ValueError unless every row is a pair of responses with something to score."""
     if logps.dim() != 3 or logps.shape[1] != 2:
-        raise ValueError(
+        raise UserError(
             f"log-probs of shape {tuple(logps.shape)}: pairs are (B, 2, T), the preferred response first"
         )
     # on CUDA the question would make the device wait; there the data were looked at when they were read
     if logps.device.type == "cpu" and not batch.mask.any(-1).all():
-        raise ValueError("a response has no scored token")
+        raise UserError("a response has no scored token")
 
 
 def pair_beta(batch, cfg):
     """beta_i (B,), without gradient, from the normalised scores of the column `quality` (B, 2). ValueError unless they are in [0, 1]."""
     quality = batch.quality.detach()
     if quality.device.type == "cpu" and not ((quality >= 0) & (quality <= 1)).all():
-        raise ValueError("the column quality must hold normalised scores, between 0 and 1")
+        raise UserError("the column quality must hold normalised scores, between 0 and 1")
     gap = quality[:, 0] - quality[:, 1]
     return cfg.beta * cfg.alpha * (1 + cfg.reach * (gap if cfg.gap == "signed" else gap.abs()))
 
@@ -110,7 +112,7 @@ def vote(contrastive, generative, cfg):
     """The column `quality` (N, 2) from the two estimators' scores of N pairs, (N, 2) float64 each. ValueError for a score that is none."""
     for name, scores in dict(contrastive=contrastive, generative=generative).items():
         if not scores.isfinite().all():
-            raise ValueError(f"the {name} estimator has no finite score for some response")
+            raise UserError(f"the {name} estimator has no finite score for some response")
     right = [share_right(scores) for scores in (contrastive, generative)]
     share = (
         cfg.contrastive

@@ -25,7 +25,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from data import Batch
+from data import Batch, UserError
 from nanomodel import to_sigma
 from toy import bandit, gaussians
 
@@ -55,11 +55,11 @@ class Config:
 
     def __post_init__(self):
         if not 0 < self.beta < math.inf:
-            raise ValueError(f"beta = {self.beta} must be positive and finite")
+            raise UserError(f"beta = {self.beta} must be positive and finite")
         if not 0 <= self.alpha < math.inf:
-            raise ValueError(f"alpha = {self.alpha} must be 0 or more and finite")
+            raise UserError(f"alpha = {self.alpha} must be 0 or more and finite")
         if not (isinstance(self.rounds, int) and self.rounds >= 1):
-            raise ValueError(f"rounds = {self.rounds} must be a whole number of 1 or more")
+            raise UserError(f"rounds = {self.rounds} must be a whole number of 1 or more")
         given = (
             self.p_mean is not None
             and self.p_std is not None
@@ -67,7 +67,7 @@ class Config:
             and 0 < self.p_std < math.inf
         )
         if not given and (self.p_mean, self.p_std) != (None, None):
-            raise ValueError(
+            raise UserError(
                 f"p_mean = {self.p_mean} and p_std = {self.p_std} are a finite and a positive number, or both not given"
             )
 
@@ -75,12 +75,12 @@ class Config:
 def check_pairs(logps, batch):
     """ValueError unless every row is a pair of responses with something to score."""
     if logps.dim() != 3 or logps.shape[1] != 2:
-        raise ValueError(
+        raise UserError(
             f"log-probs of shape {tuple(logps.shape)}: pairs are (B, 2, T), the preferred response first"
         )
     # on CUDA the question would make the device wait; there the data were looked at when they were read
     if logps.device.type == "cpu" and not batch.mask.any(-1).all():
-        raise ValueError("a response has no scored token")
+        raise UserError("a response has no scored token")
 
 
 def loss(logps, ref_logps, batch, cfg):
@@ -158,7 +158,7 @@ def edm_noise(lab, cfg, model):
     if cfg.p_mean is None:
         return {}
     if lab.world.kind != "images":
-        raise ValueError(
+        raise UserError(
             f"p_mean and p_std are noise levels of images; {lab.world.name} is a world of {lab.world.kind}"
         )
     levels = to_sigma(model.alpha_bar).log().cpu()

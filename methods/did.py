@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from data import collate
+from data import UserError, collate
 from toy import bandit
 
 FAMILY, KINDS = "pairs", ("text", "images", "table")
@@ -44,18 +44,18 @@ class Config:
     def __post_init__(self):
         for name in ("beta", "goal"):
             if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} = {getattr(self, name)} must be positive and finite")
+                raise UserError(f"{name} = {getattr(self, name)} must be positive and finite")
 
 
 def check_pairs(logps, batch):
     """ValueError unless every row is a pair of responses with something to score."""
     if logps.dim() != 3 or logps.shape[1] != 2:
-        raise ValueError(
+        raise UserError(
             f"log-probs of shape {tuple(logps.shape)}: pairs are (B, 2, T), the preferred response first"
         )
     # on CUDA the question would make the device wait; there the data were looked at when they were read
     if logps.device.type == "cpu" and not batch.mask.any(-1).all():
-        raise ValueError("a response has no scored token")
+        raise UserError("a response has no scored token")
 
 
 def loss(logps, ref_logps, batch, cfg):
@@ -83,7 +83,7 @@ def did(log_p, log_ref):
 def rejected_sampler(log_ref, log_target, beta):
     """Log-probs of the best sampler of rejected responses, over the last axis. ValueError for beta <= 0, where labels carry nothing."""
     if not 0 < beta < float("inf"):
-        raise ValueError(
+        raise UserError(
             f"beta = {beta} must be positive and finite: at 0 the rejected come from pi_ref and labels carry nothing"
         )
     return (log_ref + beta * (log_ref - log_target)).log_softmax(-1)
@@ -107,7 +107,7 @@ def source_pairs(rows, cfg, rng):
     pairs = []
     for row in rows:
         if len(row["responses"]) < 3:
-            raise ValueError(
+            raise UserError(
                 f"{len(row['responses'])} responses a prompt leave no choice of the rejected one: --k must be at least 3"
             )
         weights = (
@@ -126,7 +126,7 @@ def source_pairs(rows, cfg, rng):
 
 def run(lab, cfg):
     if lab.k < 3:
-        raise ValueError(
+        raise UserError(
             f"--k {lab.k} leaves no choice of the rejected response: it must be at least 3"
         )
     policy = lab.base()

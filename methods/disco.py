@@ -30,6 +30,7 @@ from types import SimpleNamespace
 
 import torch
 
+from data import UserError
 from toy import bandit
 
 FAMILY, KINDS, NEEDS = "online", ("text",), "verifier"
@@ -66,12 +67,12 @@ class Config:
 
     def __post_init__(self):
         if self.variant not in READS:
-            raise ValueError(f"variant = {self.variant} must be one of {', '.join(READS)}")
+            raise UserError(f"variant = {self.variant} must be one of {', '.join(READS)}")
         for field in fields(self)[1:]:
             value, reads = getattr(self, field.name), READS[self.variant]
             if field.name not in reads:
                 if value is not None:
-                    raise ValueError(
+                    raise UserError(
                         f"{field.name} = {value} has no meaning for the variant {self.variant}"
                     )
                 continue
@@ -81,12 +82,12 @@ class Config:
             if field.name in ("score", "estimator"):
                 allowed = dict(score=("log_l", "l_ratio"), estimator=("k1", "k3"))[field.name]
                 if value not in allowed:
-                    raise ValueError(f"{field.name} = {value} must be one of {', '.join(allowed)}")
+                    raise UserError(f"{field.name} = {value} must be one of {', '.join(allowed)}")
             elif field.name in ("tau", "normaliser"):
                 if not 0 < value < float("inf"):
-                    raise ValueError(f"{field.name} = {value} must be positive and finite")
+                    raise UserError(f"{field.name} = {value} must be positive and finite")
             elif not 0 <= value < float("inf"):
-                raise ValueError(f"{field.name} = {value} must be 0 or more and finite")
+                raise UserError(f"{field.name} = {value} must be 0 or more and finite")
 
 
 def check_verified(batch):
@@ -94,10 +95,10 @@ def check_verified(batch):
     if batch.mask.device.type != "cpu":  # on CUDA the question would make the device wait
         return
     if not ((batch.scores == 0) | (batch.scores == 1)).all():
-        raise ValueError("a score is neither 0 nor 1: a verifier says right or wrong")
+        raise UserError("a score is neither 0 nor 1: a verifier says right or wrong")
     present = batch.mask.any(-1)
     if (batch.scores.bool() & ~present).any() or not present.any(1).all():
-        raise ValueError("a response has no scored token")
+        raise UserError("a response has no scored token")
 
 
 def mean_of(x, where):

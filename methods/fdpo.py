@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from data import collate, write_text
+from data import UserError, collate, write_text
 from toy import bandit
 
 FAMILY, KINDS = "pairs", ("text", "images", "table")
@@ -44,19 +44,19 @@ class Config:
 
     def __post_init__(self):
         if not 0 < self.beta < math.inf:
-            raise ValueError(f"beta = {self.beta} must be positive and finite")
+            raise UserError(f"beta = {self.beta} must be positive and finite")
         if self.divergence in ("tv", "chi2"):
-            raise ValueError(
+            raise UserError(
                 f"divergence = {self.divergence}: f'(0) is finite there, so the reward is no function of the policy"
             )
         if self.divergence not in ("rkl", "fkl", "js", "alpha"):
-            raise ValueError(f"divergence = {self.divergence} must be one of rkl, fkl, js, alpha")
+            raise UserError(f"divergence = {self.divergence} must be one of rkl, fkl, js, alpha")
         if self.divergence != "alpha" and self.alpha is not None:
-            raise ValueError(
+            raise UserError(
                 f"alpha = {self.alpha} is the order of the alpha divergence, {self.divergence} has none"
             )
         if self.alpha is not None and not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha = {self.alpha} must be between 0 and 1")
+            raise UserError(f"alpha = {self.alpha} must be between 0 and 1")
 
     @property
     def order(self):
@@ -69,12 +69,12 @@ class Config:
 def check_pairs(logps, batch):
     """ValueError unless every row is a pair of responses with something to score."""
     if logps.dim() != 3 or logps.shape[1] != 2:
-        raise ValueError(
+        raise UserError(
             f"log-probs of shape {tuple(logps.shape)}: pairs are (B, 2, T), the preferred response first"
         )
     # on CUDA the question would make the device wait; there the data were looked at when they were read
     if logps.device.type == "cpu" and not batch.mask.any(-1).all():
-        raise ValueError("a response has no scored token")
+        raise UserError("a response has no scored token")
 
 
 def score(rho, cfg):

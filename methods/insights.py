@@ -26,7 +26,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from data import write_text
+from data import UserError, write_text
 from toy import tree
 
 FAMILY, KINDS = "pairs", ("text", "table")  # minus a noise error is no likelihood
@@ -61,22 +61,22 @@ class Config:
     def __post_init__(self):
         for name, allowed in dict(variant=VARIANTS, scenario=SCENARIOS).items():
             if getattr(self, name) not in allowed:
-                raise ValueError(
+                raise UserError(
                     f"{name} = {getattr(self, name)} must be one of {', '.join(allowed)}"
                 )
         known = VARIANTS[self.variant]
         for name in (f.name for f in fields(self)[2:]):
             value = getattr(self, name)
             if value is not None and name not in known:
-                raise ValueError(f"{name} = {value} does nothing with variant = {self.variant}")
+                raise UserError(f"{name} = {value} does nothing with variant = {self.variant}")
             if value is None:
                 setattr(self, name, known.get(name))
             elif not (0 < value < float("inf") or value == 0 and name not in ("beta", "tau")):
-                raise ValueError(
+                raise UserError(
                     f"{name} = {value} must be {'positive' if name in ('beta', 'tau') else '0 or more'} and finite"
                 )
         if self.lambda_d == 0 == self.lambda_u:
-            raise ValueError(
+            raise UserError(
                 "lambda_d = 0 and lambda_u = 0 leave nothing to learn: one must be positive"
             )
 
@@ -84,12 +84,12 @@ class Config:
 def check_pairs(logps, batch):
     """ValueError unless every row is a pair of responses with something to score."""
     if logps.dim() != 3 or logps.shape[1] != 2:
-        raise ValueError(
+        raise UserError(
             f"log-probs of shape {tuple(logps.shape)}: pairs are (B, 2, T), the preferred response first"
         )
     # on CUDA the question would make the device wait; there the data were looked at when they were read
     if logps.device.type == "cpu" and not batch.mask.any(-1).all():
-        raise ValueError("a response has no scored token")
+        raise UserError("a response has no scored token")
 
 
 def prospects(a, c, present, cfg):
@@ -136,7 +136,7 @@ def loss(logps, ref_logps, batch, cfg):
 def extremes(row):
     """The pair of a list's best and worst response, with their scores. ValueError for a tree of steps."""
     if any(parent >= 0 for parent in row.get("parents", ())):
-        raise ValueError(
+        raise UserError(
             f"the responses to {row['prompt']!r} continue each other; a pair is of whole responses"
         )
     best, worst = (row["scores"].index(find(row["scores"])) for find in (max, min))
@@ -158,7 +158,7 @@ def begun(lab, policy, scenario, demonstrations=1024):
 
 def run(lab, cfg):
     if cfg.scenario == "instruct" and lab.settings.data:
-        raise ValueError(
+        raise UserError(
             "scenario = instruct: a file has no best of eight answers; use scenario = base with an instruction-tuned --init"
         )
     policy = lab.base()

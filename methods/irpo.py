@@ -28,7 +28,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from data import collate
+from data import UserError, collate
 
 FAMILY, KINDS = "lists", ("text", "images", "table")
 DEFAULTS = dict(world="ranking")
@@ -43,14 +43,14 @@ class Config:
 
     def __post_init__(self):
         if not 0 < self.beta < float("inf"):
-            raise ValueError(f"beta = {self.beta} must be positive and finite")
+            raise UserError(f"beta = {self.beta} must be positive and finite")
         for name, allowed in dict(
             inner=("excl", "incl", "code"),
             reduce=("mean", "sum"),
             weights=("ndcg", "position", "reciprocal"),
         ).items():
             if getattr(self, name) not in allowed:
-                raise ValueError(
+                raise UserError(
                     f"{name} = {getattr(self, name)} must be one of {', '.join(allowed)}"
                 )
 
@@ -82,22 +82,22 @@ def check_lists(batch):
         return
     present = batch.mask.any(-1)
     if (present.sum(1) < 2).any():
-        raise ValueError("a list needs at least 2 items with something to score")
+        raise UserError("a list needs at least 2 items with something to score")
     wrong = ~((batch.scores >= 0) & (batch.scores < 64))  # NaN is neither
     if wrong.any():
-        raise ValueError(
+        raise UserError(
             f"relevance {batch.scores[wrong][0]:g}: the gain 2^y - 1 wants scores of 0 to 63"
         )
     ranks = getattr(batch, "rank", None)
     if ((batch.scores != 0) & ~present).any() or (
         ranks is not None and ((ranks != 0) & ~present).any()
     ):
-        raise ValueError("an item has no scored token but a relevance or a rank")
+        raise UserError("an item has no scored token but a relevance or a rank")
     if ranks is not None:
         places = torch.arange(1, ranks.shape[1] + 1)
         wanted = torch.where(places <= present.sum(1, keepdim=True), places, 0)
         if not (ranks.sort(1).values == wanted.sort(1).values).all():
-            raise ValueError("the ranks of a list must be 1 to n, each once")
+            raise UserError("the ranks of a list must be 1 to n, each once")
 
 
 def item_scores(logps, ref_logps, batch):

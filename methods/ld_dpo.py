@@ -23,6 +23,8 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
+from data import UserError
+
 FAMILY, KINDS = "pairs", ("text",)  # images and most tables have responses of one length
 UNUSED = ("k",)  # run settings that leave no choice here
 DEFAULTS = dict(world="reviews", length_bias=0.1)
@@ -36,22 +38,22 @@ class Config:
 
     def __post_init__(self):
         if not 0 < self.beta < float("inf"):
-            raise ValueError(f"beta = {self.beta} must be positive and finite")
+            raise UserError(f"beta = {self.beta} must be positive and finite")
         if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha = {self.alpha} must be between 0 and 1")
+            raise UserError(f"alpha = {self.alpha} must be between 0 and 1")
         if self.alpha == 1 and not self.on_reference:
-            raise ValueError("alpha = 1 splits nothing, so on_reference = False would do nothing")
+            raise UserError("alpha = 1 splits nothing, so on_reference = False would do nothing")
 
 
 def check_pairs(logps, batch):
     """ValueError unless every row is a pair of responses with something to score."""
     if logps.dim() != 3 or logps.shape[1] != 2:
-        raise ValueError(
+        raise UserError(
             f"log-probs of shape {tuple(logps.shape)}: pairs are (B, 2, T), the preferred response first"
         )
     # on CUDA the question would make the device wait; there the data were looked at when they were read
     if logps.device.type == "cpu" and not batch.mask.any(-1).all():
-        raise ValueError("a response has no scored token")
+        raise UserError("a response has no scored token")
 
 
 def loss(logps, ref_logps, batch, cfg):
@@ -184,7 +186,7 @@ def length_at(curve, reward):
             return a["length"] + (reward - a["reward"]) / ((b["reward"] - a["reward"]) or 1.0) * (
                 b["length"] - a["length"]
             )
-    raise ValueError(f"the curve never reaches a reward of {reward:.3g}")
+    raise UserError(f"the curve never reaches a reward of {reward:.3g}")
 
 
 def claim(lab):

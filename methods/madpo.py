@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import collate, label
+from data import UserError, collate, label
 from toy import bandit
 
 FAMILY, KINDS = "pairs", ("text", "table")
@@ -48,31 +48,31 @@ class Config:
 
     def __post_init__(self):
         if not 0 < self.beta < float("inf"):
-            raise ValueError(f"beta = {self.beta} must be positive and finite")
+            raise UserError(f"beta = {self.beta} must be positive and finite")
         if not 1 < self.c_max < float("inf"):
-            raise ValueError(f"c_max = {self.c_max} must be over 1 and finite")
+            raise UserError(f"c_max = {self.c_max} must be over 1 and finite")
         if self.c_min is None:
             self.c_min = 1 / self.c_max
         if not 0 < self.c_min < 1:
-            raise ValueError(f"c_min = {self.c_min} must be between 0 and 1")
+            raise UserError(f"c_min = {self.c_min} must be between 0 and 1")
         for name in ("tau", "lam", "judge_lr"):
             if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} = {getattr(self, name)} must be positive and finite")
+                raise UserError(f"{name} = {getattr(self, name)} must be positive and finite")
         if self.judge_steps < 1:
-            raise ValueError(f"judge_steps = {self.judge_steps} must be at least 1")
+            raise UserError(f"judge_steps = {self.judge_steps} must be at least 1")
         if not 0 <= self.judge_decay < float("inf"):
-            raise ValueError(f"judge_decay = {self.judge_decay} must be 0 or more and finite")
+            raise UserError(f"judge_decay = {self.judge_decay} must be 0 or more and finite")
 
 
 def check_pairs(logps, batch):
     """ValueError unless every row is a pair of responses with something to score."""
     if logps.dim() != 3 or logps.shape[1] != 2:
-        raise ValueError(
+        raise UserError(
             f"log-probs of shape {tuple(logps.shape)}: pairs are (B, 2, T), the preferred response first"
         )
     # on CUDA the question would make the device wait; there the data were looked at when they were read
     if logps.device.type == "cpu" and not batch.mask.any(-1).all():
-        raise ValueError("a response has no scored token")
+        raise UserError("a response has no scored token")
 
 
 def stretch(h, cfg):

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from data import UserError
 from toy import bandit, tokens
 
 FAMILY, KINDS = "pairs", ("text", "table")
@@ -43,13 +44,13 @@ class Config:
 
     def __post_init__(self):
         if not 0 < self.beta < float("inf"):
-            raise ValueError(f"beta = {self.beta} must be positive and finite")
+            raise UserError(f"beta = {self.beta} must be positive and finite")
         if self.reference not in ("base", "chosen"):
-            raise ValueError(f"reference = {self.reference} must be one of base, chosen")
+            raise UserError(f"reference = {self.reference} must be one of base, chosen")
         if self.sft_steps is None and self.reference == "chosen":
             self.sft_steps = 100
         if self.sft_steps is not None and (self.sft_steps < 1 or self.reference == "base"):
-            raise ValueError(
+            raise UserError(
                 f"sft_steps = {self.sft_steps} must be at least 1, and does nothing with reference = base"
             )
 
@@ -57,12 +58,12 @@ class Config:
 def check_pairs(logps, batch):
     """ValueError unless every row is a pair of responses with something to score."""
     if logps.dim() != 3 or logps.shape[1] != 2:
-        raise ValueError(
+        raise UserError(
             f"log-probs of shape {tuple(logps.shape)}: pairs are (B, 2, T), the preferred response first"
         )
     # on CUDA the question would make the device wait; there the data were looked at when they were read
     if logps.device.type == "cpu" and not batch.mask.any(-1).all():
-        raise ValueError("a response has no scored token")
+        raise UserError("a response has no scored token")
 
 
 def token_rewards(logps, ref_logps, cfg):
@@ -117,7 +118,7 @@ def beam_search(model, prompt, width, length, end=None):
 
     A beam that has written `end` stays and competes with the others. ValueError for a width below 1."""
     if width < 1:
-        raise ValueError(f"width = {width} must be at least 1")
+        raise UserError(f"width = {width} must be at least 1")
     written, score, done = (
         torch.zeros(1, 0, dtype=torch.long),
         torch.zeros(1, dtype=torch.float64),

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from data import collate
+from data import UserError, collate
 from toy import bandit
 
 FAMILY, KINDS = "pairs", ("text", "images", "table")
@@ -37,9 +37,9 @@ class Config:
 
     def __post_init__(self):
         if not 0 < self.beta < float("inf"):
-            raise ValueError(f"beta = {self.beta} must be positive and finite")
+            raise UserError(f"beta = {self.beta} must be positive and finite")
         if not 0 <= self.epsilon < 0.5:
-            raise ValueError(
+            raise UserError(
                 f"epsilon = {self.epsilon} is no flip rate that can be undone: expected 0 <= epsilon < 0.5"
             )
 
@@ -47,12 +47,12 @@ class Config:
 def check_pairs(logps, batch):
     """ValueError unless every row is a pair of responses with something to score."""
     if logps.dim() != 3 or logps.shape[1] != 2:
-        raise ValueError(
+        raise UserError(
             f"log-probs of shape {tuple(logps.shape)}: pairs are (B, 2, T), the preferred response first"
         )
     # on CUDA the question would make the device wait; there the data were looked at when they were read
     if logps.device.type == "cpu" and not batch.mask.any(-1).all():
-        raise ValueError("a response has no scored token")
+        raise UserError("a response has no scored token")
 
 
 def loss(logps, ref_logps, batch, cfg):

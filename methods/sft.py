@@ -21,7 +21,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from data import collate
+from data import UserError, collate
 
 FAMILY, KINDS = "supervised", ("text", "images", "table")
 NEEDS = "demonstrations"
@@ -40,7 +40,7 @@ def loss(logps, ref_logps, batch, cfg):
     response with something to score."""
     # on CUDA the question would make the device wait; there the data were looked at when they were read
     if logps.device.type == "cpu" and not batch.mask.flatten(1).any(1).all():
-        raise ValueError("a row has no response with a scored token")
+        raise UserError("a row has no response with a scored token")
     logps = logps.to(torch.promote_types(logps.dtype, torch.float32))
     best = batch.scores.masked_fill(~batch.mask.any(-1), -torch.inf).argmax(
         1

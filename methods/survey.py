@@ -21,7 +21,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 
-from data import interval, write_beside, write_text
+from data import UserError, interval, write_beside, write_text
 from toy import tree
 
 FAMILY, KINDS = "pairs", ("text", "table")
@@ -96,14 +96,14 @@ class Config:
 
     def __post_init__(self):
         if self.variant not in VARIANTS:
-            raise ValueError(f"variant = {self.variant} must be one of {', '.join(VARIANTS)}")
+            raise UserError(f"variant = {self.variant} must be one of {', '.join(VARIANTS)}")
         known, strict = (
             VARIANTS[self.variant],
             {("exo", "epsilon"), ("alpha_div", "alpha"), ("chi_po", "gamma")},
         )
         for name in (f.name for f in fields(self)[1:]):
             if getattr(self, name) is not None and name not in known:
-                raise ValueError(
+                raise UserError(
                     f"{name} = {getattr(self, name)} does nothing with variant = {self.variant}"
                 )
             if getattr(self, name) is None:
@@ -127,7 +127,7 @@ class Config:
                 or (value == low and name not in ("beta", "tau") and at not in strict)
             )
             if not (inside or (value == high == 1)) or value in (math.inf, -math.inf):
-                raise ValueError(
+                raise UserError(
                     f"{name} = {value} is out of range for {self.variant}: from {low:g} to {high:g}"
                 )
 
@@ -135,12 +135,12 @@ class Config:
 def check_pairs(logps, batch):
     """ValueError unless every row is a pair of responses with something to score."""
     if logps.dim() != 3 or logps.shape[1] != 2:
-        raise ValueError(
+        raise UserError(
             f"log-probs of shape {tuple(logps.shape)}: pairs are (B, 2, T), the preferred response first"
         )
     # on CUDA the question would make the device wait; there the data were looked at when they were read
     if logps.device.type == "cpu" and not batch.mask.any(-1).all():
-        raise ValueError("a response has no scored token")
+        raise UserError("a response has no scored token")
 
 
 def log1mexp(s):
@@ -178,7 +178,7 @@ def loss(logps, ref_logps, batch, cfg):
         and logps.device.type == "cpu"
         and not (batch.scores[:, 0] > batch.scores[:, 1]).all()
     ):
-        raise ValueError(
+        raise UserError(
             "odpo: the score of a preferred response is not above that of the rejected one"
         )
     ref_logps = logps if cfg.variant in FREE else ref_logps  # which is not read
@@ -266,7 +266,7 @@ def loss(logps, ref_logps, batch, cfg):
 def extremes(row):
     """The pair of a list's best and worst response, with their scores. ValueError for a tree of steps."""
     if any(parent >= 0 for parent in row.get("parents", ())):
-        raise ValueError(
+        raise UserError(
             f"the responses to {row['prompt']!r} continue each other; a pair is of whole responses"
         )
     best, worst = (row["scores"].index(find(row["scores"])) for find in (max, min))
@@ -291,7 +291,7 @@ def run(lab, cfg):
     if (cfg.variant == "odpo" and gaps <= {1}) or (
         cfg.variant in ("r_dpo", "ld_dpo") and len(lengths) == 1
     ):
-        raise ValueError(
+        raise UserError(
             f"alpha does nothing under {cfg.variant} in {lab.world.name}: scores 1 apart, or responses of one length"
         )
     return lab.align(policy, data, loss, cfg, reference=None if cfg.variant in FREE else "start")

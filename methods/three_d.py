@@ -27,6 +27,8 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
+from data import UserError
+
 FAMILY, KINDS = "pairs", ("text", "table")  # minus a noise error is no likelihood
 UNUSED = ("k",)  # run settings that leave no choice here
 DEFAULTS = dict(world="reviews")
@@ -47,32 +49,32 @@ class Config:
 
     def __post_init__(self):
         if self.variant not in ("flex", "sft", "dpo"):
-            raise ValueError(f"variant = {self.variant} must be one of flex, sft, dpo")
+            raise UserError(f"variant = {self.variant} must be one of flex, sft, dpo")
         if not 0 < self.beta < float("inf"):
-            raise ValueError(f"beta = {self.beta} must be positive and finite")
+            raise UserError(f"beta = {self.beta} must be positive and finite")
         own = dict(
             beta_rejected=("flex", 0.5 * self.beta, self.beta), gamma=("sft", 0.02, 0.0)
         )  # whose it is, its default, without it
         for name, (variant, default, without) in own.items():
             value, expected = getattr(self, name), without if self.variant != variant else default
             if self.variant != variant and value not in (None, without):
-                raise ValueError(
+                raise UserError(
                     f"{name} = {value} is a field of variant = {variant}, not of {self.variant}"
                 )
             setattr(self, name, expected if value is None else value)
             if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} = {value} must be 0 or more and finite")
+                raise UserError(f"{name} = {value} must be 0 or more and finite")
 
 
 def check_pairs(logps, batch):
     """ValueError unless every row is a pair of responses with something to score."""
     if logps.dim() != 3 or logps.shape[1] != 2:
-        raise ValueError(
+        raise UserError(
             f"log-probs of shape {tuple(logps.shape)}: pairs are (B, 2, T), the preferred response first"
         )
     # on CUDA the question would make the device wait; there the data were looked at when they were read
     if logps.device.type == "cpu" and not batch.mask.any(-1).all():
-        raise ValueError("a response has no scored token")
+        raise UserError("a response has no scored token")
 
 
 def loss(logps, ref_logps, batch, cfg):
@@ -96,7 +98,7 @@ def loss(logps, ref_logps, batch, cfg):
 def run(lab, cfg):
     if lab.settings.init and not lab.settings.steps:
         if cfg != Config():
-            raise ValueError(
+            raise UserError(
                 f"{', '.join(vars(cfg))} do nothing where --init {lab.settings.init} is looked at; --steps trains from it"
             )
         return finished(lab)
@@ -113,14 +115,14 @@ def finished(lab):
     there is no run.json, or the run was made in another world."""
     policy, folder, path = lab.base(), lab.settings.init, Path(lab.settings.init, "run.json")
     if not path.exists():
-        raise ValueError(
+        raise UserError(
             f"--init {folder} has no run.json, so where it began is not known; --steps trains from it"
         )
     settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
     for name, default in dict(world="reviews", data=None).items():
         two = [settings[name] or default, getattr(lab.settings, name) or default]
         if len({os.path.abspath(x) if x and os.path.exists(x) else x for x in two}) > 1:
-            raise ValueError(f"{folder} is a run with --{name} {two[0]}, not {two[1]}")
+            raise UserError(f"{folder} is a run with --{name} {two[0]}, not {two[1]}")
     lab.reference = lab.at(
         **{
             name: settings[name]

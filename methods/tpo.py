@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from data import collate
+from data import UserError, collate
 
 FAMILY, KINDS = "lists", ("text",)
 DEFAULTS = dict(world="arithmetic", k=5, prompts=1280, steps=40, lr=1e-4)
@@ -42,10 +42,10 @@ class Config:
 
     def __post_init__(self):
         if not 0 < self.beta < float("inf"):
-            raise ValueError(f"beta = {self.beta} must be positive and finite")
+            raise UserError(f"beta = {self.beta} must be positive and finite")
         for name, allowed in dict(tau=("model", "label", "none"), reduce=("sum", "mean")).items():
             if getattr(self, name) not in allowed:
-                raise ValueError(
+                raise UserError(
                     f"{name} = {getattr(self, name)} must be one of {', '.join(allowed)}"
                 )
 
@@ -69,13 +69,13 @@ def check_trees(batch):
         return
     on, leaf = paths(batch)
     if (leaf.sum(1) < 2).any():
-        raise ValueError("a list needs at least 2 responses with something to score")
+        raise UserError("a list needs at least 2 responses with something to score")
     if not ((batch.scores >= 0) & (batch.scores <= 1)).all():  # NaN is neither
-        raise ValueError(
+        raise UserError(
             "scores must be between 0 and 1: the gain 2^v of larger ones drowns the rest"
         )
     if (on & leaf[..., None] & ~batch.mask.any(-1)[:, None]).any():
-        raise ValueError("a step without a scored token lies on the path of a response")
+        raise UserError("a step without a scored token lies on the path of a response")
 
 
 def node_rewards(logps, ref_logps):
@@ -225,7 +225,7 @@ def run(lab, cfg):
     policy = lab.base()
     if hasattr(lab.world, "verify_steps"):
         if lab.settings.flip:
-            raise ValueError(
+            raise UserError(
                 f"--flip {lab.settings.flip} does nothing in {lab.world.name}: the verifier grades the steps"
             )
         data = lab.rows(grown(lab, policy))

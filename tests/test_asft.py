@@ -411,7 +411,7 @@ def test_c3_the_optimum_in_a_table(weight, probs):
 
 
 def test_a_run_makes_no_reference(monkeypatch):
-    import lab as lab_module
+    from lab import lab as lab_module
 
     lab, frozen = (
         Lab(Settings(world="bandit", steps=60, batch_size=128, prompts=512), quiet=True),

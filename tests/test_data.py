@@ -20,13 +20,10 @@ from data import (
     fit_context,
     interval,
     label,
-    load_tensors,
     reorder,
-    save_tensors,
     wilson,
-    write_beside,
-    write_text,
 )
+from lab.store import load_tensors, save_tensors, write_beside, write_text
 
 IDS = SimpleNamespace(eot=1, pad=0, encode=lambda text: [int(word) for word in text.split()])
 WORDS = [

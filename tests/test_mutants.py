@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import lab as lab_module
+from lab import settings as lab_module
 
 # ---------------------------------------------------------------- inputs
 

@@ -14,12 +14,12 @@ import time
 import pytest
 import torch
 
-import lab as lab_module
 import methods.dpo
-import report
 import train
 from data import Batch, collate
-from lab import Lab, Settings
+from lab import Lab, Settings, report, store
+from lab import lab as lab_module
+from lab import settings as settings_module
 from nanomodel import GPT
 
 TINY = [
@@ -40,7 +40,7 @@ TINY = [
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(lab_module, "CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(store, "CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(Lab, "memory", {})
     monkeypatch.chdir(tmp_path)
 
@@ -110,8 +110,8 @@ def test_a_run_writes_what_it_says_and_nothing_half_written(tmp_path, capsys):
 
 def test_every_printed_command_is_one_that_is_understood():
     """Those of the README and of the docstrings; what stands behind two spaces explains them."""
-    files = ["README.md", "train.py", *(f"methods/{name}.py" for name in lab_module.methods())]
-    texts = [open(os.path.join(lab_module.HERE, name), encoding="utf-8").read() for name in files]
+    files = ["README.md", "train.py", *(f"methods/{name}.py" for name in settings_module.methods())]
+    texts = [open(os.path.join(store.HERE, name), encoding="utf-8").read() for name in files]
     found = {
         line.strip()
         for text in texts
@@ -344,7 +344,7 @@ def test_a_run_killed_at_any_moment_resumes(tmp_path, monkeypatch):
     for name in ("logps", "decode"):
         calls, method = counted(monkeypatch, name)
         Lab.memory.clear()
-        monkeypatch.setattr(lab_module, "CACHE", str(tmp_path / f"cache-{name}"))
+        monkeypatch.setattr(store, "CACHE", str(tmp_path / f"cache-{name}"))
         assert train.cli([*argv, f"whole-{name}"]) == 0
         monkeypatch.setattr(GPT, name, method)
         moments[name] = sorted({3, calls[0] // 2, calls[0]})
@@ -352,7 +352,7 @@ def test_a_run_killed_at_any_moment_resumes(tmp_path, monkeypatch):
     for name, calls in moments.items():
         for call in calls:
             out = f"cut-{name}-{call}"
-            monkeypatch.setattr(lab_module, "CACHE", str(tmp_path / f"cache-{out}"))
+            monkeypatch.setattr(store, "CACHE", str(tmp_path / f"cache-{out}"))
             Lab.memory.clear()
             _, method = counted(monkeypatch, name, call)
             with pytest.raises(Killed):
@@ -561,7 +561,7 @@ def test_two_fits_in_one_stage_do_not_share_a_checkpoint(tmp_path, monkeypatch):
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     command = [
         sys.executable,
-        os.path.join(lab_module.HERE, "train.py"),
+        os.path.join(store.HERE, "train.py"),
         "--method",
         "dpo",
         "--world",
@@ -655,7 +655,7 @@ def test_bad_flags(tmp_path, capsys, argv, words):
 
 
 def test_no_traceback_from_the_shell(tmp_path):
-    command = [sys.executable, os.path.join(lab_module.HERE, "train.py"), "--method", "dpp"]
+    command = [sys.executable, os.path.join(store.HERE, "train.py"), "--method", "dpp"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert (
         done.returncode == 2
@@ -840,7 +840,7 @@ def test_weights_that_do_not_fit(tmp_path, capsys):
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_survives(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Lab, "checkpoint_every", 0.0)
     monkeypatch.setattr(time, "time", lambda: 0.0)
-    real, calls = lab_module.save_tensors, [0]
+    real, calls = store.save_tensors, [0]
 
     def full(path, tensors, metadata=None):
         if "stages" in path and "checkpoint" in path:
@@ -849,17 +849,17 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_survives(tmp_path, caps
                 raise OSError(28, "No space left on device", path)
         return real(path, tensors, metadata)
 
-    monkeypatch.setattr(lab_module, "save_tensors", full)
+    monkeypatch.setattr(store, "save_tensors", full)
     argv = ["--method", "dpo", "--world", "bandit", "--steps", "6", "--out", "run"]
     refused_error = train.cli(argv)
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert refused_error == 2 and "No space left" in error
-    monkeypatch.setattr(lab_module, "save_tensors", real)
+    monkeypatch.setattr(store, "save_tensors", real)
     lab = Lab(Settings(world="bandit"), str(tmp_path / "run"))
     kept = [p for p in (tmp_path / "run" / "stages").glob("*checkpoint*.json")]
     assert (
         len(kept) == 1
-        and lab_module.load_value(str(kept[0])[:-5])["step"] == 3
+        and store.load_value(str(kept[0])[:-5])["step"] == 3
         and lab.stage_number == 0
     )
     assert train.cli(["--resume", "run"]) == 0
@@ -897,7 +897,7 @@ def test_a_nan_stops_the_run_and_is_named(tmp_path, capsys, monkeypatch):
 def test_two_runs_share_a_cache(tmp_path):
     command = [
         sys.executable,
-        os.path.join(lab_module.HERE, "train.py"),
+        os.path.join(store.HERE, "train.py"),
         "--method",
         "dpo",
         *TINY,

@@ -22,6 +22,7 @@ import re
 import torch
 
 import data
+from data import UserError
 from nanomodel import GPT, GPTConfig
 
 DIGITS = 5  # the longest numbers
@@ -34,7 +35,7 @@ def numbers(prompt):
     """The two numbers of a prompt such as "347+58="; ValueError for any other text."""
     match = NUMBERS.fullmatch(prompt)
     if not match:
-        raise ValueError(f"{prompt!r} is not a sum such as '347+58='")
+        raise UserError(f"{prompt!r} is not a sum such as '347+58='")
     return int(match[1]), int(match[2])
 
 
@@ -75,7 +76,7 @@ class World:
     def prompts(self, n, rng, digits=None):
         """n sums of that difficulty (1 to 5); without it, of all difficulties alike. ValueError outside 1 to 5."""
         if digits is not None and not 1 <= digits <= DIGITS:
-            raise ValueError(f"digits={digits} must be 1 to {DIGITS}")
+            raise UserError(f"digits={digits} must be 1 to {DIGITS}")
         rng, prompts = random.Random(int(torch.randint(2**62, (), generator=rng))), []
         for _ in range(n):
             longer = digits or rng.randint(1, DIGITS)

@@ -10,7 +10,7 @@ import hashlib
 import torch
 import torch.nn.functional as F
 
-from data import write_beside
+from data import UserError, write_beside
 from nanomodel import UNet, UNetConfig
 
 FLOOR = (
@@ -43,20 +43,20 @@ class World:
             or not images.size
             or images.dtype.kind not in "uif"
         ):
-            raise ValueError(
+            raise UserError(
                 f"images {images.shape} {images.dtype}: expected numbers (N, H, W) or (N, H, W, 1 or 3)"
             )
         if not (images.min() >= 0 and 0 < images.max() < np.inf):
-            raise ValueError(
+            raise UserError(
                 f"images from {images.min()} to {images.max()}: expected finite numbers, 0 = black and the largest = white"
             )
         if labels.shape != images.shape[:1] or labels.dtype.kind not in "ui":
-            raise ValueError(
+            raise UserError(
                 f"labels {labels.shape} {labels.dtype}: expected {len(images)} ints, one an image"
             )
         used = np.unique(labels)
         if len(used) < 2 or used[0] != 0 or used[-1] != len(used) - 1:
-            raise ValueError(
+            raise UserError(
                 f"labels {used[:20].tolist()}: expected two or more classes, each from 0 on in use"
             )
         self.config = UNetConfig(
@@ -85,12 +85,12 @@ class World:
         try:
             with open(path, "rb") as file:
                 if not zipfile.is_zipfile(file):
-                    raise ValueError("not an .npz archive")
+                    raise UserError("not an .npz archive")
                 file.seek(0)
                 arrays = np.load(file, allow_pickle=False)
                 for name in ("images", "labels"):
                     if name not in arrays:
-                        raise ValueError(
+                        raise UserError(
                             f"no array named {name}, only {', '.join(arrays) or 'none'}"
                         )
                 images, labels = arrays["images"], arrays["labels"]
@@ -98,7 +98,7 @@ class World:
                 size = [side // 2 for side in images.shape[1:3]]
             return cls(images, labels, size)
         except Exception as error:  # a broken archive raises many kinds
-            raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+            raise UserError(f"{path}: {' '.join(str(error).split())}") from None
 
     def _classifier(self):
         """Weights and biases of a softmax regression on the pixels (of at most 5,000 images), right on 97 % of held-out digits."""

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from data import UserError
 from nanomodel import Denoiser
 
 
@@ -46,7 +47,7 @@ class World:
         """dim >= 2: the space around the ring; std of every mode in every direction; clean: share of the demonstrations that comes from
         the ring, the rest from `contaminated`'s uniform; further arguments go to the MLP. ValueError: a value out of range."""
         if dim < 2 or modes < 1 or std <= 0 or not 0 <= clean <= 1:
-            raise ValueError(
+            raise UserError(
                 f"dim {dim}, modes {modes}, std {std}, clean {clean}: expected dim >= 2, modes >= 1, std > 0, clean in [0, 1]"
             )
         self.dim, self.std, self.clean, self.how = dim, std, clean, model

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from data import UserError
 from toy import bandit
 
 BASE, STEPS, PROMPTS = 7, 3, 300
@@ -70,7 +71,7 @@ class World(bandit.World):
         own. Scores: 1 for a right end, else 0.3 for each right step before the first wrong one. ValueError for k below 2."""
         k = 5 if k is None else k
         if k < 2:
-            raise ValueError(f"k = {k} must be at least 2")
+            raise UserError(f"k = {k} must be at least 2")
         prompts, probs = self.prompts(n, rng), self.reference.logits.softmax(-1)
         kept = torch.randint(1, STEPS, (n, k), generator=rng)
         kept[:, 0], kept[:, -1] = STEPS, 0

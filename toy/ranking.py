@@ -16,6 +16,7 @@ import random
 import torch
 
 import data
+from data import UserError
 from nanomodel import GPT, GPTConfig
 
 POLES = "sweet sour hot cold light rich cheap fancy crisp soft mild spicy plain festive quick slow".split()  # two a quality
@@ -116,7 +117,7 @@ class World:
         No end token is scored: it would count as a part of the last item. ValueError when k is not 2 to 20."""
         k = LENGTH if k is None else k
         if not 2 <= k <= LONGEST:
-            raise ValueError(f"k={k} must be 2 to {LONGEST}")
+            raise UserError(f"k={k} must be 2 to {LONGEST}")
         rng, rows = random.Random(int(torch.randint(2**62, (), generator=rng))), []
         for _ in range(n):
             prompt, items = self._prompt(rng), rng.sample(self.items, k)
@@ -143,7 +144,7 @@ class World:
         """How well an item answers a query (a real number); ValueError for a text that is no query."""
         poles = prompt.removeprefix("find ").removesuffix(":").split()
         if not poles or not set(poles) <= set(POLES):
-            raise ValueError(f"{prompt!r} is not a query such as 'find cheap cold sweet:'")
+            raise UserError(f"{prompt!r} is not a query such as 'find cheap cold sweet:'")
         places = [POLES.index(pole) for pole in poles]
         return (
             sum(self.qualities[item][place // 2] * (-1) ** place for place in places)

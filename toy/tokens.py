@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from data import UserError
 from toy import bandit
 
 VOCAB, LENGTH = 4, 6
@@ -48,7 +49,7 @@ def soft_optimum(r, log_ref, beta):
     """Exact (Q, V, A) on a whole tree of tokens (arXiv:2404.12358): token rewards r and log pi_ref (prefixes, vocab), prefixes numbered
     as in `bandit.Table` -> Q (eq. 7) and A (eq. 10) of the same shape, V (prefixes,). pi* = exp((Q - V) / beta). ValueError: beta <= 0."""
     if not 0 < beta < float("inf"):
-        raise ValueError(f"beta = {beta} must be positive and finite")
+        raise UserError(f"beta = {beta} must be positive and finite")
     prefixes, vocab = r.shape
     q, value = (
         r + beta * log_ref,

@@ -11,7 +11,8 @@ import time
 import numpy as np
 import torch
 
-from data import interval, wilson, write_beside, write_text
+from data import interval, wilson
+from lab.store import write_beside
 
 # ---------------------------------------------------------------- measuring
 
@@ -669,16 +670,3 @@ def claims_markdown(lines):
             f"| {' | '.join([*cells, 'yes' if c['expected'] else 'no', 'holds' if c['holds'] else 'not reproduced here'])} |"
         )
     return "\n".join(out[1:]) + "\n"
-
-
-def write_json(path, value):
-    """Write JSON in one step; NaN becomes null."""
-
-    def clean(x):
-        if isinstance(x, float) and not math.isfinite(x):
-            return None
-        if isinstance(x, dict):
-            return {k: clean(v) for k, v in x.items()}
-        return [clean(v) for v in x] if isinstance(x, (list, tuple)) else x
-
-    write_text(path, json.dumps(clean(value), indent=1) + "\n")

@@ -3,180 +3,21 @@
 import contextlib
 import copy
 import dataclasses
-import difflib
-import hashlib
-import importlib
-import inspect
 import json
 import math
 import os
 import signal
 import sys
 import time
-from dataclasses import dataclass
 
 import torch
 
 import data as data_module
 import nanomodel
-import report
-from data import Claim, collate, fit_context, label, load_tensors, save_tensors, write_text
-
-HERE = os.path.dirname(os.path.abspath(__file__))
-CACHE = os.environ.get("NANOPREF_CACHE", os.path.join(HERE, ".cache"))
-
-
-@dataclass
-class Settings:
-    """Run settings: what a run does apart from the paper's own hyper-parameters. None: the world's default."""
-
-    world: str | None = None  # toy world (see --list); default: the method's, else reviews
-    data: str | None = (
-        None  # preferences instead of a toy world: .jsonl[.gz], .parquet, a Hub name; or images: .npz
-    )
-    init: str | None = (
-        None  # checkpoint folder or Hub name to start from, instead of training a base model
-    )
-    steps: int | None = None  # optimizer steps of alignment in all; 0 evaluates without training
-    batch_size: int | None = None  # rows (prompts with their responses) a step
-    lr: float | None = None  # peak learning rate of alignment
-    warmup: int = 20  # steps of linear warm-up
-    clip: float = 1.0  # largest gradient norm, for each parameter group by itself
-    prompts: int | None = None  # training prompts (toy worlds), or at most so many rows of --data
-    k: int | None = None  # responses sampled for a prompt, where the method lets you choose
-    seed: int = 0  # sampling, labels and order of the data
-    base_seed: int = 0  # the base model's own seed: it does not depend on --seed
-    base_steps: int | None = None  # supervised steps of the base model
-    temperature: float = 1.0  # of sampling
-    label_temperature: float = 1.0  # of the annotator: 0 always prefers the better response
-    flip: float = 0.0  # share of labels turned round, 0 to 1
-    length_bias: float = 0.0  # reward that the annotator gives for each token of length
-    device: str = "auto"  # cpu, cuda, mps; auto takes CUDA where there is one
-    dtype: str = "auto"  # float32 or bfloat16 (autocast); auto: bfloat16 on CUDA
-    compile: str = "auto"  # on, off; auto: on CUDA only
-    eval_every: int | None = None  # steps between two looks at the policy while it trains
-    eval_size: int = 256  # prompts and held-out pairs of an evaluation, at most
-    context: int | None = None  # tokens of the context of a model trained from scratch on --data
-    max_response: int | None = None  # tokens sampled for a response, at most
-    truncate: bool = False  # cut prompts and responses that do not fit into the context, instead of refusing them
-    image_size: int | None = (
-        None  # side of the images of an .npz; default: halved when it is over 16
-    )
-    out: str | None = None  # the folder to write; default: out/METHOD-WORLD-N
-    overwrite: bool = False  # empty the --out folder first
-
-    def __post_init__(self):
-        for name, low in dict(
-            steps=0,
-            base_steps=0,
-            batch_size=1,
-            warmup=0,
-            prompts=1,
-            k=2,
-            eval_every=1,
-            eval_size=2,
-            max_response=1,
-            context=8,
-        ).items():
-            if getattr(self, name) is not None and getattr(self, name) < low:
-                raise ValueError(f"--{name} {getattr(self, name)} must be at least {low}")
-        for name in ("lr", "clip"):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"--{name} {getattr(self, name)} must be positive and finite")
-        for name in ("temperature", "label_temperature"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"--{name} {getattr(self, name)} must be 0 or more and finite")
-        if self.image_size is not None and self.image_size < 2:
-            raise ValueError(f"--image_size {self.image_size} must be at least 2")
-        if not 0 <= self.flip <= 1:
-            raise ValueError(f"--flip {self.flip} must be between 0 and 1")
-        if not abs(self.length_bias) < 1e6:
-            raise ValueError(f"--length_bias {self.length_bias} must be below a million")
-        for name in ("seed", "base_seed"):
-            if abs(getattr(self, name)) >= 2**63:
-                raise ValueError(f"--{name} {getattr(self, name)} must fit into 64 bits")
-        for name, allowed in dict(
-            dtype=("auto", "float32", "bfloat16"), compile=("auto", "on", "off")
-        ).items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"--{name} {getattr(self, name)} must be one of {', '.join(allowed)}"
-                )
-
-
-# ---------------------------------------------------------------- values in files
-
-
-def pack(value, tensors):
-    """A JSON-able copy of nested dicts, lists, numbers and texts; tensors go into the dict `tensors`."""
-    if isinstance(value, torch.Tensor):
-        tensors[str(len(tensors))] = value
-        return {"__tensor__": str(len(tensors) - 1)}
-    if isinstance(value, dict):
-        return {str(k): pack(v, tensors) for k, v in value.items() if k != "tree"}
-    if isinstance(value, (list, tuple)):
-        if value and all(type(v) in (int, float) for v in value):
-            return list(value)
-        return [pack(v, tensors) for v in value]
-    return value
-
-
-def unpack(value, tensors):
-    """The value that `pack` took apart."""
-    if isinstance(value, dict):
-        return (
-            tensors[value["__tensor__"]]
-            if "__tensor__" in value
-            else {k: unpack(v, tensors) for k, v in value.items()}
-        )
-    return [unpack(v, tensors) for v in value] if isinstance(value, list) else value
-
-
-def save_value(path, value):
-    """Write a value as `path`.json, its tensors (if any) as safetensors beside it; the JSON comes last and makes it whole."""
-    tensors = {}
-    packed, name = pack(value, tensors), None
-    if tensors:  # a name of its own: the file that an older JSON points to must not change under it
-        name = f"{os.path.basename(path)}.{os.getpid()}-{time.monotonic_ns()}.safetensors"
-        save_tensors(os.path.join(os.path.dirname(path), name), tensors)
-    old = _tensor_file(path)
-    write_text(path + ".json", json.dumps({"tensors": name, "value": packed}))
-    if old and old != name:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(os.path.join(os.path.dirname(path), old))
-
-
-def _tensor_file(path):
-    with contextlib.suppress(OSError, json.JSONDecodeError, KeyError, TypeError):
-        with open(path + ".json", encoding="utf-8") as file:
-            return os.path.basename(json.load(file)["tensors"] or "")
-
-
-def load_value(path):
-    """The value written by `save_value`, or None when there is none (or it is damaged)."""
-    try:
-        with open(path + ".json", encoding="utf-8") as file:
-            packed = json.load(file)
-        name = packed["tensors"]
-        tensors = (
-            load_tensors(os.path.join(os.path.dirname(path), os.path.basename(name)))
-            if name
-            else {}
-        )
-        return unpack(packed["value"], tensors)
-    except (OSError, ValueError, KeyError):
-        return None
-
-
-def digest(*parts):
-    """A short hash of JSON-able parts."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:20]
-
-
-def source(*modules):
-    """The source of modules, for cache keys."""
-    return [inspect.getsource(m) for m in modules]
-
+from data import Claim, UserError, collate, fit_context, label
+from lab import report, store
+from lab.settings import load_pretrained, make_world, pick_device, refuse_idle
+from lab.store import digest, load_value, remove_value, save_value, source, write_text
 
 # ---------------------------------------------------------------- the Lab
 
@@ -275,7 +116,7 @@ class Lab:
         """`function()`, or what it gave before under the same key, in this process or in the cache folder."""
         key = digest(key, torch.__version__, torch.get_num_threads(), str(self.device), self.bf16)
         if key not in Lab.memory:
-            path = os.path.join(CACHE, key)
+            path = os.path.join(store.CACHE, key)
             value = load_value(path)
             if value is None:
                 value = function()
@@ -394,7 +235,7 @@ class Lab:
         if self.world.kind != "text":
             return rows
         if self.context is None:
-            raise ValueError("the context is that of the model: call lab.base() first")
+            raise UserError("the context is that of the model: call lab.base() first")
         rows, cut = fit_context(rows, self.world.tokenizer, self.context, self.settings.truncate)
         if cut and not self.quiet:
             print(f"{cut} of {len(rows)} rows were cut to the context of {self.context} tokens")
@@ -438,7 +279,7 @@ class Lab:
     def truth(self, rows):
         """The true reward of every response -> list of lists; ValueError in a world without one."""
         if not hasattr(self.world, "reward"):
-            raise ValueError(
+            raise UserError(
                 f"{self.world.name} has no true reward, so responses of a model cannot be labelled there"
             )
         prompts = [row["prompt"] for row in rows for _ in range(len(row["responses"]))]
@@ -522,7 +363,7 @@ class Lab:
                     f"{same} of {len(kept)} rows hold the same response {k} times: they teach nothing"
                 )
         if not kept:
-            raise ValueError(
+            raise UserError(
                 f"none of {n} prompts gave a pair of different scores in {self.world.name}; more --prompts may"
             )
         return self._adopt(kept)
@@ -594,12 +435,12 @@ class Lab:
         watch(policy, step) -> {name: value}, every `eval_every` steps; by default the true reward and the KL. `lab.curve` keeps it."""
         steps = self.steps if steps is None else steps
         if isinstance(reference, str) and reference not in ("start", "round"):
-            raise ValueError(
+            raise UserError(
                 f'reference {reference!r} must be "start", "round", a model, a function or None'
             )
         fixed = not callable(data)
         if not fixed and not every:
-            raise ValueError("data is a function: align needs every=, the steps between two calls")
+            raise UserError("data is a function: align needs every=, the steps between two calls")
         start = frozen(policy) if reference == "start" else reference
         cacheable = (
             self.world.kind == "text"
@@ -965,7 +806,7 @@ class Lab:
         )
 
 
-class Diverged(ValueError):
+class Diverged(UserError):
     """A NaN or an infinity in a step."""
 
 
@@ -1004,124 +845,3 @@ def load_optimizer(optimizer, state):
     """Load an optimizer state that went through JSON, where the keys of dicts are texts."""
     state["state"] = {int(k): v for k, v in state["state"].items()}
     optimizer.load_state_dict(state)
-
-
-def remove_value(path):
-    """Delete what `save_value` wrote."""
-    for name in (_tensor_file(path), os.path.basename(path) + ".json"):
-        if name:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(os.path.join(os.path.dirname(path), name))
-
-
-def pick_device(name):
-    """The torch device of --device; ValueError when it is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise ValueError(
-            f"--device {name} is not there (this torch {torch.__version__} sees: cpu{', cuda' * torch.cuda.is_available()})"
-        ) from None
-    return device
-
-
-def load_pretrained(folder):
-    """The model of a checkpoint folder or Hub name: UNet or GPT, by its config.json."""
-    path = os.path.join(folder, "config.json")
-    if os.path.exists(path):
-        with contextlib.suppress(ValueError), open(path, encoding="utf-8") as file:
-            if json.load(file).get("model_type") == "unet":
-                return nanomodel.UNet.from_pretrained(folder)
-    return nanomodel.GPT.from_pretrained(folder)
-
-
-def make_world(settings, start=None):
-    """The World of --world, or of --data; `start` is the model of --init."""
-    if settings.data:
-        if settings.world:
-            raise ValueError("--world and --data exclude each other")
-        if settings.data.endswith(".npz"):
-            return importlib.import_module("toy.digits").World.from_npz(
-                settings.data, settings.image_size
-            )
-        return importlib.import_module("toy.files").World(settings, start)
-    if settings.image_size or settings.truncate or settings.context:
-        raise ValueError("--image_size, --truncate and --context are for --data")
-    name = settings.world or "reviews"
-    if name not in worlds():
-        raise ValueError(unknown("world", name, worlds()))
-    world = importlib.import_module(f"toy.{name}").World()
-    if getattr(start, "tokenizer", None) is not None:
-        world.tokenizer = start.tokenizer
-    return world
-
-
-def idle(settings, world):
-    """Names of the settings that are set and would do nothing in this world."""
-    names = (
-        ["flip", "label_temperature", "length_bias", "image_size", "k"]
-        if settings.data and world.kind == "text"
-        else []
-    )
-    names += ["label_temperature", "length_bias"] if getattr(world, "verifier", False) else []
-    names += (
-        []
-        if world.kind == "text"
-        else ["max_response", "length_bias", "temperature", "context", "truncate"]
-    )
-    names += ["base_steps", "context"] if settings.init else []
-    names += [] if getattr(world, "base", None) else ["base_steps"]
-    return [
-        name for name in dict.fromkeys(names) if getattr(settings, name) != getattr(Settings, name)
-    ]
-
-
-def refuse_idle(settings, world, start):
-    """ValueError naming settings that would do nothing in this world, and a model of --init that is none of this world's kind."""
-    fits = {"text": nanomodel.GPT, "images": nanomodel.UNet}.get(world.kind, ())
-    if start is not None and not isinstance(start, fits):
-        raise ValueError(
-            f"--init {settings.init} is a {type(start).__name__}, {world.name} is a world of {world.kind}"
-        )
-    if isinstance(start, nanomodel.UNet) and (start.shape, start.classes) != (
-        world.model().shape,
-        world.model().classes,
-    ):
-        raise ValueError(
-            f"--init {settings.init} makes images of shape {start.shape}, {world.name} has {world.model().shape}"
-        )
-    bad = idle(settings, world)
-    if bad:
-        raise ValueError(
-            f"--{', --'.join(bad)} would do nothing in {world.name}"
-            + (" with --init" if settings.init else "")
-        )
-
-
-def worlds():
-    """Names of the toy worlds."""
-    return sorted(
-        f[:-3]
-        for f in os.listdir(os.path.join(HERE, "toy"))
-        if f.endswith(".py") and f not in ("__init__.py", "files.py")
-    )
-
-
-def methods():
-    """Names of the methods."""
-    return sorted(
-        f[:-3]
-        for f in os.listdir(os.path.join(HERE, "methods"))
-        if f.endswith(".py") and f != "__init__.py"
-    )
-
-
-def unknown(kind, name, known):
-    """A line about a name that does not exist, with the nearest one that does."""
-    near = difflib.get_close_matches(name, known, 1, 0.5)
-    return f"unknown {kind} {name!r}" + (
-        f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
-    )
