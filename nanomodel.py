@@ -1,4 +1,4 @@
-"""The models: GPT (the Llama family's shape), UNet, the noise process; scoring and sampling for both.
+"""The models: GPT (the Llama family's shape), UNet; scoring and sampling for both.
 
 Every model offers `logps(batch)` -> log-probabilities (B, K, T) and `sample(prompts, k, rng)`. B prompts, K responses, T response tokens,
 N packed rows of S tokens, G branches a row, V vocabulary, H heads.
@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from data import Tokenizer, UserError, error_line
+from diffusion import alpha_bar, ddim_step, mixture, q_sample, spread, to_eps, to_sigma
 
 # ---------------------------------------------------------------- folders
 
@@ -562,108 +563,7 @@ class GPT(nn.Module):
         return model
 
 
-# ---------------------------------------------------------------- the noise process
-# x_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps, alpha_bar falling from 1 (image) to 0 (noise)
-
-
-def alpha_bar(schedule="linear", steps=1000):
-    """Signal power (steps,) float64 of DDPM ("linear"), Stable Diffusion ("scaled_linear") or improved DDPM ("cosine")."""
-    if schedule == "cosine":
-        angle = (torch.arange(steps, dtype=torch.float64) / steps + 0.008) / 1.008 * math.pi / 2
-        return ((angle.cos() / angle[0].cos()) ** 2).clamp(
-            max=1 - 1e-5
-        )  # a noise level of exactly 0 has no logarithm
-    if schedule == "linear":
-        beta = torch.linspace(1e-4, 2e-2, steps, dtype=torch.float64)
-    elif schedule == "scaled_linear":
-        beta = torch.linspace(0.00085**0.5, 0.012**0.5, steps, dtype=torch.float64) ** 2
-    else:
-        raise UserError(f"schedule = {schedule!r}: expected linear, scaled_linear or cosine")
-    return (1 - beta).cumprod(0)
-
-
-# the same noise level in the other two conventions: EDM's sigma (x_edm = x0 + sigma eps = x_t / sqrt(alpha_bar)) and the
-# time of flow matching (z = t x0 + (1 - t) eps = x_t / (sqrt(alpha_bar) + sqrt(1 - alpha_bar)), 1 = image)
-def to_sigma(a):
-    return ((1 - a) / a).sqrt()
-
-
-def from_sigma(sigma):
-    return 1 / (1 + sigma**2)
-
-
-def to_flow(a):
-    return 1 / (1 + to_sigma(a))
-
-
-def from_flow(t):
-    return from_sigma((1 - t) / t)
-
-
-def q_sample(x0, eps, a):
-    return a.sqrt() * x0 + (1 - a).sqrt() * eps
-
-
-def mixture(kind, a, k=0.5, sd=1.0):
-    """(c, d) of a network output c x0 + d eps: "eps", "x0", "v_vp" (Salimans & Ho), "v_flow" = x0 - eps, "u" = k x0 - (1-k) eps
-    (k-Diff), "edm" = Karras et al.'s F for data of standard deviation sd. a: alpha_bar, a tensor."""
-    if kind == "v_vp":
-        return -(1 - a).sqrt(), a.sqrt()
-    if kind == "edm":
-        sigma = to_sigma(a)
-        norm = (sigma**2 + sd**2).sqrt()
-        return sigma / (sd * norm), -sd / norm
-    constant = {"eps": (0.0, 1.0), "x0": (1.0, 0.0), "v_flow": (1.0, -1.0), "u": (k, k - 1.0)}
-    if kind not in constant:
-        raise UserError(f"prediction = {kind!r}: expected eps, x0, v_vp, v_flow, u or edm")
-    return constant[kind]
-
-
-# x_t and a prediction are two linear equations in x0 and eps: one solution serves every kind
-def to_x0(kind, output, x, a, **how):
-    c, d = mixture(kind, a, **how)
-    return (d * x - (1 - a).sqrt() * output) / (d * a.sqrt() - c * (1 - a).sqrt())
-
-
-def to_eps(kind, output, x, a, **how):
-    c, d = mixture(kind, a, **how)
-    return (a.sqrt() * output - c * x) / (d * a.sqrt() - c * (1 - a).sqrt())
-
-
-def edm(sigma, sd):
-    """c_skip, c_out, c_in, c_noise of D(x) = c_skip x + c_out F(c_in x, c_noise); its loss weight is 1 / c_out^2 (Karras et al. 2022)."""
-    total = sigma**2 + sd**2
-    return sd**2 / total, sigma * sd / total.sqrt(), 1 / total.sqrt(), sigma.log() / 4
-
-
-def ddim_step(x, eps, a, b, eta=0.0, z=None):
-    """From level a to level b (alpha_bar; b > a towards the image, b < a inverts): the next x, or with eta > 0 and no z
-    its (mean, std). eta = 1 has DDPM's posterior variance; x0 is never clipped, so that densities and inversion stay exact."""
-    variance = eta**2 * (1 - b) / (1 - a) * (1 - a / b) if eta else 0.0
-    mean = b.sqrt() * to_x0("eps", eps, x, a) + (1 - b - variance).sqrt() * eps
-    if not eta:
-        return mean
-    return mean + variance.sqrt() * z if z is not None else (mean, variance.sqrt())
-
-
-def ddim_logprob(x_next, x, eps, a, b, eta):
-    """log p(x_next | x) (n,), summed over the dimensions of one image (D3PO, Alg. 1). ValueError: eta = 0 has no density."""
-    if eta <= 0:
-        raise UserError(f"eta = {eta}: a deterministic step has no density, expected eta > 0")
-    mean, std = ddim_step(x, eps, a, b, eta)
-    return (
-        (-((x_next - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi))
-        .flatten(1)
-        .sum(1)
-    )
-
-
 # ---------------------------------------------------------------- denoisers
-
-
-def spread(values, x):
-    """(n,) or (n, K) numbers as a tensor that broadcasts over the images x (n, ...) or (n, K, ...)."""
-    return values.reshape(*values.shape, *[1] * (x.dim() - values.dim()))
 
 
 class Denoiser(nn.Module):

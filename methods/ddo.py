@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from data import Batch, UserError
-from nanomodel import to_sigma
+from diffusion import to_sigma
 from toy import bandit, gaussians
 
 FAMILY, KINDS = "self-play", ("text", "images", "table")

@@ -9,10 +9,10 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from data import collate
+from diffusion import edm, q_sample, to_eps, to_sigma
 from lab import Lab, Settings
 from methods import ddo
 from methods.ddo import Config, counting, expected_loss, likelihood, loss, run, theory
-from nanomodel import edm, q_sample, to_eps, to_sigma
 from toy.bandit import Table, World
 from toy.gaussians import MLP
 

@@ -8,20 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import nanomodel
-from nanomodel import (
-    Denoiser,
-    UNet,
-    UNetConfig,
-    ddim_logprob,
-    ddim_step,
-    edm,
-    mixture,
-    q_sample,
-    to_eps,
-    to_sigma,
-    to_x0,
-)
+import diffusion
+from diffusion import ddim_logprob, ddim_step, edm, mixture, q_sample, to_eps, to_sigma, to_x0
+from nanomodel import Denoiser, UNet, UNetConfig
 
 A, X0, EPS = (
     torch.tensor([v], dtype=torch.float64) for v in (0.2, 1.5, -0.7)
@@ -63,7 +52,7 @@ def rng(seed=0):
     ],
 )
 def test_alpha_bar_tables(schedule, steps, expected):
-    table = nanomodel.alpha_bar(schedule)
+    table = diffusion.alpha_bar(schedule)
     assert (
         table.shape == (1000,)
         and table.dtype == torch.float64
@@ -77,7 +66,7 @@ def test_alpha_bar_tables(schedule, steps, expected):
 
 def test_unknown_schedule_and_prediction_are_refused():
     with pytest.raises(ValueError, match="schedule = 'sqrt'"):
-        nanomodel.alpha_bar("sqrt")
+        diffusion.alpha_bar("sqrt")
     with pytest.raises(ValueError, match="prediction = 'v'"):  # which v?
         mixture("v", A)
 
@@ -88,12 +77,12 @@ def test_one_point_in_three_conventions():
     close(sigma, [2.0])
     close(x / A.sqrt(), X0 + sigma * EPS)
     close(x / A.sqrt(), [0.1])
-    t = nanomodel.to_flow(A)
+    t = diffusion.to_flow(A)
     close(t, [1 / 3])
     close(x / (A.sqrt() + (1 - A).sqrt()), t * X0 + (1 - t) * EPS)
     close(x / (A.sqrt() + (1 - A).sqrt()), [0.0333333])
-    close(nanomodel.from_sigma(sigma), A)
-    close(nanomodel.from_flow(t), A)
+    close(diffusion.from_sigma(sigma), A)
+    close(diffusion.from_flow(t), A)
 
 
 def predict(kind, x0, eps, a, **how):
@@ -127,7 +116,7 @@ def test_every_prediction_gives_image_and_noise_back(kind):
 
 
 def test_textbook_forms_of_the_conversions():
-    x, sigma, t = q_sample(X0, EPS, A), to_sigma(A), nanomodel.to_flow(A)
+    x, sigma, t = q_sample(X0, EPS, A), to_sigma(A), diffusion.to_flow(A)
     z, out = (
         x / (A.sqrt() + (1 - A).sqrt()),
         torch.tensor([0.37], dtype=torch.float64),
@@ -203,7 +192,7 @@ def test_ddim_with_the_true_noise_is_exact():
 
 
 def test_ancestral_step_has_the_posterior_of_ddpm():
-    table = nanomodel.alpha_bar()
+    table = diffusion.alpha_bar()
     for t, s, expected in ((500, 499, 0.100256), (999, 998, 0.141421), (500, 400, 0.723196)):
         close(ddim_step(X0, EPS, table[t], table[s], eta=1.0)[1], expected, 1e-5)
     a, b = table[500], table[499]
@@ -216,7 +205,7 @@ def test_ancestral_step_has_the_posterior_of_ddpm():
 
 
 def test_ddim_logprob_is_that_of_the_gaussian():
-    a, b = nanomodel.alpha_bar()[[700, 600]]
+    a, b = diffusion.alpha_bar()[[700, 600]]
     x, eps, z = torch.randn(3, 4, 1, 2, 2, generator=rng(), dtype=torch.float64)
     for eta in (0.3, 1.0):
         mean, std = ddim_step(x, eps, a, b, eta)
@@ -236,10 +225,10 @@ class Gaussian(Denoiser):
     def __init__(self, std, prediction="eps"):
         super().__init__((2,), 1, prediction)
         self.std = std
-        self.alpha_bar = nanomodel.alpha_bar()  # float64, which the module's own copy is not
+        self.alpha_bar = diffusion.alpha_bar()  # float64, which the module's own copy is not
 
     def forward(self, x, noise_level, label):
-        a = nanomodel.from_sigma((4 * noise_level).exp())[:, None]
+        a = diffusion.from_sigma((4 * noise_level).exp())[:, None]
         eps = (1 - a).sqrt() * x / (a * self.std**2 + 1 - a)
         return predict(self.prediction, to_x0("eps", eps, x, a), eps, a)
 
