@@ -1,0 +1,80 @@
+"""What a loss must be: checked in the first step of every run, in one line that says what to change."""
+
+import torch
+
+from data import UserError
+
+PAIR = "end `loss` with `return losses, metrics` (metrics may be {})"
+
+
+def unpack(returned):
+    """(losses, metrics) of what a loss returned; UserError when it is not that pair."""
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        what = type(returned).__name__
+        what = f"{len(returned)} values" if isinstance(returned, tuple) else f"one {what}"
+        raise UserError(f"the loss returns {what}, not losses and metrics: {PAIR}")
+    return returned
+
+
+def first_step(losses, metrics, logps, batch):
+    """UserError, in one line, unless this is what a loss must return for this batch.
+
+    losses (B,), finite, with a gradient in logps (B, K, T); metrics {name: detached number}.
+    It reads values from the device, so it is called once, in the first step, before `backward`.
+    """
+    wanted = (len(batch.mask),)
+    if not isinstance(losses, torch.Tensor):
+        raise UserError(f"the losses are a {type(losses).__name__}, not a tensor: {PAIR}")
+    if losses.shape != wanted:
+        raise UserError(shape_line(tuple(losses.shape), tuple(batch.mask.shape)))
+    check_metrics(metrics)
+    bad = int((~losses.isfinite()).sum())
+    if bad:
+        raise UserError(
+            f"{bad} of {len(losses)} losses are NaN or infinite in the first step, before any "
+            "weight has changed: look for the logarithm of a number that is not positive, "
+            "a division by zero or an overflow in `loss`"
+        )
+    slope = None
+    if losses.requires_grad:
+        slope = torch.autograd.grad(losses.mean(), logps, retain_graph=True, allow_unused=True)[0]
+    if slope is None:
+        raise UserError(
+            "the loss has no gradient in the policy: it must read `logps`, and must not detach it"
+        )
+    if not slope.isfinite().all():
+        raise UserError(
+            "the gradient of the loss is NaN or infinite in the first step, although the losses "
+            "are finite: look for a square root or a logarithm at 0, or torch.where over an "
+            "infinite branch"
+        )
+
+
+def shape_line(shape, rows):
+    """What to change in a loss whose losses have this shape; rows: (B, K, T)."""
+    B, K, T = rows
+    line = f"the losses have shape {shape}, expected ({B},), one loss per row: "
+    if shape == ():
+        return line + "leave out the last .mean() or .sum(), the loop takes the mean over the rows"
+    if shape == (B, T):
+        return line + "sum (or average) over the tokens before the loss, with .sum(-1)"
+    if shape == (B, K):
+        return line + "combine the K responses of a row, with .sum(1) or .mean(1)"
+    if shape == (B, K, T):
+        return line + "sum over the tokens with .sum(-1) and combine the K responses of a row"
+    return line + "reduce every dimension but the first"
+
+
+def check_metrics(metrics):
+    """UserError unless metrics is {name: a number or a detached tensor of one number}."""
+    if not isinstance(metrics, dict):
+        raise UserError(f"the metrics are a {type(metrics).__name__}, not a dict: {PAIR}")
+    for name, value in metrics.items():
+        if not isinstance(value, torch.Tensor):
+            if not isinstance(value, (int, float)):
+                raise UserError(f"the metric {name!r} is a {type(value).__name__}, not a number")
+        elif value.requires_grad:
+            raise UserError(f"the metric {name!r} has a gradient: add .detach() to it")
+        elif value.numel() != 1:
+            shape = tuple(value.shape)
+            raise UserError(f"the metric {name!r} has shape {shape}: add .mean() to it")
