@@ -68,15 +68,16 @@ def check_fields(cfg, **allowed):
             raise UserError(f"{name} = {value}: expected {what} in {where}")
 
 
-def fill_variant(cfg, variants):
-    """Give the fields of a Config that are None the defaults of its `variant`.
+def fill_variant(cfg, variants, field="variant"):
+    """Give the fields of a Config that are None the defaults of its variant, which `field` names.
 
     variants: {variant: {field: default}}. UserError: the variant is unknown, or a field was given
     that only other variants read.
     """
-    if cfg.variant not in variants:
-        raise UserError(f"variant = {cfg.variant}: expected one of {', '.join(variants)}")
-    known = variants[cfg.variant]
+    variant = getattr(cfg, field)
+    if variant not in variants:
+        raise UserError(f"{field} = {variant}: expected one of {', '.join(variants)}")
+    known = variants[variant]
     for name in dict.fromkeys(name for each in variants.values() for name in each):
         value = getattr(cfg, name)
         if name in known and value is None:
@@ -84,8 +85,7 @@ def fill_variant(cfg, variants):
         elif name not in known and value is not None:
             readers = ", ".join(v for v, names in variants.items() if name in names)
             raise UserError(
-                f"{name} = {value} does nothing with variant = {cfg.variant}; "
-                f"it is read by {readers}"
+                f"{name} = {value} does nothing with {field} = {variant}; it is read by {readers}"
             )
 
 
