@@ -34,8 +34,10 @@ from lab.settings import (
     load_pretrained,
     make_world,
     methods,
+    paper,
     pick_device,
     refuse_idle,
+    title,
     unknown,
     worlds,
 )
@@ -132,6 +134,13 @@ def load_method(name):
     return importlib.import_module(f"methods.{name}")
 
 
+def load_claim(name):
+    """The function `claim(lab)` of claims/NAME.py, or of the method's file while it stands there."""
+    if os.path.exists(os.path.join(HERE, "claims", f"{name}.py")):
+        return importlib.import_module(f"claims.{name}").claim
+    return load_method(name).claim
+
+
 def combinations(flags, owners):
     """The runs that the flags ask for -> list of (method or None, Settings, Config or None, varied dict); every value checked."""
     names = flags.get("method", "").split(",") if flags.get("method") else [None]
@@ -169,7 +178,7 @@ def combinations(flags, owners):
         grid = dict(grids)
         for name in configs & set(kinds):
             grid[name] = [convert(name, part, kinds[name][0]) for part in flags[name].split(",")]
-        defaults = dict(module.DEFAULTS) if module and len(names) == 1 else {}
+        defaults = dict(paper(module).defaults) if module and len(names) == 1 else {}
         if "data" in grid:
             defaults = {}
         if (
@@ -182,7 +191,7 @@ def combinations(flags, owners):
         for name, values in grid.items():
             if len(set(values)) < len(values):
                 raise UserError(f"--{name} {flags.get(name)} names a value twice")
-        for name in getattr(module, "UNUSED", ()):
+        for name in paper(module).ignores if module else ():
             if name in grid:
                 raise UserError(f"--{name} does nothing under {method}")
         for values in itertools.product(*grid.values()):
@@ -200,28 +209,29 @@ def combinations(flags, owners):
 
 def check_fit(method, module, world, settings):
     """ValueError when a method cannot use a world, with the methods that can, or a setting does nothing with the two."""
-    if world.kind not in module.KINDS:
-        able = [n for n in methods() if world.kind in load_method(n).KINDS]
+    if world.kind not in paper(module).worlds:
+        able = [n for n in methods() if world.kind in paper(load_method(n)).worlds]
         raise UserError(
-            f"{method} needs a world of {' or '.join(module.KINDS)}, {world.name} is one of {world.kind}; {', '.join(able)} can use it"
+            f"{method} needs a world of {' or '.join(paper(module).worlds)}, {world.name} is one of {world.kind}; {', '.join(able)} can use it"
         )
-    needs = getattr(module, "NEEDS", "pairs or lists")
+    needs = paper(module).needs
     if needs in ("verifier", "reward") and not hasattr(world, needs):
+        papers = {n: paper(load_method(n)) for n in methods()}
         able = [
             n
-            for n in methods()
-            if world.kind in load_method(n).KINDS
-            and hasattr(world, getattr(load_method(n), "NEEDS", "name"))
+            for n, other in papers.items()
+            if world.kind in other.worlds
+            and (other.needs == "pairs or lists" or hasattr(world, other.needs))
         ]
         raise UserError(
             f"{method} needs a world with a {needs}, {world.name} has none; {', '.join(able)} can use it"
         )
     if needs != "demonstrations" and getattr(world, "single", False):
-        able = [n for n in methods() if getattr(load_method(n), "NEEDS", "") == "demonstrations"]
+        able = [n for n in methods() if paper(load_method(n)).needs == "demonstrations"]
         raise UserError(
             f"{world.name} has single answers (completion/label), {method} needs {needs}; {', '.join(able)} can use it"
         )
-    if module.FAMILY == "lists" and hasattr(
+    if paper(module).family == "lists" and hasattr(
         world, "lists"
     ):  # given, graded by the truth; only their length is a choice
         idle = [
@@ -407,11 +417,11 @@ def run_claims(method, settings, seeds, out, quiet=False):
     """The claims of one method's file, as written to claim.json: a list of dicts, one a claim."""
     module, start = load_method(method), time.time()
     print(
-        f"{(module.__doc__ or method).strip().splitlines()[0]}\nclaims on seeds {', '.join(map(str, seeds))}",
+        f"{title(module)}\nclaims on seeds {', '.join(map(str, seeds))}",
         flush=True,
     )
     lab = Lab(settings, out, quiet=quiet or not sys.stderr.isatty(), seeds=len(seeds))
-    claims = module.claim(lab)
+    claims = load_claim(method)(lab)
     print("\n" + report.claims_table(claims))
     command = f"python train.py --method {method} --claim --seeds {len(seeds)}" + (
         f" --seed {seeds[0]}" if seeds[0] else ""
@@ -512,7 +522,7 @@ def print_help():
         print(f"  --{name:<18} {text} [{default}]")
     for name in methods():
         module = load_method(name)
-        print(f"\n{(module.__doc__ or name).strip().splitlines()[0]}  (--method {name})")
+        print(f"\n{title(module)}  (--method {name})")
         for field, (_, default, text) in explanations(module.Config).items():
             print(f"  --{field:<18} {text} [{default}]")
 
@@ -525,9 +535,9 @@ def print_list():
         rows.append(
             [
                 name,
-                module.FAMILY,
-                "/".join(module.KINDS),
-                (module.__doc__ or "").strip().splitlines()[0],
+                paper(module).family,
+                "/".join(paper(module).worlds),
+                title(module),
             ]
         )
     print(report.table(rows, ["method", "family", "worlds of", "paper"]))

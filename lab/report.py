@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from data import interval, wilson
+from lab.settings import title as title_of
 from lab.store import write_beside
 
 # ---------------------------------------------------------------- measuring
@@ -282,7 +283,7 @@ def clock(seconds):
 
 def header(lab, name, module, cfg, model):
     """The first lines of a run."""
-    title = (module.__doc__ or name).strip().splitlines()[0] if module else name
+    line = title_of(module) if module else name
     config = "  ".join(f"{k} {v}" for k, v in vars(cfg).items() if v is not None) if cfg else ""
     tokenizer = getattr(model, "tokenizer", None)
     dtype = "bfloat16 autocast" if lab.bf16 else "float32"
@@ -296,7 +297,7 @@ def header(lab, name, module, cfg, model):
         else []
     )
     parts += [f"{lab.device.type}, {dtype}, {torch.get_num_threads()} threads"]
-    lines = [title, "   ".join(parts)]
+    lines = [line, "   ".join(parts)]
     lines.append(
         f"steps {lab.steps}   batch_size {lab.batch_size}   lr {lab.lr:g}   seed {lab.settings.seed}   {config}".rstrip()
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 import nanomodel
-from data import UserError
+from data import Paper, UserError
 from lab.store import HERE
 
 
@@ -196,6 +196,20 @@ def methods():
         for f in os.listdir(os.path.join(HERE, "methods"))
         if f.endswith(".py") and f != "__init__.py"
     )
+
+
+def paper(module):
+    """The Paper of a method file; built from its constants where a file still has those."""
+    if hasattr(module, "PAPER"):
+        return module.PAPER
+    needs = getattr(module, "NEEDS", "pairs or lists")
+    unused = getattr(module, "UNUSED", ())
+    return Paper(module.FAMILY, module.KINDS, needs, unused, module.DEFAULTS)
+
+
+def title(module):
+    """The first paragraph of a method file's docstring: name, title, year and arXiv number."""
+    return " ".join((module.__doc__ or module.__name__).strip().split("\n\n")[0].split())
 
 
 def unknown(kind, name, known):

@@ -11,12 +11,11 @@ import torch.nn.functional as F
 import train
 from data import collate
 from lab import Lab, Settings
-from methods import dpo, rdpo, sft
+from methods import dpo, sft
 from methods.asft import (
     KINDS,
     LARGEST,
     Config,
-    check_pairs,
     displacement,
     dpo_of_pairs,
     log1mexp,
@@ -426,6 +425,4 @@ def test_a_run_makes_no_reference(monkeypatch):
 
 
 def test_shared_scaffold():
-    assert inspect.getsource(check_pairs) == inspect.getsource(dpo.check_pairs)
-    assert inspect.getsource(population) == inspect.getsource(rdpo.population)
     assert inspect.getsource(dpo_of_pairs) == inspect.getsource(sft.dpo_of_pairs)

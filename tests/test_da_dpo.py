@@ -1,6 +1,5 @@
 """DA-DPO against its paper's card: values, gradients, the normaliser, the vote, and the toy of attributes."""
 
-import inspect
 import math
 from types import SimpleNamespace
 
@@ -14,7 +13,6 @@ from methods.da_dpo import (
     Config,
     attributes,
     balanced,
-    check_pairs,
     estimates,
     loss,
     normalised,
@@ -357,7 +355,3 @@ def test_the_estimators_are_frozen_models():
     assert contrastive[3].tolist() == pytest.approx(
         [a - b for a, b in zip(generative[3].tolist(), other)], abs=1e-3
     )
-
-
-def test_shared_functions():
-    assert inspect.getsource(check_pairs) == inspect.getsource(dpo.check_pairs)

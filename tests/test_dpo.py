@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from claims.dpo import preferred
 from data import collate
-from methods.dpo import Config, loss, preferred
+from methods.dpo import Config, loss
 from toy.bandit import Table, World
 
 

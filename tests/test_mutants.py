@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import data
 from lab import settings as lab_module
 
 # ---------------------------------------------------------------- inputs
@@ -694,6 +695,8 @@ def functions_of(module):
         for f in ast.parse(inspect.getsource(module)).body
         if isinstance(f, ast.FunctionDef)
     }
+    if hasattr(module, "pair"):  # the checks that losses on pairs share
+        tree["pair"] = ast.parse(inspect.getsource(data.pair)).body[0]
     found, ask = {}, ["loss"]
     while ask:
         name = ask.pop()
@@ -726,7 +729,7 @@ def built(module, functions):
             return x.detach()
         return x
 
-    space = dict(vars(module)) | {"_detached": detached}
+    space = vars(data) | vars(module) | {"_detached": detached}
     code = ast.fix_missing_locations(ast.Module(list(functions.values()), []))
     exec(compile(code, module.__file__, "exec"), space)
     return space["loss"], cut

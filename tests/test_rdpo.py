@@ -9,24 +9,18 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-from lab import Lab, Settings
-from methods import dpo
-from methods.rdpo import (
-    DEFAULTS,
-    FAMILY,
-    KINDS,
-    Config,
-    check_pairs,
+from claims.rdpo import (
     conservative_dpo,
     far_slope,
-    loss,
     on_reviews,
     on_six_responses,
     population,
-    run,
     same_kl,
     six,
 )
+from lab import Lab, Settings
+from methods import dpo
+from methods.rdpo import PAPER, Config, loss, run
 from toy.bandit import World
 
 
@@ -354,7 +348,7 @@ def test_huge_margins_stay_finite():
 
 @pytest.mark.parametrize("epsilon", [-1e-9, -0.1, 0.5, 0.7, 1.0, math.inf, math.nan])
 def test_a_flip_rate_out_of_range_is_refused(epsilon):
-    with pytest.raises(ValueError, match=r"epsilon = .*0 <= epsilon < 0\.5"):
+    with pytest.raises(ValueError, match=r"epsilon = .*\[0, 0\.5\)"):
         Config(epsilon=epsilon)
 
 
@@ -386,14 +380,9 @@ def test_rows_that_are_no_pairs_are_refused():
 
 
 def test_the_file_has_the_parts_that_all_have():
-    assert (FAMILY, KINDS, DEFAULTS) == (
-        "pairs",
-        ("text", "images", "table"),
-        {"world": "reviews", "flip": 0.3, "prompts": 12800, "lr": 4e-4},
-    )
-    assert inspect.getsource(check_pairs) == inspect.getsource(
-        dpo.check_pairs
-    ) and inspect.getsource(run) == inspect.getsource(dpo.run)
+    assert (PAPER.family, PAPER.worlds) == ("pairs", ("text", "images", "table"))
+    assert PAPER.defaults == {"world": "reviews", "flip": 0.3, "prompts": 12800, "lr": 4e-4}
+    assert inspect.getsource(run) == inspect.getsource(dpo.run)
     assert Config() == Config(beta=0.1, epsilon=0.3)
 
 

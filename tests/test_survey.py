@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import lab
+from claims.rdpo import conservative_dpo
 from methods import asft, dpo, fdpo, ld_dpo, rdpo
 from methods.survey import (
     FREE,
@@ -252,7 +253,7 @@ def test_cdpo_is_the_baseline_of_rdpo_and_orpo_has_the_odds_of_asft():
     cfg = SimpleNamespace(beta=0.3, epsilon=0.2)
     torch.testing.assert_close(
         value(item, "cdpo", beta=0.3, epsilon=0.2),
-        rdpo.conservative_dpo(*item, cfg)[0],
+        conservative_dpo(*item, cfg)[0],
         rtol=0,
         atol=1e-12,
     )

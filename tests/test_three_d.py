@@ -1,6 +1,5 @@
 """3D-Properties against the paper's card: values, gradients in log-probs and in likelihoods, the toys, and the look at a finished run."""
 
-import inspect
 import json
 import math
 from types import SimpleNamespace
@@ -14,7 +13,6 @@ from lab import Lab, Settings
 from methods import dpo
 from methods.three_d import (
     Config,
-    check_pairs,
     embedded,
     evaluate,
     likelihood_slopes,
@@ -279,7 +277,6 @@ def test_defaults():
     assert vars(Config()) == dict(variant="flex", beta=0.1, beta_rejected=0.05, gamma=0.0)
     assert vars(Config("sft")) == dict(variant="sft", beta=0.1, beta_rejected=0.1, gamma=0.02)
     assert vars(Config("dpo", 0.4)) == dict(variant="dpo", beta=0.4, beta_rejected=0.4, gamma=0.0)
-    assert inspect.getsource(check_pairs) == inspect.getsource(dpo.check_pairs)
 
 
 def test_what_is_no_pair_is_refused():

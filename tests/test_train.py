@@ -1,7 +1,6 @@
 """The command line: runs, files, bad input, interrupted runs. Small worlds and few steps; nothing is downloaded."""
 
 import dataclasses
-import importlib
 import json
 import os
 import re
@@ -405,7 +404,7 @@ def test_a_killed_claim_goes_on(tmp_path, monkeypatch):
             found.append(here.curve[-1])
         return [lab.compare("a claim", "reward", found, [0.0] * len(found))]
 
-    monkeypatch.setattr(methods.dpo, "claim", claim)
+    monkeypatch.setattr(train, "load_claim", lambda name: claim)
     argv = ["--method", "dpo", "--claim", "--seeds", "3", "--out"]
     codes = [train.cli([*argv, "whole"])]
     loss = killed_at(monkeypatch, 9)  # at the second seed
@@ -429,7 +428,8 @@ def test_a_killed_claim_goes_on(tmp_path, monkeypatch):
 def test_the_claims_of_many_methods_go_on_after_a_failure_and_are_resumed(
     tmp_path, monkeypatch, capsys
 ):
-    ran = []
+    ran, made = [], {}
+    monkeypatch.setattr(train, "load_claim", made.get)
 
     def claim(name, differ):
         def make(lab):
@@ -441,7 +441,7 @@ def test_the_claims_of_many_methods_go_on_after_a_failure_and_are_resumed(
                 lab.compare("a control", "kl", [0.0], [1.0], expected=False),
             ]
 
-        monkeypatch.setattr(importlib.import_module(f"methods.{name}"), "claim", make)
+        made[name] = make
 
     claim("dpo", [1.0, 2.0, 3.0]), claim("irpo", [1.0, 1.0, 1.0]), claim("rdpo", [1.0, 2.0, 0.6])
     argv = ["--method", "dpo,irpo,rdpo", "--claim", "--seeds", "3"]
