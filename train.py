@@ -215,25 +215,23 @@ def check_fit(method, module, world, settings):
             f"{method} needs a world of {' or '.join(paper(module).worlds)}, {world.name} is one of {world.kind}; {', '.join(able)} can use it"
         )
     needs = paper(module).needs
-    if needs in ("verifier", "reward") and not hasattr(world, needs):
+    if needs in ("verifier", "reward") and not getattr(world, needs):
         papers = {n: paper(load_method(n)) for n in methods()}
         able = [
             n
             for n, other in papers.items()
-            if world.kind in other.worlds
-            and (other.needs == "pairs or lists" or hasattr(world, other.needs))
+            if world.kind in other.worlds and getattr(world, other.needs, True)
         ]
         raise UserError(
             f"{method} needs a world with a {needs}, {world.name} has none; {', '.join(able)} can use it"
         )
-    if needs != "demonstrations" and getattr(world, "single", False):
+    if needs != "demonstrations" and world.single:
         able = [n for n in methods() if paper(load_method(n)).needs == "demonstrations"]
         raise UserError(
             f"{world.name} has single answers (completion/label), {method} needs {needs}; {', '.join(able)} can use it"
         )
-    if paper(module).family == "lists" and hasattr(
-        world, "lists"
-    ):  # given, graded by the truth; only their length is a choice
+    if paper(module).family == "lists" and world.lists is not None:
+        # given, graded by the truth; only their length is a choice
         idle = [
             n
             for n in ("flip", "label_temperature", "length_bias")
@@ -309,7 +307,7 @@ def one_run(method, settings, cfg, out, show=False, quiet=False):
         with open(done, encoding="utf-8") as file:
             return json.load(file)
     say(report.header(lab, method, module, cfg, lab.base()))
-    for reason, n in getattr(lab.world, "counts", {}).items():
+    for reason, n in lab.world.counts.items():
         say(f"{n} rows of {lab.world.name} are left out: {reason}")
     model = module.run(lab, cfg)
     if model is None:
@@ -329,10 +327,10 @@ def one_run(method, settings, cfg, out, show=False, quiet=False):
     )
     summary |= {"before": before, "after": after}
     say("\n" + report.before_after(before, after))
-    if not hasattr(lab.world, "reward"):
+    if lab.world.reward is None:
         say("There is no true reward in this data, so none is reported.")
-    if hasattr(lab.world, "picture"):
-        lab.world.picture(os.path.join(out, "samples.png"), *report.pictures(lab, model))
+    if lab.world.kind == "images":
+        report.write_picture(out, lab.world.picture(*report.pictures(lab, model)))
     elif lab.world.kind == "text":
         samples = report.side_by_side(lab, model)
         say("\n" + samples)

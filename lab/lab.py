@@ -47,7 +47,7 @@ class Lab:
         self.start = load_pretrained(settings.init).to(self.device) if settings.init else None
         self.world = make_world(settings, self.start)
         refuse_idle(settings, self.world, self.start)
-        own = getattr(self.world, "pairs", {})
+        own = self.world.align
         for name in (
             "steps",
             "batch_size",
@@ -61,7 +61,7 @@ class Lab:
             default = {
                 "k": 4,
                 "eval_every": None,
-                "max_response": getattr(self.world, "max_response", None),
+                "max_response": self.world.max_response,
             }.get(name)
             value = getattr(settings, name)
             setattr(self, name, own.get(name, default) if value is None else value)
@@ -149,7 +149,7 @@ class Lab:
         torch.manual_seed(settings.base_seed)
         model = world.model().to(self.device)
         self.context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-        if not getattr(world, "base", None) or stage == "raw" or settings.base_steps == 0:
+        if world.pretrain is None or stage == "raw" or settings.base_steps == 0:
             model.fingerprint = digest(
                 "raw",
                 settings.base_seed,
@@ -157,7 +157,7 @@ class Lab:
                 *source(nanomodel, data_module, sys.modules[type(world).__module__]),
             )
             return self._as_reference(model)
-        recipe = world.base | (
+        recipe = world.pretrain | (
             {} if settings.base_steps is None else {"steps": settings.base_steps}
         )
         key = digest(
@@ -278,7 +278,7 @@ class Lab:
 
     def truth(self, rows):
         """The true reward of every response -> list of lists; ValueError in a world without one."""
-        if not hasattr(self.world, "reward"):
+        if self.world.reward is None:
             raise UserError(
                 f"{self.world.name} has no true reward, so responses of a model cannot be labelled there"
             )
@@ -307,7 +307,7 @@ class Lab:
         and those that a verifier scores alike only with `ties`."""
         s = self.settings
         if s.data and self.world.kind == "text":
-            rows = self.world.pairs_or_lists(k)[: n or self.prompts]
+            rows = self.world.given(k)[: n or self.prompts]
             return self._adopt(rows)
         k, n = k or self.k, n or self.prompts
         fingerprint = getattr(policy, "fingerprint", None)
@@ -322,11 +322,11 @@ class Lab:
             rows = self.sample(policy, prompts, k)
             rows = [row | {"reward": r} for row, r in zip(rows, self.truth(rows))]
             prefers = None
-            if hasattr(world, "prefers") and k == 2:
+            if world.prefers is not None and k == 2:
                 a, b = ([self.text(row["responses"][i]) for row in rows] for i in (0, 1))
                 prefers = world.prefers(prompts, a, b).tolist()
             lengths = [[len(r) for r in row["responses"]] for row in rows]
-            noise = (s.label_temperature, s.flip, s.length_bias, getattr(world, "verifier", False))
+            noise = (s.label_temperature, s.flip, s.length_bias, world.verifier)
             rows = label(rows, self.rng("labels"), *noise, prefers, lengths)
             return [row for row in rows if ties or k > 2 or row["scores"][0] != row["scores"][1]]
 
@@ -833,7 +833,7 @@ def interruptible():
 
 def world_key(world):
     """What makes a world apart from its source, for cache keys."""
-    return world.key() if hasattr(world, "key") else world.name
+    return world.key()
 
 
 def frozen(model):

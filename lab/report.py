@@ -95,7 +95,7 @@ def of_base(lab, name, look):
     key = [
         name,
         fingerprint,
-        getattr(world, "key", lambda: world.name)(),
+        world.key(),
         s.eval_size,
         s.base_seed,
         s.temperature,
@@ -107,7 +107,7 @@ def of_base(lab, name, look):
 def eval_pairs(lab):
     """Held-out rows with clean labels: the file's, or pairs sampled from the base model and ordered by the truth (ties are left out)."""
     world, s = lab.world, lab.settings
-    if not hasattr(world, "reward"):
+    if world.reward is None:
         return lab._adopt(world.held_out[: s.eval_size])
 
     def draw():
@@ -185,10 +185,10 @@ def evaluate(lab, policy):
         rewards = [r[0] for r in lab.truth(rows)]
         out = {"reward": float(np.mean(rewards)), "reward_interval": interval(rewards)}
     else:
-        n = lab.settings.eval_size if hasattr(world, "reward") else min(lab.settings.eval_size, 16)
+        n = lab.settings.eval_size if world.reward is not None else min(lab.settings.eval_size, 16)
         prompts = eval_prompts(lab, n)
         rows = lab._adopt(lab.sample(policy, prompts, 1, lab._generator("evaluation samples")))
-        if hasattr(world, "reward"):
+        if world.reward is not None:
 
             def theirs():
                 return [
@@ -206,8 +206,7 @@ def evaluate(lab, policy):
         out["length"] = float(np.mean([len(row["responses"][0]) for row in rows]))
         out["diversity"] = diversity([row["responses"][0] for row in rows])
         out |= pair_stats(lab, policy)
-    if hasattr(world, "measure"):
-        out |= {k: float(v) for k, v in world.measure(policy, lab).items()}
+    out |= {k: float(v) for k, v in world.measure(policy, lab).items()}
     policy.train(training)
     return out
 
@@ -218,7 +217,7 @@ def glance(lab, policy):
     world, n = lab.world, max(2, lab.settings.eval_size // 2)
     if world.kind == "table":
         return {"reward": policy.expect(world.rewards()), "kl": policy.kl(lab.reference)}
-    if not hasattr(world, "reward"):
+    if world.reward is None:
         return (
             {k: v for k, v in pair_stats(lab, policy).items() if not isinstance(v, list)}
             if lab.settings.eval_every
@@ -360,7 +359,7 @@ def side_by_side(lab, policy, n=4):
         lab.sample(model, prompts, 1, rng)
         for model, rng in zip((lab.reference, policy), generators)
     )
-    truths = [lab.truth(rows) for rows in (base, ours)] if hasattr(lab.world, "reward") else None
+    truths = [lab.truth(rows) for rows in (base, ours)] if lab.world.reward is not None else None
     for i, prompt in enumerate(prompts):
         lines.append(f"> {lab.text(prompt).strip()}")
         for name, rows, side in (("before", base, 0), ("after ", ours, 1)):
@@ -384,6 +383,15 @@ def pictures(lab, policy, k=8):
         model.sample(prompts, k, lab._generator("samples")).cpu()
         for model in (lab.reference, policy)
     ]
+
+
+def write_picture(out, figure):
+    """Write the Figure of World.picture as samples.png into the folder `out`; None: there is nothing to write."""
+    if figure is not None:
+        write_beside(
+            os.path.join(out, "samples.png"),
+            lambda path: figure.savefig(path, dpi=150, format="png"),
+        )
 
 
 def show(lab, row, batch):

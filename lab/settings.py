@@ -145,14 +145,14 @@ def idle(settings, world):
         if settings.data and world.kind == "text"
         else []
     )
-    names += ["label_temperature", "length_bias"] if getattr(world, "verifier", False) else []
+    names += ["label_temperature", "length_bias"] if world.verifier else []
     names += (
         []
         if world.kind == "text"
         else ["max_response", "length_bias", "temperature", "context", "truncate"]
     )
     names += ["base_steps", "context"] if settings.init else []
-    names += [] if getattr(world, "base", None) else ["base_steps"]
+    names += [] if world.pretrain else ["base_steps"]
     return [
         name for name in dict.fromkeys(names) if getattr(settings, name) != getattr(Settings, name)
     ]
@@ -185,7 +185,7 @@ def worlds():
     return sorted(
         f[:-3]
         for f in os.listdir(os.path.join(HERE, "toy"))
-        if f.endswith(".py") and f not in ("__init__.py", "files.py")
+        if f.endswith(".py") and f not in ("__init__.py", "exact.py", "files.py", "world.py")
     )
 
 

@@ -209,7 +209,7 @@ def follow(lab, policy, decay):
 
 def run(lab, cfg):
     given, rounds = (
-        getattr(lab.world, "train", None) if lab.settings.data else None,
+        lab.world.given(None) if lab.world.given is not None else None,
         cfg.rounds or 1,
     )  # rows of a file
     if cfg.target == "given" and not (given and "q" in given[0]):
@@ -229,7 +229,7 @@ def run(lab, cfg):
     policy = lab.base()
 
     def draw(policy, round=0):
-        if hasattr(lab.world, "lists"):  # given, not sampled
+        if lab.world.lists is not None:  # given, not sampled
             return lab.rows(lab.world.lists(n, lab.rng("lists"), lab.settings.k))
         return (
             lab.preferences(policy)[round * n : (round + 1) * n]

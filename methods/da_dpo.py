@@ -136,13 +136,13 @@ def estimates(lab, model, rows):
         )
 
     generative = total(rows)
-    if hasattr(lab.world, "similarity"):
+    if "similarity" in lab.world.proxies:
         flat = [
             (lab.text(row["prompt"]), lab.text(response))
             for row in rows
             for response in row["responses"]
         ]
-        return lab.world.similarity(*zip(*flat)).view(-1, 2), generative
+        return lab.world.proxies["similarity"](*zip(*flat)).view(-1, 2), generative
     keep = ("responses", "ends", "context")
     others = [
         {name: row[name] for name in keep if name in row} | {"prompt": rows[i - 1]["prompt"]}

@@ -180,7 +180,7 @@ def frechet(lab, policy):
     """Frechet distance of samples to the data in worlds that have one; elsewhere 0, so that every round is kept."""
     return (
         lab.stage("frechet", lambda: lab.world.measure(policy, lab)["frechet"])
-        if hasattr(lab.world, "frechet")
+        if lab.world.frechet is not None
         else 0.0
     )
 

@@ -147,7 +147,7 @@ def graded(rows):
 
 def run(lab, cfg):
     policy = lab.base()
-    if hasattr(lab.world, "lists"):
+    if lab.world.lists is not None:
         data = lab.rows(lab.world.lists(lab.prompts, lab.rng("lists"), lab.settings.k))
     elif lab.settings.data and lab.world.kind == "text":
         data = lab.preferences(policy)

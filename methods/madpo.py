@@ -138,7 +138,7 @@ class Judge(nn.Module):
 
 def judge_margins(lab, model, rows, cfg):
     """Stage 1: a reward model fitted to pairs by Bradley-Terry -> its margin (chosen minus rejected) of every pair, a list."""
-    judge, tokenizer, size = Judge(model), getattr(lab.world, "tokenizer", None), lab.batch_size
+    judge, tokenizer, size = Judge(model), lab.world.tokenizer, lab.batch_size
     order = torch.randperm(len(rows), generator=lab.rng("judge")).tolist()
 
     def some(step):

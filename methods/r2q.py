@@ -166,7 +166,7 @@ def token_credit(lab, policy, reference, rows, cfg):
 def steps_of(world, prompt, response, values):
     """[(texts of its tokens, their values, is it right?)] for each step of a response (ids), the answer last; no verifier: one step."""
     pieces, steps = [world.tokenizer.decode([i]) for i in response], [([], [])]
-    if not hasattr(world, "verify_steps"):
+    if world.verify_steps is None:
         return [(pieces, values, True)]
     colon = max(
         (n for n, piece in enumerate(pieces) if piece == ":"), default=-1
@@ -205,7 +205,7 @@ def from_reference(lab, data, cfg):
 def run(lab, cfg):
     data = lab.preferences(lab.base(), k=2)
     policy, reference = from_reference(lab, data, cfg)
-    if lab.quiet or not hasattr(lab.world, "reward"):
+    if lab.quiet or lab.world.reward is None:
         return policy
     if lab.world.kind == "text":
         row = {

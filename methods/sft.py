@@ -55,7 +55,7 @@ def loss(logps, ref_logps, batch, cfg):
 
 def run(lab, cfg):
     policy = lab.base()
-    if getattr(lab.world, "single", False):
+    if lab.world.single:
         data = lab.rows(lab.world.demonstrations(lab.prompts, lab.rng("demonstrations")))
     else:
         data = lab.preferences(policy, k=lab.settings.k or 2)  # pairs, unless lists are asked for

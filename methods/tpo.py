@@ -223,7 +223,7 @@ def grown(lab, policy):
 
 def run(lab, cfg):
     policy = lab.base()
-    if hasattr(lab.world, "verify_steps"):
+    if lab.world.verify_steps is not None:
         if lab.settings.flip:
             raise UserError(
                 f"--flip {lab.settings.flip} does nothing in {lab.world.name}: the verifier grades the steps"

@@ -24,6 +24,7 @@ import torch
 import data
 from data import UserError
 from nanomodel import GPT, GPTConfig
+from toy import world
 
 DIGITS = 5  # the longest numbers
 SLIP = 0.012  # wrong steps of the demonstrations: this times the squared number of digits
@@ -39,13 +40,13 @@ def numbers(prompt):
     return int(match[1]), int(match[2])
 
 
-class World:
+class World(world.World):
     """Text with a verifier; nothing is downloaded or kept."""
 
     name, kind, verifier = "arithmetic", "text", True
     max_prompt, max_response = 2 * DIGITS + 2, 48
-    base = dict(steps=1000, batch_size=16, lr=3e-3)
-    pairs = dict(prompts=4096, steps=100, lr=3e-5, batch_size=32, k=8)
+    pretrain = dict(steps=1000, batch_size=16, lr=3e-3)
+    align = dict(prompts=4096, steps=100, lr=3e-5, batch_size=32, k=8)
 
     def __init__(self):
         self.tokenizer = data.Tokenizer.toy(

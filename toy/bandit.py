@@ -13,6 +13,8 @@ import math
 import torch
 from torch import nn
 
+from toy import world
+
 
 class Table(nn.Module):
     """A policy with logits of its own after every prefix; it can represent any distribution, and starts uniform.
@@ -103,7 +105,7 @@ class Table(nn.Module):
         return (self.probs() * torch.as_tensor(values).to(self.logits.device)).sum(1).mean().item()
 
 
-class World:
+class World(world.World):
     """Responses of a table with known rewards. There is no base model to train: the reference is given.
 
     vocab, length, prompts: the shape.  spread: of the reference's random logits (0: uniform), drawn from `seed`.
@@ -112,8 +114,8 @@ class World:
     demonstrations (default: the reference again)."""
 
     name, kind = "bandit", "table"
-    base = None
-    pairs = dict(prompts=8192, steps=200, lr=0.05, batch_size=512)
+    pretrain = None
+    align = dict(prompts=8192, steps=200, lr=0.05, batch_size=512)
 
     def __init__(
         self,

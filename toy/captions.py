@@ -17,6 +17,7 @@ import torch
 
 import data
 from nanomodel import GPT, GPTConfig
+from toy import world
 
 SCENES = {
     "kitchen": "cup knife pan kettle spoon bowl",
@@ -37,13 +38,13 @@ OMIT, INVENT = (
 )  # how often a demonstration leaves an object out, and names a typical one that is not there
 
 
-class World:
+class World(world.World):
     """Text. The truth is `reward`, `parts` shows its working; two worlds are the same world."""
 
     name, kind = "captions", "text"
     max_prompt, max_response = 12, 24
-    base = dict(steps=800, batch_size=64, lr=5e-3, demonstrations=16384)
-    pairs = dict(prompts=4096, steps=200, lr=3e-4, batch_size=64)
+    pretrain = dict(steps=800, batch_size=64, lr=5e-3, demonstrations=16384)
+    align = dict(prompts=4096, steps=200, lr=3e-4, batch_size=64)
 
     def __init__(self):
         rng = random.Random(0)
@@ -64,6 +65,7 @@ class World:
             + torch.tensor([rng.gauss(0, 0.8) for _ in range(16)])
             for code, name in self.shows.items()
         }
+        self.proxies = {"similarity": self.similarity}
 
     def model(self):
         """A fresh GPT: two layers of width 80, about 0.2M parameters."""

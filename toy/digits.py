@@ -10,8 +10,9 @@ import hashlib
 import torch
 import torch.nn.functional as F
 
-from data import UserError, write_beside
+from data import UserError
 from nanomodel import UNet, UNetConfig
+from toy import world
 
 FLOOR = (
     -5.0
@@ -19,10 +20,10 @@ FLOOR = (
 INK = 3.0  # what the mean pixel is worth, up to an image that is half white
 
 
-class World:
+class World(world.World):
     name, kind = "digits", "images"
-    base = dict(steps=500, batch_size=128, lr=5e-3)
-    pairs = dict(prompts=1024, steps=100, lr=2e-4, batch_size=64)
+    pretrain = dict(steps=500, batch_size=128, lr=5e-3)
+    align = dict(prompts=1024, steps=100, lr=2e-4, batch_size=64)
 
     def __init__(self, images=None, labels=None, size=None):
         """images: (N, H, W) or (N, H, W, 1 or 3) numbers, 0 = black, the largest = white; labels: (N,) ints, every class from 0 on; size:
@@ -169,8 +170,8 @@ class World:
         agreement = (self.classify(images).argmax(1) == label).double().mean()
         return {"frechet": self.frechet(images), "agreement": float(agreement)}
 
-    def picture(self, path, before, after):
-        """Saves samples (classes, k, C, H, W) before and after training, side by side, a row for each class, as a PNG."""
+    def picture(self, before, after):
+        """Samples (classes, k, C, H, W) before and after training, side by side, a row for each class: a Figure."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(9, 0.45 * len(before) + 0.6), layout="constrained")
@@ -179,7 +180,7 @@ class World:
             grid = tiles.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)  # (classes H, k W, C)
             axes.imshow(grid.expand(-1, -1, 3).numpy(), interpolation="nearest")
             axes.set(title=title, xticks=[], yticks=[])
-        write_beside(path, lambda temporary: figure.savefig(temporary, dpi=150, format="png"))
+        return figure
 
 
 def shown(images):

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from data import OWN, DataError, Tokenizer, error_line, plain_chat, reorder
+from toy import world
 
 FORMATS = ("chosen", "rejected"), ("responses", "scores"), ("completion", "label")
 ACCEPTED = "prompt/chosen/rejected, chosen/rejected with the prompt inside, prompt/responses/scores, prompt/completion/label"
@@ -329,7 +330,7 @@ def split(rows, seed, fraction=0.1):
 # ---------------------------------------------------------------- the world
 
 
-class World:
+class World(world.World):
     """Real preferences: no true reward, so accuracy on held-out pairs and the KL are what can be measured.
 
     Its tokenizer is the checkpoint's with --init, otherwise GPT-2's (or bytes), for a small model trained on the preferred responses."""
@@ -344,10 +345,10 @@ class World:
         self.context = settings.context or 512
         self.max_response = 64
         # a checkpoint wants smaller steps than a model of yesterday
-        self.pairs = dict(
+        self.align = dict(
             steps=100, batch_size=8, lr=5e-6 if start is not None else 3e-4, prompts=len(self.train)
         )
-        self.base = dict(steps=100, batch_size=8, lr=1e-3)
+        self.pretrain = dict(steps=100, batch_size=8, lr=1e-3)
         self.single = len(rows[0]["responses"]) == 1  # answers with a label, nothing to compare
         if not self.held_out:
             raise DataError(f"{settings.data}: one prompt only, so no held-out pairs")
@@ -398,7 +399,7 @@ class World:
         """The first n held-out prompts."""
         return [row["prompt"] for row in self.held_out][:n]
 
-    def pairs_or_lists(self, k):
+    def given(self, k):
         """Training rows; with k = 2 the best and the worst response of each list (chains and trees stay as they are)."""
         return [as_pair(row) for row in self.train] if k == 2 else self.train
 

@@ -13,6 +13,7 @@ from torch import nn
 
 from data import UserError
 from nanomodel import Denoiser
+from toy import world
 
 
 class MLP(Denoiser):
@@ -38,10 +39,10 @@ class MLP(Denoiser):
         return self.output(F.silu(self.hidden(h)))
 
 
-class World:
+class World(world.World):
     name, kind = "gaussians", "images"
-    base = dict(steps=3000, batch_size=512, lr=3e-3)
-    pairs = dict(prompts=4096, steps=300, lr=1e-4, batch_size=256)
+    pretrain = dict(steps=3000, batch_size=512, lr=3e-3)
+    align = dict(prompts=4096, steps=300, lr=1e-4, batch_size=256)
 
     def __init__(self, dim=2, modes=8, std=0.1, clean=1.0, **model):
         """dim >= 2: the space around the ring; std of every mode in every direction; clean: share of the demonstrations that comes from

@@ -43,7 +43,7 @@ class World(bandit.World):
     """300 problems; `right` (P, 3) has their right chains."""
 
     name = "modular"
-    pairs = dict(prompts=1200, steps=150, lr=0.02, batch_size=64)
+    align = dict(prompts=1200, steps=150, lr=0.02, batch_size=64)
 
     def __init__(self):
         rng = torch.Generator().manual_seed(0)

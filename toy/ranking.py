@@ -18,6 +18,7 @@ import torch
 import data
 from data import UserError
 from nanomodel import GPT, GPTConfig
+from toy import world
 
 POLES = "sweet sour hot cold light rich cheap fancy crisp soft mild spicy plain festive quick slow".split()  # two a quality
 TASTES = "apple lemon honey ginger pepper mint bean corn nut plum onion cheese".split()
@@ -41,13 +42,13 @@ def ndcg(scores, relevance, k):
     return dcg(relevance.gather(-1, order), k) / ideal.clamp(min=1e-12)
 
 
-class World:
+class World(world.World):
     """Text; the truth is `relevance`, and `reward` for a whole list. Two worlds are the same world."""
 
     name, kind = "ranking", "text"
     max_prompt, max_response = 6, 4 * LONGEST
-    base = dict(steps=250, batch_size=32, lr=3e-3)
-    pairs = dict(prompts=4096, steps=300, lr=1e-3, batch_size=32)
+    pretrain = dict(steps=250, batch_size=32, lr=3e-3)
+    align = dict(prompts=4096, steps=300, lr=1e-3, batch_size=32)
 
     def __init__(self):
         rng = random.Random(0)

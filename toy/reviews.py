@@ -18,6 +18,7 @@ import torch
 
 import data
 from nanomodel import GPT, GPTConfig
+from toy import world
 
 # product: parts (singular), parts (plural), words of praise, words of blame; a word may belong to several products
 PRODUCTS = {
@@ -144,13 +145,13 @@ def options(slot, table):
     return [word for name in slot.split("|") for word in table.get(name, [name])]
 
 
-class World:
+class World(world.World):
     """Text. Prompts and demonstrations come from the given generator alone; the truth is `reward`, and `parts` shows its working."""
 
     name, kind = "reviews", "text"
     max_prompt, max_response = 9, 32
-    base = dict(steps=600, batch_size=64, lr=6e-3, demonstrations=16384)
-    pairs = dict(prompts=4096, steps=200, lr=7e-4, batch_size=64)
+    pretrain = dict(steps=600, batch_size=64, lr=6e-3, demonstrations=16384)
+    align = dict(prompts=4096, steps=200, lr=7e-4, batch_size=64)
 
     def __init__(self):
         self.table = {product: classes([product]) for product in PRODUCTS}

@@ -70,7 +70,7 @@ class World(bandit.World):
     """A table of 4096 responses to one prompt. `token_reward` (prefixes, vocab) is the truth of every token."""
 
     name = "tokens"
-    pairs = dict(prompts=4000, steps=800, lr=2e-3, batch_size=128)
+    align = dict(prompts=4000, steps=800, lr=2e-3, batch_size=128)
 
     def __init__(self):
         self.token_reward = torch.zeros(

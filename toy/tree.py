@@ -50,7 +50,7 @@ class World(bandit.World):
     """The world of this file; `seed` draws its reference."""
 
     name = "tree"
-    pairs = dict(prompts=2048, steps=150, lr=0.02, batch_size=512)
+    align = dict(prompts=2048, steps=150, lr=0.02, batch_size=512)
 
     def __init__(self, seed=0):
         super().__init__(END + 1, LENGTH, rewards=torch.zeros(()))

@@ -1,0 +1,82 @@
+"""The interface of worlds: every world is a World, and World explains what a world may set."""
+
+import importlib
+import inspect
+import re
+
+import pytest
+import torch
+
+from lab.report import write_picture
+from lab.settings import worlds
+from toy.world import World
+
+PUBLIC = {name for name in vars(World) if not name.startswith("_")}
+
+
+def made(name):
+    return importlib.import_module(f"toy.{name}").World()
+
+
+def test_the_modules_that_are_no_worlds_are_not_listed():
+    assert len(worlds()) >= 9 and not {"world", "exact", "files"} & set(worlds())
+
+
+@pytest.mark.parametrize("name", worlds())
+def test_every_world_is_a_world_with_recipes_that_the_lab_knows(name):
+    world = made(name)
+    assert isinstance(world, World) and world.name == name
+    assert world.kind in ("text", "images", "table")
+    assert (
+        (world.kind == "text") == (world.tokenizer is not None) == (world.max_response is not None)
+    )
+    assert (world.kind == "table") == (world.pretrain is None)
+    assert set(world.align) - {"k"} == {"prompts", "steps", "lr", "batch_size"}
+    if world.pretrain is not None:
+        assert set(world.pretrain) - {"demonstrations"} == {"steps", "lr", "batch_size"}
+    assert callable(world.reward) and world.key() is not None
+
+
+@pytest.mark.parametrize("name", worlds())
+def test_prompts_and_demonstrations_depend_on_the_generator_alone(name):
+    one, other = made(name), made(name)
+
+    def drawn(world, seed):
+        rng = torch.Generator().manual_seed(seed)
+        rows = world.demonstrations(3, rng)
+        return world.prompts(3, rng), [
+            [
+                row["prompt"],
+                *(
+                    torch.as_tensor(r).tolist() if world.kind != "text" else r
+                    for r in row["responses"]
+                ),
+            ]
+            for row in rows
+        ]
+
+    torch.manual_seed(5)
+    first = drawn(one, 1)
+    torch.manual_seed(6)
+    assert drawn(other, 1) == first and len(first[0]) == len(first[1]) == 3
+    assert drawn(other, 2) != first or name == "gaussians"
+
+
+def test_every_attribute_has_an_explanation():
+    lines = inspect.getsource(World).splitlines()
+    plain = [line for line in lines if re.match(r"    \w+ = ", line)]
+    assert len(plain) >= 16 and all("  # " in line for line in plain)
+    assert all(
+        vars(World)[name].__doc__ for name in PUBLIC if inspect.isfunction(vars(World)[name])
+    )
+
+
+def test_the_defaults_ask_for_nothing_and_a_missing_method_is_named(tmp_path):
+    world = World()
+    assert world.key() == "world" and world.measure(None, None) == {}
+    assert world.picture(None, None) is None
+    write_picture(tmp_path, None)
+    assert not list(tmp_path.iterdir())
+    for ask in (world.model, world.rewards, lambda: world.prompts(1, None)):
+        with pytest.raises(NotImplementedError):
+            ask()
