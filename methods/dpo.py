@@ -2,10 +2,10 @@
 arXiv:2305.18290
 
 RLHF fits a reward model to preferences and then maximizes reward - beta KL(policy || reference).
-The optimum is known: pi(y|x) = pi_ref(y|x) exp(r(x,y) / beta) / Z(x) (eq. 4). Solved for the
-reward, r = beta log(pi / pi_ref) + beta log Z(x) (eq. 5), and Z(x) cancels between two responses
-to one prompt. The policy is therefore trained directly, as its own reward model, by a logistic
-loss on pairs of a chosen response y_w and a rejected one y_l:
+The optimum is known: pi(y|x) = pi_ref(y|x) exp(r(x,y) / beta) / Z(x) (eq. 4). Solved for r, it
+gives r = beta log(pi / pi_ref) + beta log Z(x) (eq. 5), and Z cancels between two responses to one
+prompt. So the policy is trained directly, as its own reward model, by a logistic loss on pairs of
+a chosen response y_w and a rejected one y_l:
 
     z = beta [ log pi(y_w) / pi_ref(y_w) - log pi(y_l) / pi_ref(y_l) ]
     loss = -log sigmoid(z)                                                                  (eq. 7)

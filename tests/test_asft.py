@@ -9,24 +9,12 @@ import torch
 import torch.nn.functional as F
 
 import train
+from claims.asft import displacement, dpo_of_pairs, population, pulls, shared, sides, three
+from claims.sft import dpo_of_pairs as dpo_of_sft
 from data import collate
 from lab import Lab, Settings
 from methods import dpo, sft
-from methods.asft import (
-    KINDS,
-    LARGEST,
-    Config,
-    displacement,
-    dpo_of_pairs,
-    log1mexp,
-    loss,
-    population,
-    pulls,
-    run,
-    shared,
-    sides,
-    three,
-)
+from methods.asft import LARGEST, PAPER, Config, log1mexp, loss, run
 
 ALONE = Config(supervised=False)
 
@@ -341,7 +329,9 @@ def test_what_is_no_pair_of_likelihoods_is_refused(capsys, tmp_path, monkeypatch
     with pytest.raises(ValueError, match="no scored token"):
         loss(logps, None, batch, Config())
     monkeypatch.chdir(tmp_path)
-    assert "images" not in KINDS and train.cli(["--method", "asft", "--world", "digits"]) == 2
+    assert (
+        "images" not in PAPER.worlds and train.cli(["--method", "asft", "--world", "digits"]) == 2
+    )
     assert "images" in capsys.readouterr().err
 
 
@@ -425,4 +415,4 @@ def test_a_run_makes_no_reference(monkeypatch):
 
 
 def test_shared_scaffold():
-    assert inspect.getsource(dpo_of_pairs) == inspect.getsource(sft.dpo_of_pairs)
+    assert inspect.getsource(dpo_of_pairs) == inspect.getsource(dpo_of_sft)

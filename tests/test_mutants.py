@@ -395,7 +395,7 @@ CASES = {
     ),
     "fdpo": (
         [dict(beta=0.3, divergence=d) for d in ("rkl", "fkl", "js")]
-        + [dict(beta=0.3, divergence="alpha", alpha=a) for a in (0.3, None)],
+        + [dict(beta=0.3, divergence="alpha", alpha=a) for a in (0.0, 0.3, None)],
         far_pairs,
     ),
     "ld_dpo": (
@@ -552,7 +552,10 @@ SURVIVORS = {
         "loss: len(h) -> len(_detached(h))": "a length",
         "loss: standardised(mean_h) -> standardised(_detached(mean_h))": "it takes no gradient through by itself",
     },
-    "asft": {"log1mexp: 2 -> 3": "where one form gives way to the other; both are exact there"},
+    "asft": {
+        "log1mexp: 2 -> 3": "where one form gives way to the other; both are exact there",
+        "pair: ref_logps -> logps": "there is no reference, so what pair returns for it is not read",
+    },
     "disco": {
         "loss: 1.0 -> 2.0": "the divisor of the advantages of a group all right or all wrong, which are 0",
         "gap: wrong | ~mixed[:, None] -> wrong": "an infinity that the mask takes away again; anomaly detection reports it (test_disco.py)",
@@ -689,27 +692,40 @@ def replaced(function, path, new):
 
 
 def functions_of(module):
-    """The functions of a file that its loss is made of: itself and what it calls, and so on."""
-    tree = {
-        f.name: f
-        for f in ast.parse(inspect.getsource(module)).body
-        if isinstance(f, ast.FunctionDef)
-    }
+    """The functions of a file that its loss is made of: itself and what it calls, and so on.
+
+    A table of functions, NAME = dict(...), is followed too; tables come last, after their functions."""
+    body = ast.parse(inspect.getsource(module)).body
+    tree = {f.name: f for f in body if isinstance(f, ast.FunctionDef)}
+    tables = {a.targets[0].id: a for a in body if isinstance(a, ast.Assign) and refers(a, tree)}
     if hasattr(module, "pair"):  # the checks that losses on pairs share
         tree["pair"] = ast.parse(inspect.getsource(data.pair)).body[0]
     found, ask = {}, ["loss"]
     while ask:
         name = ask.pop()
-        if name in tree and name not in found:
-            found[name] = tree[name]
-            ask += [node.id for node in ast.walk(tree[name]) if isinstance(node, ast.Name)]
-    return found
+        node = tree.get(name) or tables.get(name)
+        if node and name not in found:
+            found[name] = node
+            ask += names_in(node)
+    return dict(sorted(found.items(), key=lambda item: item[0] in tables))
+
+
+def names_in(node):
+    return [part.id for part in ast.walk(node) if isinstance(part, ast.Name)]
+
+
+def refers(node, names):
+    """Does an assignment to one name read any of these names?"""
+    single = isinstance(node.targets[0], ast.Name)
+    return single and any(name in names for name in names_in(node.value))
 
 
 def mutants(module):
     """(what was edited, functions of the mutant) for every single edit."""
     found = functions_of(module)
     for name, function in found.items():
+        if isinstance(function, ast.Assign):
+            continue
         original = ast.unparse(function)
         for path, node, graph in sites(function):
             for new in edits(node, graph):

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 import train
+from claims.dpo import preferred
+from claims.sft import dpo_of_pairs, scorings, winners
 from data import collate
 from lab import Lab, Settings
 from methods import dpo
-from methods.sft import Config, dpo_of_pairs, loss, run, scorings, winners
+from methods.sft import Config, loss, run
 from toy.bandit import World
 
 
@@ -33,7 +35,7 @@ def value_and_gradient(objective, logps, batch, ref_logps=None):
 def test_on_pairs_it_is_dpos_baseline_bit_for_bit(dtype):
     logps, batch = ragged(dtype=dtype)
     batch.scores = torch.tensor([1.0, 0.0]).expand(6, 2)
-    ours, theirs = (value_and_gradient(f, logps, batch) for f in (loss, dpo.preferred))
+    ours, theirs = (value_and_gradient(f, logps, batch) for f in (loss, preferred))
     assert (
         torch.equal(ours[0], theirs[0])
         and torch.equal(ours[1], theirs[1])
@@ -107,7 +109,7 @@ def test_of_equal_scores_the_first_counts():
         logps, batch = ragged(count=count)
         batch.scores = torch.full_like(batch.scores, 0.3)
         torch.testing.assert_close(
-            loss(logps, None, batch, Config())[0], dpo.preferred(logps, None, batch, None)[0]
+            loss(logps, None, batch, Config())[0], preferred(logps, None, batch, None)[0]
         )
 
 
