@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from data import collate
 from methods.asft import Config, loss
 from toy import bandit
+from toy.exact import population
 
 
 def dpo_of_pairs(logps, ref_logps, batch, cfg):
@@ -63,25 +64,6 @@ def displacement(count=20):
         logps, _ = shared(objective, cfg, features, 400, scale=scale)
         out[name] = ((logps[:, 0] + math.log(20)).tolist(), (logps[:, 0] - logps[:, 1]).tolist())
     return out
-
-
-def population(world, pairs, cfg, loss=loss):
-    """The Table that minimises the mean of weight * loss over weighted pairs (`bandit.World.pairs_all`), by quasi-Newton steps."""
-    policy, batch = world.model().double(), collate(pairs)
-    ref_logps, weight = policy.logps(batch).detach(), batch.weight.double()
-    how = dict(
-        max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe"
-    )
-    optimizer = torch.optim.LBFGS(policy.parameters(), **how)
-
-    def closure():
-        optimizer.zero_grad()
-        value = (weight * loss(policy.logps(batch), ref_logps, batch, cfg)[0]).mean()
-        value.backward()
-        return value
-
-    optimizer.step(closure)
-    return policy
 
 
 def three():
@@ -157,7 +139,7 @@ def claim(lab):
         )
     )
     for weight, best in ((0.0, 0.53729), (0.1, 0.54287), (1.0, 0.56479), (10.0, 0.58237)):
-        table = population(three(), three().pairs_all(), Config(weight=weight))
+        table = population(three(), three().pairs_all(), loss, Config(weight=weight))
         text = f"three responses, weight {weight}: probability of the best (0.66524 is DPO's at beta 1)"
         claims.append(lab.exact(text, table.probs()[0, 0].item(), best, 1e-4))
     draws = displacement()

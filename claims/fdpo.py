@@ -2,10 +2,10 @@
 
 import torch
 
-from data import collate
 from lab.store import write_text
 from methods.fdpo import DIVERGENCES, Config, loss
 from toy import bandit
+from toy.exact import population
 
 
 def score(rho, cfg):
@@ -48,25 +48,6 @@ def optimum(world, cfg):
         much = log_probs(middle).logsumexp(1, keepdim=True) > 0
         low, high = torch.where(much, middle, low), torch.where(much, high, middle)
     return bandit.Table(*world.shape).double().set_log_probs(log_probs(high))
-
-
-def population(world, pairs, cfg, loss=loss):
-    """The Table that minimises the mean of weight * loss over weighted pairs (`bandit.World.pairs_all`), by quasi-Newton steps."""
-    policy, batch = world.model().double(), collate(pairs)
-    ref_logps, weight = policy.logps(batch).detach(), batch.weight.double()
-    how = dict(
-        max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe"
-    )
-    optimizer = torch.optim.LBFGS(policy.parameters(), **how)
-
-    def closure():
-        optimizer.zero_grad()
-        value = (weight * loss(policy.logps(batch), ref_logps, batch, cfg)[0]).mean()
-        value.backward()
-        return value
-
-    optimizer.step(closure)
-    return policy
 
 
 def five():
@@ -158,7 +139,7 @@ def claim(lab):
         "fkl": Config(1.0, "fkl"),
         "js": Config(1.0, "js"),
     }
-    tables = {name: population(world, world.pairs_all(), cfg) for name, cfg in kinds.items()}
+    tables = {name: population(world, world.pairs_all(), loss, cfg) for name, cfg in kinds.items()}
     found = {name: measured(world, tables[name], cfg) for name, cfg in kinds.items()}
     page = "five responses, beta 1\n" + tradeoff(found)
     gap = max(

@@ -5,6 +5,7 @@ import torch
 from data import collate
 from methods.rdpo import Config, loss
 from toy import bandit
+from toy.exact import population
 
 
 def claim(lab):
@@ -74,32 +75,13 @@ def six(prompts=1):
     return bandit.World(vocab=6, length=1, prompts=prompts, spread=0.0, rewards=rewards)
 
 
-def population(world, pairs, cfg, loss=loss):
-    """The Table that minimises the mean of weight * loss over weighted pairs (`bandit.World.pairs_all`), by quasi-Newton steps."""
-    policy, batch = world.model().double(), collate(pairs)
-    ref_logps, weight = policy.logps(batch).detach(), batch.weight.double()
-    how = dict(
-        max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe"
-    )
-    optimizer = torch.optim.LBFGS(policy.parameters(), **how)
-
-    def closure():
-        optimizer.zero_grad()
-        value = (weight * loss(policy.logps(batch), ref_logps, batch, cfg)[0]).mean()
-        value.backward()
-        return value
-
-    optimizer.step(closure)
-    return policy
-
-
 def on_six_responses(lab):
     """Claims about the expected loss on six responses, without sampling."""
 
     def error(flip, epsilon, loss=loss):
         """Largest |h - r|: the centred implicit reward h = beta log(pi / pi_ref) of the optimum against the truth."""
         world = six()
-        policy = population(world, world.pairs_all(flip=flip), Config(0.5, epsilon), loss)
+        policy = population(world, world.pairs_all(flip=flip), loss, Config(0.5, epsilon))
         h = 0.5 * (policy.log_probs() - world.reference.log_probs())
         return (h - h.mean() - world.rewards()).abs().max().item()
 
@@ -154,7 +136,9 @@ def same_kl(lab):
     """Claim, not expected: at 40 % flips rDPO's optimum at beta 0.5 has more reward than DPO's of the same KL, which is that at 0.0719."""
     world = six()
     pairs = world.pairs_all(flip=0.4)
-    ours, other = (population(world, pairs, cfg) for cfg in (Config(0.5, 0.4), Config(0.0719, 0.0)))
+    ours, other = (
+        population(world, pairs, loss, cfg) for cfg in (Config(0.5, 0.4), Config(0.0719, 0.0))
+    )
     text = f"rDPO above DPO in the exact table, one KL ({ours.kl(world.reference):.3f} and {other.kl(world.reference):.3f})"
     ours, other = (policy.expect(world.rewards()) for policy in (ours, other))
     return lab.compare(text, "reward", [ours], [other], margin=0.01, expected=False)

@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 
 import train
-from claims.asft import displacement, dpo_of_pairs, population, pulls, shared, sides, three
+from claims.asft import displacement, dpo_of_pairs, pulls, shared, sides, three
 from claims.sft import dpo_of_pairs as dpo_of_sft
 from data import collate
 from lab import Lab, Settings
 from methods import dpo, sft
 from methods.asft import LARGEST, PAPER, Config, log1mexp, loss, run
+from toy.exact import population
 
 ALONE = Config(supervised=False)
 
@@ -389,7 +390,7 @@ def test_c2_random_features():
 )
 def test_c3_the_optimum_in_a_table(weight, probs):
     world, cfg = three(), Config(weight)
-    table, batch = population(world, world.pairs_all(), cfg), collate(world.pairs_all())
+    table, batch = population(world, world.pairs_all(), loss, cfg), collate(world.pairs_all())
     assert table.probs()[0].tolist() == pytest.approx(probs, abs=1e-5)
     if weight == 1:
         value = (loss(table.logps(batch), None, batch, cfg)[0] * batch.weight).mean().item()

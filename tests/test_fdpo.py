@@ -16,7 +16,6 @@ from claims.fdpo import (
     five,
     measured,
     optimum,
-    population,
     score,
     tradeoff,
 )
@@ -25,6 +24,7 @@ from lab import Lab, Settings
 from methods import dpo
 from methods.fdpo import Config, loss, run
 from toy.bandit import World
+from toy.exact import population
 
 KINDS = {
     "rkl": dict(divergence="rkl"),
@@ -363,7 +363,7 @@ def test_c1_every_divergence_reaches_its_own_optimum(
 ):
     world, cfg = five(), config(kind, beta)
     pairs = world.pairs_all()
-    table, batch = population(world, pairs, cfg), collate(pairs)
+    table, batch = population(world, pairs, loss, cfg), collate(pairs)
     assert (table.probs() - optimum(world, cfg).probs()).abs().max() < 1e-6
     assert table.probs()[0].tolist() == pytest.approx(probs, abs=1e-5)
     found = measured(world, table, cfg)
@@ -423,7 +423,9 @@ def test_the_optimum_of_a_reference_that_is_not_uniform_and_of_several_prompts(k
     assert table.probs().sum(1).tolist() == pytest.approx([1.0, 1.0])
     gap = world.rewards() - 0.8 * score(table.log_probs() - world.reference.log_probs(), cfg)
     assert (gap - gap[:, :1]).abs().max() < 1e-9  # r = beta s + a constant of the prompt
-    assert (population(world, world.pairs_all(), cfg).probs() - table.probs()).abs().max() < 1e-5
+    assert (
+        population(world, world.pairs_all(), loss, cfg).probs() - table.probs()
+    ).abs().max() < 1e-5
 
 
 def test_the_calibration_error_by_hand():

@@ -14,7 +14,6 @@ from claims.rdpo import (
     far_slope,
     on_reviews,
     on_six_responses,
-    population,
     same_kl,
     six,
 )
@@ -22,6 +21,7 @@ from lab import Lab, Settings
 from methods import dpo
 from methods.rdpo import PAPER, Config, loss, run
 from toy.bandit import World
+from toy.exact import population
 
 
 def pair(z, beta=1.0):
@@ -399,7 +399,7 @@ def test_a_run_learns_through_flipped_labels():
 
 def measured(world, flip, cfg, function=loss):
     """(largest |h - r|, KL(pi* || pi), E_pi[r]) of the fit to the expected loss; h = beta * centred log-ratio, the implicit reward."""
-    table = population(world, world.pairs_all(flip=flip), cfg, function)
+    table = population(world, world.pairs_all(flip=flip), function, cfg)
     ratio = cfg.beta * (table.log_probs() - world.reference.log_probs())
     error = (ratio - ratio.mean(1, keepdim=True) - world.rewards()).abs().max().item()
     return error, world.optimum(world.reference, cfg.beta).kl(table), table.expect(world.rewards())
@@ -449,14 +449,14 @@ def test_a_shrunken_reward_ranks_as_the_true_one():
     world = six()
     for function in (loss, conservative_dpo):
         for epsilon in (0.0, 0.3):
-            table = population(world, world.pairs_all(flip=0.3), Config(0.5, epsilon), function)
+            table = population(world, world.pairs_all(flip=0.3), function, Config(0.5, epsilon))
             assert table.log_probs()[0].argsort().tolist() == world.rewards()[0].argsort().tolist()
 
 
 @pytest.mark.parametrize("beta", [0.2, 1.0])
 def test_recovery_holds_for_every_beta_and_a_reference_that_is_not_uniform(beta):
     world = World()
-    table = population(world, world.pairs_all(world.reference, flip=0.25), Config(beta, 0.25))
+    table = population(world, world.pairs_all(world.reference, flip=0.25), loss, Config(beta, 0.25))
     assert (table.probs() - world.optimum(world.reference, beta).probs()).abs().max() < 1e-4
 
 
@@ -468,7 +468,7 @@ def test_recovery_holds_for_every_beta_and_a_reference_that_is_not_uniform(beta)
 )
 def test_the_error_falls_with_the_number_of_pairs(n, flip, mean, band):
     world = six(prompts=20)
-    table = population(world, sampled(world, flip, n), Config(0.5, flip))
+    table = population(world, sampled(world, flip, n), loss, Config(0.5, flip))
     assert errors(world, table).mean().item() == pytest.approx(mean, abs=band)
 
 
@@ -476,7 +476,7 @@ def test_dpo_does_not_improve_with_the_number_of_pairs():
     world = six(prompts=20)
     for n in (20_000, 200_000):
         for flip, mean in ((0.1, 0.5428), (0.3, 1.1969), (0.4, 1.4550)):
-            table = population(world, sampled(world, flip, n), Config(0.5, 0.0))
+            table = population(world, sampled(world, flip, n), loss, Config(0.5, 0.0))
             assert errors(world, table).mean().item() == pytest.approx(mean, abs=0.03)
 
 
@@ -534,7 +534,7 @@ def test_at_one_kl_dpo_with_a_smaller_beta_is_all_but_as_good(flip, beta, smalle
     """rDPO's optimum is on the frontier of reward against KL; DPO's leaves it by less than a thousandth."""
     world = six()
     ours, other = (
-        population(world, world.pairs_all(flip=flip), cfg)
+        population(world, world.pairs_all(flip=flip), loss, cfg)
         for cfg in (Config(beta, flip), Config(smaller, 0.0))
     )
     assert ours.kl(world.reference) == pytest.approx(other.kl(world.reference), abs=2e-3)
