@@ -36,11 +36,12 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from data import collate, fit_context
-from lab import pick_device, report, unknown
+from data import UserError, collate, fit_context
+from lab import report
+from lab.settings import pick_device, unknown
 from methods import dpo
 from nanomodel import GPT, GPTConfig, rotary
-from train import convert, explanations, one_line
+from train import convert, explanations
 
 # TFLOP/s in bfloat16 and float32 (data sheets, without sparsity); the first name that fits
 PEAK = {
@@ -88,39 +89,39 @@ class Settings:
         ):
             low = dict(vocab=4, k=2).get(name, 1)
             if getattr(self, name) is not None and getattr(self, name) < low:
-                raise ValueError(f"--{name} {getattr(self, name)} must be at least {low}")
+                raise UserError(f"--{name} {getattr(self, name)} must be at least {low}")
         for name, allowed in dict(
             against="rows trl none", dtype="auto float32 bfloat16", compile="auto on off"
         ).items():
             if getattr(self, name) not in allowed.split():
-                raise ValueError(
+                raise UserError(
                     f"--{name} {getattr(self, name)} must be one of {', '.join(allowed.split())}"
                 )
         if self.dim % (2 * self.heads):
-            raise ValueError(f"--dim {self.dim} must be a multiple of twice --heads {self.heads}")
+            raise UserError(f"--dim {self.dim} must be a multiple of twice --heads {self.heads}")
         if self.heads % (self.kv_heads or 1):
-            raise ValueError(f"--kv_heads {self.kv_heads} must divide --heads {self.heads}")
+            raise UserError(f"--kv_heads {self.kv_heads} must divide --heads {self.heads}")
         if self.against == "trl" and self.k != 2:
-            raise ValueError(f"--against trl compares pairs, not --k {self.k}")
+            raise UserError(f"--against trl compares pairs, not --k {self.k}")
 
 
 def read_flags(argv):
-    """Settings of a command line, None for --help. ValueError naming the flag, and for an unknown one the nearest that exists."""
+    """Settings of a command line, None for --help. UserError naming the flag, and for an unknown one the nearest that exists."""
     own, given, words = explanations(Settings), {}, iter(argv)
     for word in words:
         name, equals, value = word.removeprefix("--").partition("=")
         if not word.startswith("--"):
-            raise ValueError(f"unexpected {word!r}: flags begin with --")
+            raise UserError(f"unexpected {word!r}: flags begin with --")
         if name == "help":
             return None
         if name not in own:
-            raise ValueError(unknown("flag", "--" + name, ["--" + n for n in [*own, "help"]]))
+            raise UserError(unknown("flag", "--" + name, ["--" + n for n in [*own, "help"]]))
         if name in given:
-            raise ValueError(f"--{name} is given twice")
+            raise UserError(f"--{name} is given twice")
         if not equals:
             value = "true" if name == "json" else next(words, "--")
             if value.startswith("--"):
-                raise ValueError(f"--{name} needs a value")
+                raise UserError(f"--{name} needs a value")
         given[name] = convert(name, value, own[name][0])
     return Settings(**given)
 
@@ -308,7 +309,7 @@ def trl(bench, model, reference):
         import transformers
         from trl import DPOConfig, DPOTrainer
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             f"--against trl needs the package {error.name}: pip install trl transformers"
         ) from None
     transformers.logging.disable_progress_bar()
@@ -571,7 +572,7 @@ def cli(argv):
         main(argv)
     except (ValueError, OSError, RuntimeError) as error:
         full = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
-        if not full and not one_line(error):
+        if not full and not isinstance(error, (UserError, OSError)):
             raise
         print(
             "bench.py: "

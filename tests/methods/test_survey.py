@@ -25,6 +25,7 @@ from methods.survey import (
     run,
     standardised,
 )
+from tests import builders
 from toy import bandit, tree
 
 
@@ -569,3 +570,60 @@ def test_run(name, tmp_path):
     )
     before = here.base().logits.detach().clone()
     assert not torch.equal(run(here, Config(name)).logits, before)
+
+
+# ---- the mutants of the loss: every one makes a difference on these inputs
+
+
+def graded_pairs():
+    """Pairs with graded scores, near and far from the reference, at it, without it; refused by odpo: a rejected one that scores more."""
+    scores = torch.tensor(
+        [[2.0, 0.5], [1.0, 0.9], [0.3, -4.0], [5.0, 1.0], [0.1, 0.0]], dtype=torch.float64
+    )
+    items = [
+        builders.changed(item, scores=scores) if item[2].scores.shape == (5, 2) else item
+        for item in [*builders.far_pairs(), *builders.likelihoods()]
+    ]
+    logps, ref_logps, batch = items[0]
+    flipped = builders.changed(
+        items[0], scores=torch.where(torch.arange(5)[:, None] < 2, scores.flip(1), scores)
+    )
+    return [*items, flipped, (ref_logps, ref_logps, batch), (logps, None, batch)]
+
+
+CASES = (
+    [
+        dict(
+            variant=v,
+            **{k: x and 3.1 * x if k in ("beta", "tau") else x for k, x in known.items()},
+        )
+        for v, known in VARIANTS.items()
+    ]
+    + [
+        dict(variant="kto", z0=0.3),
+        dict(variant="beta_dpo", beta=0.3, alpha=1.7, gamma=0.2),
+        dict(variant="chi_po", beta=0.3, gamma=0.2),
+    ]
+    + [
+        dict(variant="dr_dpo", beta=0.3, tau=0.4),
+        dict(variant="dpop", beta=0.3, lam=0.4),
+        dict(variant="slic", gamma=0.3, lam=0.7),
+    ]
+    + [
+        dict(variant="alpha_dpo", alpha=0.9, gamma=0.3),
+        dict(variant="cpo", lam=0.4),
+        dict(variant="orpo", lam=0.7),
+    ]
+    + [
+        dict(variant="dpo_nll", lam=0.4),
+        dict(variant="odpo", alpha=0.7),
+        dict(variant="r_dpo", alpha=-0.3),
+    ]
+)
+INPUTS = graded_pairs
+SURVIVORS = {
+    "loss: ref_logps.sum(-1).unbind(1) -> _detached(ref_logps.sum(-1)).unbind(1)": "where it has a gradient it is not read",
+    "loss: ref_logps.sum(-1) -> _detached(ref_logps).sum(-1)": "the same",
+    "loss: len(h) -> len(_detached(h))": "a length",
+    "loss: standardised(mean_h) -> standardised(_detached(mean_h))": "it takes no gradient through by itself",
+}

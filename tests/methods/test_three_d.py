@@ -21,6 +21,7 @@ from methods.three_d import (
     networks,
     run,
 )
+from tests import builders
 
 
 def pair(chosen, rejected, reference=0.12, dtype=torch.float64):
@@ -501,3 +502,15 @@ def test_log_ratios_are_those_of_the_models():
             assert value == pytest.approx(
                 difference[0, tokens[0] * 9 + tokens[1] * 3 + tokens[2]].item(), abs=1e-5
             )
+
+
+# ---- the mutants of the loss: every one makes a difference on these inputs
+
+
+CASES = [
+    dict(variant="dpo", beta=0.3),
+    dict(variant="flex", beta=1.7, beta_rejected=0.4),
+    dict(variant="sft", beta=0.3, gamma=0.6),
+]
+INPUTS = builders.pairs
+SURVIVORS = {}

@@ -8,6 +8,7 @@ import torch
 
 from lab import Lab, Settings
 from methods.disco import Config, gap, loss, run, stationary_kl, tables
+from tests import builders
 
 PLUS, MINUS = (-0.5, -0.9), (-1.0, -0.2, -0.7)
 OLD = ((-1.0, -2.0), (-1.5, -0.5), (-0.7, -0.7))
@@ -581,3 +582,26 @@ def test_far_from_pi_old_loss_and_gradient_stay_finite_in_float32(fields, margin
         and gradient.isfinite().all()
         and all(value.isfinite() for value in metrics.values())
     )
+
+
+# ---- the mutants of the loss: every one makes a difference on these inputs
+
+
+CASES = (
+    [
+        dict(variant=v, score=s, delta=0.05, beta=3.0, estimator=e)
+        for v in ("disco", "disco_b")
+        for s in ("log_l", "l_ratio")
+        for e in ("k1", "k3")
+    ]
+    + [dict(variant="grpo", epsilon=0.3), dict(variant="dr_grpo", epsilon=0.3, normaliser=7.0)]
+    + [
+        dict(variant="dapo", epsilon=0.2, epsilon_high=0.4),
+        dict(variant="dapo", epsilon=0.4, epsilon_high=0.2),
+    ]
+)
+INPUTS = builders.groups
+SURVIVORS = {
+    "loss: 1.0 -> 2.0": "the divisor of the advantages of a group all right or all wrong, which are 0",
+    "gap: wrong | ~mixed[:, None] -> wrong": "an infinity that the mask takes away again; anomaly detection reports it (test_disco.py)",
+}

@@ -24,6 +24,7 @@ from methods.da_dpo import (
     turned,
     vote,
 )
+from tests import builders
 
 
 def at(delta, gap):
@@ -355,3 +356,35 @@ def test_the_estimators_are_frozen_models():
     assert contrastive[3].tolist() == pytest.approx(
         [a - b for a, b in zip(generative[3].tolist(), other)], abs=1e-3
     )
+
+
+# ---- the mutants of the loss: every one makes a difference on these inputs
+
+
+def scored_pairs():
+    """Pairs with normalised scores, in both directions; and what is refused: scores below 0, above 1, and none."""
+    rng = torch.Generator().manual_seed(8)
+    quality = torch.rand(5, 2, generator=rng, dtype=torch.float64)
+    items = [
+        builders.changed(item, quality=quality.to(item[0].device)) for item in builders.pairs()
+    ]
+    items.append(builders.changed(items[0], quality=quality.clone().requires_grad_()))
+    high, low = quality.clone(), quality.clone()
+    high[0, 0], low[0, 1] = 1.25, -0.25
+    edge = torch.tensor(
+        [[0.0, 1.0], [1.0, 0.0], [1.0, 1.0], [0.0, 0.0], [0.5, 1.0]], dtype=torch.float64
+    )
+    return [
+        *items,
+        *(builders.changed(items[0], quality=q) for q in (high, low, edge)),
+        builders.pairs()[0],
+    ]
+
+
+CASES = [
+    dict(beta=0.3),
+    dict(beta=1.7, alpha=0.7, reach=4.0, gap="absolute"),
+    dict(beta=0.7, alpha=1.3, reach=0.8, gap="signed"),
+]
+INPUTS = scored_pairs
+SURVIVORS = {}

@@ -22,6 +22,7 @@ from methods.tpo import (
     tree,
     with_states,
 )
+from tests import builders
 from toy import arithmetic, modular
 
 PLAIN = dict(asr=False, divide=False, beta=1.0)
@@ -511,3 +512,85 @@ def test_lists_without_steps():
         max_response=6,
     )
     assert run(Lab(settings, quiet=True), Config()) is not None
+
+
+# ---- the mutants of the loss: every one makes a difference on these inputs
+
+
+def trees():
+    """Trees of steps with hidden states, flat lists, absent and tied responses; refused: wrong scores, one response, an empty step."""
+
+    def grown(seed, dtype=torch.float64, absent=False):
+        logps, ref_logps, batch = builders.ragged(7, builders.grades, seed, dtype, absent)
+        leaf = torch.tensor([0, 0, 1, 1, 0, 1, 1])
+        states = torch.randn(
+            5, 7, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        ).to(dtype)
+        parents = torch.tensor([-1, 0, 1, 0, 0, 4, -1]).expand(5, -1)
+        return builders.changed(
+            (logps, ref_logps, batch),
+            parents=parents,
+            scores=batch.scores * leaf / 3,
+            states=states,
+        )
+
+    items = [grown(0), grown(1, absent=True), grown(2, torch.bfloat16)]
+    flat = builders.ragged(4, builders.grades, 3)
+    states = torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    flat = builders.changed(flat, scores=flat[2].scores / 3, states=states)
+    bare = (
+        *flat[:2],
+        SimpleNamespace(**{n: v for n, v in vars(flat[2]).items() if n != "parents"}),
+    )
+    deep = torch.tensor([-1, 0, 1, -1]).expand(5, -1)
+    lone = builders.changed(flat, mask=flat[2].mask & (torch.arange(4) < 1)[:, None])
+    two = builders.changed(
+        flat,
+        mask=flat[2].mask & (torch.arange(4) < 2)[:, None],
+        scores=flat[2].scores * (torch.arange(4) < 2),
+    )
+    items += [(flat[1], flat[1], flat[2])]  # at the reference: all rewards tie
+    items += [
+        flat,
+        bare,
+        two,
+        builders.changed(flat, parents=deep, scores=flat[2].scores * torch.tensor([0, 0, 1, 1])),
+        builders.elsewhere(items[0]),
+    ]
+    known = items[0][2].scores.clone()
+    known[:, :2] = 0.5  # steps within a response have scores too
+    one, short = torch.zeros_like(flat[2].scores), flat[2].mask.clone()
+    one[0, 0], short[0, 1:] = 1.0, False  # a single pair in all; a single row that is no list
+    items += [builders.changed(items[0], scores=known), builders.changed(two, scores=one)]
+    bad = [builders.changed(flat, mask=short, scores=flat[2].scores * short.any(-1))]
+    bad += [builders.changed(flat, scores=flat[2].scores + x) for x in (-0.5, 0.5)] + [lone]
+    hole = items[0][2].mask.clone()
+    hole[1, 1] = False
+    return [
+        *items,
+        builders.changed(flat, scores=0 * flat[2].scores),
+        *bad,
+        builders.changed(items[0], mask=hole),
+    ]
+
+
+CASES = [
+    dict(beta=0.7, tau=t, asr=a) for t in ("model", "label", "none") for a in (True, False)
+] + [
+    dict(beta=1.3, reduce="mean"),
+    dict(divide=False),
+    dict(divide=False, asr=False, tau="label"),
+]
+INPUTS = trees
+PAIR_WEIGHTS = "pair_weights(g.sum(-1), batch.scores.to(g.dtype), leaf, cfg)"
+SURVIVORS = {
+    "loss: torch.ones_like(difference) -> torch.ones_like(_detached(difference))": "ones have no gradient",
+    f"loss: {PAIR_WEIGHTS} -> {PAIR_WEIGHTS.replace('g.sum(-1)', '_detached(g.sum(-1))')}": "the order of the rewards alone is read",
+    "loss: g.sum(-1) -> _detached(g).sum(-1)": "the same",
+    "loss: g.sum(-1) -> g.mean(-1)": "the same",
+    "step_places: on.sum(-1) - 1 -> on.sum(-1) + 1": "the places of all steps shifted alike, which nothing reads",
+    "step_places: on.sum(-1) - 1 -> on.sum(-1)": "the same",
+    "step_places: 1 -> 2": "the same, or the other side of a square",
+    "paths: 1 -> 2": "-2 is no place of a parent either",
+    "paths: eye + child_of.to(eye.dtype) @ on -> eye - child_of.to(eye.dtype) @ on": "only which entries are 0 is read",
+}

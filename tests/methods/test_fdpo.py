@@ -23,6 +23,7 @@ from data import collate
 from lab import Lab, Settings
 from methods import dpo
 from methods.fdpo import Config, loss, run
+from tests import builders
 from toy.bandit import World
 from toy.exact import population
 
@@ -462,3 +463,13 @@ def test_a_run_learns_and_shared_scaffold():
         )
     assert min(gains.values()) > 0.5 and gains["fkl"] < gains["rkl"]
     assert inspect.getsource(run) == inspect.getsource(dpo.run)
+
+
+# ---- the mutants of the loss: every one makes a difference on these inputs
+
+
+CASES = [dict(beta=0.3, divergence=d) for d in ("rkl", "fkl", "js")] + [
+    dict(beta=0.3, divergence="alpha", alpha=a) for a in (0.0, 0.3, None)
+]
+INPUTS = builders.far_pairs
+SURVIVORS = {}

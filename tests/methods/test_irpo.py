@@ -22,6 +22,7 @@ from methods.irpo import (
     shuffled_agreement,
     with_roles,
 )
+from tests import builders
 from toy.ranking import ndcg
 
 R, Y, K = (0.5, -0.2, 0.1, -0.4), (0.0, 2.0, 1.0, 0.0), (3, 1, 2, 4)  # the hand case
@@ -652,3 +653,17 @@ def test_shuffled_agreement():
     assert agreement(by_item, nothing) == pytest.approx(1.0, abs=0.02)
     assert agreement(nothing, by_item) == pytest.approx(1.0, abs=0.02)
     assert abs(agreement(by_place, nothing)) < 0.2
+
+
+# ---- the mutants of the loss: every one makes a difference on these inputs
+
+
+CASES = [
+    dict(beta=0.7, inner=i, reduce=r) for i in ("excl", "incl", "code") for r in ("mean", "sum")
+] + [dict(beta=0.7, weights=w) for w in ("position", "reciprocal")]
+INPUTS = builders.lists
+SORTED = "batch.scores.masked_fill(~batch.mask.any(-1), -torch.inf).argsort(descending=True"
+SURVIVORS = {
+    "label_ranks: True -> False": "stable=True: a CPU sorts short rows stably anyway",
+    f"label_ranks: {SORTED}, stable=True) -> {SORTED})": "the same",
+}

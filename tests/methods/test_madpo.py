@@ -20,6 +20,7 @@ from methods.madpo import (
     settled,
     stretch,
 )
+from tests import builders
 from toy.bandit import Table, World
 
 WIDE, NARROW = Config(tau=7.0), Config(c_max=2.0, tau=2.0)
@@ -300,3 +301,22 @@ def test_a_run_improves_the_reward():
     lab = Lab(Settings(world="bandit", steps=100, prompts=2048), quiet=True)
     policy = run(lab, Config(beta=0.5, judge_lr=0.05, judge_steps=50))
     assert policy.expect(lab.world.rewards()) > lab.reference.expect(lab.world.rewards()) + 1
+
+
+# ---- the mutants of the loss: every one makes a difference on these inputs
+
+
+def judged_pairs():
+    """Pairs with a reward model's margins, in both directions, small and large."""
+    margin = torch.tensor([-9.0, -0.3, 0.2, 2.5, 8.0], dtype=torch.float64)
+    return [builders.changed(item, margin=margin) for item in builders.pairs()]
+
+
+CASES = [
+    dict(beta=0.3, c_max=4.0, tau=2.0),
+    dict(beta=1.7, c_max=2.0, c_min=0.3, tau=4.0, lam=0.5),
+]
+INPUTS = judged_pairs
+SURVIVORS = {
+    "margin_weights: h.detach() -> h": "a column of the data carries no gradient; if one did, test_madpo.py would notice"
+}

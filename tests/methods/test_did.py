@@ -23,6 +23,7 @@ from methods.did import (
     settle,
     source_pairs,
 )
+from tests import builders
 
 REF, TARGET = (
     torch.tensor(p, dtype=torch.float64).log()
@@ -314,3 +315,11 @@ def test_a_run_improves_the_reward_and_every_field_counts(change):
     lab, policy = trained()
     assert policy.expect(lab.world.rewards()) > lab.reference.expect(lab.world.rewards()) + 0.3
     assert not torch.equal(policy.logits, trained(**change)[1].logits)
+
+
+# ---- the mutants of the loss: every one makes a difference on these inputs
+
+
+CASES = [dict(beta=0.3), dict(beta=1.7)]
+INPUTS = builders.pairs
+SURVIVORS = {}

@@ -25,6 +25,7 @@ from methods.r2q import (
     token_rewards,
 )
 from nanomodel import GPT, GPTConfig
+from tests import builders
 from toy import arithmetic, bandit, tokens
 from toy.tokens import soft_optimum
 
@@ -459,3 +460,11 @@ def test_token_credit_is_beta_times_the_log_ratio():
     assert values[0] == pytest.approx(
         [0.2 * (a - b) for a, b in zip(ours[0][0], theirs[0][0])], abs=1e-6
     )
+
+
+# ---- the mutants of the loss: every one makes a difference on these inputs
+
+
+CASES = [dict(beta=0.3), dict(beta=1.7)]
+INPUTS = builders.pairs
+SURVIVORS = {}

@@ -18,6 +18,7 @@ from methods.curry_dpo import (
     star,
     train,
 )
+from tests import builders
 
 ROWS = [
     dict(
@@ -331,3 +332,11 @@ def test_a_run_improves_the_reward():
     lab = bandit(steps=90)
     policy = run(lab, Config())
     assert policy.expect(lab.world.rewards()) > lab.reference.expect(lab.world.rewards()) + 0.5
+
+
+# ---- the mutants of the loss: every one makes a difference on these inputs
+
+
+CASES = [dict(beta=0.3), dict(beta=1.7)]
+INPUTS = builders.pairs
+SURVIVORS = {}

@@ -10,6 +10,7 @@ import torch
 from lab import Lab, Settings
 from methods import dpo
 from methods.adpo import TARGETS, Averaging, Config, kernel_ranks, loss, run, targets
+from tests import builders
 from toy.bandit import Table
 
 ELL, REF, Q = [-1.0, -2.0, -1.5, -3.0], [-1.2, -1.6, -1.5, -2.5], [0.5, 0.1, 0.3, 0.1]
@@ -543,3 +544,81 @@ def test_a_run_on_given_targets(tmp_path):
         quiet=True,
     )
     assert all(p.isfinite().all() for p in run(lab, Config(target="given")).parameters())
+
+
+# ---- the mutants of the loss: every one makes a difference on these inputs
+
+
+def targeted_lists():
+    """Lists of real scores with targets q; absent responses, pairs, ties; refused: empty rows, infinite scores, no or wrong targets."""
+
+    def with_q(item):
+        present = item[2].mask.any(-1)
+        draw = (
+            torch.rand(
+                present.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64
+            )
+            * present
+        )
+        return builders.changed(
+            item,
+            q=draw / draw.sum(1, keepdim=True).clamp(min=1e-9),
+            scores=item[2].scores * 1.3 - 2 * draw,
+        )
+
+    items = [
+        with_q(builders.ragged(4, builders.grades, 0)),
+        with_q(builders.ragged(5, builders.grades, 1, absent=True)),
+        with_q(builders.ragged(3, builders.grades, 2, torch.bfloat16)),
+    ]
+    items += [
+        with_q(builders.ragged(2, builders.first_wins, 3)),
+        builders.changed(
+            with_q(builders.ragged(4, builders.grades, 4)),
+            scores=torch.ones(5, 4, dtype=torch.float64),
+        ),
+    ]
+    logps, ref_logps, batch = items[1]
+    first = builders.changed(
+        (logps.roll(1, 1), ref_logps.roll(1, 1), batch),
+        **{n: getattr(batch, n).roll(1, 1) for n in ("mask", "scores", "q")},
+    )
+    lone, below = (
+        with_q(builders.ragged(2, builders.grades, 6, absent=True)),
+        builders.changed(items[1], scores=(batch.scores - 9) * batch.mask.any(-1)),
+    )
+    infinite, small = items[0][2].scores.clone(), items[0][2].q.clone()
+    infinite[0, 0], small[0] = torch.inf, 0.9 * small[0]
+    bad = [
+        builders.changed(items[0], scores=infinite),
+        builders.changed(items[0], q=small),
+        builders.changed(items[1], q=batch.q.roll(1, 1)),
+    ]
+    bad += [
+        builders.changed(items[0], q=2 * items[0][2].q - items[0][2].q.flip(1)),
+        builders.ragged(3, builders.grades, 5),
+    ]
+    empty = builders.changed(items[1], mask=batch.mask & (torch.arange(5) > 0)[:, None, None])
+    half = builders.changed(items[0], scores=items[0][2].scores.bfloat16())
+    return [
+        *items,
+        half,
+        first,
+        lone,
+        below,
+        (logps, None, batch),
+        builders.elsewhere(items[0]),
+        builders.elsewhere(bad[-1]),
+        *bad,
+        empty,
+    ]
+
+
+CASES = [dict(target=t, tau=0.7) for t in ("hard", "raw", "zscore", "kde", "given", "order")] + [
+    dict(target="hard", smoothing=0.2, reduce="mean"),
+    dict(target="kde", beta_r=0.8, reduce="mean"),
+]
+INPUTS = targeted_lists
+SURVIVORS = {
+    "loss: 0.0 -> 1.0": "stands where q is 0: any finite number will do",
+}

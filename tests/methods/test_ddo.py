@@ -13,6 +13,7 @@ from diffusion import edm, q_sample, to_eps, to_sigma
 from lab import Lab, Settings
 from methods import ddo
 from methods.ddo import Config, counting, expected_loss, likelihood, loss, run, theory
+from tests import builders
 from toy.bandit import Table, World
 from toy.gaussians import MLP
 
@@ -739,3 +740,11 @@ def test_noise_is_drawn_anew_and_at_the_nearest_level():
             assert (
                 way(mean, 1e-9)(model, SimpleNamespace(images=torch.zeros(4, 2, 2))).t == t
             ).all()
+
+
+# ---- the mutants of the loss: every one makes a difference on these inputs
+
+
+CASES = [dict(beta=0.3, alpha=1.9), dict(beta=1.7, alpha=0.0)]
+INPUTS = builders.pairs
+SURVIVORS = {}

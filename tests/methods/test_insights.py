@@ -22,6 +22,7 @@ from methods.insights import (
     study,
     trained,
 )
+from tests import builders
 from toy import tree
 
 
@@ -590,3 +591,45 @@ def test_the_study_and_its_table():
         found[60, "sft", name][m] + 1.0 for m in ("reward", "kl", "unseen") for name in VARIANTS
     ]
     assert [float(x) for x in row[2:]] == pytest.approx(expected, abs=0.006)
+
+
+# ---- the mutants of the loss: every one makes a difference on these inputs
+
+
+def one_sided_pairs():
+    """Pairs, near and far from the reference, above it and without it, and rows where one side is absent; refused: a row without any."""
+    items = builders.far_pairs()
+    logps, ref_logps, batch = items[0]
+    there = (
+        [[1, 1], [1, 0], [1, 0], [0, 1], [1, 0]],
+        [[1, 0]] * 4 + [[0, 1]],
+        [[1, 0]] * 5,
+        [[0, 1]] * 5,
+        [[0, 0]] + [[1, 1]] * 4,
+    )
+    masks = [batch.mask & torch.tensor(sides).bool()[..., None] for sides in there]
+    sides = [
+        builders.changed((logps * mask, known * mask, batch), mask=mask)
+        for mask in masks
+        for known in (ref_logps, 2 * logps)
+    ]
+    return [*items, *sides, (logps, None, batch)]
+
+
+CASES = (
+    [
+        dict(beta=0.3),
+        dict(variant="ipo", tau=0.3),
+        dict(variant="ipo", tau=0.7, ipo_mean=False),
+        dict(variant="nll"),
+    ]
+    + [
+        dict(variant="kto", beta=0.3),
+        dict(variant="kto", beta=0.3, z0=0.4, lambda_d=1.7, lambda_u=0.6),
+    ]
+    + [dict(variant="cpo", beta=0.3, lam=0.7)]
+)
+INPUTS = one_sided_pairs
+SURVIVORS = {
+    "loss: torch.zeros_like(logps) -> torch.zeros_like(_detached(logps))": "zeros have no gradient"
+}

@@ -20,6 +20,7 @@ from claims.rdpo import (
 from lab import Lab, Settings
 from methods import dpo
 from methods.rdpo import PAPER, Config, loss, run
+from tests import builders
 from toy.bandit import World
 from toy.exact import population
 
@@ -590,3 +591,11 @@ def test_the_contest_on_reviews_is_what_its_names_say(flip):
         "too high": [4.0] if flip == 0.2 else [],
     }
     assert curves["DPO"] == ["curve 5", "curve 6"]
+
+
+# ---- the mutants of the loss: every one makes a difference on these inputs
+
+
+CASES = [dict(beta=0.3, epsilon=0.2), dict(beta=1.7, epsilon=0.0)]
+INPUTS = builders.pairs
+SURVIVORS = {}

@@ -15,6 +15,7 @@ from data import collate
 from lab import Lab, Settings
 from methods import dpo, sft
 from methods.asft import LARGEST, PAPER, Config, log1mexp, loss, run
+from tests import builders
 from toy.exact import population
 
 ALONE = Config(supervised=False)
@@ -417,3 +418,19 @@ def test_a_run_makes_no_reference(monkeypatch):
 
 def test_shared_scaffold():
     assert inspect.getsource(dpo_of_pairs) == inspect.getsource(dpo_of_sft)
+
+
+# ---- the mutants of the loss: every one makes a difference on these inputs
+
+
+CASES = [
+    dict(weight=0.3),
+    dict(weight=1.7, beta=0.4),
+    dict(weight=0.6, beta=2.0, supervised=False),
+    dict(weight=0.7, supervised=False),
+]
+INPUTS = builders.likelihoods
+SURVIVORS = {
+    "log1mexp: 2 -> 3": "where one form gives way to the other; both are exact there",
+    "pair: ref_logps -> logps": "there is no reference, so what pair returns for it is not read",
+}

@@ -14,6 +14,7 @@ from data import collate
 from lab import Lab, Settings
 from methods import dpo
 from methods.sft import Config, loss, run
+from tests import builders
 from toy.bandit import World
 
 
@@ -263,3 +264,24 @@ def test_single_answers_run(tmp_path, monkeypatch, capsys):
     assert (
         "1 responses, scores [1.0]" in printed and "5 scored tokens" in printed
     )  # " yes" and the end: the good ones alone
+
+
+# ---- the mutants of the loss: every one makes a difference on these inputs
+
+
+def best_first():
+    """Lists of which one is the best: negative scores, absent responses, ties; and what is refused, an empty row."""
+    items = [
+        builders.ragged(3, builders.grades, 0),
+        builders.ragged(3, builders.grades, 1, absent=True),
+        builders.ragged(2, builders.first_wins, 2, torch.bfloat16),
+    ]
+    logps, ref_logps, batch = items[1]
+    negative = builders.changed(items[1], scores=(batch.scores - 5) * batch.mask.any(-1))
+    empty = builders.changed(items[1], mask=batch.mask & (torch.arange(5) > 0)[:, None, None])
+    return [*items, negative, (logps, None, batch), builders.elsewhere(items[0]), empty]
+
+
+CASES = [{}]
+INPUTS = best_first
+SURVIVORS = {}

@@ -12,6 +12,7 @@ import train
 from lab import Lab, Settings
 from methods import dpo
 from methods.ld_dpo import KINDS, Config, Wordy, length_at, loss, run
+from tests import builders
 
 ALPHAS = (1.0, 0.75, 0.5, 0.25, 0.0)
 
@@ -339,3 +340,15 @@ def test_a_run_and_shared_scaffold():
     ]
     assert all(x.isfinite().all() for x in ends)
     assert inspect.getsource(run) == inspect.getsource(dpo.run)
+
+
+# ---- the mutants of the loss: every one makes a difference on these inputs
+
+
+CASES = [
+    dict(beta=0.3, alpha=0.3),
+    dict(beta=1.7, alpha=0.0),
+    dict(beta=0.7, alpha=0.6, on_reference=False),
+]
+INPUTS = builders.pairs
+SURVIVORS = {}

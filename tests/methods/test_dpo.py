@@ -9,6 +9,7 @@ import torch
 from claims.dpo import preferred
 from data import collate
 from methods.dpo import Config, loss
+from tests import builders
 from toy.bandit import Table, World
 
 
@@ -207,3 +208,11 @@ def test_the_supervised_baseline_looks_at_the_preferred_response_alone():
     losses, _ = preferred(logps, ref_logps, batch, Config())
     (grad,) = torch.autograd.grad(losses.sum(), logps)
     assert (grad[:, 1] == 0).all() and (grad[:, 0][batch.mask[:, 0]] < 0).all()
+
+
+# ---- the mutants of the loss: every one makes a difference on these inputs
+
+
+CASES = [dict(beta=0.3), dict(beta=1.7)]
+INPUTS = builders.pairs
+SURVIVORS = {}
