@@ -4,11 +4,9 @@ A row is a dict: prompt, responses (K), scores (K), optional parents, context, e
 tokens, N packed rows of S tokens, G branches a row.
 """
 
-import json
 import math
-import os
+import re
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -113,259 +111,106 @@ def pair(logps, ref_logps, batch):
     return upcast(logps, ref_logps)
 
 
-# ---------------------------------------------------------------- tokenizers
+# ---------------------------------------------------------------- text
 
 
 class DataError(UserError):
-    """A fault in a file the user gave: one line that names file, line (in Parquet and on the Hub the row, from 1) and column."""
+    """A fault in a file of the user's, in one line that names file, line and column.
+
+    In Parquet and on the Hub the row stands in place of the line, counted from 1.
+    """
 
 
 def error_line(error):
     """The first line of an error's message."""
-    text = (
-        getattr(error, "msg", None)
-        or getattr(error, "strerror", None)
-        or str(error).strip()
-        or type(error).__name__
+    text = getattr(error, "msg", None) or getattr(error, "strerror", None) or str(error).strip()
+    return str(text or type(error).__name__).splitlines()[0]
+
+
+def printable(text, length=200):
+    """Text that is not ours, fit for a line of a terminal.
+
+    Everything that is not a printable character (control sequences, line breaks, marks that turn
+    the direction of writing, lone surrogates) becomes its escape, and what goes beyond `length`
+    characters is cut.
+    """
+    text = str(text)
+    shown = "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:length]
     )
-    return str(text).splitlines()[0]
-
-
-def plain_chat(messages, add_generation_prompt):
-    """Chat without a template: one "role: content" line a message, then "assistant:" when an answer is to follow."""
-    return "".join(f"{m['role']}: {m['content']}\n" for m in messages) + (
-        "assistant:" if add_generation_prompt else ""
-    )
-
-
-def chat_template(folder):
-    """The chat template of a checkpoint folder as a function of messages, add_generation_prompt -> text; plain_chat when there is none.
-
-    From chat_template.jinja, else tokenizer_config.json, in Jinja's sandbox. DataError: unreadable or not valid."""
-    file, config = Path(folder, "chat_template.jinja"), Path(folder, "tokenizer_config.json")
-    try:
-        settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-        text = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
-        if isinstance(text, list):  # several by name
-            text = {entry["name"]: entry["template"] for entry in text}.get("default")
-        if text is None:
-            return plain_chat
-        import jinja2.sandbox
-
-        def refuse(message):
-            raise jinja2.TemplateError(message)
-
-        # the options, names and filters that templates are written against
-        engine = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        engine.filters["tojson"] = lambda value, indent=None: json.dumps(
-            value, ensure_ascii=False, indent=indent
-        )
-        names = {
-            k: v.get("content") if isinstance(v, dict) else v
-            for k, v in settings.items()
-            if k.endswith("_token")
-        }
-        template = engine.from_string(text, globals=dict(names, raise_exception=refuse))
-    except Exception as error:
-        raise DataError(
-            f"{folder}: the chat template cannot be used: {error_line(error)}"
-        ) from None
-    return lambda messages, add_generation_prompt: template.render(
-        messages=messages, add_generation_prompt=add_generation_prompt
-    )
-
-
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    return shown + "..." * (len(text) > length)
 
 
 class Tokenizer:
-    """One face for tiktoken (toy worlds, GPT-2, bytes) and `tokenizers` (checkpoints).
+    """One face for the tokenizers of tiktoken (toy worlds, GPT-2, bytes) and of checkpoints.
 
-    encode(text) -> token ids, decode(ids) -> text; `eot` ends a response, `pad` is another token; `vocab_size`; `name` for the header."""
+    eot: the id of the token that ends a response. pad: the id of another token, which fills rows
+    up. vocab_size: ids are below it. name: for the header of a run. chat: None, or the checkpoint's
+    chat template, a function of messages and add_generation_prompt that returns text. files: None,
+    or {name: text} of the files that it was read from. `lab.hub` reads and writes them.
+    """
 
-    def __init__(self, name, engine, eot, pad, vocab_size):
-        self.name, self.engine, self.eot, self.pad, self.vocab_size = (
-            name,
-            engine,
-            eot,
-            pad,
-            vocab_size,
-        )
-        self.chat, self.files = (
-            None,
-            None,
-        )  # chat template: function of messages, add_generation_prompt -> text; what `save` writes
+    def __init__(self, name, engine, eot, pad, vocab_size, chat=None, files=None):
+        self.name, self.engine, self.eot, self.pad = name, engine, eot, pad
+        self.vocab_size, self.chat, self.files = vocab_size, chat, files
+        self.is_tiktoken = hasattr(engine, "encode_ordinary")
 
     def __deepcopy__(self, memo):
-        return self  # immutable: a frozen copy of a model shares it
+        return self  # it never changes: a frozen copy of a model shares it
 
     @classmethod
     def toy(cls, words, name="toy"):
-        """256 bytes and the given words (each becomes one token, longest first), as a tiktoken.Encoding built in code."""
-        import re
-
+        """256 bytes and the given words, each one token (the longest first), built in code."""
         import tiktoken
 
         words = sorted(set(words), key=lambda w: (-len(w), w))
         ranks = {bytes([i]): i for i in range(256)}
-        ranks |= {
-            w.encode(): 256 + i for i, w in enumerate(w for w in words if len(w.encode()) > 1)
-        }
+        longer = [w.encode() for w in words if len(w.encode()) > 1]
+        ranks |= {word: 256 + i for i, word in enumerate(longer)}
         pattern = "|".join([re.escape(w) for w in words] + [r"[\s\S]"])
         special = {"<|end|>": len(ranks), "<|pad|>": len(ranks) + 1}
-        return cls._tiktoken(
+        return cls.from_tiktoken(
             tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
         )
 
     @classmethod
-    def _tiktoken(cls, encoding):
-        eot = encoding._special_tokens.get("<|end|>", encoding._special_tokens.get("<|endoftext|>"))
-        pad = encoding._special_tokens.get(
-            "<|pad|>", encoding.n_vocab
-        )  # GPT-2 has none: one more row
-        return cls(encoding.name, encoding, eot, pad, max(encoding.n_vocab, pad + 1))
-
-    @classmethod
     def text(cls):
-        """For real text without a checkpoint: GPT-2's, or bytes when that cannot be had (the name says which)."""
+        """For real text without a checkpoint: GPT-2's, or bytes where that cannot be downloaded.
+
+        The name says which.
+        """
         import tiktoken
 
         try:
-            return cls._tiktoken(tiktoken.get_encoding("gpt2"))
+            return cls.from_tiktoken(tiktoken.get_encoding("gpt2"))
         except Exception:  # tiktoken raises whatever its download raises
             return cls.toy([], name="bytes")
 
     @classmethod
-    def load(cls, folder):
-        """The tokenizer of a checkpoint folder, read by the `tokenizers` library; ValueError when there is none."""
-        import tokenizers
-
-        settings, files = {}, {}
-        for name in (
-            "tokenizer.json",
-            "chat_template.jinja",
-            "config.json",
-            "tokenizer_config.json",
-        ):
-            if not os.path.exists(path := os.path.join(folder, name)):
-                continue
-            try:
-                with open(path, encoding="utf-8") as file:
-                    files[name] = file.read()
-                settings |= json.loads(files[name]) if name.endswith("config.json") else {}
-            except (OSError, ValueError, TypeError) as error:
-                raise UserError(f"{path} cannot be read: {error_line(error)}") from None
-        files.pop("config.json", None)
-        if "tokenizer.json" not in files:
-            raise UserError(f"{folder} has no tokenizer.json")
-        try:
-            engine = tokenizers.Tokenizer.from_str(files["tokenizer.json"])
-        except Exception as error:  # the library raises bare Exception
-            raise UserError(
-                f"{folder}/tokenizer.json cannot be read: {error_line(error)}"
-            ) from None
-        engine.no_truncation()
-        engine.no_padding()
-
-        def identity(key):
-            token = settings.get(key)
-            token = token.get("content") if isinstance(token, dict) else token
-            return engine.token_to_id(token) if isinstance(token, str) else None
-
-        eot = identity("eos_token")
-        if eot is None:
-            eot = settings.get("eos_token_id")
-            eot = eot[0] if isinstance(eot, list) else eot
-        if eot is None:
-            raise UserError(f"{folder} names no end-of-text token (eos_token)")
-        pad = identity("pad_token")
-        if pad is None or pad == eot:  # the end must be learnt, so padding is another token
-            pad = 0 if eot else 1
-        own = settings.get("nanopref_tokenizer")
-        engine.encode_special_tokens = bool(
-            own
-        )  # tiktoken reads "<|end|>" in a text as text, a chat template means the token
-        tokenizer = cls(own or "tokenizer.json", engine, eot, pad, engine.get_vocab_size())
-        tokenizer.chat, tokenizer.files = chat_template(folder), files
-        return tokenizer
+    def from_tiktoken(cls, encoding):
+        """The tokenizer of a tiktoken.Encoding; without a padding token it gets one more id."""
+        special = encoding._special_tokens
+        eot = special.get("<|end|>", special.get("<|endoftext|>"))
+        pad = special.get("<|pad|>", encoding.n_vocab)
+        return cls(encoding.name, encoding, eot, pad, max(encoding.n_vocab, pad + 1))
 
     def encode(self, text):
-        """Token ids of a text, without anything added."""
-        if hasattr(self.engine, "encode_ordinary"):
-            return self.engine.encode_ordinary(text)
-        return self.engine.encode(text, add_special_tokens=False).ids
+        """Token ids of a text, without anything added. UserError: it cannot be encoded."""
+        try:
+            if self.is_tiktoken:
+                return self.engine.encode_ordinary(text)
+            return self.engine.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # `tokenizers` raises bare Exception, for tokens that it lacks
+            raise UserError(
+                f"the tokenizer {self.name} cannot encode a text: {printable(error_line(error))}"
+            ) from None
 
     def decode(self, ids):
-        """Text of token ids; the end and padding tokens are left out."""
+        """Text of token ids; end and padding tokens are left out."""
         ids = [i for i in ids if i not in (self.eot, self.pad)]
-        if hasattr(self.engine, "encode_ordinary"):
+        if self.is_tiktoken:
             return self.engine.decode([i for i in ids if i < self.engine.n_vocab], errors="replace")
         return self.engine.decode(ids, skip_special_tokens=False)
-
-    def save(self, folder):
-        """Write tokenizer.json and tokenizer_config.json, readable by `tokenizers` and `transformers`; a checkpoint's own as they were."""
-        from lab.store import write_text
-
-        self.files = self.files or self._huggingface()
-        for name, text in self.files.items():
-            write_text(os.path.join(folder, name), text)
-
-    def _huggingface(self):
-        """{file name: text} of a tiktoken encoding in Hugging Face's layout."""
-        letters = [
-            *range(33, 127),
-            *range(161, 173),
-            *range(174, 256),
-        ]  # byte-level BPE writes every byte as a printable letter
-        letter = {b: chr(b) for b in letters} | {
-            b: chr(256 + i) for i, b in enumerate(sorted(set(range(256)) - set(letters)))
-        }
-        vocab = {
-            "".join(letter[b] for b in token): i
-            for token, i in self.engine._mergeable_ranks.items()
-        }
-        # tiktoken merges any two neighbours that make a token, the lowest rank first
-        halves = (
-            (token[:i], token[i:])
-            for token in sorted(vocab, key=vocab.get)
-            for i in range(1, len(token))
-        )
-        merges = [[a, b] for a, b in halves if a in vocab and b in vocab]
-        model = dict(
-            type="BPE",
-            vocab=vocab,
-            merges=merges,
-            ignore_merges=True,
-            fuse_unk=False,
-            byte_fallback=False,
-        )
-        pattern = (
-            GPT2_PATTERN if self.name == "gpt2" else self.engine._pat_str
-        )  # tiktoken's own spelling means something else there
-        split = dict(type="Split", pattern=dict(Regex=pattern), behavior="Isolated", invert=False)
-        level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
-        special = self.engine._special_tokens | {"<|pad|>": self.pad}
-        flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
-        added = [dict(id=i, content=s) | flags for s, i in special.items()]
-        empty = dict(truncation=None, padding=None, normalizer=None, post_processor=None)
-        split = dict(type="Sequence", pretokenizers=[split, level])
-        tokenizer = (
-            dict(version="1.0", added_tokens=added, pre_tokenizer=split, decoder=level, model=model)
-            | empty
-        )
-        eot = next(s for s, i in special.items() if i == self.eot)
-        settings = dict(
-            tokenizer_class="PreTrainedTokenizerFast",
-            eos_token=eot,
-            pad_token="<|pad|>",
-            nanopref_tokenizer=self.name,
-        )
-        return {
-            "tokenizer.json": json.dumps(tokenizer),
-            "tokenizer_config.json": json.dumps(settings),
-        }
 
 
 # ---------------------------------------------------------------- rows and the Batch

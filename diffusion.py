@@ -14,6 +14,9 @@ import torch
 
 from data import UserError
 
+SCHEDULES = ("linear", "scaled_linear", "cosine")
+PREDICTIONS = ("eps", "x0", "v_vp", "v_flow", "u", "edm")
+
 
 def spread(values, x):
     """One number per image, (n,) or (n, K), in a shape that broadcasts over the images x.
@@ -41,7 +44,7 @@ def alpha_bar(schedule="linear", steps=1000):
     elif schedule == "scaled_linear":
         beta = torch.linspace(0.00085**0.5, 0.012**0.5, steps, dtype=torch.float64) ** 2
     else:
-        raise UserError(f"schedule = {schedule!r}: expected linear, scaled_linear or cosine")
+        raise UserError(f"schedule = {schedule!r}: expected one of {', '.join(SCHEDULES)}")
     return (1 - beta).cumprod(0)
 
 
@@ -92,7 +95,7 @@ def mixture(kind, a, k=0.5, sd=1.0):
         return sigma / (sd * norm), -sd / norm
     constant = {"eps": (0.0, 1.0), "x0": (1.0, 0.0), "v_flow": (1.0, -1.0), "u": (k, k - 1.0)}
     if kind not in constant:
-        raise UserError(f"prediction = {kind!r}: expected eps, x0, v_vp, v_flow, u or edm")
+        raise UserError(f"prediction = {kind!r}: expected one of {', '.join(PREDICTIONS)}")
     return constant[kind]
 
 

@@ -26,12 +26,12 @@ import traceback
 
 import torch
 
-from data import UserError, plain_chat
+from data import UserError
 from lab import Lab, Settings, report
+from lab.hub import load_pretrained
 from lab.lab import Stop
 from lab.settings import (
     idle,
-    load_pretrained,
     make_world,
     methods,
     paper,
@@ -499,11 +499,7 @@ def ask(settings, prompt):
         )
     model = lab.base()
     chat = model.tokenizer.chat
-    text = (
-        chat([{"role": "user", "content": prompt}], True)
-        if chat not in (None, plain_chat)
-        else prompt
-    )
+    text = chat([{"role": "user", "content": prompt}], True) if chat else prompt
     lab.max_response = settings.max_response or 128
     row = lab.sample(model, [text], 1)[0]
     print(lab.text(row["responses"][0]).strip())

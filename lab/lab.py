@@ -16,7 +16,8 @@ import data as data_module
 import nanomodel
 from data import Claim, UserError, collate, fit_context, label
 from lab import report, store
-from lab.settings import load_pretrained, make_world, pick_device, refuse_idle
+from lab.hub import load_pretrained
+from lab.settings import make_world, pick_device, refuse_idle
 from lab.store import digest, load_value, remove_value, save_value, source, write_text
 
 # ---------------------------------------------------------------- the Lab

@@ -1,9 +1,7 @@
 """Run settings, the world and the device that they name, and what they may not ask for."""
 
-import contextlib
 import difflib
 import importlib
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -105,16 +103,6 @@ def pick_device(name):
             f"--device {name} is not there (this torch {torch.__version__} sees: cpu{', cuda' * torch.cuda.is_available()})"
         ) from None
     return device
-
-
-def load_pretrained(folder):
-    """The model of a checkpoint folder or Hub name: UNet or GPT, by its config.json."""
-    path = os.path.join(folder, "config.json")
-    if os.path.exists(path):
-        with contextlib.suppress(ValueError), open(path, encoding="utf-8") as file:
-            if json.load(file).get("model_type") == "unet":
-                return nanomodel.UNet.from_pretrained(folder)
-    return nanomodel.GPT.from_pretrained(folder)
 
 
 def make_world(settings, start=None):

@@ -102,64 +102,6 @@ def test_each_word_of_a_toy_tokenizer_is_one_token_and_the_rest_are_bytes():
     assert Tokenizer.toy([], name="bytes").name == "bytes"
 
 
-def random_texts(n):
-    rng, pieces = (
-        random.Random(0),
-        [*WORDS, "a", "0", "  ", "\t", "日本", "🙂", "e\u0301", "<|end|>", "<|pad|>", "[", "\\"],
-    )
-    return ["".join(rng.choice(pieces) for _ in range(rng.randrange(30))) for _ in range(n)]
-
-
-def test_a_toy_tokenizer_reads_alike_through_tokenizer_json(tmp_path):
-    toy = Tokenizer.toy(WORDS, name="films")
-    toy.save(tmp_path)
-    back = Tokenizer.load(tmp_path)
-    assert (back.name, back.eot, back.pad, back.vocab_size) == (
-        "films",
-        toy.eot,
-        toy.pad,
-        toy.vocab_size,
-    )
-    for text in random_texts(500):
-        ids = toy.encode(text)
-        assert back.encode(text) == ids
-        assert back.decode(ids) == toy.decode(ids) == text
-    assert toy.eot not in back.encode("<|end|>")  # a text cannot end a response
-    assert back.decode([97, back.eot, back.pad, 98]) == "ab"
-    (tmp_path / "tokenizer.json").unlink()  # what was loaded does not lean on its folder
-    back.save(tmp_path / "again")
-    assert Tokenizer.load(tmp_path / "again").encode(" very good film") == toy.encode(
-        " very good film"
-    )
-
-
-def test_a_tokenizer_that_merges_reads_alike_through_tokenizer_json(tmp_path):
-    import tiktoken
-
-    # as GPT-2's: pieces that are no token are put together from the lowest rank up
-    ranks = {bytes([i]): i for i in range(256)}
-    ranks |= {
-        w: 256 + i
-        for i, w in enumerate(
-            [b"aa", b"ab", b" a", b"ba", b"aaa", b"aab", b" ab", b"abab", b" aaa", b"bb", b"bbb"]
-        )
-    }
-    pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-    engine = tiktoken.Encoding(
-        "ab", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)}
-    )
-    ours = Tokenizer._tiktoken(engine)
-    assert (
-        ours.eot == len(ranks) and ours.pad == len(ranks) + 1 and ours.vocab_size == len(ranks) + 2
-    )
-    ours.save(tmp_path)
-    back, rng = Tokenizer.load(tmp_path), random.Random(0)
-    assert (back.eot, back.pad, back.vocab_size) == (ours.eot, ours.pad, ours.vocab_size)
-    for _ in range(500):
-        text = "".join(rng.choice("aaabbb  1'\n") for _ in range(rng.randrange(30)))
-        assert back.encode(text) == ours.encode(text) and back.decode(ours.encode(text)) == text
-
-
 def test_real_text_falls_back_to_bytes_and_the_name_says_so(monkeypatch):
     import tiktoken
 

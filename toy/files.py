@@ -7,12 +7,21 @@ import random
 import re
 from pathlib import Path
 
-from data import OWN, DataError, Tokenizer, error_line, plain_chat, reorder
+from data import OWN, DataError, Tokenizer, error_line, reorder
 from toy import world
 
 FORMATS = ("chosen", "rejected"), ("responses", "scores"), ("completion", "label")
 ACCEPTED = "prompt/chosen/rejected, chosen/rejected with the prompt inside, prompt/responses/scores, prompt/completion/label"
 TURN, HUMAN = "\n\nAssistant:", "\n\nHuman:"  # who speaks in an Anthropic HH transcript
+
+
+def plain_chat(messages, add_generation_prompt):
+    """Chat without a template: one line "role: content" per message.
+
+    "assistant:" follows when an answer is to come.
+    """
+    text = "".join(f"{m['role']}: {m['content']}\n" for m in messages)
+    return text + "assistant:" * bool(add_generation_prompt)
 
 
 def read_preferences(source, chat_template=None, seed=None):

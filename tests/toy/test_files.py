@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from data import DataError, chat_template, plain_chat
+from data import DataError
+from lab.hub import chat_template
 from toy.files import read_preferences, split
 
 PAIR = {"prompt": "2 + 2 is", "chosen": " 4", "rejected": " 5"}
@@ -394,22 +395,6 @@ def test_a_template_frames_prompt_and_answer_and_its_closing_is_cut(tmp_path):
     )
 
 
-def test_template_sources_named_ones_tokens_and_the_plain_fallback(tmp_path):
-    assert chat_template(tmp_path) is plain_chat
-    assert plain_chat([USER, GOOD], True) == "user: hi\nassistant: hello\nassistant:"
-    named = [
-        {"name": "tools", "template": "no"},
-        {"name": "default", "template": "{{ bos_token }}{{ messages | tojson }}"},
-    ]
-    render = chat_template(folder(tmp_path, named, bos_token={"content": "<s>"}))
-    assert (
-        render([{"role": "user", "content": "<\u00e9>"}], False)
-        == '<s>[{"role": "user", "content": "<\u00e9>"}]'
-    )
-    (tmp_path / "chat_template.jinja").write_text("file wins")
-    assert chat_template(tmp_path)([], True) == "file wins"
-
-
 @pytest.mark.parametrize(
     "template",
     [
@@ -429,12 +414,6 @@ def test_templates_that_break_out_or_break_down_are_one_line(tmp_path, template)
     ) as caught:
         read_preferences(path, chat_template(folder(tmp_path, template)))
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("template", ["{% for %}", 5, [{"name": "default"}]])
-def test_a_template_that_is_none_is_refused_with_its_folder(tmp_path, template):
-    with pytest.raises(DataError, match="the chat template cannot be used"):
-        chat_template(folder(tmp_path, template))
 
 
 # ---- split
