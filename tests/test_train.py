@@ -630,7 +630,7 @@ PAIRS = [
         (["--method", "dpo", "--seed", "1", "--seed", "2"], ["twice"]),
         (["--method", "dpo", "--epsilon", "0.1"], ["--epsilon", "rdpo"]),
         (["--method", "disco", "--world", "digits"], ["disco", "digits"]),
-        (["--method", "dpo", "--init", "nowhere"], ["nowhere", "no checkpoint"]),
+        (["--method", "dpo", "--init", "nowhere"], ["nowhere", "not a checkpoint"]),
         (["--method", "dpo", "--device", "cuda:7"], ["--device cuda:7"]),
         (["--method", "dpo", "--data", "nothing.jsonl"], ["nothing.jsonl"]),
         (
