@@ -4,7 +4,6 @@ A row is a dict: prompt, responses (K), scores (K), optional parents, context, e
 tokens, N packed rows of S tokens, G branches a row.
 """
 
-import math
 import re
 from dataclasses import dataclass, field, fields, replace
 
@@ -258,6 +257,25 @@ class Batch:
 OWN = ("prompt", "responses", "scores", "parents", "context", "ends", "reward", "tree")
 
 
+@dataclass(frozen=True, eq=False)
+class Tree:
+    """The prompt tree of one row, laid out in one sequence of n tokens, the prompt first.
+
+    Branch 0 is the prompt, branch k + 1 the response k, with its context before it."""
+
+    tokens: list  # n token ids
+    position: list  # n positions, counted from the root
+    branch: list  # n numbers of branches
+    sees: np.ndarray  # (K + 1, K + 1) bool: the branch itself and its ancestors
+    sources: list  # K lists: where in the sequence each response token is predicted
+    targets: list  # K lists: the response tokens
+
+    def key(self):
+        """What identifies the tree, in JSON."""
+        lists = [self.tokens, list(self.position), self.branch, self.sources, self.targets]
+        return [*lists, self.sees.tolist()]
+
+
 def encode(row, tokenizer):
     """The row with its prompt tree laid out: token, position and branch of every node, and where each response token is predicted from.
 
@@ -300,7 +318,8 @@ def encode(row, tokenizer):
     sees = np.zeros((count + 1, count + 1), dtype=bool)
     for k, seen in enumerate(ancestors):
         sees[k, list(seen)] = True
-    return row | {"parents": parents, "tree": (tokens, position, branch, sees, sources, targets)}
+    tree = Tree(tokens, position, branch, sees, sources, targets)
+    return row | {"parents": parents, "tree": tree}
 
 
 def bucket(n):
@@ -311,128 +330,130 @@ def bucket(n):
 
 def apart(tree):
     """A tree of responses to one prompt as trees of one response each, the prompt copied."""
-    tokens, _, branch, _, sources, targets = tree
-    prompt = start = branch.count(0)
-    out = []
-    for k, (where, what) in enumerate(zip(sources, targets)):
-        end = start + branch.count(k + 1)
-        ids = tokens[:prompt] + tokens[start:end]
+    prompt = start = tree.branch.count(0)
+    out, alone = [], np.ones((1, 1), dtype=bool)
+    for k, (where, what) in enumerate(zip(tree.sources, tree.targets)):
+        end = start + tree.branch.count(k + 1)
+        tokens = tree.tokens[:prompt] + tree.tokens[start:end]
         where = [i if i < prompt else i - start + prompt for i in where]
-        out.append(
-            (ids, range(len(ids)), [0] * len(ids), np.ones((1, 1), dtype=bool), [where], [what])
-        )
+        n = len(tokens)
+        out.append(Tree(tokens, list(range(n)), [0] * n, alone, [where], [what]))
         start = end
     return out
 
 
 def cheaper_apart(trees, copies):
-    """Are copies of a short prompt cheaper than the wider attention of the trees? By the tokens, and the keys that each meets in blocks of
-    128 queries; 256 keys cost as much as the rest of a token (measured with two and three layers of width 64 and 96)."""
-    longest = max(len(ids) for ids, *_ in copies)
-    met = min(max(len(ids) for ids, *_ in trees), longest + 128)
-    together, alone = (sum(len(ids) for ids, *_ in pieces) for pieces in (trees, copies))
+    """Are copies of a short prompt cheaper than the wider attention of the trees?
+
+    The cost of a token is 256 plus the keys that it meets in blocks of 128 queries: 256 keys cost
+    as much as the rest of a token (measured at two and three layers of width 64 and 96)."""
+    longest = max(len(tree.tokens) for tree in copies)
+    met = min(max(len(tree.tokens) for tree in trees), longest + 128)
+    together, alone = (sum(len(tree.tokens) for tree in group) for group in (trees, copies))
     return alone * (256 + longest) < together * (256 + met)
 
 
-def collate(rows, tokenizer=None, fixed=False):
-    """Rows -> Batch. Text is packed, several trees a row where they fit, or where that is cheaper (`cheaper_apart`) as one tree a response;
-    `fixed` rounds N, S and T up to a few buckets (for compiled code).
+def first_fit(sizes, room):
+    """Places for pieces of these sizes in rows of `room`, the longest piece first.
 
-    Rows whose responses are a tensor (K, C, H, W) are images; without a tokenizer they are entries of a table."""
+    -> ([(row, offset) per piece], number of rows)."""
+    free, places = [], [None] * len(sizes)
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        row = next((n for n, left in enumerate(free) if left >= sizes[i]), len(free))
+        if row == len(free):
+            free.append(room)
+        places[i] = (row, room - free[row])
+        free[row] -= sizes[i]
+    return places, len(free)
+
+
+def collate(rows, tokenizer=None, fixed=False):
+    """Rows -> Batch.
+
+    With a tokenizer the rows are text. Without one, rows whose responses are a tensor (K, C, H, W)
+    are images, and others are entries of a table. fixed: round N, S, G and T up to a few sizes, so
+    that shapes repeat (for compiled code)."""
     count = max(len(row["responses"]) for row in rows)
     scores = torch.zeros(len(rows), count)
     for b, row in enumerate(rows):
-        scores[b, : len(row["responses"])] = torch.as_tensor(
-            row.get("scores", [0.0] * len(row["responses"]))
-        )
-
-    def columns(length=0):
-        return {
-            name: _column([row[name] for row in rows], count, length)
-            for name in rows[0]
-            if name not in OWN
-        }
-
+        if "scores" in row:
+            scores[b, : len(row["scores"])] = torch.as_tensor(row["scores"])
+    if tokenizer is not None:
+        tensors = _text([encode(row, tokenizer) for row in rows], count, tokenizer.pad, fixed)
+    elif isinstance(rows[0]["responses"], torch.Tensor):
+        present = [torch.ones(len(row["responses"]), 1, dtype=torch.bool) for row in rows]
+        images = _stack([row["responses"] for row in rows], count)
+        tensors = dict(mask=_stack(present, count), images=images)
+    else:
+        tensors = _table(rows, count)
     if tokenizer is None:
-        label = torch.tensor([row["prompt"] for row in rows])
-        if isinstance(rows[0]["responses"], torch.Tensor):
-            images = _stack([row["responses"] for row in rows], count)
-            mask = _stack(
-                [torch.ones(len(row["responses"]), 1, dtype=torch.bool) for row in rows], count
-            )  # (B, K, 1)
-            return Batch(mask, scores, images=images, label=label, columns=columns())
-        length = max(len(response) for row in rows for response in row["responses"])
-        target = np.zeros((len(rows), count, length), dtype=np.int64)
-        mask = np.zeros(target.shape, dtype=bool)
-        for b, row in enumerate(rows):
-            for k, response in enumerate(row["responses"]):
-                target[b, k, : len(response)], mask[b, k, : len(response)] = response, True
-        return Batch(
-            torch.from_numpy(mask),
-            scores,
-            target=torch.from_numpy(target),
-            label=label,
-            columns=columns(length),
-        )
+        tensors["label"] = torch.tensor([row["prompt"] for row in rows])
+    length = tensors["target"].shape[2] if "target" in tensors else 0
+    columns = {
+        name: _column([row[name] for row in rows], count, length)
+        for name in rows[0]
+        if name not in OWN
+    }
+    return Batch(scores=scores, columns=columns, **tensors)
 
-    rows = [encode(row, tokenizer) for row in rows]
+
+def _table(rows, count):
+    """{mask, target} of entries of a table: lists of tokens that need not be equally long."""
+    length = max(len(response) for row in rows for response in row["responses"])
+    target = torch.zeros(len(rows), count, length, dtype=torch.int64)
+    mask = torch.zeros(target.shape, dtype=torch.bool)
+    for b, row in enumerate(rows):
+        for k, response in enumerate(row["responses"]):
+            target[b, k, : len(response)] = torch.tensor(response)
+            mask[b, k, : len(response)] = True
+    return dict(mask=mask, target=target)
+
+
+def _text(rows, count, pad, fixed):
+    """The token tensors of a Batch: prompt trees packed into rows, as many as fit.
+
+    Where copies of a short prompt are cheaper (`cheaper_apart`), a tree holds one response."""
     round_up = bucket if fixed else int
-    trees, home = (
-        [row["tree"] for row in rows],
-        [(b, 0) for b in range(len(rows))],
-    )  # home: the row of a tree, and its first response
+    trees = [row["tree"] for row in rows]
+    home = [(b, 0) for b in range(len(rows))]  # of each tree: its row, and its first response
     if not fixed and all(parent == -1 for row in rows for parent in row["parents"]):
         copies = [apart(tree) for tree in trees]
-        if cheaper_apart(trees, [copy for group in copies for copy in group]):
+        flat = [tree for group in copies for tree in group]
+        if cheaper_apart(trees, flat):
             home = [(b, k) for b, group in enumerate(copies) for k in range(len(group))]
-            trees = [copy for group in copies for copy in group]
-    size = round_up(max(len(tree[0]) for tree in trees))
-    # first-fit, the longest first: a packed row holds as many trees as fit
-    free, place = [], {}
-    for b in sorted(range(len(trees)), key=lambda b: (-len(trees[b][0]), b)):
-        n = next((n for n, room in enumerate(free) if room >= len(trees[b][0])), len(free))
-        if n == len(free):
-            free.append(size)
-        place[b] = (n, size - free[n])
-        free[n] -= len(trees[b][0])
-    height = round_up(len(free))
+            trees = flat
+    size = round_up(max(len(tree.tokens) for tree in trees))  # S
+    places, height = first_fit([len(tree.tokens) for tree in trees], size)
+    height = round_up(height)  # N
     used = [0] * height
-    for b in range(len(trees)):
-        used[place[b][0]] += len(trees[b][3])
-    groups = round_up(max(used) + 1)
-    length = round_up(max(len(t) for tree in trees for t in tree[5]))
-    tokens = np.full((height, size), tokenizer.pad, dtype=np.int64)
+    for (n, _), tree in zip(places, trees):
+        used[n] += len(tree.sees)
+    groups = round_up(max(used) + 1)  # G, the last one is padding
+    length = round_up(max(len(what) for tree in trees for what in tree.targets))  # T
+
+    tokens = np.full((height, size), pad, dtype=np.int64)
     position, branch = np.zeros_like(tokens), np.full_like(tokens, groups - 1)
     sees = np.zeros((height, groups, groups), dtype=bool)
     sees[:, groups - 1, groups - 1] = True
     source = np.zeros((len(rows), count, length), dtype=np.int64)
     target, mask = np.zeros_like(source), np.zeros(source.shape, dtype=bool)
     parents = np.full((len(rows), count), -1, dtype=np.int64)
-    first = [0] * height
-    for i, (ids, positions, branches, visible, sources, targets) in enumerate(trees):
-        n, offset = place[i]
-        end, g = offset + len(ids), first[n]
-        tokens[n, offset:end], position[n, offset:end], branch[n, offset:end] = (
-            ids,
-            positions,
-            np.add(branches, g),
-        )
-        sees[n, g : g + len(visible), g : g + len(visible)] = visible
-        first[n] += len(visible)
-        b, first_response = home[i]
+    first = [0] * height  # the next free branch of each packed row
+    for tree, (n, offset), (b, first_response) in zip(trees, places, home):
+        end, g = offset + len(tree.tokens), first[n]
+        tokens[n, offset:end] = tree.tokens
+        position[n, offset:end] = tree.position
+        branch[n, offset:end] = np.add(tree.branch, g)
+        sees[n, g : g + len(tree.sees), g : g + len(tree.sees)] = tree.sees
+        first[n] += len(tree.sees)
         parents[b, : len(rows[b]["parents"])] = rows[b]["parents"]
-        for k, (where, what) in enumerate(zip(sources, targets), first_response):
-            source[b, k, : len(what)], target[b, k, : len(what)], mask[b, k, : len(what)] = (
-                np.add(where, n * size + offset),
-                what,
-                True,
-            )
-    tensors = {
-        k: torch.from_numpy(v)
-        for k, v in locals().items()
-        if k in ("tokens", "position", "branch", "sees", "source", "target", "parents")
-    }
-    return Batch(torch.from_numpy(mask), scores, columns=columns(length), **tensors)
+        for k, (where, what) in enumerate(zip(tree.sources, tree.targets), first_response):
+            source[b, k, : len(what)] = np.add(where, n * size + offset)
+            target[b, k, : len(what)] = what
+            mask[b, k, : len(what)] = True
+    arrays = dict(tokens=tokens, position=position, branch=branch, sees=sees, source=source)
+    arrays |= dict(target=target, mask=mask, parents=parents)
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def _stack(values, count):
@@ -471,7 +492,7 @@ def fit_context(rows, tokenizer, context, truncate=False):
     out, cut = [], 0
     for row in rows:
         row = encode(row, tokenizer)
-        longest = max(row["tree"][1]) + 2
+        longest = max(row["tree"].position) + 2
         if longest > context:
             if not truncate:
                 raise UserError(
@@ -583,53 +604,6 @@ def reorder(row, order):
     }  # a tree is laid out in one order
 
 
-# ---------------------------------------------------------------- claims
-
-
-@dataclass
-class Claim:
-    """One claim of a paper as an experiment: ours against a baseline, seed by seed."""
-
-    text: str
-    metric: str
-    ours: list  # a value per seed
-    baseline: list
-    margin: float = 0.0  # the mean difference must exceed it
-    expected: bool = True  # False: a negative control, or what did not reproduce
-    difference: float = field(init=False)
-    interval: list = field(init=False)  # paired 95 % (Student's t); [nan, nan] from a single seed
-    holds: bool = field(init=False)
-
-    def __post_init__(self):
-        differences = np.subtract(self.ours, self.baseline)
-        self.difference = float(differences.mean())
-        self.interval = interval(differences)
-        agree = bool((differences > 0).all())
-        if len(differences) >= 5:
-            agree = self.interval[0] > 0
-        self.holds = bool(agree and self.difference > self.margin)
-
-
-def interval(values):
-    """95 % interval of the mean of a few values by Student's t, as [low, high]."""
-    values = np.asarray(values, dtype=float)
-    if len(values) < 2:
-        return [math.nan, math.nan]
-    from scipy.stats import t
-
-    half = float(t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values)))
-    return [float(values.mean()) - half, float(values.mean()) + half]
-
-
-def wilson(wins, n):
-    """95 % interval of a share (Wilson's score), as [low, high]; ties may count half."""
-    if not n:
-        return [math.nan, math.nan]
-    z, p = 1.959964, wins / n
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return [(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)]
-
-
 def write_text(path, text):
     from lab.store import write_text
 
@@ -640,3 +614,9 @@ def write_beside(path, write):
     from lab.store import write_beside
 
     write_beside(path, write)
+
+
+def interval(values):
+    from lab.evaluate import interval
+
+    return interval(values)

@@ -19,7 +19,6 @@ import math
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 import traceback
@@ -28,8 +27,9 @@ import torch
 
 from data import UserError
 from lab import Lab, Settings, report
+from lab import claims as lab_claims
+from lab.align import Stop
 from lab.hub import load_pretrained
-from lab.lab import Stop
 from lab.settings import (
     idle,
     make_world,
@@ -41,7 +41,7 @@ from lab.settings import (
     unknown,
     worlds,
 )
-from lab.store import HERE, write_json, write_text
+from lab.store import write_json, write_text
 
 ACTIONS = dict(
     method="the paper to run (see --list); a list runs all of them, `all` every one that fits",
@@ -132,13 +132,6 @@ def load_method(name):
     if name not in methods():
         raise UserError(unknown("method", name, methods()))
     return importlib.import_module(f"methods.{name}")
-
-
-def load_claim(name):
-    """The function `claim(lab)` of claims/NAME.py, or of the method's file while it stands there."""
-    if os.path.exists(os.path.join(HERE, "claims", f"{name}.py")):
-        return importlib.import_module(f"claims.{name}").claim
-    return load_method(name).claim
 
 
 def combinations(flags, owners):
@@ -335,7 +328,7 @@ def one_run(method, settings, cfg, out, show=False, quiet=False):
         samples = report.side_by_side(lab, model)
         say("\n" + samples)
         write_text(os.path.join(out, "samples.txt"), samples + "\n")
-    report.curves(lab, f"{method} on {lab.world.name}, seed {settings.seed}")
+    report.curves(lab, model, f"{method} on {lab.world.name}, seed {settings.seed}")
     if hasattr(model, "save_pretrained"):
         model.save_pretrained(out)
     write_json(os.path.join(out, "summary.json"), summary)
@@ -396,46 +389,16 @@ def many_runs(runs, out):
     )
 
 
-def commit():
-    """The commit of this code, with a + when files differ from it; "" where there is none."""
-    git = ["git", "-C", HERE]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        name, dirty = (
-            subprocess.run([*git, *ask], capture_output=True, text=True, check=True).stdout.strip()
-            for ask in (
-                ("rev-parse", "--short", "HEAD"),
-                ("status", "--porcelain", "--untracked-files=no"),
-            )
-        )
-        return name + "+" * bool(dirty)
-    return ""
-
-
 def run_claims(method, settings, seeds, out, quiet=False):
-    """The claims of one method's file, as written to claim.json: a list of dicts, one a claim."""
-    module, start = load_method(method), time.time()
-    print(
-        f"{title(module)}\nclaims on seeds {', '.join(map(str, seeds))}",
-        flush=True,
-    )
+    """The claims of one paper, judged and written to claim.json -> a list of dicts."""
+    module = importlib.import_module(f"claims.{method}")
+    print(f"{title(load_method(method))}\nclaims on seeds {', '.join(map(str, seeds))}", flush=True)
     lab = Lab(settings, out, quiet=quiet or not sys.stderr.isatty(), seeds=len(seeds))
-    claims = load_claim(method)(lab)
-    print("\n" + report.claims_table(claims))
-    command = f"python train.py --method {method} --claim --seeds {len(seeds)}" + (
-        f" --seed {seeds[0]}" if seeds[0] else ""
-    )
-    about = {
-        "paper": method,
-        "seconds": round(time.time() - start, 1),
-        "command": command,
-        "commit": commit(),
-    }
-    lines = [dataclasses.asdict(c) | about for c in claims]
-    write_text(os.path.join(out, "claim.md"), report.claims_markdown(lines))
-    write_json(os.path.join(out, "claim.json"), lines)
+    command = f"python train.py --method {method} --claim --seeds {len(seeds)}"
+    command += f" --seed {seeds[0]}" if seeds[0] else ""
+    rows = lab_claims.run(method, module, lab, command)
     shutil.rmtree(os.path.join(out, "stages"), ignore_errors=True)
-    print(f"{report.clock(time.time() - start)} in all; written to {out}/: claim.json, claim.md")
-    return lines
+    return rows
 
 
 def all_claims(names, settings, seeds, out):
@@ -446,8 +409,8 @@ def all_claims(names, settings, seeds, out):
         folder, failed = os.path.join(out, name), ""
         try:
             with open(os.path.join(folder, "claim.json"), encoding="utf-8") as file:
-                found = json.load(file)
-        except (OSError, ValueError):
+                found = json.load(file)["claims"]
+        except (OSError, ValueError, KeyError, TypeError):
             ran += 1
             os.makedirs(folder, exist_ok=True)
             try:
@@ -480,7 +443,7 @@ def all_claims(names, settings, seeds, out):
             else ""
         )
         print(f"[{i + 1}/{len(names)}] {name}: {say}; {report.clock(left)} left", flush=True)
-        write_text(os.path.join(out, "claims.md"), report.claims_markdown(lines))
+        write_text(os.path.join(out, "claims.md"), lab_claims.claims_markdown(lines))
         write_json(os.path.join(out, "claims.json"), lines)
     print(
         f"{report.clock(time.time() - start)} in all; written to {out}/: claims.json, claims.md, a folder a method"

@@ -4,11 +4,13 @@ Nothing here unpickles or executes anything: tensors are safetensors, everything
 """
 
 import contextlib
+import functools
 import hashlib
 import inspect
 import json
 import math
 import os
+import subprocess
 import tempfile
 import time
 
@@ -160,6 +162,7 @@ def digest(*parts):
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:20]
 
 
+@functools.cache
 def source(*modules):
     """The source of modules, for cache keys."""
     return [inspect.getsource(m) for m in modules]
@@ -171,3 +174,21 @@ def remove_value(path):
         if name:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(os.path.join(os.path.dirname(path), name))
+
+
+def generator(*key):
+    """A torch.Generator on the CPU whose stream depends on the key alone."""
+    return torch.Generator().manual_seed(int(digest(*key)[:15], 16))
+
+
+def commit():
+    """The commit of this code, with a + when files differ from it; "" where there is none."""
+    git = ["git", "-C", HERE]
+    questions = ["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        name, changed = (
+            subprocess.run([*git, *ask], capture_output=True, text=True, check=True).stdout.strip()
+            for ask in questions
+        )
+        return name + "+" * bool(changed)
+    return ""

@@ -171,7 +171,9 @@ def edm_noise(lab, cfg, model):
         return 1 + (to_sigma(model.alpha_bar[t]) / model.sd) ** 2
 
     return dict(
-        prepare=lambda policy, batch: policy.prepare(batch, lab.rng("noise"), times=times),
+        prepare=lambda policy, batch: policy.prepare(
+            batch, lab.rng("noise", lab.step), times=times
+        ),
         score=lambda model, batch: model.logps(batch, weight=weight),
     )
 

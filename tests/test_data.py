@@ -1,4 +1,4 @@
-"""Tokenizers, rows and the Batch, labels, claims: hand-made examples and counted frequencies."""
+"""Tokenizers, rows and the Batch, labels: hand-made examples and counted frequencies."""
 
 import itertools
 import math
@@ -12,16 +12,13 @@ import torch
 
 from data import (
     Batch,
-    Claim,
     Tokenizer,
     bucket,
     collate,
     encode,
     fit_context,
-    interval,
     label,
     reorder,
-    wilson,
 )
 from lab.store import load_tensors, save_tensors, write_beside, write_text
 
@@ -124,14 +121,19 @@ def test_a_prompt_tree_is_laid_out_as_in_the_hand_made_example():
         context=["", "9", "8 8"],
         ends=[False, True, False],
     )
-    tokens, position, branch, sees, sources, targets = encode(row, IDS)["tree"]
+    tree = encode(row, IDS)["tree"]
     #           prompt  0     1's separator and 6   2's separator; the last token of a leaf is no input
-    assert tokens == [2, 3, 4, 5, 9, 6, 8, 8]
-    assert position == [0, 1, 2, 3, 4, 5, 2, 3]
-    assert branch == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert sees.astype(int).tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1]]
-    assert targets == [[4, 5], [6, 1], [7]]
-    assert sources == [
+    assert tree.tokens == [2, 3, 4, 5, 9, 6, 8, 8]
+    assert tree.position == [0, 1, 2, 3, 4, 5, 2, 3]
+    assert tree.branch == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert tree.sees.astype(int).tolist() == [
+        [1, 0, 0, 0],
+        [1, 1, 0, 0],
+        [1, 1, 1, 0],
+        [1, 0, 0, 1],
+    ]
+    assert tree.targets == [[4, 5], [6, 1], [7]]
+    assert tree.sources == [
         [1, 2],
         [4, 5],
         [7],
@@ -139,10 +141,8 @@ def test_a_prompt_tree_is_laid_out_as_in_the_hand_made_example():
 
 
 def test_ends_default_to_responses_that_nothing_continues():
-    _, _, _, _, _, targets = encode(
-        dict(prompt=[2], responses=[[3], [4], [5]], parents=[-1, 0, 0]), IDS
-    )["tree"]
-    assert targets == [[3], [4, 1], [5, 1]]
+    row = dict(prompt=[2], responses=[[3], [4], [5]], parents=[-1, 0, 0])
+    assert encode(row, IDS)["tree"].targets == [[3], [4, 1], [5, 1]]
     row = encode(dict(prompt=[2], responses=[[3]]), IDS)
     assert encode(row, IDS) is row  # laid out once
 
@@ -331,7 +331,7 @@ def test_a_row_that_does_not_fit_the_context_is_refused_or_cut():
     )
     for context in range(2, 10):
         [short], _ = fit_context([row], IDS, context, truncate=True)
-        assert longest(short) <= context and max(short["tree"][1]) < context
+        assert longest(short) <= context and max(short["tree"].position) < context
         [short], _ = fit_context(
             [dict(prompt="", responses=["3 3 3 3 3 3 3 3 3 3"])], IDS, context, truncate=True
         )
@@ -396,7 +396,7 @@ def test_pairs_are_labelled_by_bradley_terry(temperature):
 
 def test_a_row_laid_out_before_its_labels_is_laid_out_again():
     rows = label([encode(row, IDS) for row in pairs(20, (0.0, 5.0))], generator(), 0.0)
-    assert encode(rows[0], IDS)["tree"][5] == [[4, 4], [3, 1]]
+    assert encode(rows[0], IDS)["tree"].targets == [[4, 4], [3, 1]]
     assert collate(rows, IDS).target[:, 0].tolist() == [[4, 4]] * 20
 
 
@@ -516,53 +516,3 @@ def test_reorder_moves_columns_of_k_values_and_nothing_else():
         and moved["name"] == "ab"
         and moved["x"].tolist() == [0, 1]
     )
-
-
-# ---------------------------------------------------------------- claims
-
-
-def claim(ours, baseline, **options):
-    return Claim("text", "reward", ours, baseline, **options)
-
-
-def test_a_claim_of_three_seeds_needs_one_sign_and_the_margin():
-    c = claim([1.0, 2.0, 3.0], [0.0, 1.0, 1.0])
-    assert c.difference == pytest.approx(4 / 3) and c.holds
-    half = (
-        4.302653 * math.sqrt(1 / 3) / math.sqrt(3)
-    )  # t of 2 degrees of freedom, standard deviation of 1 1 2
-    assert c.interval == pytest.approx([4 / 3 - half, 4 / 3 + half], abs=1e-5)
-    assert not claim([1.0, 2.0, 3.0], [0.0, 1.0, 3.1]).holds  # one seed disagrees
-    assert not claim([1.0, 2.0, 3.0], [1.0, 1.0, 1.0]).holds  # a tie is no agreement
-    assert (
-        not claim([1.0, 2.0, 3.0], [0.0, 1.0, 1.0], margin=1.4).holds
-        and claim([1.0, 2.0], [0.0, 1.0], margin=0.9).holds
-    )
-    assert not claim([0.0, 0.0, 0.0], [1.0, 1.0, 1.0]).holds
-    assert claim([1.0], [0.0]).holds and all(map(math.isnan, claim([1.0], [0.0]).interval))
-    assert not claim([math.nan, 2.0], [0.0, 1.0]).holds
-    assert claim([0.0], [1.0], expected=False).expected is False
-
-
-def test_from_five_seeds_on_the_interval_decides():
-    baseline = [0.0] * 5
-    assert claim(
-        [1.0, 1.2, 0.9, 1.1, -0.01], baseline
-    ).holds  # one seed disagrees, the interval excludes 0
-    assert not claim(
-        [1.0, 0.2, 0.1, 0.05, 0.01], baseline
-    ).holds  # all agree, the interval does not
-    assert not claim([1.0, 1.2, 0.9, 1.1, -0.01], baseline, margin=0.9).holds
-    assert claim([1.0] * 5, baseline).interval == [1.0, 1.0]
-
-
-def test_intervals_on_known_values():
-    assert interval([1.0, 2.0, 3.0, 4.0]) == pytest.approx(
-        [2.5 - 2.054260, 2.5 + 2.054260], abs=1e-5
-    )
-    assert all(map(math.isnan, interval([3.0])))
-    assert wilson(8, 10) == pytest.approx([0.490162, 0.943318], abs=1e-5)
-    assert wilson(0, 10) == pytest.approx([0.0, 0.277533], abs=1e-5)
-    assert wilson(10, 10) == pytest.approx([0.722467, 1.0], abs=1e-5)
-    assert wilson(2.5, 5) == pytest.approx([0.170491, 0.829509], abs=1e-4)
-    assert all(map(math.isnan, wilson(0, 0)))

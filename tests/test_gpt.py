@@ -177,7 +177,7 @@ def test_packed_trees_equal_one_row_a_response_in_values_and_gradients(kind):
     batch, expected = collate(rows, IDS), oracle(model, rows)
     logps = model.logps(batch)
     assert (kind == "apart") == (
-        batch.tokens.shape[1] < max(len(encode(row, IDS)["tree"][0]) for row in rows)
+        batch.tokens.shape[1] < max(len(encode(row, IDS)["tree"].tokens) for row in rows)
     )
     assert kind not in ("packed", "everything") or len(batch.tokens) < len(
         rows

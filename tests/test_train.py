@@ -16,8 +16,7 @@ import torch
 import methods.dpo
 import train
 from data import Batch, collate
-from lab import Lab, Settings, report, store
-from lab import lab as lab_module
+from lab import Lab, Settings, align, evaluate, store
 from lab import settings as settings_module
 from nanomodel import GPT
 
@@ -924,8 +923,8 @@ def test_the_kl_is_that_of_the_sampled_distributions(temperature):
     with torch.no_grad():
         for p in policy.parameters():
             p += p.std() * torch.randn_like(p)
-    rows = lab._adopt(lab.sample(policy, lab.world.prompts(500, lab.rng("prompts")), 4))
-    kl, ratio = report.sequence_kl(lab, policy, lab.reference, rows), []
+    rows = lab.encode(lab.sample(policy, lab.world.prompts(500, lab.rng("prompts")), 4))
+    kl, ratio = evaluate.sequence_kl(lab, policy, lab.reference, rows), []
     for start in range(0, 500, 50):
         batch = collate(rows[start : start + 50], lab.world.tokenizer)
         with torch.no_grad():
@@ -959,11 +958,11 @@ def test_the_log_compares_paths_of_a_tree_items_of_a_chain_and_members_of_a_list
         )[..., None].expand(3, 4, 2)
         / 2
     )
-    assert report.paths(logps.sum(-1), parents).tolist()[0] == [-1.0, -3.0, -4.0, -8.0]
-    rows = [report.answers({"parents": p.tolist()}, x.tolist()) for p, x in zip(parents, logps)]
+    assert evaluate.paths(logps.sum(-1), parents).tolist()[0] == [-1.0, -3.0, -4.0, -8.0]
+    rows = [evaluate.answers({"parents": p.tolist()}, x.tolist()) for p, x in zip(parents, logps)]
     assert rows[0] == {1: -3.0, 3: -8.0} and rows[1] == {0: -5.0, 1: -6.0, 2: -7.0, 3: -8.0}
-    assert report.answers({}, logps[2].tolist()) == {0: -1.0, 1: -2.0, 2: -4.0, 3: -9.0}
-    found = report.common_metrics(logps, ref_logps, Batch(mask, scores, parents=parents))
+    assert evaluate.answers({}, logps[2].tolist()) == {0: -1.0, 1: -2.0, 2: -4.0, 3: -9.0}
+    found = evaluate.common_metrics(logps, ref_logps, Batch(mask, scores, parents=parents))
     margins = [
         (-8.0 + 9.0) - (-3.0 + 9.5),
         0.0 - (-1.0),
@@ -990,7 +989,7 @@ def test_reference_logps_of_fixed_rows_are_the_frozen_model_s(tmp_path):
         quiet=True,
     )
     policy = lab.base()
-    rows, start, seen = lab.preferences(policy, k=2), lab_module.frozen(policy), []
+    rows, start, seen = lab.preferences(policy, k=2), align.frozen(policy), []
 
     def loss(logps, ref_logps, batch, cfg):
         seen.append((start.logps(batch) - ref_logps).abs().max().item())

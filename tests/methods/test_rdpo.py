@@ -545,14 +545,14 @@ def test_at_one_kl_dpo_with_a_smaller_beta_is_all_but_as_good(flip, beta, smalle
 
 def test_the_exact_claims():
     claims = on_six_responses(Lab(Settings(), quiet=True))
-    assert len(claims) == 6 and all(c.holds and c.expected for c in claims)
+    assert len(claims) == 6 and all(c["holds"] and c["expected"] for c in claims)
     control = same_kl(Lab(Settings(), quiet=True))
     assert (
-        not control.holds
-        and not control.expected
-        and abs(control.difference) == pytest.approx(0.0004, abs=3e-4)
+        not control["holds"]
+        and not control["expected"]
+        and abs(control["difference"]) == pytest.approx(0.0004, abs=3e-4)
     )
-    assert "0.886 and 0.886" in control.text
+    assert "0.886 and 0.886" in control["text"]
 
 
 @pytest.mark.parametrize("flip", [0.2, 0.4])

@@ -1,0 +1,173 @@
+"""Alignment: preferences -> batches -> log-probs -> the method's loss, inside the training loop."""
+
+import copy
+
+import torch
+
+from data import UserError
+from lab import check, evaluate, report
+from lab.loop import fit, kept, restore
+
+
+class Stop(Exception):
+    """Ends a run early on purpose (--show)."""
+
+
+def align(
+    lab,
+    policy,
+    data,
+    loss,
+    cfg,
+    reference="start",
+    prepare=None,
+    score=None,
+    steps=None,
+    every=None,
+    optimizer=None,
+    watch=None,
+):
+    """Train the policy in place on preferences and return it; `policy.curve` is what `watch` saw.
+
+    data: rows, or a function (policy, round) -> rows that is called every `every` steps, with one
+    optimizer through all rounds. loss(logps, ref_logps, batch, cfg) -> losses (B,), metrics.
+    reference: "start" (a frozen copy of the policy at this call), "round" (at each call of data), a
+    model, a function (policy, step) -> model, or None (none is made or run, ref_logps is None).
+    prepare(policy, batch) -> batch draws what two scores must share. score(model, batch) -> logps,
+    by default model.logps(batch). watch(policy, step) -> {name: number}, by default the true reward
+    and the KL from the base model.
+    """
+    steps = lab.steps if steps is None else steps
+    if isinstance(reference, str) and reference not in ("start", "round"):
+        raise UserError(
+            f'reference {reference!r}: expected "start", "round", a model, a function or None'
+        )
+    if callable(data) and not every:
+        raise UserError("data is a function: align needs every=, the steps between two calls")
+    if not callable(data) and not len(data):
+        raise UserError("there are no rows to align on: every row was left out, or none was given")
+    with lab.verb("align") as stage:
+        if stage.done:
+            lab.curve = stage.value["curve"]
+            return restore(policy, stage.value)
+        feed = Feed(lab, policy, data, reference, prepare, score, steps, every)
+        run_score = lab.compile(feed.score)
+        run_loss = lab.compile(loss)
+        checked = []
+
+        def step(model, item):
+            batch, ref_logps = item
+            with lab.autocast():
+                logps = run_score(model, batch)
+            with torch.autocast(lab.device.type, enabled=False):
+                losses, metrics = check.unpack(run_loss(logps, ref_logps, batch, cfg))
+            if not checked:
+                check.first_step(losses, metrics, logps, batch)
+                checked.append(True)
+            return losses, evaluate.common_metrics(logps.detach(), ref_logps, batch) | metrics
+
+        watch = watch or (lambda policy, step: evaluate.glance(lab, policy))
+        how = dict(steps=steps, optimizer=optimizer, watch=watch, state=(feed.save, feed.load))
+        fit(lab, policy, feed.batch, step, title="alignment", **how)
+        if stage.path:
+            stage.value = kept(policy)
+    return policy
+
+
+class Feed:
+    """The batches of an alignment, each with its reference log-probs.
+
+    Rows are gone through in a circle, in an order that depends on the seed and the round alone."""
+
+    def __init__(self, lab, policy, data, reference, prepare, score, steps, every):
+        self.lab, self.policy, self.data, self.every = lab, policy, data, every
+        self.fixed = not callable(data)
+        self.share = steps if self.fixed else every  # optimizer steps on one set of rows
+        self.moving = callable(reference) and not isinstance(reference, torch.nn.Module)
+        # reference log-probs are computed once where nothing about them can change
+        self.cached = lab.world.kind == "text" and not (prepare or score or self.moving)
+        self.kind = reference
+        self.reference = frozen(policy) if reference == "start" else reference
+        self.prepare = prepare or (self.draw_noise if lab.world.kind == "images" else None)
+        self.score = score or logps_of
+        self.rows, self.order, self.round = None, None, -1
+
+    def draw_noise(self, policy, batch):
+        """One draw of t and noise for all K responses of a row."""
+        return policy.prepare(batch, self.lab.rng("noise", self.lab.step))
+
+    def begin(self, round, rows):
+        """Start on a set of rows."""
+        lab = self.lab
+        if not len(rows):
+            raise UserError(f"there are no rows to align on in round {round}")
+        order = torch.randperm(len(rows), generator=lab.rng("order", len(rows), round)).tolist()
+        if self.kind is not None and self.cached:
+            visited = order[: self.share * lab.batch_size]
+            column = lab.cached_logps(self.reference, [rows[i] for i in visited])
+            rows = list(rows)
+            for i, values in zip(visited, column):
+                rows[i] = rows[i] | {"ref_logps": values}
+        self.rows, self.order, self.round = rows, order, round
+
+    def batch(self, step):
+        """(batch, ref_logps) of one step."""
+        lab, self.lab.step = self.lab, step
+        round, within = (0, step) if self.fixed else divmod(step, self.every)
+        if round != self.round:
+            if self.kind == "round":
+                self.reference = frozen(self.policy)
+            with lab.in_round(round):
+                rows = self.data if self.fixed else lab.encode(self.data(self.policy, round))
+            self.begin(round, rows)
+        size, n = lab.batch_size, len(self.rows)
+        rows = [self.rows[self.order[i % n]] for i in range(within * size, (within + 1) * size)]
+        batch = lab.collate(rows)
+        if self.prepare:
+            with torch.no_grad():
+                batch = self.prepare(self.policy, batch)
+        if lab.show:
+            report.show(lab, rows[0], batch)
+            raise Stop
+        return batch, self.ref_logps(batch)
+
+    def ref_logps(self, batch):
+        """Log-probs of the reference (B, K, T), from the cache or computed now; None without one."""
+        if self.kind is None:
+            return None
+        found = batch.columns.pop("ref_logps", None)
+        if found is not None:
+            return torch.nn.functional.pad(found, (0, batch.mask.shape[2] - found.shape[2]))
+        model = self.reference(self.policy, self.lab.step) if self.moving else self.reference
+        with torch.no_grad(), self.lab.autocast():
+            return self.score(model, batch)
+
+    def save(self):
+        """What a checkpoint must hold of the rows and the reference."""
+        rows, state = None, None
+        if not self.fixed:
+            rows = [
+                {k: v for k, v in row.items() if k not in ("tree", "ref_logps")}
+                for row in self.rows or []
+            ]
+        if self.kind == "round" and isinstance(self.reference, torch.nn.Module):
+            state = self.reference.state_dict()
+        return {"round": self.round, "rows": rows, "reference": state}
+
+    def load(self, state):
+        """Go on with what `save` kept."""
+        if state["reference"] is not None:
+            self.reference = frozen(self.policy)
+            self.reference.load_state_dict(state["reference"])
+        if not self.fixed and state["round"] >= 0:
+            self.begin(state["round"], self.lab.encode(state["rows"]))
+
+
+def logps_of(model, batch):
+    """The default `score`."""
+    return model.logps(batch)
+
+
+def frozen(model):
+    """A copy that is never trained."""
+    return copy.deepcopy(model).requires_grad_(False).eval()

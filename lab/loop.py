@@ -1,0 +1,258 @@
+"""The training loop: schedule, batch, loss, backward, clip, step, log, look, checkpoint."""
+
+import contextlib
+import json
+import math
+import os
+import signal
+import time
+
+import torch
+
+from data import UserError
+from lab.report import Progress
+from lab.store import load_value, remove_value, save_value, write_text
+
+
+class Diverged(UserError):
+    """A loss or a metric became NaN or infinite."""
+
+
+def fit(
+    lab,
+    model,
+    batches,
+    loss,
+    steps=None,
+    lr=None,
+    warmup=None,
+    clip=None,
+    optimizer=None,
+    watch=None,
+    decay=False,
+    state=None,
+    title="training",
+    record=True,
+):
+    """Train any nn.Module in place and return it; `model.curve` is what `watch` saw.
+
+    batches: a function step -> batch, or a sequence that is gone through in a circle.
+    loss(model, batch) -> losses of any shape, whose mean is minimised, and {name: detached tensor}.
+    optimizer(params) -> a torch Optimizer; by default AdamW with learning rate `lr`.
+    watch(model, step) -> {name: number}, called at step 0, every `lab.eval_every` steps and at the
+    end. The learning rate rises linearly over `warmup` steps, then stays, or follows a cosine down
+    to 10 % with `decay`. state: (save, load), what else a checkpoint must hold. record: write the
+    metrics of every step to metrics.jsonl. Diverged: a NaN; the last good checkpoint is kept.
+    """
+    get = batches if callable(batches) else lambda step: batches[step % len(batches)]
+    steps = lab.steps if steps is None else steps
+    warmup = min(lab.settings.warmup if warmup is None else warmup, max(1, steps // 5))
+    clip = lab.settings.clip if clip is None else clip
+    every = lab.eval_every or max(1, steps // 5)
+    with lab.verb("fit") as stage:
+        if stage.done:
+            lab.curve = stage.value["curve"]
+            return restore(model, stage.value)
+        params = [p for p in model.parameters() if p.requires_grad]
+        make = optimizer or adamw(lab, lab.lr if lr is None else lr)
+        optimizer = make(params)
+        peaks = [group["lr"] for group in optimizer.param_groups]
+        training, model.fingerprint = model.training, None
+        log = Log(lab, title, steps, record)
+        step, curve = log.resume(model, optimizer, state)
+        with interruptible() as interrupted:
+            while True:
+                # look
+                seen = curve and curve[-1]["step"] == step
+                if watch and not seen and (step % every == 0 or step == steps):
+                    log.write()
+                    model.eval()
+                    curve.append({"step": step} | watch(model, step))
+                    model.train(training)
+                if step == steps:
+                    break
+
+                # learning rate
+                share = min(1.0, (step + 1) / max(1, warmup))
+                if decay:
+                    share *= 0.1 + 0.45 * (1 + math.cos(math.pi * step / steps))
+                for group, peak in zip(optimizer.param_groups, peaks):
+                    group["lr"] = peak * share
+
+                # one step
+                losses, metrics = loss(model, get(step))
+                value = losses.mean()
+                optimizer.zero_grad(set_to_none=True)
+                value.backward()
+                norms = [
+                    torch.nn.utils.clip_grad_norm_(group["params"], clip)
+                    for group in optimizer.param_groups
+                ]
+                optimizer.step()
+                step += 1
+
+                # log, checkpoint
+                own = {"loss": value.detach(), "grad_norm": torch.stack(norms).max()}
+                log.add(step, own | {"lr": group["lr"]} | metrics)
+                if step % 10 == 0 or step == steps or interrupted:
+                    log.write()
+                if interrupted or (step < steps and log.due()):
+                    log.checkpoint(step, curve, model, optimizer, state)
+                if interrupted:
+                    raise KeyboardInterrupt
+        log.close()
+        model.curve = lab.curve = curve
+        if stage.path:
+            stage.value = kept(model)
+    return model
+
+
+def adamw(lab, lr):
+    """AdamW without weight decay, as a function of the parameters."""
+
+    def make(params):
+        fused = lab.device.type != "mps"
+        return torch.optim.AdamW(params, lr=lr, weight_decay=0.0, betas=(0.9, 0.95), fused=fused)
+
+    return make
+
+
+class Log:
+    """Metrics on the terminal and in metrics.jsonl, and the checkpoints of one call of `fit`."""
+
+    def __init__(self, lab, title, steps, record):
+        stage = lab.current
+        stage.fits += 1  # a stage may train several models, one after the other
+        self.title, self.number, self.first_fit = title, stage.number, stage.fits == 1
+        self.folder = lab.out
+        self.path = stage.path and f"{stage.path}-checkpoint-{stage.fits}"
+        self.file = os.path.join(lab.out, "metrics.jsonl") if lab.out and record else None
+        self.bar = Progress(title, steps, quiet=lab.quiet)
+        self.pending, self.saved, self.cost = [], time.time(), 0.0
+        self.pause = lab.checkpoint_every
+
+    def resume(self, model, optimizer, state):
+        """Load the checkpoint of an interrupted run, if there is one -> (step, curve)."""
+        found = load_value(self.path) if self.path else None
+        if found is None:
+            if self.file and self.first_fit and os.path.exists(self.file):
+                # an earlier try may have written lines before its first checkpoint
+                with open(self.file, encoding="utf-8") as file:
+                    lines = [line for line in file if line.endswith("\n")]
+                lines = [line for line in lines if json.loads(line)["stage"] < self.number]
+                write_text(self.file, "".join(lines))
+            return 0, []
+        if state:
+            state[1](found["state"])
+        model.load_state_dict(found["model"])
+        load_optimizer(optimizer, found["optimizer"])
+        if self.file and os.path.exists(self.file):
+            with open(self.file, "r+b") as file:
+                file.truncate(found["log"])
+        self.bar.first = found["step"]
+        return found["step"], found["curve"]
+
+    def add(self, step, metrics):
+        """Keep the metrics of one step, as tensors: nothing is read from the device yet."""
+        self.pending.append((step, metrics))
+
+    def write(self):
+        """Read the pending metrics (the only host-device sync of the loop) and write them down.
+
+        Diverged: one of them is not finite."""
+        lines, wrong = [], None
+        for step, metrics in self.pending:
+            values = {name: float(value) for name, value in metrics.items()}
+            bad = [name for name, value in values.items() if not math.isfinite(value)]
+            if bad:
+                wrong = f"{self.title}: {bad[0]} became {values[bad[0]]} in step {step}; "
+                wrong += (
+                    "no weight had been changed yet, so look at the loss and at the data"
+                    if step == 1 and bad[0] != "grad_norm"
+                    else "a lower --lr may help"
+                )
+                break
+            lines.append(json.dumps({"stage": self.number, "step": step} | values))
+            self.bar.show(step, values)
+        self.pending.clear()
+        if self.file and lines:
+            os.makedirs(os.path.dirname(self.file), exist_ok=True)
+            with open(self.file, "a", encoding="utf-8") as file:
+                file.write("\n".join(lines) + "\n")
+        if wrong:
+            good = load_value(self.path) if self.path else None
+            if good:
+                wrong += f". The checkpoint of step {good['step']} is kept in {self.folder}"
+            raise Diverged(wrong)
+
+    def due(self):
+        """Is it time for a checkpoint? At most a twentieth of the time goes into writing them."""
+        pause = max(self.pause, 20 * self.cost)
+        return self.path is not None and time.time() - self.saved >= pause
+
+    def checkpoint(self, step, curve, model, optimizer, state):
+        """Write all that `resume` needs, in one step."""
+        if not self.path:
+            return
+        self.write()
+        start = time.time()
+        value = dict(step=step, curve=curve, state=state[0]() if state else None)
+        value |= dict(model=model.state_dict(), optimizer=optimizer.state_dict())
+        written = self.file and os.path.exists(self.file)
+        save_value(self.path, value | {"log": os.path.getsize(self.file) if written else 0})
+        self.saved, self.cost = time.time(), time.time() - start
+
+    def close(self):
+        """The training has ended: no checkpoint is needed any more."""
+        self.bar.close()
+        if self.path:
+            remove_value(self.path)
+
+
+def kept(model):
+    """What a finished training leaves on disk."""
+    weights = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+    return {"weights": weights, "curve": model.curve}
+
+
+def restore(model, value):
+    """Give a model the weights and the curve of a finished training."""
+    model.load_state_dict(value["weights"])
+    model.fingerprint, model.curve = None, value["curve"]
+    return model
+
+
+def load_optimizer(optimizer, state):
+    """Load an optimizer state that went through JSON, where the keys of dicts are texts.
+
+    torch casts every tensor but `step` to the dtype of its parameter, which breaks an optimizer
+    that keeps indices or bytes. The tensors are put back as they were saved.
+    """
+    state = state | {"state": {int(k): v for k, v in state["state"].items()}}
+    optimizer.load_state_dict(state)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, values in state["state"].items():
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor) and name != "step":
+                optimizer.state[params[i]][name] = value.to(params[i].device)
+
+
+@contextlib.contextmanager
+def interruptible():
+    """A list that becomes true at the first Ctrl-C; a second Ctrl-C interrupts at once."""
+    hit = []
+
+    def note(number, frame):
+        if hit:
+            raise KeyboardInterrupt
+        hit.append(number)
+
+    try:
+        old = signal.signal(signal.SIGINT, note)
+    except ValueError:  # not the main thread
+        yield hit
+        return
+    try:
+        yield hit
+    finally:
+        signal.signal(signal.SIGINT, old)

@@ -1,0 +1,154 @@
+"""The Lab: random numbers, stages, races, and what its verbs refuse."""
+
+import pytest
+import torch
+
+from data import UserError
+from lab import Lab, Settings, store
+from methods import dpo
+from toy import bandit
+
+TINY = dict(world="reviews", base_steps=4, prompts=16, steps=4, batch_size=8, eval_size=8)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(Lab, "memory", {})
+
+
+def tiny(out=None, **changes):
+    return Lab(Settings(**(TINY | {"max_response": 6} | changes)), out, quiet=True)
+
+
+def table(**changes):
+    return Lab(Settings(**(dict(world="bandit", prompts=16, steps=4) | changes)), quiet=True)
+
+
+def numbers(rng):
+    return torch.rand(3, generator=rng).tolist()
+
+
+# ---------------------------------------------------------------- random numbers
+
+
+def test_a_generator_depends_on_the_seed_the_name_and_the_key_alone():
+    lab, other = (
+        table(),
+        table(seed=1),
+    )
+    first = numbers(lab.rng("labels"))
+    lab.base()
+    lab.preferences(lab.base(), k=2)
+    assert numbers(lab.rng("labels")) == first
+    others = [lab.rng("labels", 1), lab.rng("order"), other.rng("labels"), lab.rng("labels", "1")]
+    assert all(numbers(rng) != first for rng in others)
+
+
+def test_the_base_model_depends_on_base_seed_alone_and_leaves_the_global_generator_as_it_was():
+    torch.manual_seed(5)
+    expected = torch.rand(1).item()
+    torch.manual_seed(5)
+    base = tiny().base()
+    assert torch.rand(1).item() == expected
+    again, other = tiny(seed=3).base(), tiny(base_seed=1).base()
+    weight = base.embed_tokens.weight
+    assert torch.equal(again.embed_tokens.weight, weight)
+    assert not torch.equal(other.embed_tokens.weight, weight)
+
+
+def test_an_added_diagnostic_changes_no_later_sample(tmp_path):
+    def run(lab, curious):
+        policy = lab.base()
+        data = lab.preferences(policy, k=2)
+        if curious:
+            lab.sample(policy, lab.world.prompts(3, lab.rng("asked")), 2)
+            lab.logps(policy, data)
+            lab.evaluate(policy)
+        return lab.align(policy, data, dpo.loss, dpo.Config())
+
+    weights = [run(tiny(), curious).state_dict() for curious in (False, True)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_key_asks_for_other_prompts_and_samples():
+    lab = tiny()
+    base = lab.base()
+    one, same, other = (lab.preferences(base, k=2, key=key) for key in ((), (), (1,)))
+    assert [r["responses"] for r in one] == [r["responses"] for r in same]
+    assert [r["responses"] for r in one] != [r["responses"] for r in other]
+
+
+# ---------------------------------------------------------------- races
+
+
+def test_every_arm_of_a_race_sees_the_same_rows_order_and_noise():
+    lab = Lab(Settings(), quiet=True, seeds=2)
+    seen = {"a": [], "b": []}
+
+    def watched(name):
+        def loss(logps, ref_logps, batch, cfg):
+            seen[name].append(batch.tokens.clone())
+            return dpo.loss(logps, ref_logps, batch, cfg)
+
+        return loss
+
+    arms = {name: (watched(name), dpo.Config()) for name in seen}
+    arms["own"] = lambda lab: lab.align(lab.base(), lab.pairs(lab.base()), dpo.loss, dpo.Config())
+    curves = lab.race(arms, end=lambda lab, policy: {"extra": 1.0}, max_response=6, **TINY)
+    assert all(torch.equal(x, y) for x, y in zip(seen["a"], seen["b"], strict=True))
+    assert curves["a"] == curves["b"] == curves["own"] and len(curves["a"]) == 2
+    assert curves["a"][0] != curves["a"][1]  # the second seed
+    assert curves["a"][0][-1]["extra"] == 1.0 and "extra" not in curves["a"][0][0]
+    assert curves["a"][0][0]["kl"] == 0
+
+
+def test_a_race_goes_on_where_it_was_interrupted(tmp_path):
+    def race(out, fail):
+        lab = Lab(Settings(), str(out), quiet=True)
+        calls = []
+
+        def loss(logps, ref_logps, batch, cfg):
+            calls.append(1)
+            if len(calls) == fail:
+                raise KeyboardInterrupt
+            return dpo.loss(logps, ref_logps, batch, cfg)
+
+        arms = {"a": (dpo.loss, dpo.Config()), "b": (loss, dpo.Config())}
+        return lab.race(arms, max_response=6, **TINY)
+
+    whole = race(tmp_path / "whole", 0)
+    with pytest.raises(KeyboardInterrupt):
+        race(tmp_path / "cut", 3)
+    assert race(tmp_path / "cut", 0) == whole
+
+
+def test_worlds_given_as_objects_are_kept_apart():
+    lab = Lab(Settings(world="bandit", prompts=64, steps=3), quiet=True)
+    small, large = bandit.World(vocab=2, length=1), bandit.World(vocab=5, length=1)
+    rows = [lab.at(world=world) for world in (small, large)]
+    found = [here.preferences(here.base(), k=2) for here in rows]
+    tokens = [
+        {y for row in rows for response in row["responses"] for y in response} for rows in found
+    ]
+    assert tokens[0] <= {0, 1} and max(tokens[1]) > 1
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def test_no_rows_are_refused_before_anything_is_trained():
+    lab = tiny()
+    with pytest.raises(UserError, match="there are no rows to align on"):
+        lab.align(lab.base(), [], dpo.loss, dpo.Config())
+    with pytest.raises(UserError, match="no rows to align on in round 0"):
+        lab.align(lab.base(), lambda policy, round: [], dpo.loss, dpo.Config(), every=2)
+
+
+def test_a_reference_or_a_schedule_that_means_nothing_is_refused():
+    lab = table()
+    policy = lab.base()
+    with pytest.raises(UserError, match="reference 'strat'"):
+        lab.align(policy, [1], dpo.loss, dpo.Config(), reference="strat")
+    with pytest.raises(UserError, match="every="):
+        lab.align(policy, lambda policy, round: [], dpo.loss, dpo.Config())

@@ -1,0 +1,144 @@
+"""The training loop: it learns, resumes bit for bit, keeps every state, and stops at a NaN."""
+
+import json
+
+import pytest
+import torch
+
+from lab import Lab, Settings, loop
+from lab.loop import Diverged
+
+
+def make(out=None, **changes):
+    settings = Settings(**(dict(world="bandit", steps=30, warmup=2) | changes))
+    return Lab(settings, out, quiet=True)
+
+
+def line():
+    """A linear model, and batches of points on a line."""
+    torch.manual_seed(0)
+    points = torch.linspace(-1, 1, 8)[:, None]
+    return torch.nn.Linear(1, 1), [(points, 3 * points + 1)]
+
+
+def squares(model, batch):
+    losses = (model(batch[0]) - batch[1]).square()
+    return losses, {"largest": losses.detach().max()}
+
+
+class Indexed(torch.optim.Optimizer):
+    """Gradient descent that keeps an index, bytes and a float64 sum: what torch would cast."""
+
+    def __init__(self, params, lr=0.1):
+        super().__init__(params, dict(lr=lr))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in self.param_groups[0]["params"]:
+            state = self.state[p]
+            if not state:
+                state["index"] = torch.zeros(2, dtype=torch.int64)
+                state["bytes"] = torch.full((3,), 200, dtype=torch.uint8)
+                state["total"] = torch.zeros(1, dtype=torch.float64)
+            state["index"] += 2**40 + 1  # lost in float32
+            state["bytes"] += 1
+            state["total"] += p.grad.double().sum()
+            p -= self.param_groups[0]["lr"] * p.grad
+
+
+def test_it_learns_a_line_and_keeps_what_was_seen():
+    model, batches = line()
+    looks = lambda model, step: {"slope": model.weight.item()}  # noqa: E731
+    model = make().fit(model, batches, squares, steps=300, lr=0.1, watch=looks)
+    assert model.weight.item() == pytest.approx(3, abs=0.05)
+    assert [point["step"] for point in model.curve] == [0, 60, 120, 180, 240, 300]
+    assert model.curve[-1]["slope"] == model.weight.item()
+
+
+def test_the_learning_rate_warms_up_and_may_follow_a_cosine(tmp_path):
+    for name, decay, last in (("constant", False, 1e-2), ("cosine", True, None)):
+        lab = make(str(tmp_path / name), steps=20, warmup=4)
+        lab.fit(*line(), squares, lr=1e-2, decay=decay)
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        rates = [json.loads(line)["lr"] for line in lines]
+        assert rates[0] == pytest.approx(0.25e-2) and len(rates) == 20
+        assert rates[-1] == pytest.approx(last) if last else 1e-3 < rates[-1] < 1.2e-3
+
+
+@pytest.mark.parametrize("optimizer", [None, Indexed])
+def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path, optimizer):
+    class Interrupted(Exception):
+        pass
+
+    def train(folder, fail_at):
+        lab = make(str(tmp_path / folder))
+        lab.checkpoint_every = 0.0
+        model, batches = line()
+        kept = []
+
+        def loss(model, batch):
+            if fail_at is not None and len(kept) == fail_at:
+                raise Interrupted
+            kept.append(1)
+            return squares(model, batch)
+
+        def build(params):
+            made = optimizer(params) if optimizer else torch.optim.AdamW(params, lr=0.1)
+            train.optimizer = made
+            return made
+
+        looks = lambda model, step: {"slope": model.weight.item()}  # noqa: E731
+        return lab.fit(model, batches, loss, optimizer=build, watch=looks)
+
+    whole, state = train("whole", None), train.optimizer.state_dict()["state"]
+    with pytest.raises(Interrupted):
+        train("cut", 17)
+    again = train("cut", None)
+    assert torch.equal(whole.weight, again.weight) and whole.curve == again.curve
+    for index, values in train.optimizer.state_dict()["state"].items():
+        for name, value in values.items():
+            assert value.dtype == state[index][name].dtype and torch.equal(
+                value, state[index][name]
+            )
+    files = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "cut")]
+    assert files[0] == files[1]
+
+
+def test_a_nan_stops_the_training_with_the_step_and_the_metric(tmp_path):
+    calls = []
+
+    def broken(model, batch):
+        calls.append(1)
+        losses, metrics = squares(model, batch)
+        return losses, metrics | {"largest": torch.tensor(float("nan"))} if len(
+            calls
+        ) == 7 else metrics
+
+    lab = make(str(tmp_path))
+    with pytest.raises(Diverged, match="largest became nan in step 7; a lower --lr may help"):
+        lab.fit(*line(), broken)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_nan_in_the_first_step_does_not_blame_the_learning_rate():
+    def broken(model, batch):
+        return (model(batch[0]) * float("nan")), {}
+
+    with pytest.raises(Diverged, match="no weight had been changed yet") as error:
+        make(steps=1).fit(*line(), broken)
+    assert "--lr" not in str(error.value)
+
+
+def test_a_finished_training_is_read_back(tmp_path):
+    model = make(str(tmp_path)).fit(*line(), squares)
+    again = make(str(tmp_path)).fit(*line(), lambda model, batch: 1 / 0)
+    assert torch.equal(model.weight, again.weight) and model.curve == again.curve
+
+
+def test_what_a_training_leaves_is_a_copy():
+    model, batches = line()
+    kept = loop.kept(make().fit(model, batches, squares))
+    with torch.no_grad():
+        model.weight += 1
+    assert not torch.equal(kept["weights"]["weight"], model.weight)
