@@ -584,24 +584,20 @@ def label(
 
 
 def reorder(row, order):
-    """The row with its K responses, and every column of K values, in another order (rows without parents)."""
+    """The row with those of its K responses, and of every column of K values, that `order` names.
+
+    order: places 0 to K - 1, all of them or some. The responses must not continue each other."""
+    count = len(row["responses"])
 
     def move(value):
-        if (
-            isinstance(value, (torch.Tensor, np.ndarray))
-            and value.ndim
-            and len(value) == len(order)
-        ):
+        if isinstance(value, (torch.Tensor, np.ndarray)) and value.ndim and len(value) == count:
             return value[order]
-        return (
-            [value[k] for k in order]
-            if isinstance(value, (list, tuple)) and len(value) == len(order)
-            else value
-        )
+        if isinstance(value, (list, tuple)) and len(value) == count:
+            return [value[k] for k in order]
+        return value
 
-    return {
-        k: v if k == "prompt" else move(v) for k, v in row.items() if k != "tree"
-    }  # a tree is laid out in one order
+    # a tree is laid out in one order
+    return {k: v if k == "prompt" else move(v) for k, v in row.items() if k != "tree"}
 
 
 def write_text(path, text):

@@ -7,17 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from claims.curry_dpo import rounds_of_a_table
 from lab import Lab, Settings
 from methods import dpo
-from methods.curry_dpo import (
-    Config,
-    curriculum,
-    loss,
-    rounds_of_a_table,
-    run,
-    star,
-    train,
-)
+from methods.curry_dpo import Config, curriculum, loss, run, star
 from tests import builders
 
 ROWS = [
@@ -298,7 +291,7 @@ def test_every_round_starts_at_ln_2_and_only_the_first_one_does_with_a_fixed_ref
     for reference, wanted in (("previous", [True, True, True]), ("sft", [True, False, False])):
         lab = bandit()
         lab.out = str(tmp_path / reference)
-        train(lab, lab.preferences(lab.base()), Config(1.0, reference=reference))
+        run(lab, Config(1.0, reference=reference))
         lines = [
             json.loads(line)
             for line in (tmp_path / reference / "metrics.jsonl").read_text().splitlines()

@@ -6,23 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from claims.did import FORMS, as_far, divergence, entropy, moved, on_32_responses, settle
 from lab import Lab, Settings
 from methods import dpo
-from methods.did import (
-    FORMS,
-    Config,
-    as_far,
-    did,
-    divergence,
-    entropy,
-    loss,
-    moved,
-    on_32_responses,
-    rejected_sampler,
-    run,
-    settle,
-    source_pairs,
-)
+from methods.did import Config, did, loss, rejected_sampler, run, source_pairs
 from tests import builders
 
 REF, TARGET = (

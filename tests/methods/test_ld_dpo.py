@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 
 import train
+from claims.ld_dpo import Wordy, length_at
 from lab import Lab, Settings
 from methods import dpo
-from methods.ld_dpo import KINDS, Config, Wordy, length_at, loss, run
+from methods.ld_dpo import PAPER, Config, loss, run
 from tests import builders
 
 ALPHAS = (1.0, 0.75, 0.5, 0.25, 0.0)
@@ -260,7 +261,7 @@ def test_what_is_no_pair_of_texts_is_refused(capsys, tmp_path, monkeypatch):
         loss(logps, ref_logps, batch, Config())
     monkeypatch.chdir(tmp_path)
     assert (
-        KINDS == ("text",)
+        PAPER.worlds == ("text",)
         and train.cli(["--method", "ld_dpo", "--world", "bandit", "--length_bias", "0"]) == 2
     )
     assert "needs a world of text" in capsys.readouterr().err

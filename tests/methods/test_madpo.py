@@ -6,22 +6,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from claims.madpo import dpo_of_pairs, settled
 from data import collate
 from lab import Lab, Settings
 from methods import dpo
 from methods.madpo import (
     Config,
-    Judge,
-    dpo_of_pairs,
-    judge_margins,
+    RewardModel,
     loss,
     margin_weights,
+    reward_margins,
     run,
-    settled,
     stretch,
 )
 from tests import builders
-from toy.bandit import Table, World
+from toy.bandit import World
 
 WIDE, NARROW = Config(tau=7.0), Config(c_max=2.0, tau=2.0)
 
@@ -225,10 +224,10 @@ def test_every_field_of_the_loss_counts(change):
     + [
         ("tau", (0.0, -1.0, math.inf)),
         ("lam", (0.0, math.nan)),
-        ("judge_lr", (0.0, math.inf)),
-        ("judge_decay", (-0.1, math.nan)),
+        ("reward_lr", (0.0, math.inf)),
+        ("reward_decay", (-0.1, math.nan)),
     ]
-    + [("judge_steps", (0, -1))],
+    + [("reward_steps", (0, -1))],
 )
 def test_fields_out_of_range_are_refused(name, values):
     for value in values:
@@ -246,20 +245,20 @@ def test_what_is_no_pair_is_refused():
         loss(logps, ref_logps, batch, Config())
 
 
-def test_the_judge_of_a_table_has_a_number_for_every_response():
+def test_the_reward_model_of_a_table_can_hold_any_rewards():
+    """It starts at 0 margin, and its margins are those of its log-probs, up to a constant."""
     world = World(vocab=3, length=3)
-    judge = Judge(world.model())
-    with torch.no_grad():
-        judge.head.copy_(torch.arange(27.0)[None])
-    rows = [dict(prompt=0, responses=[[2, 0, 1], [0, 1, 2]])]
-    assert judge(collate(rows)).tolist() == [[19.0, 5.0]]
-    wide = Judge(Table(1000, 1))
-    with torch.no_grad():
-        wide.head.copy_(torch.arange(1000.0)[None])
-    assert wide(collate([dict(prompt=0, responses=[[999], [7]])])).tolist() == [[999.0, 7.0]]
+    reward_model = RewardModel(world.model())
+    batch = collate([dict(prompt=0, responses=[[2, 0, 1], [0, 1, 2]])])
+    start = reward_model(batch)[0]
+    assert (start[0] - start[1]).item() == pytest.approx(0.0, abs=1e-6)
+    wanted = torch.randn(27, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    reward_model.body.set_log_probs(wanted)
+    found = reward_model(batch)[0]
+    assert (found[0] - found[1]).item() == pytest.approx((wanted[19] - wanted[5]).item(), abs=1e-5)
 
 
-def test_the_judge_of_text_sees_the_whole_response_and_leaves_the_model_alone():
+def test_the_reward_model_of_text_sees_the_whole_response_and_leaves_the_model_alone():
     lab = Lab(Settings(world="ranking", base_steps=0, batch_size=4), quiet=True)
     model = lab.base()
     rows = lab.rows(
@@ -268,38 +267,40 @@ def test_the_judge_of_text_sees_the_whole_response_and_leaves_the_model_alone():
             dict(prompt="find hot:", responses=[" soup", " pie"]),
         ]
     )
-    judge = Judge(model)
-    torch.nn.init.normal_(judge.head, generator=torch.Generator().manual_seed(0))
+    reward_model = RewardModel(model)
+    torch.nn.init.normal_(reward_model.head, generator=torch.Generator().manual_seed(0))
     batch = collate(rows, lab.world.tokenizer)
     hidden = model.hidden(batch).flatten(0, 1)
     last = batch.source.gather(2, batch.mask.sum(-1, keepdim=True) - 1)[..., 0]
-    torch.testing.assert_close(judge(batch), hidden[last] @ judge.head)
+    torch.testing.assert_close(reward_model(batch), hidden[last] @ reward_model.head)
     before = [p.clone() for p in model.parameters()]
-    margins = judge_margins(lab, model, rows, Config(judge_steps=3, judge_lr=0.01))
+    margins = reward_margins(lab, model, rows, Config(reward_steps=3, reward_lr=0.01))
     assert len(margins) == 2 and all(m > 0 for m in margins)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
 
 
-@pytest.mark.parametrize("change", [dict(judge_steps=5), dict(judge_lr=0.1), dict(judge_decay=0.5)])
-def test_the_judges_settings_change_the_run(change):
+@pytest.mark.parametrize(
+    "change", [dict(reward_steps=5), dict(reward_lr=0.1), dict(reward_decay=0.5)]
+)
+def test_the_reward_models_settings_change_the_run(change):
     def weights(cfg):
         return run(
             Lab(Settings(world="bandit", steps=5, batch_size=64, prompts=256), quiet=True), cfg
         ).logits
 
-    plain = dict(judge_steps=20, judge_lr=0.05)
+    plain = dict(reward_steps=20, reward_lr=0.05)
     assert not torch.equal(weights(Config(**plain)), weights(Config(**plain | change)))
 
 
-def test_a_judge_that_diverges_names_its_own_learning_rate():
+def test_a_reward_model_that_diverges_names_its_own_learning_rate():
     lab = Lab(Settings(world="bandit", steps=5, batch_size=64, prompts=256), quiet=True)
-    with pytest.raises(ValueError, match="a lower --judge_lr may help"):
-        run(lab, Config(judge_lr=1e38, judge_steps=50))
+    with pytest.raises(ValueError, match="a lower --reward_lr may help"):
+        run(lab, Config(reward_lr=1e38, reward_steps=50))
 
 
 def test_a_run_improves_the_reward():
     lab = Lab(Settings(world="bandit", steps=100, prompts=2048), quiet=True)
-    policy = run(lab, Config(beta=0.5, judge_lr=0.05, judge_steps=50))
+    policy = run(lab, Config(beta=0.5, reward_lr=0.05, reward_steps=50))
     assert policy.expect(lab.world.rewards()) > lab.reference.expect(lab.world.rewards()) + 1
 
 
