@@ -62,7 +62,7 @@ def loss(logps, ref_logps, batch, cfg):
     z = cfg.beta * chosen - beta_rejected * rejected  # (B,) B.2.1
     losses = -F.logsigmoid(z)
     if cfg.variant == "sft":
-        losses = losses - cfg.gamma * logps[:, 0].sum(-1)  # eq. 7
+        losses = losses - cfg.gamma * logps.sum(-1)[:, 0]  # eq. 7
     ratios = {"chosen_ratio": chosen.detach().mean(), "rejected_ratio": rejected.detach().mean()}
     return losses, {"weight": torch.sigmoid(-z).detach().mean()} | ratios
 
