@@ -182,3 +182,44 @@ def likelihoods():
         (logps / 100, ref_logps, batch),
         (positive, ref_logps, batch),
     ]
+
+
+# ---- for the tests of one loss
+
+
+def ragged_pairs(seed=0, **kwargs):
+    """Five ragged pairs, the log-probs of the policy with gradient; kwargs as of `ragged`."""
+    logps, ref_logps, batch = ragged(2, first_wins, seed, **kwargs)
+    return logps.requires_grad_(), ref_logps, batch
+
+
+def everything_scored(logps):
+    """A batch for log-probs (B, K, T) without padding, the first response chosen."""
+    mask = torch.ones(logps.shape, dtype=torch.bool)
+    return SimpleNamespace(mask=mask, scores=torch.eye(logps.shape[1])[0].expand(logps.shape[:2]))
+
+
+def one_pair(chosen, rejected, ref_chosen=0.0, ref_rejected=0.0, dtype=torch.float64):
+    """One pair of one-token responses with these log-probs."""
+    logps = torch.tensor([[[chosen], [rejected]]], dtype=dtype, requires_grad=True)
+    ref_logps = torch.tensor([[[ref_chosen], [ref_rejected]]], dtype=dtype)
+    return logps, ref_logps, everything_scored(logps)
+
+
+def margins(z, beta=1.0):
+    """One-token pairs whose beta * (chosen - rejected) is z (B,); the reference is zero."""
+    z = torch.as_tensor(z).reshape(-1) / beta
+    logps = torch.stack([z / 2, -z / 2], 1)[..., None]
+    return logps, torch.zeros_like(logps), everything_scored(logps)
+
+
+def swapped(item):
+    """The same pairs with chosen and rejected exchanged."""
+    logps, ref_logps, batch = item
+    return logps.flip(1), ref_logps.flip(1), SimpleNamespace(mask=batch.mask.flip(1))
+
+
+def value_and_gradient(loss, logps, ref_logps, batch, cfg):
+    """Losses (B,) and the gradient of their sum in the policy's log-probs."""
+    losses, _ = loss(logps, ref_logps, batch, cfg)
+    return losses, torch.autograd.grad(losses.sum(), logps)[0]

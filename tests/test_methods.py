@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import importlib
 import inspect
 import re
 from pathlib import Path
@@ -29,8 +30,21 @@ def test_parts_and_their_order(name):
     assert set(paper.defaults) <= {f.name for f in dataclasses.fields(lab.Settings)}
     assert list(inspect.signature(module.loss).parameters) == ["logps", "ref_logps", "batch", "cfg"]
     assert list(inspect.signature(module.run).parameters) == ["lab", "cfg"]
-    claim = train.load_claim(name)
-    assert list(inspect.signature(claim).parameters) == ["lab"] and claim.__doc__
+
+
+CLAIMS = sorted(
+    path.stem
+    for path in Path(train.__file__).with_name("claims").glob("[a-z]*.py")
+    if "CLAIMS" in path.read_text()
+)
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_claims_are_data_beside_one_measurement(name):
+    module = importlib.import_module(f"claims.{name}")
+    assert list(inspect.signature(module.measure).parameters) == ["lab"] and module.__doc__
+    assert [claim.kind for claim in module.CLAIMS].count("primary") == 1
+    assert len({claim.text for claim in module.CLAIMS}) == len(module.CLAIMS)
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 
 import lab
-from claims.rdpo import conservative_dpo
 from methods import asft, dpo, fdpo, ld_dpo, rdpo
 from methods.survey import (
     FREE,
@@ -249,12 +248,12 @@ def test_a_loss_that_has_its_own_file_is_the_same_there(fields, module, theirs, 
     )
 
 
-def test_cdpo_is_the_baseline_of_rdpo_and_orpo_has_the_odds_of_asft():
+def test_cdpo_is_dpo_with_smoothed_labels_and_orpo_has_the_odds_of_asft():
     item = ragged(seed=7)
-    cfg = SimpleNamespace(beta=0.3, epsilon=0.2)
+    kept, flipped = (dpo.loss(*x, dpo.Config(0.3))[0] for x in (item, builders.swapped(item)))
     torch.testing.assert_close(
         value(item, "cdpo", beta=0.3, epsilon=0.2),
-        conservative_dpo(*item, cfg)[0],
+        0.8 * kept + 0.2 * flipped,
         rtol=0,
         atol=1e-12,
     )
