@@ -1,6 +1,6 @@
 """ASFT - Aligned Supervised Fine-Tuning through Absolute Likelihood (2024), arXiv:2409.10571
 
-In terms of probabilities, DPO lowers the rejected response faster than it raises the chosen one,
+In probabilities, DPO lowers the rejected response faster than it raises the chosen one,
 so both may fall. ASFT gives each response its own target: two binary cross-entropies on the
 length-normalized probability p, added to SFT, without a reference model.
 

@@ -16,8 +16,8 @@ diverging.
 Differences from the paper
 1. The second form is computed, in which nothing cancels as epsilon nears 1/2.
 
-    python train.py --method rdpo                    the true reward rises, despite flipped labels
-    python train.py --method dpo,rdpo --flip 0.3     rDPO has the larger true reward and KL
+    python train.py --method rdpo                    30 % of the labels are flipped
+    python train.py --method dpo,rdpo --flip 0.3     at the same beta, rDPO has the larger KL
 """
 
 from dataclasses import dataclass
