@@ -200,7 +200,8 @@ def evaluate_text(lab, policy):
 
 @torch.no_grad()
 def glance(lab, policy):
-    """A quick look during training: true reward and KL, on half the prompts of an evaluation.
+    """A quick look during training: true reward, KL and the length of a text, on half the prompts
+    of an evaluation.
 
     In a world without a true reward it is the accuracy on held-out pairs, and only where
     --eval_every asks for looks."""
@@ -217,6 +218,7 @@ def glance(lab, policy):
     out = {"reward": float(np.mean(lab.truth(rows)))}
     if world.kind == "text":
         out["kl"] = float(np.mean(sequence_kl(lab, policy, lab.reference, rows)))
+        out["length"] = float(np.mean([len(row["responses"][0]) for row in rows]))
     return out
 
 

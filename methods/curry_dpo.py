@@ -115,6 +115,6 @@ def run(lab, cfg):
     for first, last, pairs in zip(ends, ends[1:], rounds):
         data = lab.rows(pairs)
         policy = lab.align(policy, data, loss, cfg, reference=reference, steps=last - first)
-        curve += [look | {"step": first + look["step"]} for look in lab.curve[bool(curve) :]]
-    lab.curve = curve
+        curve += [look | {"step": first + look["step"]} for look in policy.curve[bool(curve) :]]
+    policy.curve = curve
     return policy

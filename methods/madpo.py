@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import Paper, UserError, check_fields, collate, pair
+from data import Paper, UserError, check_fields, pair
 from toy import bandit
 
 PAPER = Paper(
@@ -107,12 +107,12 @@ class RewardModel(nn.Module):
 
 def reward_margins(lab, model, rows, cfg):
     """Fit a reward model to pairs by Bradley-Terry -> its margin of every pair, a list."""
-    tokenizer, size = lab.world.tokenizer, lab.batch_size
+    size = lab.batch_size
     order = torch.randperm(len(rows), generator=lab.rng("reward model")).tolist()
 
     def batches(step):
         places = range(step * size, (step + 1) * size)
-        return collate([rows[order[i % len(rows)]] for i in places], tokenizer).to(lab.device)
+        return lab.collate([rows[order[i % len(rows)]] for i in places])
 
     def bradley_terry(model, batch):
         chosen, rejected = model(batch).unbind(1)
@@ -129,7 +129,7 @@ def reward_margins(lab, model, rows, cfg):
         raise type(error)(str(error).replace("--lr", "--reward_lr")) from None
     with torch.no_grad():
         parts = [rows[i : i + size] for i in range(0, len(rows), size)]
-        scores = [reward_model(collate(part, tokenizer).to(lab.device)).cpu() for part in parts]
+        scores = [reward_model(lab.collate(part)).cpu() for part in parts]
     chosen, rejected = torch.cat(scores).unbind(1)
     return (chosen - rejected).tolist()
 

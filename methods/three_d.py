@@ -120,7 +120,7 @@ def measure(lab, model):
     chosen_ratio, rejected_ratio: by how much a response's log-prob rose; both_fell: the share of
     pairs where both fell; own_ratio: the ratio of the model's own samples, an estimate of the KL.
     """
-    rows = lab.preferences(lab.reference, k=2, n=lab.settings.eval_size)
+    rows = lab.preferences(lab.reference, k=2, n=lab.settings.eval_size, key=("measure",))
     ratio = log_ratios(lab, model, rows)
     fresh = lab.rows(lab.sample(model, [row["prompt"] for row in rows], 1))
     return {

@@ -291,16 +291,15 @@ def test_every_round_starts_at_ln_2_and_only_the_first_one_does_with_a_fixed_ref
     for reference, wanted in (("previous", [True, True, True]), ("sft", [True, False, False])):
         lab = bandit()
         lab.out = str(tmp_path / reference)
-        run(lab, Config(1.0, reference=reference))
+        curve = run(lab, Config(1.0, reference=reference)).curve
         lines = [
             json.loads(line)
             for line in (tmp_path / reference / "metrics.jsonl").read_text().splitlines()
         ]
         starts = [line["loss"] for line in lines if line["step"] == 1]
         assert len(lines) == 30 and [abs(x - math.log(2)) < 1e-6 for x in starts] == wanted
-        assert [p["step"] for p in lab.curve] == sorted(
-            {p["step"] for p in lab.curve}
-        ) and lab.curve[-1]["step"] == 30
+        steps = [look["step"] for look in curve]
+        assert steps == sorted(set(steps)) and steps[-1] == 30
 
 
 @pytest.mark.parametrize(
