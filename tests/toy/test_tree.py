@@ -32,7 +32,7 @@ def test_there_are_1364_answers_and_they_share_the_whole_probability(world):
 def test_the_truth_is_standardised_and_counts_what_it_says(world):
     assert world.reference.expect(world.truth) == pytest.approx(0.0, abs=1e-9)
     assert world.reference.expect(world.truth.square()) == pytest.approx(1.0, abs=1e-9)
-    raw = world._quality()
+    raw = world.quality()
 
     def of(*tokens):
         tokens = list(tokens) + [END] * (5 - len(tokens))

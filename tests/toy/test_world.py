@@ -62,6 +62,23 @@ def test_prompts_and_demonstrations_depend_on_the_generator_alone(name):
     assert drawn(other, 2) != first or name == "gaussians"
 
 
+# (world, prompt, response, reward) as the first lines of its file give them
+EXAMPLES = [
+    ("bandit", 0, [0, 2, 0], 1.4),
+    ("tokens", 0, [1, 0, 3, 1, 2, 2], -1.0),
+    ("modular", 5, [1, 5, 0], 1.0),
+]
+
+
+@pytest.mark.parametrize("name, prompt, response, reward", EXAMPLES, ids=[e[0] for e in EXAMPLES])
+def test_the_example_of_a_docstring_has_the_reward_that_it_says(name, prompt, response, reward):
+    world, text = made(name), importlib.import_module(f"toy.{name}").__doc__
+    assert world.reward([prompt], [response]).item() == pytest.approx(reward, abs=1e-6)
+    assert f"response {response}" in text and f"reward {reward:g}" in text
+    if name == "modular":
+        assert f"prompt {prompt} (digits {str(world.problems[prompt].tolist())[1:-1]})" in text
+
+
 def test_every_attribute_has_an_explanation():
     lines = inspect.getsource(World).splitlines()
     plain = [line for line in lines if re.match(r"    \w+ = ", line)]
