@@ -7,21 +7,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from claims.da_dpo import attributes, inverted, on_attributes, shuffled
 from lab import Lab, Settings
 from methods import dpo
 from methods.da_dpo import (
     Config,
-    attributes,
+    accuracy,
     balanced,
     estimates,
     loss,
     normalised,
-    on_attributes,
     pair_beta,
     run,
-    share_right,
-    shuffled,
-    turned,
     vote,
 )
 from tests import builders
@@ -240,7 +237,7 @@ def test_the_normaliser():
 def test_the_vote_is_weighed_by_how_often_an_estimator_is_right():
     rng = torch.Generator().manual_seed(0)
     c, m = (torch.randn(400, 2, generator=rng, dtype=torch.float64) for _ in range(2))
-    right = share_right(c), share_right(m)
+    right = accuracy(c), accuracy(m)
     assert right[0] == pytest.approx((c[:, 0] > c[:, 1]).double().mean().item())
     share = right[0] / sum(right)
     n = [normalised(x[:, 0] - x[:, 1]) for x in (c, m)]
@@ -263,7 +260,7 @@ def test_the_vote_is_weighed_by_how_often_an_estimator_is_right():
     both = vote(c, m, Config(gap="absolute"))
     torch.testing.assert_close(both, share * normalised(c) + (1 - share) * normalised(m))
     torch.testing.assert_close(both, vote(c, m, Config(gap="signed")))
-    assert share_right(torch.zeros(4, 2)) == 0.5
+    assert accuracy(torch.zeros(4, 2)) == 0.5
     always_wrong = torch.tensor([[0.0, 1.0], [0.0, 2.0]]).double()
     assert vote(always_wrong, always_wrong, Config()).isfinite().all()
     for bad in (math.nan, math.inf):
@@ -276,7 +273,7 @@ def test_the_vote_is_weighed_by_how_often_an_estimator_is_right():
 def test_matched_keeps_the_mean_beta():
     quality = torch.rand(100, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for cfg in (Config(0.3, 0.7, 2.0, matched=True), Config(0.2, 1.0, 0.5, "signed", matched=True)):
-        found = pair_beta(SimpleNamespace(quality=quality), balanced(cfg, quality))
+        found = pair_beta(quality, balanced(cfg, quality))
         assert found.mean().item() == pytest.approx(cfg.beta * cfg.alpha) and found.std() > 0
     assert balanced(Config(), quality) == Config()
 
@@ -299,12 +296,10 @@ def test_the_attributes_toy():
 
 
 def test_the_betas_narrow_the_gap_between_easy_and_hard_pairs():
-    matched = Config(0.15, reach=4.0, matched=True)
-    changes = dict(da=torch.clone, shuffled=shuffled, turned=turned)
-    found = on_attributes(
-        100, {name: (matched, change) for name, change in changes.items()}, steps=100
-    )
-    assert found["da"]["gap"] < found["shuffled"]["gap"] < found["turned"]["gap"]
+    changes = dict(da_dpo=torch.clone, shuffled=shuffled, inverted=inverted)
+    found = on_attributes(100, 4.0, changes, steps=100)
+    assert found["da_dpo"]["gap"] < found["shuffled"]["gap"] < found["inverted"]["gap"]
+    assert found["da_dpo"]["gap"] < found["dpo"]["gap"] < found["inverted"]["gap"]
 
 
 # ---- runs
