@@ -7,20 +7,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from claims.tpo import best_and_worst, dpo_on, first_and_last
 from data import collate
 from lab import Lab, Settings
 from methods import dpo
 from methods.tpo import (
     Config,
-    dpo_of_ends,
     grown,
     loss,
     paths,
+    prepare,
     run,
     split_steps,
     step_places,
     tree,
-    with_states,
 )
 from tests import builders
 from toy import arithmetic, modular
@@ -125,8 +125,22 @@ def test_a_pair_without_step_weights_is_dpo_times_a_constant(tau):
     divided = loss(logps, ref_logps, batch, Config(0.7, tau=tau, asr=False))[0]
     torch.testing.assert_close(divided, theirs, rtol=0, atol=1e-12)
     torch.testing.assert_close(
-        dpo_of_ends(logps, ref_logps, batch, Config(0.7))[0], theirs, rtol=0, atol=1e-12
+        dpo_on(best_and_worst)(logps, ref_logps, batch, Config(0.7))[0], theirs, rtol=0, atol=1e-12
     )
+
+
+def test_dpo_on_two_responses_of_a_tree_is_dpo_on_their_paths():
+    logps, ref_logps, batch = forest()
+    batch.scores = batch.mask.any(-1) * torch.tensor([0.0, 0.0, 0.8, 0.1, 0.0, 0.5, 0.3])
+    node, cfg = (logps - ref_logps).sum(-1), dpo.Config(0.7)
+    best, worst = node[:, :3].sum(-1), node[:, 0] + node[:, 3]
+    found = dpo_on(best_and_worst)(logps, ref_logps, batch, cfg)[0]
+    torch.testing.assert_close(found, -F.logsigmoid(0.7 * (best - worst)), rtol=0, atol=1e-12)
+    logps, ref_logps, batch = flat([0.2, 0.5, -0.1], [0.6, 0.3, 0.6])
+    assert dpo_on(first_and_last)(logps, ref_logps, batch, cfg)[0].item() == 0  # they tie
+    batch.scores[0, 2] = 0.1
+    found = dpo_on(first_and_last)(logps, ref_logps, batch, cfg)[0].item()
+    assert found == pytest.approx(math.log1p(math.exp(-0.7 * 0.3)), abs=1e-12)
 
 
 def test_without_pair_weights_all_pairs_are_dpo():
@@ -232,6 +246,29 @@ def test_random_trees_against_loops(tau, asr, how):
     torch.testing.assert_close(grad, torch.autograd.grad(hand.sum(), logps)[0], rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("tau", ["model", "label", "none"])
+def test_no_gradient_reaches_the_weights(tau):
+    logps, ref_logps, batch = forest()
+    plain = torch.autograd.grad(loss(logps, ref_logps, batch, Config(tau=tau))[0].sum(), logps)[0]
+    batch.scores, batch.states = batch.scores.requires_grad_(), batch.states.requires_grad_()
+    losses, metrics = loss(logps, ref_logps, batch, Config(tau=tau))
+    losses.sum().backward()
+    assert batch.scores.grad is None and batch.states.grad is None
+    assert not any(value.requires_grad for value in metrics.values())
+    torch.testing.assert_close(logps.grad, plain, rtol=0, atol=0)
+
+
+def test_states_that_depend_on_the_policy_pass_no_gradient_on():
+    logps, ref_logps, batch = forest()
+    weight = torch.ones((), dtype=torch.float64, requires_grad=True)
+    states, shift = batch.states, torch.arange(5, dtype=torch.float64)
+    batch.states = states + (weight - 1) * shift
+    found = loss(weight * logps.detach(), ref_logps, batch, Config(tau="label"))[0].sum()
+    batch.states = states
+    known = loss(weight * logps.detach(), ref_logps, batch, Config(tau="label"))[0].sum()
+    assert torch.equal(*(torch.autograd.grad(x, weight)[0] for x in (found, known)))
+
+
 def test_paths_and_merged_steps():
     _, _, batch = forest()
     on, leaf = paths(batch)
@@ -324,7 +361,7 @@ def test_equal_scores_teach_nothing():
     for tau in ("model", "label", "none"):
         losses = loss(logps, ref_logps, batch, Config(asr=False, tau=tau))[0]
         assert losses.item() == 0 and (torch.autograd.grad(losses.sum(), logps)[0] == 0).all()
-    assert dpo_of_ends(logps, ref_logps, batch, Config())[0].item() == 0
+    assert dpo_on(best_and_worst)(logps, ref_logps, batch, Config())[0].item() == 0
 
 
 def test_the_released_outer_loss_lowers_the_best():
@@ -427,7 +464,7 @@ def test_trees_of_sums_are_scored_as_one_response_a_row():
     )
     policy = here.base()
     rows = here.rows(grown(here, policy))
-    batch = with_states(policy, collate(rows, here.world.tokenizer))
+    batch = prepare(policy, collate(rows, here.world.tokenizer))
     on, leaf = paths(batch)
     with torch.no_grad():
         total = (on.float() @ policy.logps(batch).sum(-1)[..., None])[..., 0]
@@ -564,6 +601,8 @@ def trees():
     items += [builders.changed(items[0], scores=known), builders.changed(two, scores=one)]
     bad = [builders.changed(flat, mask=short, scores=flat[2].scores * short.any(-1))]
     bad += [builders.changed(flat, scores=flat[2].scores + x) for x in (-0.5, 0.5)] + [lone]
+    graph = {n: getattr(items[0][2], n).clone().requires_grad_() for n in ("scores", "states")}
+    items += [builders.changed(items[0], **graph)]
     hole = items[0][2].mask.clone()
     hole[1, 1] = False
     return [
@@ -582,7 +621,7 @@ CASES = [
     dict(divide=False, asr=False, tau="label"),
 ]
 INPUTS = trees
-PAIR_WEIGHTS = "pair_weights(g.sum(-1), batch.scores.to(g.dtype), leaf, cfg)"
+PAIR_WEIGHTS = "pair_weights(g.sum(-1), batch.scores.detach().to(g.dtype), leaf, cfg)"
 SURVIVORS = {
     "loss: torch.ones_like(difference) -> torch.ones_like(_detached(difference))": "ones have no gradient",
     f"loss: {PAIR_WEIGHTS} -> {PAIR_WEIGHTS.replace('g.sum(-1)', '_detached(g.sum(-1))')}": "the order of the rewards alone is read",
