@@ -1,27 +1,25 @@
 """IRPO's loss against hand-computed lists, closed-form gradients and optima, DPO and softmax-DPO as its special cases."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from lab import Lab, Settings
-from methods import dpo
-from methods.irpo import (
-    Config,
+from claims.irpo import (
+    ALL_PAIRS,
+    ONE,
+    all_pairs_loss,
     dpo_loss,
-    free_scores,
-    graded,
-    label_ranks,
-    loss,
-    relevance_weights,
-    run,
-    sdpo_loss,
     shuffled_agreement,
+    softmax_dpo_loss,
     with_roles,
 )
+from lab import Lab, Settings
+from methods import dpo
+from methods.irpo import Config, graded, label_ranks, loss, relevance_weights, run
 from tests import builders
 from toy.ranking import ndcg
 
@@ -85,10 +83,9 @@ def by_hand(r, w, beta, inner, reduce):
     return total / n if reduce == "mean" else total
 
 
-def optimum(y, k, **fields):
-    """p = softmax(beta r) of the free scores that minimise the loss of one list."""
-    cfg, batch = Config(**fields), lists(y, k)
-    r = torch.zeros(1, len(y), 1, dtype=torch.float64, requires_grad=True)
+def free_scores(batch, objective, cfg):
+    """The scores r (K,) of one list that minimize a loss when nothing ties them together."""
+    r = torch.zeros(*batch.mask.shape, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [r],
         max_iter=500,
@@ -99,12 +96,18 @@ def optimum(y, k, **fields):
 
     def closure():
         optimizer.zero_grad()
-        value = loss(r, torch.zeros_like(r), batch, cfg)[0].sum()
+        value = objective(r, torch.zeros_like(r), batch, cfg)[0].sum()
         value.backward()
         return value
 
     optimizer.step(closure)
-    return (cfg.beta * r.detach().flatten()).softmax(0)
+    return r.detach().flatten()
+
+
+def optimum(y, k, **fields):
+    """p = softmax(beta r) of the free scores that minimize the loss of one list."""
+    cfg = Config(**fields)
+    return (cfg.beta * free_scores(lists(y, k), loss, cfg)).softmax(0)
 
 
 # ---- numbers
@@ -417,7 +420,7 @@ def test_losses_are_in_float32_or_better():
 
 def test_baselines_leave_the_relevant_items_unordered():
     """DPO and softmax-DPO over all choices of a relevant item give all three of them one score; IRPO orders them by their weights."""
-    for baseline in (dpo_loss, sdpo_loss):
+    for baseline in (dpo_loss, softmax_dpo_loss):
 
         def all_choices(logps, ref_logps, batch, cfg):
             total = 0.0
@@ -427,9 +430,9 @@ def test_baselines_leave_the_relevant_items_unordered():
                 total = total + baseline(logps, ref_logps, batch, cfg)[0]
             return total, {}
 
-        r = free_scores((3.0, 2.0, 1.0, 0.0), all_choices, Config())
+        r = free_scores(lists((3.0, 2.0, 1.0, 0.0)), all_choices, ONE)
         assert r[:3].max() - r[:3].min() < 1e-6 and r[0] - r[3] > 5
-    r = free_scores((3.0, 2.0, 1.0, 0.0), loss, Config(inner="excl"))
+    r = free_scores(lists((3.0, 2.0, 1.0, 0.0)), loss, Config(inner="excl"))
     torch.testing.assert_close(
         r[:3].softmax(0), tensor((0.745253, 0.201515, 0.053232)), atol=1e-3, rtol=0
     )
@@ -439,15 +442,27 @@ def test_baselines_in_numbers():
     batch = lists(torch.tensor([[1.0, 0.0, 0.0, 2.0]]))
     batch.role = tensor([[1.0, 0.0, -1.0, 0.0]])
     r, zero = tensor(R)[None, :, None], torch.zeros(1, 4, 1, dtype=torch.float64)
-    assert dpo_loss(r, zero, batch, Config(beta=0.5))[0].item() == pytest.approx(
+    assert dpo_loss(r, zero, batch, replace(ONE, beta=0.5))[0].item() == pytest.approx(
         math.log1p(math.exp(-0.5 * 0.4))
     )
     others = sum(
         math.exp(0.5 * (x - 0.5)) for x in (-0.2, 0.1)
     )  # the other relevant item takes no part
-    assert sdpo_loss(r, zero, batch, Config(beta=0.5))[0].item() == pytest.approx(
+    assert softmax_dpo_loss(r, zero, batch, replace(ONE, beta=0.5))[0].item() == pytest.approx(
         math.log1p(others)
     )
+
+
+def test_the_loss_on_all_pairs_is_the_mean_of_dpo_over_them():
+    """Pairs of different relevance, each on the mean log-ratios of its items."""
+    logps, ref, batch, _ = ragged(9)
+    batch.parents = torch.arange(-1, 5).expand(5, -1)  # a list in one context is a chain
+    r = item_scores(logps, ref, batch.mask)
+    for b, found in enumerate(all_pairs_loss(logps, ref, batch, replace(ALL_PAIRS, beta=0.7))[0]):
+        y, present = batch.scores[b], batch.mask[b].any(-1)
+        better = (y[:, None] > y) & present[:, None] & present
+        terms = -F.logsigmoid(0.7 * (r[b][:, None] - r[b]))[better]
+        torch.testing.assert_close(found, terms.mean() if len(terms) else found * 0)
 
 
 def small_ranker(objective, cfg, seed=0):
@@ -497,7 +512,7 @@ def small_ranker(objective, cfg, seed=0):
 
 def test_the_order_of_the_methods_without_a_language_model():
     """NDCG@1 of DPO, softmax-DPO and IRPO about 0.70, 0.73 and 0.84; weights by position alone are higher still at a tenth of the KL."""
-    dpo_, sdpo = small_ranker(dpo_loss, Config()), small_ranker(sdpo_loss, Config())
+    dpo_, sdpo = small_ranker(dpo_loss, ONE), small_ranker(softmax_dpo_loss, ONE)
     ours = small_ranker(loss, Config(inner="excl"))
     position = small_ranker(loss, Config(inner="excl", weights="position"))
     assert sdpo[1] > dpo_[1] and ours[0] > sdpo[0] + 0.04 and ours[1] > sdpo[1] + 0.02
@@ -610,9 +625,9 @@ def test_softmax_dpo_leaves_out_absent_items():
     batch = graded_rows([[1.0, 0.0, 0.0]], role=tensor([[1.0, -1.0, 0.0]]))
     r = tensor([[0.3, -0.1, 0.0]])[..., None]
     batch.mask[0, 2] = False
-    assert sdpo_loss(r, torch.zeros_like(r), batch, Config(beta=0.5))[0].item() == pytest.approx(
-        math.log1p(math.exp(-0.2))
-    )
+    assert softmax_dpo_loss(r, torch.zeros_like(r), batch, replace(ONE, beta=0.5))[
+        0
+    ].item() == pytest.approx(math.log1p(math.exp(-0.2)))
 
 
 def test_roles_are_one_relevant_and_one_irrelevant_item():
@@ -662,7 +677,7 @@ CASES = [
     dict(beta=0.7, inner=i, reduce=r) for i in ("excl", "incl", "code") for r in ("mean", "sum")
 ] + [dict(beta=0.7, weights=w) for w in ("position", "reciprocal")]
 INPUTS = builders.lists
-SORTED = "batch.scores.masked_fill(~batch.mask.any(-1), -torch.inf).argsort(descending=True"
+SORTED = "scores.argsort(descending=True"
 SURVIVORS = {
     "label_ranks: True -> False": "stable=True: a CPU sorts short rows stably anyway",
     f"label_ranks: {SORTED}, stable=True) -> {SORTED})": "the same",
