@@ -214,6 +214,16 @@ def test_smoothed_ranks():
     )
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_gradient_reaches_the_targets(target):
+    logps, ref_logps, batch = ragged()
+    batch.scores, batch.q = batch.scores.requires_grad_(), batch.q.requires_grad_()
+    losses, metrics = loss(logps, ref_logps, batch, Config(target=target))
+    losses.sum().backward()
+    assert batch.scores.grad is None and batch.q.grad is None and logps.grad.abs().sum() > 0
+    assert not any(value.requires_grad for value in metrics.values())
+
+
 def test_plackett_luce_in_values():
     logps, ref_logps, batch = a_list([0.5, 0.1, -0.4], [0.0] * 3, [3.0, 2.0, 1.0])
     assert loss(logps, ref_logps, batch, Config(target="order"))[0].item() == pytest.approx(
@@ -621,4 +631,6 @@ CASES = [dict(target=t, tau=0.7) for t in ("hard", "raw", "zscore", "kde", "give
 INPUTS = targeted_lists
 SURVIVORS = {
     "loss: 0.0 -> 1.0": "stands where q is 0: any finite number will do",
+    "targets: batch.q.detach() -> batch.q": "test_no_gradient_reaches_the_targets sees it",
+    "targets: batch.scores.detach() -> batch.scores": "the same",
 }
