@@ -6,21 +6,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from claims.r2q import aligned, auc, steps_of
 from lab import Lab, Settings
 from methods import dpo
 from methods.r2q import (
     Config,
-    auc,
     beam_rewards,
     beam_search,
-    from_reference,
-    imitation,
     loss,
     next_logps,
     proxy_tune,
     run,
+    sft_loss,
     show_credit,
-    steps_of,
     token_credit,
     token_rewards,
 )
@@ -230,9 +228,9 @@ def test_fields_that_do_nothing_are_refused(fields):
     assert Config(reference="chosen").sft_steps == 100
 
 
-def test_imitation_looks_at_the_chosen_response_alone():
+def test_sft_looks_at_the_chosen_response_alone():
     logps, ref_logps, batch = ragged()
-    (grad,) = torch.autograd.grad(imitation(logps, ref_logps, batch, None)[0].sum(), logps)
+    (grad,) = torch.autograd.grad(sft_loss(logps, ref_logps, batch, None)[0].sum(), logps)
     assert (grad[:, 1] == 0).all()
     torch.testing.assert_close(
         grad[:, 0],
@@ -328,6 +326,7 @@ def test_the_steps_of_a_sum_and_the_mark_of_the_wrong_one():
     ]
     assert [right for *_, right in steps] == [True, False, True, False]
     assert all(len(pieces) == len(values) for pieces, values, _ in steps)
+<<<<<<< HEAD
     text = show_credit(world, "347+58=", ids, values).splitlines()
     assert len(text) == 5 and [line.endswith("<- wrong") for line in text[1:]] == [
         False,
@@ -337,6 +336,28 @@ def test_the_steps_of_a_sum_and_the_mark_of_the_wrong_one():
     ]
     plain = show_credit(SimpleNamespace(tokenizer=world.tokenizer, verify_steps=None), "347+58=", ids, values)
     assert len(plain.splitlines()) == 2 and "wrong" not in plain
+=======
+
+
+def test_the_token_rewards_of_a_response_as_text():
+    world = arithmetic.World()
+    ids = world.tokenizer.encode("7+8+0=15,4+5+1=11,3+0+1=04:415")
+    title, rewards, errors = show_credit(world, "347+58=", ids, [0.25] * len(ids)).splitlines()
+    assert "347+58=" in title and rewards.split()[0] == "7[+0.25]" and len(rewards.split()) > 20
+    assert errors.split() == ["wrong", "steps:", "2"]
+    ids = world.tokenizer.encode("1+2=3:3")
+    assert show_credit(world, "1+2=", ids, [0.0] * len(ids)).splitlines()[2].endswith("none")
+    plain = SimpleNamespace(tokenizer=world.tokenizer, verify_steps=None)
+    assert len(show_credit(plain, "347+58=", ids, [0.0] * len(ids)).splitlines()) == 2
+
+
+def test_control_characters_of_a_response_are_not_printed():
+    world = arithmetic.World()
+    ids = world.tokenizer.encode("1\x1b[2J\r\n3")
+    plain = SimpleNamespace(tokenizer=world.tokenizer, verify_steps=None)
+    text = show_credit(plain, "say\x1b[2J\n", ids, [0.0] * len(ids))
+    assert "\x1b" not in text and "\r" not in text and len(text.splitlines()) == 2
+>>>>>>> 9332323 (x)
 
 
 @pytest.mark.parametrize(
@@ -412,7 +433,7 @@ def test_the_world_of_tokens():
 def test_a_run_learns_which_token_is_to_blame():
     here = Lab(Settings(world="tokens", seed=100, steps=60, prompts=1500), quiet=True)
     data = here.preferences(here.base(), k=2)
-    policy, reference = from_reference(here, data, Config(0.5))
+    policy, reference = aligned(here, data, Config(0.5))
     y = here.world.reference.sequences()
     error = here.world.along(here.world.token_reward, y) < 0
     a = here.world.along(
@@ -441,7 +462,7 @@ def test_a_run_prints_what_it_is_about(capsys):
     run(Lab(small), Config())
     out = capsys.readouterr().out
     assert (
-        "token rewards of a rejected answer to" in out
+        "token rewards of a rejected response to" in out
         and "true reward of beam search: width 1" in out
     )
 
