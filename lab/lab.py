@@ -11,6 +11,7 @@ import time
 import torch
 
 import data as data_module
+import diffusion
 import nanomodel
 from data import UserError, collate, fit_context, label
 from lab import align, claims, evaluate, loop, store
@@ -213,7 +214,7 @@ class Lab:
     def source(self):
         """The source of what makes a base model and its samples, for cache keys."""
         made_by = [sys.modules[c.__module__] for c in type(self.world).__mro__[:-1]]
-        return source(data_module, nanomodel, loop, *made_by)
+        return source(data_module, diffusion, nanomodel, loop, sys.modules[__name__], *made_by)
 
     # ---------------------------------------------------------------- data
 
