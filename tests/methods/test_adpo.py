@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from data import collate
 from lab import Lab, Settings
 from methods import dpo
 from methods.adpo import TARGETS, Averaging, Config, kernel_ranks, loss, run, targets
 from tests import builders
-from toy.bandit import Table
+from toy.bandit import Table, World
 
 ELL, REF, Q = [-1.0, -2.0, -1.5, -3.0], [-1.2, -1.6, -1.5, -2.5], [0.5, 0.1, 0.3, 0.1]
 REWARDS = [1.0, 0.2, -0.3, 0.5]
@@ -53,6 +54,7 @@ def grad_of(value, x):
     return torch.autograd.grad(value.sum(), x)[0]
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize(
     "tau, value, kl, grad",
     [
@@ -73,6 +75,7 @@ def test_the_worked_example(tau, value, kl, grad):
         assert found.tolist() == pytest.approx(grad, abs=1e-6)
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize(
     "tau, optimum",
     [
@@ -95,6 +98,31 @@ def test_the_optimum_is_the_anchor_times_q_to_the_tau(tau, optimum):
     )
 
 
+@pytest.mark.paper
+@pytest.mark.parametrize(
+    "rounds, shares",
+    [(1, (0.8749, 0.0559, 0.0142, 0.0549)), (3, (0.99610, 0.00058, 0.0000078, 0.00331))],
+)
+def test_a_fixed_anchor_ends_at_q_to_the_tau_and_a_following_one_goes_on(rounds, shares):
+    """Gradient descent on one list, with the policy of the round before as the anchor."""
+    tau, q = 0.8, torch.tensor([0.819065, 0.043407, 0.006922, 0.130607], dtype=torch.float64)
+    start = torch.tensor(REF, dtype=torch.float64)
+    known = (start + rounds * tau * q.log()).softmax(0)
+    assert known.tolist() == pytest.approx(shares, abs=5e-5)
+    lab = Lab(Settings(world="bandit"), quiet=True)
+    batch = collate([dict(prompt=0, responses=[[0], [1], [2], [3]], scores=REWARDS)])
+    policy = World(4, 1, reference=start).model()
+    for _ in range(rounds):
+        anchor = policy.logps(batch).detach()
+
+        def objective(model, batch, anchor=anchor):
+            return loss(model.logps(batch), anchor, batch, Config(tau))
+
+        policy = lab.fit(policy, [batch], objective, steps=1000, lr=0.05, decay=True)
+    assert policy.probs()[0].tolist() == pytest.approx(shares, abs=1e-4)
+
+
+@pytest.mark.paper
 def test_the_hessian_at_the_optimum():
     tau, q = 2.0, torch.tensor(Q, dtype=torch.float64)
     _, ref_logps, batch = a_list(q=Q)
@@ -107,6 +135,7 @@ def test_the_hessian_at_the_optimum():
     torch.testing.assert_close(hessian, (q.diag() - q[:, None] * q) / tau**2, rtol=0, atol=1e-8)
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize("smoothing, value", [(0.0, 0.663597), (0.2, 0.675597)])
 def test_pairs_are_dpo_and_its_smoothed_form(smoothing, value):
     logps, ref_logps, batch = a_list(ELL[:2], REF[:2], [1.0, 0.0])
@@ -121,6 +150,7 @@ def test_pairs_are_dpo_and_its_smoothed_form(smoothing, value):
     assert given.item() == pytest.approx(value, abs=1e-6)
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize("target", ["hard", "order"])
 @pytest.mark.parametrize("beta", [0.1, 2.0])
 def test_random_pairs_are_dpo_in_value_and_gradient(target, beta):
@@ -139,6 +169,7 @@ def test_random_pairs_are_dpo_in_value_and_gradient(target, beta):
     torch.testing.assert_close(grad_of(ours, logps), grad_of(plain, logps), rtol=0, atol=1e-12)
 
 
+@pytest.mark.paper
 def test_one_hot_without_an_anchor_is_supervised_fine_tuning_when_the_list_is_all_there_is():
     logits = torch.tensor(ELL, dtype=torch.float64, requires_grad=True)
     _, _, batch = a_list()
@@ -150,6 +181,7 @@ def test_one_hot_without_an_anchor_is_supervised_fine_tuning_when_the_list_is_al
     torch.testing.assert_close(grad_of(ours, logits), grad_of(plain, logits))
 
 
+@pytest.mark.paper
 def test_distillation_ends_at_the_teacher_and_the_max_entropy_target_at_its_own():
     teacher = torch.tensor([0.3, -1.0, 2.0, 0.1], dtype=torch.float64).log_softmax(0)
     heat = 3.0
@@ -173,6 +205,7 @@ def test_distillation_ends_at_the_teacher_and_the_max_entropy_target_at_its_own(
     )
 
 
+@pytest.mark.paper
 def test_a_soft_pair_settles_at_the_margin_logit_p_over_beta():
     beta, p = 0.5, 0.8
     logps, ref_logps, batch = a_list(
@@ -186,6 +219,7 @@ def test_a_soft_pair_settles_at_the_margin_logit_p_over_beta():
     )
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize(
     "target, beta_r, scores, q",
     [
@@ -204,6 +238,7 @@ def test_targets(target, beta_r, scores, q):
     assert found.flatten().tolist() == pytest.approx(q, abs=1e-5)
 
 
+@pytest.mark.paper
 def test_smoothed_ranks():
     _, _, batch = a_list()
     ranks = kernel_ranks(batch.scores, batch.mask.any(-1)).sigmoid().flatten().tolist()
@@ -286,6 +321,7 @@ def test_absent_members_rows_and_a_constant_of_the_list_do_not_matter(target):
         torch.testing.assert_close(loss(logps, ref_logps, moved, cfg)[0], plain, rtol=0, atol=1e-6)
 
 
+@pytest.mark.paper
 def test_at_the_anchor_every_list_costs_the_log_of_its_length():
     logps, _, batch = ragged()
     n = batch.mask.any(-1).sum(1, keepdim=True)
@@ -296,6 +332,7 @@ def test_at_the_anchor_every_list_costs_the_log_of_its_length():
     torch.testing.assert_close(grad_of(losses, logps)[..., 0], expected)
 
 
+@pytest.mark.paper
 def test_equal_scores_pull_back_to_the_anchor():
     logps, ref_logps, batch = a_list(scores=[0.3] * 4)
     grad = grad_of(loss(logps, ref_logps, batch, Config())[0], logps).flatten()

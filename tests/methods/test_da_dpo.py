@@ -22,38 +22,25 @@ from methods.da_dpo import (
     vote,
 )
 from tests import builders
+from tests.builders import changed, one_pair, ragged_pairs, value_and_gradient
 
 
 def at(delta, gap):
     """A pair of one-token responses whose log-ratios differ by delta."""
-    logps = torch.tensor([[[delta], [0.0]]], dtype=torch.float64, requires_grad=True)
-    mask = torch.ones(1, 2, 1, dtype=torch.bool)
-    return (
-        logps,
-        torch.zeros_like(logps),
-        SimpleNamespace(mask=mask, quality=torch.tensor([[gap, 0.0]], dtype=torch.float64)),
-    )
+    return changed(one_pair(delta, 0.0), quality=torch.tensor([[gap, 0.0]], dtype=torch.float64))
 
 
-def ragged(rows=6, length=7, seed=0, dtype=torch.float64):
-    """Random log-probs of ragged responses, 0 outside the mask, and random scores."""
+def ragged(seed=0, **kwargs):
+    """Five ragged pairs with random scores."""
+    item = ragged_pairs(seed, **kwargs)
     rng = torch.Generator().manual_seed(seed)
-    mask = torch.arange(length) < torch.randint(1, length + 1, (rows, 2, 1), generator=rng)
-    logps, ref_logps = (
-        -3 * torch.rand(rows, 2, length, generator=rng, dtype=dtype) * mask for _ in range(2)
-    )
-    quality = torch.rand(rows, 2, generator=rng, dtype=torch.float64)
-    return logps.requires_grad_(), ref_logps, SimpleNamespace(mask=mask, quality=quality)
-
-
-def value_and_gradient(logps, ref_logps, batch, cfg, objective=loss):
-    losses = objective(logps, ref_logps, batch, cfg)[0]
-    return losses, torch.autograd.grad(losses.sum(), logps)[0]
+    return changed(item, quality=torch.rand(5, 2, generator=rng, dtype=torch.float64))
 
 
 # ---- the card's numbers
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize(
     ("gap", "delta", "value", "slope"),
     [
@@ -70,33 +57,36 @@ def value_and_gradient(logps, ref_logps, batch, cfg, objective=loss):
     ],
 )
 def test_the_worked_examples(gap, delta, value, slope):
-    losses, gradient = value_and_gradient(*at(delta, gap), Config())
+    losses, gradient = value_and_gradient(loss, *at(delta, gap), Config())
     assert losses.item() == pytest.approx(value, abs=1e-6)
     assert gradient.flatten().tolist() == pytest.approx([slope, -slope], abs=1e-6)
 
 
+@pytest.mark.paper
 def test_an_easy_pair_is_pulled_more_at_first_and_less_beyond_the_crossover():
     crossover = math.log(1 + math.sqrt(2)) / 0.1
     assert crossover == pytest.approx(8.814, abs=1e-3)
     for delta in (-20.0, 0.0, crossover - 0.01, crossover + 0.01, 20.0, 60.0):
         easy, hard = (
-            value_and_gradient(*at(delta, gap), Config())[1][0, 0].abs().item()
+            value_and_gradient(loss, *at(delta, gap), Config())[1][0, 0].abs().item()
             for gap in (1.0, 0.0)
         )
         assert (easy > hard) == (delta < crossover)
     one, other = (
-        value_and_gradient(*at(8.8137, gap), Config())[1][0, 0].item() for gap in (1.0, 0.0)
+        value_and_gradient(loss, *at(8.8137, gap), Config())[1][0, 0].item() for gap in (1.0, 0.0)
     )
     assert one == pytest.approx(other, abs=2e-6)
 
 
+@pytest.mark.paper
 def test_with_labels_of_either_kind_an_easy_pair_settles_half_as_far():
     """Delta* = logit(p) / beta_i."""
     p = 0.8
     for gap in (0.0, 0.5, 1.0):
         delta = math.log(p / (1 - p)) / (0.1 * (1 + gap))
         there, back = (
-            value_and_gradient(*at(sign * delta, gap), Config())[1][0, 0].item() for sign in (1, -1)
+            value_and_gradient(loss, *at(sign * delta, gap), Config())[1][0, 0].item()
+            for sign in (1, -1)
         )
         assert p * there - (1 - p) * back == pytest.approx(0.0, abs=1e-12)
 
@@ -104,18 +94,20 @@ def test_with_labels_of_either_kind_an_easy_pair_settles_half_as_far():
 # ---- identities
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_without_gaps_and_with_one_gap_it_is_dpo(dtype):
     logps, ref_logps, batch = ragged(dtype=dtype)
-    theirs = value_and_gradient(logps, ref_logps, batch, dpo.Config(0.3), dpo.loss)
+    theirs = value_and_gradient(dpo.loss, logps, ref_logps, batch, dpo.Config(0.3))
     for gap, alpha in ((0.0, 1.0), (0.5, 1 / 1.5)):
-        batch.quality = torch.tensor([[gap, 0.0]], dtype=torch.float64).expand(6, 2)
+        batch.quality = torch.tensor([[gap, 0.0]], dtype=torch.float64).expand(5, 2)
         for ours, known in zip(
-            value_and_gradient(logps, ref_logps, batch, Config(0.3, alpha)), theirs
+            value_and_gradient(loss, logps, ref_logps, batch, Config(0.3, alpha)), theirs
         ):
             assert torch.equal(ours, known) if gap == 0 else torch.allclose(ours, known, rtol=1e-6)
 
 
+@pytest.mark.paper
 def test_the_absolute_gap_knows_no_direction_and_no_level():
     logps, ref_logps, batch = ragged()
     batch.quality = 0.5 * batch.quality
@@ -142,7 +134,7 @@ def test_ragged_responses_values_and_gradients_of_the_definition(cfg):
     beta = cfg.beta * cfg.alpha * (1 + cfg.reach * (gap if cfg.gap == "signed" else gap.abs()))
     ratio = (logps - ref_logps).sum(-1).detach()
     z = beta * (ratio[:, 0] - ratio[:, 1])
-    losses, gradient = value_and_gradient(logps, ref_logps, batch, cfg)
+    losses, gradient = value_and_gradient(loss, logps, ref_logps, batch, cfg)
     torch.testing.assert_close(losses, torch.log1p(torch.exp(-z)), rtol=0, atol=1e-12)
     size = (beta * torch.sigmoid(-z))[:, None] * torch.tensor([-1.0, 1.0], dtype=torch.float64)
     torch.testing.assert_close(
@@ -157,6 +149,7 @@ def test_ragged_responses_values_and_gradients_of_the_definition(cfg):
     torch.testing.assert_close(wider, losses, rtol=0, atol=1e-12)
 
 
+@pytest.mark.paper
 def test_no_gradient_reaches_the_scores():
     logps, ref_logps, batch = ragged()
     batch.quality = batch.quality.requires_grad_()
@@ -220,6 +213,7 @@ def test_what_is_no_pair_or_has_no_scores_is_refused():
 # ---- the normaliser and the vote
 
 
+@pytest.mark.paper
 def test_the_normaliser():
     v = torch.randn(20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     n = normalised(v)
@@ -234,6 +228,7 @@ def test_the_normaliser():
     )  # no spread, no NaN
 
 
+@pytest.mark.paper
 def test_the_vote_is_weighed_by_how_often_an_estimator_is_right():
     rng = torch.Generator().manual_seed(0)
     c, m = (torch.randn(400, 2, generator=rng, dtype=torch.float64) for _ in range(2))

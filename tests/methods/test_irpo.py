@@ -113,6 +113,7 @@ def optimum(y, k, **fields):
 # ---- numbers
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize(
     ("inner", "reduce", "expected"),
     [
@@ -129,6 +130,7 @@ def test_two_items(inner, reduce, expected):
     ] == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize("inner", ["excl", "code"])
 def test_two_one_token_items_are_dpo_in_value_and_gradient(inner):
     g = torch.Generator().manual_seed(0)
@@ -145,6 +147,7 @@ def test_two_one_token_items_are_dpo_in_value_and_gradient(inner):
     assert (incl - theirs).min() > 0.1
 
 
+@pytest.mark.paper
 def test_one_positive_is_softmax_dpo_and_cross_entropy():
     y, k = (1.0, 0.0, 0.0, 0.0), (1, 2, 3, 4)
     ours = value(R, y, k, beta=0.5, inner="excl", reduce="sum")[0]
@@ -161,6 +164,7 @@ def test_one_positive_is_softmax_dpo_and_cross_entropy():
     )
 
 
+@pytest.mark.paper
 def test_weights_of_the_hand_case():
     got = {
         weights: relevance_weights(lists(Y, K), Config(weights=weights))[0].tolist()
@@ -171,6 +175,7 @@ def test_weights_of_the_hand_case():
     assert got["reciprocal"] == pytest.approx([0.0, 3.0, 0.5, 0.0], abs=1e-6)
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize(
     ("inner", "reduce", "expected", "gradient"),
     [
@@ -187,6 +192,7 @@ def test_hand_case(inner, reduce, expected, gradient):
     assert grad.sum().item() == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.paper
 def test_log_sum_exp_of_each_item():
     for i, expected in enumerate(
         LSE
@@ -198,6 +204,7 @@ def test_log_sum_exp_of_each_item():
         assert math.log(math.expm1(got)) == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize(
     ("inner", "reduce", "expected"),
     [("code", "mean", 0.629192), ("excl", "sum", 5.033537), ("incl", "sum", 5.843756)],
@@ -221,6 +228,7 @@ def test_the_item_itself_is_left_out_whatever_beta(beta):
     )
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize(
     ("inner", "expected"),
     [
@@ -238,6 +246,7 @@ def test_optimum_of_free_scores(inner, expected):
 # ---- identities
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize("inner", ["excl", "incl", "code"])
 def test_optimum_is_where_the_weights_say(inner):
     y, k = (1.5, 3.0, 0.5, 2.0, 1.0), (3, 1, 5, 2, 4)
@@ -247,6 +256,7 @@ def test_optimum_is_where_the_weights_say(inner):
     torch.testing.assert_close(shape / shape.sum(), w / w.sum(), atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize("beta", [0.5, 2.0])
 def test_optimum_of_a_policy_over_the_whole_list(beta):
     """Where the list is every action there is, pi is pi_ref p^(1/beta), normalised."""
@@ -303,6 +313,7 @@ def test_ragged_lists_against_the_definition(inner, reduce, weights):
     torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize("inner", ["excl", "incl", "code"])
 def test_gradient_in_closed_form(inner):
     """dL/dr_k = beta (sum_i w_i a_i rho_ik - w_k a_k), spread evenly over an item's tokens."""
@@ -337,6 +348,7 @@ def test_gradient_by_finite_differences():
         )
 
 
+@pytest.mark.paper
 def test_irrelevant_items_are_driven_away_without_end():
     """With w_k = 0 the gradient on r_k stays positive, W p_k beta: only the network or the number of steps holds it."""
     for r0 in (0.0, -5.0, -20.0):
@@ -345,6 +357,7 @@ def test_irrelevant_items_are_driven_away_without_end():
         assert grad[2].item() == pytest.approx((3 + 0.630930) * p.item(), rel=1e-5) and grad[2] > 0
 
 
+@pytest.mark.paper
 def test_drawing_a_competitor_by_rho_has_less_variance_than_uniformly():
     _, grad = value(R, (0.0, 1.0, 0.0, 0.0), (2, 1, 3, 4), inner="excl", reduce="sum")
     rho = grad / -grad[1]  # a (rho - e_i), so that what is left of item i is -1
@@ -361,6 +374,7 @@ def test_drawing_a_competitor_by_rho_has_less_variance_than_uniformly():
     assert variance(uniform, 3 * rho[:, None] * steps) == pytest.approx(0.871611, abs=1e-6)
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize("inner", ["excl", "incl", "code"])
 def test_invariances(inner):
     logps, ref, batch, _ = ragged(6)
@@ -384,6 +398,7 @@ def test_ranks_from_scores_take_ties_as_they_come():
     assert not torch.equal(relevance_weights(turned, Config()), relevance_weights(plain, Config()))
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize("inner", ["excl", "incl", "code"])
 def test_nothing_relevant_is_a_differentiable_zero(inner):
     logps, ref, batch, _ = ragged(7)
@@ -418,6 +433,7 @@ def test_losses_are_in_float32_or_better():
 # ---- what the claim compares with
 
 
+@pytest.mark.paper
 def test_baselines_leave_the_relevant_items_unordered():
     """DPO and softmax-DPO over all choices of a relevant item give all three of them one score; IRPO orders them by their weights."""
     for baseline in (dpo_loss, softmax_dpo_loss):

@@ -116,6 +116,7 @@ def by_hand(logps, ref_logps, batch, cfg, b):
     return total / weight if cfg.divide else total
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize("tau", ["model", "label"])
 def test_a_pair_without_step_weights_is_dpo_times_a_constant(tau):
     logps, ref_logps, batch = flat([0.3, -0.5], [1.0, 0.0])
@@ -143,6 +144,7 @@ def test_dpo_on_two_responses_of_a_tree_is_dpo_on_their_paths():
     assert found == pytest.approx(math.log1p(math.exp(-0.7 * 0.3)), abs=1e-12)
 
 
+@pytest.mark.paper
 def test_without_pair_weights_all_pairs_are_dpo():
     logps, ref_logps, batch = flat([0.2, 0.5, -0.1, 0.0], [1.0, 0.6, 0.3, 0.0])
     r = logps[0, :, 0]
@@ -155,6 +157,7 @@ def test_without_pair_weights_all_pairs_are_dpo():
     )
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize(
     "tau, value, slopes",
     [
@@ -175,6 +178,7 @@ def test_the_hand_case(tau, value, slopes):
     )
 
 
+@pytest.mark.paper
 def test_at_the_reference_the_loss_is_ln_2_times_the_weights():
     logps, _, batch = flat([0.2, 0.5, -0.1, 0.0], [1.0, 0.6, 0.3, 0.0])
     assert loss(logps, logps.detach(), batch, Config(**PLAIN | dict(tau="label")))[
@@ -204,6 +208,7 @@ def two_chains(g, cosines):
     )
 
 
+@pytest.mark.paper
 def test_step_weights_by_hand():
     item = two_chains([[0.4, 0.3, 0.1], [0.4, -0.2, 0.5]], [1.0, 0.2, 0.8])
     losses, metrics = loss(*item, Config(0.5))
@@ -223,6 +228,7 @@ def test_step_weights_by_hand():
     assert loss(*item, Config(0.5, asr=False))[0].item() == pytest.approx(0.668460, abs=1e-6)
 
 
+@pytest.mark.paper
 def test_equal_steps_count_twice_and_opposite_ones_not_at_all():
     item = two_chains([[0.4, 0.3], [0.1, -0.2]], [1.0, -1.0])
     (grad,) = torch.autograd.grad(loss(*item, Config(0.5))[0].sum(), item[0])
@@ -285,6 +291,7 @@ def test_paths_and_merged_steps():
     assert (flat_on == torch.eye(7).bool()).all() and (flat_leaf == batch.mask.any(-1)).all()
 
 
+@pytest.mark.paper
 def test_a_shared_step_has_no_gradient():
     logps, ref_logps, batch = forest()
     batch.scores[:, 6] = 0.0
@@ -293,6 +300,7 @@ def test_a_shared_step_has_no_gradient():
     assert grad[:, 0].abs().max() < 1e-12 and grad[:, 1:6].abs().amax(-1).min(0).values.max() > 1e-3
 
 
+@pytest.mark.paper
 def test_the_order_of_the_list_does_not_matter():
     logps, ref_logps, batch = flat([0.2, 0.5, -0.1, 0.0], [0.6, 1.0, 0.3, 0.0])
     batch.states = torch.randn(
@@ -356,6 +364,7 @@ def test_a_verifier_has_no_labels_to_flip():
         run(Lab(settings, quiet=True), Config())
 
 
+@pytest.mark.paper
 def test_equal_scores_teach_nothing():
     logps, ref_logps, batch = flat([0.2, 0.5, -0.1], [0.4, 0.4, 0.4])
     for tau in ("model", "label", "none"):
@@ -364,6 +373,7 @@ def test_equal_scores_teach_nothing():
     assert dpo_on(best_and_worst)(logps, ref_logps, batch, Config())[0].item() == 0
 
 
+@pytest.mark.paper
 def test_the_released_outer_loss_lowers_the_best():
     """Published code: -log sigmoid(beta R) of a ranking loss R over all ordered pairs, the diagonal included, over n (n - 1)."""
     r = torch.zeros(3, dtype=torch.float64, requires_grad=True)
