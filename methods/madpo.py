@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import Paper, UserError, check_fields, pair
-from toy import bandit
+from toy.exact import Table
 
 PAPER = Paper(
     "pairs",
@@ -91,7 +91,7 @@ class RewardModel(nn.Module):
     def __init__(self, model):
         super().__init__()
         self.body = copy.deepcopy(model).requires_grad_(True)
-        self.table = isinstance(model, bandit.Table)
+        self.table = isinstance(model, Table)
         if self.table:
             nn.init.zeros_(self.body.logits)
         else:

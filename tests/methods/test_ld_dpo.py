@@ -16,6 +16,7 @@ from lab import Lab, Settings
 from methods import dpo
 from methods.ld_dpo import PAPER, Config, loss, run
 from tests import builders
+from tests.builders import value_and_gradient
 
 ALPHAS = (1.0, 0.75, 0.5, 0.25, 0.0)
 
@@ -33,15 +34,7 @@ def example():
 
 def ragged(seed=0, dtype=torch.float64):
     """Six pairs of responses of 1 to 7 tokens."""
-    logps, ref_logps, batch = builders.ragged(
-        2, builders.first_wins, seed, dtype, scale=3.0, batch=6, length=7
-    )
-    return logps.requires_grad_(), ref_logps, batch
-
-
-def value_and_gradient(logps, ref_logps, batch, cfg, objective=loss):
-    losses = objective(logps, ref_logps, batch, cfg)[0]
-    return losses, torch.autograd.grad(losses.sum(), logps)[0]
+    return builders.ragged_pairs(seed, dtype=dtype, scale=3.0, batch=6, length=7)
 
 
 def split_sums(logps, batch, alpha):
@@ -104,8 +97,8 @@ def test_only_a_split_reference_starts_at_ln_2(alpha, value):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_alpha_1_is_dpo_bit_for_bit(dtype):
     item = ragged(dtype=dtype)
-    ours = value_and_gradient(*item, Config(0.3, 1.0))
-    theirs = value_and_gradient(*item, dpo.Config(0.3), dpo.loss)
+    ours = value_and_gradient(loss, *item, Config(0.3, 1.0))
+    theirs = value_and_gradient(dpo.loss, *item, dpo.Config(0.3))
     assert torch.equal(ours[0], theirs[0])
     assert torch.equal(ours[1], theirs[1])
 
@@ -117,8 +110,8 @@ def test_alpha_1_is_dpo_bit_for_bit(dtype):
 def test_pairs_of_equal_length_are_dpo_bit_for_bit(dtype, alpha, on_reference):
     logps, ref_logps, _ = ragged(dtype=dtype)
     batch = SimpleNamespace(mask=torch.ones(6, 2, 7, dtype=torch.bool))
-    ours = value_and_gradient(logps, ref_logps, batch, Config(0.3, alpha, on_reference))
-    theirs = value_and_gradient(logps, ref_logps, batch, dpo.Config(0.3), dpo.loss)
+    ours = value_and_gradient(loss, logps, ref_logps, batch, Config(0.3, alpha, on_reference))
+    theirs = value_and_gradient(dpo.loss, logps, ref_logps, batch, dpo.Config(0.3))
     assert torch.equal(ours[0], theirs[0])
     assert torch.equal(ours[1], theirs[1])
 
@@ -131,7 +124,7 @@ def test_values_and_gradients_of_the_definition(alpha, on_reference):
     theirs = split_sums(ref_logps, batch, alpha if on_reference else 1.0)
     ratio = split_sums(logps, batch, alpha) - theirs
     z = 0.7 * (ratio[:, 0] - ratio[:, 1])
-    losses, gradient = value_and_gradient(logps, ref_logps, batch, cfg)
+    losses, gradient = value_and_gradient(loss, logps, ref_logps, batch, cfg)
     torch.testing.assert_close(losses, -F.logsigmoid(z), rtol=0, atol=1e-10)
     public = batch.mask.sum(-1).amin(1)[:, None, None]
     ones = torch.ones(6, 1, 7, dtype=torch.float64)
@@ -164,9 +157,9 @@ def test_alpha_0_never_looks_beyond_the_public_length():
     public = batch.mask.sum(-1).amin(1)[:, None, None]
     beyond = batch.mask & (torch.arange(7) >= public)
     assert beyond.any()
-    losses, gradient = value_and_gradient(logps, ref_logps, batch, Config(0.3, 0.0))
+    losses, gradient = value_and_gradient(loss, logps, ref_logps, batch, Config(0.3, 0.0))
     moved = (logps.detach() - 5 * beyond).requires_grad_()
-    again = value_and_gradient(moved, ref_logps - 2 * beyond, batch, Config(0.3, 0.0))
+    again = value_and_gradient(loss, moved, ref_logps - 2 * beyond, batch, Config(0.3, 0.0))
     assert torch.equal(losses, again[0])
     assert torch.equal(gradient, again[1])
     assert (gradient[beyond] == 0).all()
@@ -190,10 +183,8 @@ def test_positions_are_counted_in_response_tokens(on_reference):
 @pytest.mark.paper
 @pytest.mark.parametrize("on_reference", [True, False])
 def test_swapping_the_pair_changes_the_sign_of_the_margin(on_reference):
-    logps, ref_logps, batch = ragged(seed=6)
-    cfg = Config(0.4, 0.3, on_reference)
-    plain = loss(logps, ref_logps, batch, cfg)[0]
-    back = loss(logps.flip(1), ref_logps.flip(1), SimpleNamespace(mask=batch.mask.flip(1)), cfg)[0]
+    item, cfg = ragged(seed=6), Config(0.4, 0.3, on_reference)
+    plain, back = loss(*item, cfg)[0], loss(*builders.swapped(item), cfg)[0]
     torch.testing.assert_close(torch.exp(-plain) + torch.exp(-back), torch.ones_like(plain))
 
 
@@ -217,7 +208,7 @@ def test_huge_margins_and_single_tokens_stay_finite(cfg, dtype):
     for size in (1e4, -1e4):
         sides = torch.tensor([size, -size], dtype=dtype)[:, None]
         logps = (sides * batch.mask).requires_grad_()
-        losses, gradient = value_and_gradient(logps, torch.zeros_like(logps), batch, cfg)
+        losses, gradient = value_and_gradient(loss, logps, torch.zeros_like(logps), batch, cfg)
         assert losses.isfinite().all()
         assert gradient.isfinite().all()
         assert losses.dtype == torch.promote_types(dtype, torch.float32)
