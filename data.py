@@ -5,7 +5,8 @@ tokens, N packed rows of S tokens, G branches a row.
 """
 
 import re
-from dataclasses import dataclass, field, fields, replace
+from collections import Counter
+from dataclasses import astuple, dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -97,15 +98,16 @@ def pair(logps, ref_logps, batch):
 
     logps (B, 2, T), the chosen response first; ref_logps alike, or None for a loss without a
     reference. UserError: the rows are not pairs, or a response has no scored token. The second
-    check runs on CPU only: on CUDA it would force a host-device sync, and rows were validated
-    when they were loaded.
+    check runs on CPU only, and not in compiled code: on CUDA it would force a host-device sync,
+    compiled code cannot ask, and rows were validated when they were loaded.
     """
     if logps.dim() != 3 or logps.shape[1] != 2:
         raise UserError(
             f"log-probs of shape {tuple(logps.shape)}: "
             "this loss takes pairs (B, 2, T), the chosen response first"
         )
-    if logps.device.type == "cpu" and not batch.mask.any(-1).all():
+    plain = logps.device.type == "cpu" and not torch.compiler.is_compiling()
+    if plain and not batch.mask.any(-1).all():
         raise UserError("a response has no scored token")
     return upcast(logps, ref_logps)
 
@@ -323,7 +325,7 @@ def encode(row, tokenizer):
 
 
 def bucket(n):
-    """n rounded up to one of few sizes (four an octave, at most 25 % apart), so that shapes repeat."""
+    """n rounded up to one of few sizes, four per octave and at most 25 % apart."""
     step = max(1, 1 << max(0, (n - 1).bit_length() - 3))
     return -(-n // step) * step
 
@@ -343,7 +345,7 @@ def apart(tree):
 
 
 def cheaper_apart(trees, copies):
-    """Are copies of a short prompt cheaper than the wider attention of the trees?
+    """Whether copies of short prompts cost less than the wider attention of the trees.
 
     The cost of a token is 256 plus the keys that it meets in blocks of 128 queries: 256 keys cost
     as much as the rest of a token (measured at two and three layers of width 64 and 96)."""
@@ -367,13 +369,62 @@ def first_fit(sizes, room):
     return places, len(free)
 
 
+def branches(trees, places):
+    """Branches of the packed row that has most of them, without the one of the padding."""
+    used = Counter()
+    for tree, (row, _) in zip(trees, places):
+        used[row] += len(tree.sees)
+    return max(used.values())
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The least sizes of a batch of text, for compiled code (see `sizes` and `collate`)."""
+
+    rows: int = 1  # N, packed rows
+    length: int = 1  # S, tokens of a packed row
+    branches: int = 1  # G, branches of a packed row, padding included
+    responses: int = 1  # K
+    tokens: int = 1  # T, tokens of a response
+
+    def grown(self, other):
+        """The larger of both, size by size: for rows that change from round to round."""
+        return Sizes(*map(max, astuple(self), astuple(other)))
+
+
+def sizes(rows, batch_size, tokenizer):
+    """The Sizes that the batches of a run share, so that compiled code meets one shape.
+
+    rows: in the order in which they are gone through, in a circle, `batch_size` at a time. Batches
+    that are cut otherwise may need more packed rows, and then get more."""
+    rows = [encode(row, tokenizer) for row in rows]
+    trees = [row["tree"] for row in rows]
+    length, height, groups = bucket(max(len(tree.tokens) for tree in trees)), 1, 1
+    for start in range(0, len(trees), batch_size):
+        some = [trees[i % len(trees)] for i in range(start, start + batch_size)]
+        places, n = first_fit([len(tree.tokens) for tree in some], length)
+        height, groups = max(height, n), max(groups, branches(some, places) + 1)
+    return Sizes(
+        rows=bucket(height),
+        length=length,
+        branches=bucket(groups),
+        responses=max(len(row["responses"]) for row in rows),
+        tokens=bucket(max(len(what) for tree in trees for what in tree.targets)),
+    )
+
+
 def collate(rows, tokenizer=None, fixed=False):
     """Rows -> Batch.
 
     With a tokenizer the rows are text. Without one, rows whose responses are a tensor (K, C, H, W)
-    are images, and others are entries of a table. fixed: round N, S, G and T up to a few sizes, so
-    that shapes repeat (for compiled code)."""
+    are images, and others are entries of a table.
+
+    fixed: for compiled code, which is compiled again for every shape. True rounds N, S, G and T up
+    to few sizes (`bucket`). Sizes are the least ones beside that, so that all batches of a data
+    set get one shape."""
     count = max(len(row["responses"]) for row in rows)
+    if isinstance(fixed, Sizes):
+        count = max(count, fixed.responses)
     scores = torch.zeros(len(rows), count)
     for b, row in enumerate(rows):
         if "scores" in row:
@@ -413,7 +464,11 @@ def _text(rows, count, pad, fixed):
     """The token tensors of a Batch: prompt trees packed into rows, as many as fit.
 
     Where copies of a short prompt are cheaper (`cheaper_apart`), a tree holds one response."""
-    round_up = bucket if fixed else int
+    least = fixed if isinstance(fixed, Sizes) else Sizes()
+
+    def size(n, least):
+        return max(bucket(n), least) if fixed else n
+
     trees = [row["tree"] for row in rows]
     home = [(b, 0) for b in range(len(rows))]  # of each tree: its row, and its first response
     if not fixed and all(parent == -1 for row in rows for parent in row["parents"]):
@@ -422,16 +477,13 @@ def _text(rows, count, pad, fixed):
         if cheaper_apart(trees, flat):
             home = [(b, k) for b, group in enumerate(copies) for k in range(len(group))]
             trees = flat
-    size = round_up(max(len(tree.tokens) for tree in trees))  # S
-    places, height = first_fit([len(tree.tokens) for tree in trees], size)
-    height = round_up(height)  # N
-    used = [0] * height
-    for (n, _), tree in zip(places, trees):
-        used[n] += len(tree.sees)
-    groups = round_up(max(used) + 1)  # G, the last one is padding
-    length = round_up(max(len(what) for tree in trees for what in tree.targets))  # T
+    width = size(max(len(tree.tokens) for tree in trees), least.length)  # S
+    places, height = first_fit([len(tree.tokens) for tree in trees], width)
+    height = size(height, least.rows)  # N
+    groups = size(branches(trees, places) + 1, least.branches)  # G, the last one is padding
+    length = size(max(len(what) for tree in trees for what in tree.targets), least.tokens)  # T
 
-    tokens = np.full((height, size), pad, dtype=np.int64)
+    tokens = np.full((height, width), pad, dtype=np.int64)
     position, branch = np.zeros_like(tokens), np.full_like(tokens, groups - 1)
     sees = np.zeros((height, groups, groups), dtype=bool)
     sees[:, groups - 1, groups - 1] = True
@@ -448,7 +500,7 @@ def _text(rows, count, pad, fixed):
         first[n] += len(tree.sees)
         parents[b, : len(rows[b]["parents"])] = rows[b]["parents"]
         for k, (where, what) in enumerate(zip(tree.sources, tree.targets), first_response):
-            source[b, k, : len(what)] = np.add(where, n * size + offset)
+            source[b, k, : len(what)] = np.add(where, n * width + offset)
             target[b, k, : len(what)] = what
             mask[b, k, : len(what)] = True
     arrays = dict(tokens=tokens, position=position, branch=branch, sees=sees, source=source)

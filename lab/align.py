@@ -1,10 +1,11 @@
 """Alignment: preferences -> batches -> log-probs -> the method's loss, inside the training loop."""
 
 import copy
+from dataclasses import astuple
 
 import torch
 
-from data import UserError
+from data import Sizes, UserError, sizes
 from lab import check, evaluate, report
 from lab.loop import fit, kept, restore
 
@@ -91,6 +92,7 @@ class Feed:
         self.prepare = prepare or (self.draw_noise if lab.world.kind == "images" else None)
         self.score = score or logps_of
         self.rows, self.order, self.round = None, None, -1
+        self.sizes = None  # of compiled code, which is compiled again for every shape
 
     def draw_noise(self, policy, batch):
         """One draw of t and noise for all K responses of a row."""
@@ -108,6 +110,9 @@ class Feed:
             rows = list(rows)
             for i, values in zip(visited, column):
                 rows[i] = rows[i] | {"ref_logps": values}
+        if lab.compiled and lab.world.kind == "text":
+            least = sizes([rows[i] for i in order], lab.batch_size, lab.world.tokenizer)
+            self.sizes = least.grown(self.sizes) if self.sizes else least
         self.rows, self.order, self.round = rows, order, round
 
     def batch(self, step):
@@ -122,7 +127,7 @@ class Feed:
             self.begin(round, rows)
         size, n = lab.batch_size, len(self.rows)
         rows = [self.rows[self.order[i % n]] for i in range(within * size, (within + 1) * size)]
-        batch = lab.collate(rows)
+        batch = lab.collate(rows, fixed=self.sizes or False)
         if self.prepare:
             with torch.no_grad():
                 batch = self.prepare(self.policy, batch)
@@ -152,13 +157,15 @@ class Feed:
             ]
         if self.kind == "round" and isinstance(self.reference, torch.nn.Module):
             state = self.reference.state_dict()
-        return {"round": self.round, "rows": rows, "reference": state}
+        least = astuple(self.sizes) if self.sizes else None
+        return {"round": self.round, "rows": rows, "reference": state, "sizes": least}
 
     def load(self, state):
         """Go on with what `save` kept."""
         if state["reference"] is not None:
             self.reference = frozen(self.policy)
             self.reference.load_state_dict(state["reference"])
+        self.sizes = Sizes(*state["sizes"]) if state["sizes"] else None
         if not self.fixed and state["round"] >= 0:
             self.begin(state["round"], self.lab.encode(state["rows"]))
 

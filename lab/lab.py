@@ -232,10 +232,10 @@ class Lab:
             print(f"{shortened} of {len(rows)} rows were cut to the context of {limit} tokens")
         return rows
 
-    def collate(self, rows):
-        """Rows -> Batch on the device."""
+    def collate(self, rows, fixed=False):
+        """Rows -> Batch on the device. fixed: as in `data.collate`, for compiled code."""
         tokenizer = self.world.tokenizer if self.world.kind == "text" else None
-        return collate(rows, tokenizer, fixed=self.compiled).to(self.device)
+        return collate(rows, tokenizer, fixed=fixed).to(self.device)
 
     def sample(self, policy, prompts, k, rng=None):
         """k samples per prompt -> rows without scores: token ids and `ends`, images, or entries.
