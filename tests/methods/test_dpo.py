@@ -10,8 +10,8 @@ from methods import sft
 from methods.dpo import Config, loss
 from tests import builders
 from tests.builders import one_pair, ragged_pairs, value_and_gradient
-from toy.bandit import Table, World
-from toy.exact import population
+from toy.bandit import World
+from toy.exact import Table, population
 
 # ---- values and gradients
 

@@ -15,8 +15,8 @@ from methods import dpo
 from methods.fdpo import DIVERGENCES, Config, loss, run
 from tests import builders
 from tests.builders import one_pair, ragged_pairs, swapped, value_and_gradient
-from toy.bandit import Table, World
-from toy.exact import population
+from toy.bandit import World
+from toy.exact import Table, population
 
 KINDS = {
     "rkl": dict(divergence="rkl"),
