@@ -1,196 +1,194 @@
 """Random log-probs and batches that many tests use: pairs, lists, groups of verified responses.
 
-Every item is (logps, ref_logps, batch), as a loss takes them.
+An item is (logps, ref_logps, batch), as a loss takes them.
 """
 
 from types import SimpleNamespace
 
 import torch
 
+# ---- labels of ragged rows: functions of (rows, k, rng) -> (rows, k)
 
-def ragged(k, scores, seed, dtype=torch.float64, absent=False, scale=1.0, batch=5, length=4):
-    """Random log-probs of `batch` rows of k responses of 1 to `length` tokens -> (logps, ref_logps, batch)."""
+
+def first_wins(rows, k, rng):
+    """The first response is chosen, the others are not."""
+    return torch.eye(k)[0].expand(rows, k).clone()
+
+
+def grades(rows, k, rng):
+    """Whole grades from 0 to 3, with ties."""
+    return torch.randint(0, 4, (rows, k), generator=rng)
+
+
+def verdicts(rows, k, rng):
+    """Right (1) or wrong (0)."""
+    return torch.randint(0, 2, (rows, k), generator=rng)
+
+
+def reals(rows, k, rng):
+    """Real scores of either sign."""
+    return torch.randn(rows, k, generator=rng, dtype=torch.float64)
+
+
+def descending(rows, k, rng):
+    """Scores from 0 to 1, the best response first."""
+    return torch.rand(rows, k, generator=rng, dtype=torch.float64).sort(1, descending=True)[0]
+
+
+# ---- items
+
+
+def ragged(
+    rows=5,
+    k=2,
+    length=7,
+    seed=0,
+    dtype=torch.float64,
+    scale=3.0,
+    fewest=None,
+    scores=first_wins,
+    **columns,
+):
+    """Random log-probs of `rows` rows of `k` responses of 1 to `length` tokens.
+
+    -> logps (rows, k, length), a leaf that asks for its gradient; ref_logps; a batch of mask,
+    scores, parents and the given columns. All are 0 outside the mask. Log-probs lie between
+    -scale and 0. fewest: a row has between `fewest` and k responses, the first row k and the
+    second `fewest`; what is absent stands at the end.
+    """
     rng = torch.Generator().manual_seed(seed)
-    count = torch.randint(1, length + 1, (batch, k), generator=rng)
-    if absent:  # the last response of every other row is not there
-        count[::2, -1] = 0
-    mask = torch.arange(length) < count[..., None]
+    count = torch.randint(1, length + 1, (rows, k), generator=rng)
+    if fewest is not None:
+        n = torch.randint(fewest, k + 1, (rows, 1), generator=rng)
+        n[0], n[1:2] = k, fewest
+        count *= torch.arange(k) < n
+    mask = torch.arange(length) < count[..., None]  # (rows, k, length)
     logps, ref_logps = (
-        (-scale * torch.rand(batch, k, length, generator=rng, dtype=torch.float64) - 0.1) * mask
+        -scale * torch.rand(rows, k, length, generator=rng, dtype=torch.float64) * mask
         for _ in range(2)
     )
-    scores = scores(batch, k, rng).to(torch.float64) * mask.any(-1)
-    columns = dict(mask=mask, scores=scores, parents=torch.full((batch, k), -1))
-    return logps.to(dtype), ref_logps.to(dtype), SimpleNamespace(**columns)
-
-
-def first_wins(batch, k, rng):
-    return torch.eye(k)[0].expand(batch, k).clone()
-
-
-def grades(batch, k, rng):
-    return torch.randint(0, 4, (batch, k), generator=rng)
-
-
-def verdicts(batch, k, rng):
-    return torch.randint(0, 2, (batch, k), generator=rng)
+    labels = scores(rows, k, rng).to(torch.float64) * mask.any(-1)
+    parents = torch.full((rows, k), -1)
+    batch = SimpleNamespace(mask=mask, scores=labels, parents=parents, **columns)
+    return logps.to(dtype).requires_grad_(), ref_logps.to(dtype), batch
 
 
 def changed(item, **columns):
-    """The same inputs with other columns."""
+    """The same item with other columns."""
     logps, ref_logps, batch = item
     return logps, ref_logps, SimpleNamespace(**vars(batch) | columns)
 
 
 def elsewhere(item):
-    """The same inputs on a device where nobody can look at values: what is asked there would fail."""
+    """The same item on a device without values: a loss that looks at one there fails."""
     logps, ref_logps, batch = item
-    return (
-        logps.to("meta"),
-        ref_logps.to("meta"),
-        SimpleNamespace(**{k: v.to("meta") for k, v in vars(batch).items()}),
-    )
+    columns = {name: value.to("meta") for name, value in vars(batch).items()}
+    return logps.to("meta"), ref_logps.to("meta"), SimpleNamespace(**columns)
+
+
+# ---- inputs of the mutants and the contract: what a loss takes, and what it refuses
 
 
 def pairs():
-    """Pairs, in two precisions and sizes, some at the reference; and what is refused: lists, flat log-probs, a response without tokens."""
-    inputs = [
-        ragged(2, first_wins, 0),
-        ragged(2, first_wins, 1, scale=9.0),
-        ragged(2, first_wins, 2, torch.bfloat16),
-    ]
+    """Pairs in two precisions and sizes, some at the reference; then what is refused: log-probs
+    of another shape, lists, a response without tokens."""
+    inputs = [ragged(), ragged(seed=1, scale=9), ragged(seed=2, dtype=torch.bfloat16)]
     logps, ref_logps, batch = inputs[0]
     tied = (torch.where(torch.arange(5)[:, None, None] < 2, ref_logps, logps), ref_logps, batch)
     flat = [(logps[0], ref_logps[0], batch), (logps[..., 0], ref_logps[..., 0], batch)]
-    return [
-        *inputs,
-        tied,
-        elsewhere(tied),
-        *flat,
-        ragged(3, first_wins, 3),
-        ragged(2, first_wins, 4, absent=True),
-    ]
+    refused = [*flat, ragged(k=3, seed=3), ragged(seed=4, fewest=1)]
+    return [*inputs, tied, elsewhere(tied), *refused]
 
 
 def far_pairs():
     """Pairs, some at ratios that no float32 holds."""
     return [
         *pairs(),
-        ragged(2, first_wins, 5, scale=60.0),
-        ragged(2, first_wins, 6, torch.float32, scale=200.0),
+        ragged(seed=5, scale=60),
+        ragged(seed=6, scale=200, dtype=torch.float32),
     ]
+
+
+def likelihoods():
+    """Pairs of log-probs that make a probability: certain, likely and unlikely ones; then what is
+    refused, a positive log-prob."""
+    logps, ref_logps, batch = ragged(scale=0.5)
+    certain, positive = logps.detach().clone(), logps.detach().clone()
+    certain[:2] = 0.0
+    positive[0, 0, 0] = 0.25
+    likely = [(logps, None, batch), (certain, ref_logps, batch), (logps / 100, ref_logps, batch)]
+    return [*pairs(), *likely, (positive, ref_logps, batch)]
 
 
 def ranked(item):
     """A column `rank`, 1 to n in a random order, 0 for what is absent."""
     present = item[2].mask.any(-1)
-    draw = torch.rand(present.shape, generator=torch.Generator().manual_seed(9)).masked_fill(
-        ~present, 2.0
-    )
+    draw = torch.rand(present.shape, generator=torch.Generator().manual_seed(9))
+    draw = draw.masked_fill(~present, 2.0)
     return changed(item, rank=(draw.argsort(1).argsort(1) + 1) * present)
 
 
+def put(column, row, place, value):
+    """A copy of a column with one entry changed."""
+    new = column.clone()
+    new[row, place] = value
+    return new
+
+
 def lists():
-    """Lists of graded items with and without given ranks; refused: no list, negative grades, wrong ranks, graded absent items."""
-    inputs = [
-        ragged(5, grades, 0),
-        ragged(5, grades, 1, absent=True),
-        ragged(4, grades, 2, torch.bfloat16),
+    """Lists of graded items with and without given ranks; then what is refused: no list, negative
+    or huge grades, wrong ranks, graded or ranked absent items."""
+    full = ragged(k=5, scores=grades)
+    short = ragged(k=5, seed=1, scores=grades, fewest=4)
+    half = ragged(k=4, seed=2, scores=grades, dtype=torch.bfloat16)
+    order = ranked(full)
+    batch = short[2]
+    first = changed(  # the absent item comes first
+        (short[0].roll(1, 1), short[1].roll(1, 1), batch),
+        mask=batch.mask.roll(1, 1),
+        scores=2.0 * (batch.scores.roll(1, 1) > 2),
+    )
+    idle = changed(full, scores=0 * full[2].scores)
+    inputs = [full, short, half, order, ranked(short), ragged(seed=3), first, idle]
+    inputs += [changed(order, rank=order[2].rank.double()), elsewhere(order)]
+    gone = ragged(k=3, seed=4, scores=grades, fewest=2)
+    scores, rank = full[2].scores, order[2].rank
+    refused = [
+        ragged(seed=5, fewest=1),
+        changed(full, scores=put(scores, 0, 0, 64.0)),
+        changed(full, scores=put(scores, 0, 0, -1.0)),
+        changed(gone, scores=put(gone[2].scores, 1, -1, 1.0)),
+        changed(order, rank=put(rank, 0, 0, rank[0, 1])),
+        changed(short, rank=put(ranked(short)[2].rank, 1, -1, 7)),
     ]
-    inputs += [ranked(inputs[0]), ranked(inputs[1]), ragged(2, first_wins, 3)]
-    first = [x.roll(1, 1) for x in inputs[1][:2]]  # the absent item comes first
-    inputs += [
-        changed(
-            (*first, inputs[1][2]),
-            mask=inputs[1][2].mask.roll(1, 1),
-            scores=2.0 * (inputs[1][2].scores.roll(1, 1) > 2),
-        )
-    ]
-    inputs += [
-        changed(inputs[0], scores=0 * inputs[0][2].scores),
-        changed(inputs[3], rank=inputs[3][2].rank.double()),
-    ]
-    bad, twice = ragged(3, grades, 4, absent=True), ranked(inputs[0])
-    graded = bad[2].scores.clone()
-    graded[0, -1] = 1.0
-    zero = inputs[0][2].scores.clone()
-    zero[0, 0] = -1.0
-    wrong = twice[2].rank.clone()
-    wrong[0, 0] = wrong[0, 1]
-    places = ranked(inputs[1])[2].rank.clone()
-    places[0, -1] = 7
-    large = inputs[0][2].scores.clone()
-    large[0, 0] = 64.0
-    bad_inputs = [
-        changed(inputs[0], scores=large),
-        ragged(2, first_wins, 5, absent=True),
-        changed(bad, scores=graded),
-        changed(inputs[0], scores=zero),
-    ]
-    return [
-        *inputs,
-        elsewhere(inputs[3]),
-        *bad_inputs,
-        changed(twice, rank=wrong),
-        changed(inputs[1], rank=places),
-    ]
+    return [*inputs, *refused]
 
 
 def groups():
-    """Groups of verified responses, some all right or all wrong, near and far from pi_old; and what is refused."""
+    """Groups of verified responses, some all right or all wrong, near and far from the old policy;
+    then what is refused: scores between 0 and 1, a right absent response, an empty row."""
     inputs = [
-        ragged(6, verdicts, 0),
-        ragged(6, verdicts, 1, absent=True),
-        ragged(2, verdicts, 2),
-        ragged(4, verdicts, 3, torch.bfloat16),
+        ragged(k=6, scale=1, scores=verdicts),
+        ragged(k=6, scale=1, seed=1, scores=verdicts, fewest=5),
+        ragged(k=2, scale=1, seed=2, scores=verdicts),
+        ragged(k=4, scale=1, seed=3, scores=verdicts, dtype=torch.bfloat16),
     ]
-    logps, ref_logps, batch = ragged(4, verdicts, 4)
+    logps, ref_logps, batch = item = ragged(k=4, scale=1, seed=4, scores=verdicts)
     near = (ref_logps + 0.01 * logps, ref_logps, batch)
-    far, off = ragged(4, verdicts, 5, scale=4.0), ragged(4, verdicts, 7, torch.float32, scale=200.0)
-    half, lone = batch.scores.clone(), ragged(3, verdicts, 6, absent=True)
-    half[0, 0] = 0.5
-    right = lone[2].scores.clone()
-    right[0, -1] = 1.0
-    empty = changed(
-        lone,
-        mask=lone[2].mask & (torch.arange(5) > 0)[:, None, None],
-        scores=lone[2].scores * (torch.arange(5) > 0)[:, None],
-    )
-    return [
-        *inputs,
-        near,
-        far,
-        off,
-        elsewhere(near),
-        changed((logps, ref_logps, batch), scores=half),
-        changed(lone, scores=right),
-        empty,
+    far = ragged(k=4, scale=4, seed=5, scores=verdicts)
+    off = ragged(k=4, scale=200, seed=7, scores=verdicts, dtype=torch.float32)
+    lone = ragged(k=3, scale=1, seed=6, scores=verdicts, fewest=2)
+    some = torch.arange(5) > 0
+    mask, scores = lone[2].mask & some[:, None, None], lone[2].scores * some[:, None]
+    refused = [
+        changed(item, scores=put(batch.scores, 0, 0, 0.5)),
+        changed(lone, scores=put(lone[2].scores, 1, -1, 1.0)),
+        changed(lone, mask=mask, scores=scores),
     ]
-
-
-def likelihoods():
-    """Pairs of log-probs that make a probability: certain, likely and unlikely ones; and what is refused, a positive log-prob."""
-    logps, ref_logps, batch = ragged(2, first_wins, 0, scale=0.5)
-    certain = logps.clone()
-    certain[:2] = 0.0
-    positive = logps.clone()
-    positive[0, 0, 0] = 0.25
-    return [
-        *pairs(),
-        (logps, None, batch),
-        (certain, ref_logps, batch),
-        (logps / 100, ref_logps, batch),
-        (positive, ref_logps, batch),
-    ]
+    return [*inputs, near, far, off, elsewhere(near), *refused]
 
 
 # ---- for the tests of one loss
-
-
-def ragged_pairs(seed=0, **kwargs):
-    """Five ragged pairs, the log-probs of the policy with gradient; kwargs as of `ragged`."""
-    logps, ref_logps, batch = ragged(2, first_wins, seed, **kwargs)
-    return logps.requires_grad_(), ref_logps, batch
 
 
 def everything_scored(logps):

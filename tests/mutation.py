@@ -197,10 +197,12 @@ def built(module, functions):
 def outcome(loss, cfg, item):
     """Losses, gradient and metrics on one input, or the kind of error."""
     logps, ref_logps, batch = item
-    logps = logps.clone().requires_grad_()
+    logps = logps.detach().clone().requires_grad_()
     batch = SimpleNamespace(**{k: v.clone() for k, v in vars(batch).items()})
     try:
-        losses, metrics = loss(logps, None if ref_logps is None else ref_logps.clone(), batch, cfg)
+        losses, metrics = loss(
+            logps, None if ref_logps is None else ref_logps.detach().clone(), batch, cfg
+        )
         (gradient,) = (
             torch.autograd.grad(losses.sum(), [logps], allow_unused=True)
             if losses.requires_grad

@@ -12,6 +12,7 @@ from lab import Lab, Settings
 from methods import dpo
 from methods.adpo import TARGETS, Averaging, Config, kernel_ranks, loss, run, targets
 from tests import builders
+from tests.builders import changed, ragged, reals
 from toy.bandit import Table, World
 
 ELL, REF, Q = [-1.0, -2.0, -1.5, -3.0], [-1.2, -1.6, -1.5, -2.5], [0.5, 0.1, 0.3, 0.1]
@@ -30,24 +31,12 @@ def a_list(ell=ELL, ref=REF, scores=REWARDS, q=None, dtype=torch.float64):
     return logps, torch.tensor(ref, dtype=dtype).view(1, -1, 1), batch
 
 
-def ragged(rows=5, count=4, length=6, seed=0, dtype=torch.float64):
-    """Random lists of 1 to `count` responses of 1 to `length` tokens, with scores and targets q; 0 where nothing is."""
-    rng = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(1, length + 1, (rows, count, 1), generator=rng)
-    n = torch.randint(2, count + 1, (rows, 1), generator=rng)
-    n[0], n[1] = count, 1
-    present = torch.arange(count) < n
-    mask = (torch.arange(length) < lengths) & present[..., None]
-    logps, ref_logps = (
-        -3 * torch.rand(rows, count, length, generator=rng, dtype=dtype) * mask for _ in range(2)
-    )
-    scores = torch.randn(rows, count, generator=rng, dtype=dtype) * present
-    q = torch.rand(rows, count, generator=rng, dtype=dtype) * present
-    return (
-        logps.requires_grad_(),
-        ref_logps,
-        SimpleNamespace(mask=mask, scores=scores, q=q / q.sum(1, keepdim=True)),
-    )
+def targeted(seed=0):
+    """Ragged lists of 1 to 4 responses with real scores and targets q."""
+    item = ragged(k=4, length=6, seed=seed, fewest=1, scores=reals)
+    rng = torch.Generator().manual_seed(seed + 7)
+    q = torch.rand(5, 4, generator=rng, dtype=torch.float64) * item[2].mask.any(-1)
+    return changed(item, q=q / q.sum(1, keepdim=True))
 
 
 def grad_of(value, x):
@@ -251,7 +240,7 @@ def test_smoothed_ranks():
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_no_gradient_reaches_the_targets(target):
-    logps, ref_logps, batch = ragged()
+    logps, ref_logps, batch = targeted()
     batch.scores, batch.q = batch.scores.requires_grad_(), batch.q.requires_grad_()
     losses, metrics = loss(logps, ref_logps, batch, Config(target=target))
     losses.sum().backward()
@@ -271,7 +260,7 @@ def test_plackett_luce_in_values():
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("reduce", ["sum", "mean"])
 def test_gradients_on_ragged_lists(target, reduce):
-    logps, ref_logps, batch = ragged()
+    logps, ref_logps, batch = targeted()
     cfg = Config(tau=0.7, target=target, reduce=reduce)
     assert torch.autograd.gradcheck(lambda x: loss(x, ref_logps, batch, cfg)[0], logps)
     assert torch.autograd.gradcheck(
@@ -298,7 +287,7 @@ def test_gradients_on_ragged_lists(target, reduce):
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_absent_members_rows_and_a_constant_of_the_list_do_not_matter(target):
-    logps, ref_logps, batch = ragged(seed=3)
+    logps, ref_logps, batch = targeted(seed=3)
     logps, cfg = logps.detach(), Config(target=target)
     plain = loss(logps, ref_logps, batch, cfg)[0]
     wide = {k: torch.nn.functional.pad(v, (0, 2)) for k, v in vars(batch).items() if k != "mask"}
@@ -323,7 +312,7 @@ def test_absent_members_rows_and_a_constant_of_the_list_do_not_matter(target):
 
 @pytest.mark.paper
 def test_at_the_anchor_every_list_costs_the_log_of_its_length():
-    logps, _, batch = ragged()
+    logps, _, batch = targeted()
     n = batch.mask.any(-1).sum(1, keepdim=True)
     losses, _ = loss(logps, logps.detach(), batch, Config(tau=0.8))
     torch.testing.assert_close(losses, n[:, 0].double().log())
@@ -419,7 +408,7 @@ def test_huge_log_ratios_and_long_lists_stay_finite(dtype, target, count):
     ],
 )
 def test_every_field_of_the_loss_counts(plain, change):
-    logps, ref_logps, batch = ragged()
+    logps, ref_logps, batch = targeted()
     values = [
         loss(logps, ref_logps, batch, Config(**cfg))[0].sum() for cfg in (plain, plain | change)
     ]
@@ -614,14 +603,14 @@ def targeted_lists():
         )
 
     items = [
-        with_q(builders.ragged(4, builders.grades, 0)),
-        with_q(builders.ragged(5, builders.grades, 1, absent=True)),
-        with_q(builders.ragged(3, builders.grades, 2, torch.bfloat16)),
+        with_q(builders.ragged(k=4, scores=builders.grades)),
+        with_q(builders.ragged(k=5, scores=builders.grades, seed=1, fewest=4)),
+        with_q(builders.ragged(k=3, scores=builders.grades, seed=2, dtype=torch.bfloat16)),
     ]
     items += [
-        with_q(builders.ragged(2, builders.first_wins, 3)),
+        with_q(builders.ragged(seed=3)),
         builders.changed(
-            with_q(builders.ragged(4, builders.grades, 4)),
+            with_q(builders.ragged(k=4, scores=builders.grades, seed=4)),
             scores=torch.ones(5, 4, dtype=torch.float64),
         ),
     ]
@@ -631,7 +620,7 @@ def targeted_lists():
         **{n: getattr(batch, n).roll(1, 1) for n in ("mask", "scores", "q")},
     )
     lone, below = (
-        with_q(builders.ragged(2, builders.grades, 6, absent=True)),
+        with_q(builders.ragged(scores=builders.grades, seed=6, fewest=1)),
         builders.changed(items[1], scores=(batch.scores - 9) * batch.mask.any(-1)),
     )
     infinite, small = items[0][2].scores.clone(), items[0][2].q.clone()
@@ -643,7 +632,7 @@ def targeted_lists():
     ]
     bad += [
         builders.changed(items[0], q=2 * items[0][2].q - items[0][2].q.flip(1)),
-        builders.ragged(3, builders.grades, 5),
+        builders.ragged(k=3, scores=builders.grades, seed=5),
     ]
     empty = builders.changed(items[1], mask=batch.mask & (torch.arange(5) > 0)[:, None, None])
     half = builders.changed(items[0], scores=items[0][2].scores.bfloat16())

@@ -14,7 +14,7 @@ from lab import Lab, Settings
 from methods import dpo, sft
 from methods.asft import LARGEST, PAPER, Config, log1mexp, loss, run
 from tests import builders
-from tests.builders import everything_scored, one_pair, ragged_pairs
+from tests.builders import everything_scored, one_pair, ragged
 from toy.bandit import World
 from toy.exact import population
 
@@ -91,7 +91,7 @@ def test_orpo_is_one_term_away():
     assert extra == pytest.approx(-0.734276, abs=1e-6)
     assert orpo_align(logps, batch).item() == pytest.approx(0.424106, abs=1e-6)
     assert values(logps, batch, ALONE).item() + extra == pytest.approx(0.424106, abs=1e-6)
-    logps, _, batch = ragged_pairs()
+    logps, _, batch = ragged()
     assert (orpo_align(logps, batch) <= values(logps, batch, ALONE)).all()  # an upper bound
 
 
@@ -111,7 +111,7 @@ def test_orpo_is_one_term_away():
     ],
 )
 def test_ragged_responses_values_and_gradients_of_the_definition(cfg):
-    logps, _, batch = ragged_pairs(seed=3)
+    logps, _, batch = ragged(seed=3)
     ours, theirs = values(logps, batch, cfg), odds_form(logps, batch, cfg)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
     gradients = [torch.autograd.grad(x.sum(), logps)[0] * batch.mask for x in (ours, theirs)]
@@ -121,7 +121,7 @@ def test_ragged_responses_values_and_gradients_of_the_definition(cfg):
 
 @pytest.mark.paper
 def test_the_gradient_is_the_closed_form():
-    logps, _, batch = ragged_pairs(seed=1)
+    logps, _, batch = ragged(seed=1)
     (gradient,) = torch.autograd.grad(values(logps, batch, Config(0.6)).sum(), logps)
     n = batch.mask.sum(-1).double()
     p = (logps.detach().sum(-1) / n).exp()[:, 1]
@@ -131,7 +131,7 @@ def test_the_gradient_is_the_closed_form():
 
 @pytest.mark.paper
 def test_without_weight_it_is_sft_and_in_the_weight_it_is_a_line():
-    logps, _, batch = ragged_pairs()
+    logps, _, batch = ragged()
     plain, tuned = values(logps, batch, Config(0.0)), sft.loss(logps, None, batch, sft.Config())[0]
     assert torch.equal(plain, tuned)
     assert torch.equal(*(torch.autograd.grad(x.sum(), logps)[0] for x in (plain, tuned)))
@@ -144,14 +144,14 @@ def test_without_weight_it_is_sft_and_in_the_weight_it_is_a_line():
 
 
 def test_a_reference_changes_nothing():
-    logps, _, batch = ragged_pairs()
+    logps, _, batch = ragged()
     with_one = loss(logps, torch.full_like(logps, torch.nan), batch, Config(1.0, 0.5))[0]
     assert torch.equal(values(logps, batch, Config(1.0, 0.5)), with_one)
 
 
 @pytest.mark.paper
 def test_doubled_tokens_change_nothing_here_and_double_dpos_margin():
-    logps, _, batch = ragged_pairs()
+    logps, _, batch = ragged()
     twice = torch.cat([logps, logps], 2)
     wide = SimpleNamespace(mask=torch.cat([batch.mask, batch.mask], 2))
     for cfg in (Config(), Config(0.5, 2.0)):
@@ -274,7 +274,7 @@ def test_a_weight_out_of_range_is_refused(weight):
 
 
 def test_what_is_not_a_probability_is_refused(capsys, tmp_path, monkeypatch):
-    logps, _, batch = ragged_pairs()
+    logps, _, batch = ragged()
     with pytest.raises(ValueError, match="positive"):
         values(logps.detach() + 1e4 * batch.mask, batch, Config())
     monkeypatch.chdir(tmp_path)
@@ -355,7 +355,7 @@ def test_the_optimum_in_a_table_is_not_that_of_reward_minus_kl_at_any_weight(wei
 
 
 def test_the_pull_of_the_rejected_side_of_a_batch():
-    logps, _, batch = ragged_pairs()
+    logps, _, batch = ragged()
     policy = SimpleNamespace(logps=lambda batch: logps)
     p = (logps.detach().sum(-1) / batch.mask.sum(-1)).exp()[:, 1]
     expected = (p / (1 - p)).mean().item() / 2

@@ -12,6 +12,7 @@ from lab import Lab, Settings
 from methods import dpo
 from methods.curry_dpo import Config, curriculum, loss, run, star
 from tests import builders
+from tests.builders import ragged
 
 ROWS = [
     dict(
@@ -22,17 +23,6 @@ ROWS = [
     )
     for i in range(3)
 ]
-
-
-def ragged(rows=5, length=7, seed=0):
-    """Random log-probs of ragged responses in float64, 0 outside the mask."""
-    rng = torch.Generator().manual_seed(seed)
-    mask = torch.arange(length) < torch.randint(1, length + 1, (rows, 2, 1), generator=rng)
-    logps, ref_logps = (
-        -3 * torch.rand(rows, 2, length, generator=rng, dtype=torch.float64) * mask
-        for _ in range(2)
-    )
-    return logps.requires_grad_(), ref_logps, SimpleNamespace(mask=mask)
 
 
 def bandit(**changes):

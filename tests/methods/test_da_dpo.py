@@ -22,7 +22,7 @@ from methods.da_dpo import (
     vote,
 )
 from tests import builders
-from tests.builders import changed, one_pair, ragged_pairs, value_and_gradient
+from tests.builders import changed, one_pair, ragged, value_and_gradient
 
 
 def at(delta, gap):
@@ -30,9 +30,9 @@ def at(delta, gap):
     return changed(one_pair(delta, 0.0), quality=torch.tensor([[gap, 0.0]], dtype=torch.float64))
 
 
-def ragged(seed=0, **kwargs):
+def scored(seed=0, **kwargs):
     """Five ragged pairs with random scores."""
-    item = ragged_pairs(seed, **kwargs)
+    item = ragged(seed=seed, **kwargs)
     rng = torch.Generator().manual_seed(seed)
     return changed(item, quality=torch.rand(5, 2, generator=rng, dtype=torch.float64))
 
@@ -97,7 +97,7 @@ def test_with_labels_of_either_kind_an_easy_pair_settles_half_as_far():
 @pytest.mark.paper
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_without_gaps_and_with_one_gap_it_is_dpo(dtype):
-    logps, ref_logps, batch = ragged(dtype=dtype)
+    logps, ref_logps, batch = scored(dtype=dtype)
     theirs = value_and_gradient(dpo.loss, logps, ref_logps, batch, dpo.Config(0.3))
     for gap, alpha in ((0.0, 1.0), (0.5, 1 / 1.5)):
         batch.quality = torch.tensor([[gap, 0.0]], dtype=torch.float64).expand(5, 2)
@@ -109,7 +109,7 @@ def test_without_gaps_and_with_one_gap_it_is_dpo(dtype):
 
 @pytest.mark.paper
 def test_the_absolute_gap_knows_no_direction_and_no_level():
-    logps, ref_logps, batch = ragged()
+    logps, ref_logps, batch = scored()
     batch.quality = 0.5 * batch.quality
     for cfg, same in ((Config(gap="absolute"), True), (Config(gap="signed"), False)):
         plain = loss(logps, ref_logps, batch, cfg)[0]
@@ -129,7 +129,7 @@ def test_the_absolute_gap_knows_no_direction_and_no_level():
     ids=str,
 )
 def test_ragged_responses_values_and_gradients_of_the_definition(cfg):
-    logps, ref_logps, batch = ragged(seed=3)
+    logps, ref_logps, batch = scored(seed=3)
     gap = batch.quality[:, 0] - batch.quality[:, 1]
     beta = cfg.beta * cfg.alpha * (1 + cfg.reach * (gap if cfg.gap == "signed" else gap.abs()))
     ratio = (logps - ref_logps).sum(-1).detach()
@@ -151,7 +151,7 @@ def test_ragged_responses_values_and_gradients_of_the_definition(cfg):
 
 @pytest.mark.paper
 def test_no_gradient_reaches_the_scores():
-    logps, ref_logps, batch = ragged()
+    logps, ref_logps, batch = scored()
     batch.quality = batch.quality.requires_grad_()
     loss(logps, ref_logps, batch, Config())[0].sum().backward()
     assert batch.quality.grad is None and logps.grad.abs().sum() > 0
@@ -194,7 +194,7 @@ def test_fields_out_of_range_are_refused(fields):
 
 
 def test_what_is_no_pair_or_has_no_scores_is_refused():
-    logps, ref_logps, batch = ragged()
+    logps, ref_logps, batch = scored()
     for wrong in (logps[:, :1], logps[0], torch.zeros(2, 16, 3)):
         with pytest.raises(ValueError, match="pairs"):
             loss(wrong, wrong, batch, Config())

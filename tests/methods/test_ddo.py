@@ -14,6 +14,7 @@ from lab import Lab, Settings
 from methods import ddo
 from methods.ddo import Config, counting, expected_loss, likelihood, loss, run, theory
 from tests import builders
+from tests.builders import ragged
 from toy.bandit import Table, World
 from toy.gaussians import MLP
 
@@ -30,16 +31,6 @@ def ratios(real, fake):
         torch.zeros_like(logps),
         SimpleNamespace(mask=torch.ones_like(logps, dtype=torch.bool)),
     )
-
-
-def ragged(seed=0, B=5, T=7, dtype=torch.float64):
-    """Random log-probs of policy and reference, 0 outside a mask of 1 to T tokens."""
-    rng = torch.Generator().manual_seed(seed)
-    mask = torch.arange(T) < torch.randint(1, T + 1, (B, 2, 1), generator=rng)
-    logps, ref_logps = (
-        -3 * torch.rand(B, 2, T, generator=rng, dtype=dtype) * mask for _ in range(2)
-    )
-    return logps.requires_grad_(), ref_logps, SimpleNamespace(mask=mask)
 
 
 def four(data=P_DATA, reference=P_REF):

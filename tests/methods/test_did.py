@@ -11,6 +11,7 @@ from lab import Lab, Settings
 from methods import dpo
 from methods.did import Config, did, loss, rejected_sampler, run, source_pairs
 from tests import builders
+from tests.builders import ragged
 
 REF, TARGET = (
     torch.tensor(p, dtype=torch.float64).log()
@@ -21,17 +22,6 @@ LAB = Lab(Settings(), quiet=True)
 
 def close(log_p, values):
     return log_p.exp().tolist() == pytest.approx(values, abs=1e-5)
-
-
-def ragged(rows=5, length=7, seed=0):
-    """Random log-probs of ragged responses in float64, 0 outside the mask."""
-    rng = torch.Generator().manual_seed(seed)
-    mask = torch.arange(length) < torch.randint(1, length + 1, (rows, 2, 1), generator=rng)
-    logps, ref_logps = (
-        -3 * torch.rand(rows, 2, length, generator=rng, dtype=torch.float64) * mask
-        for _ in range(2)
-    )
-    return logps.requires_grad_(), ref_logps, SimpleNamespace(mask=mask)
 
 
 def test_the_distribution_of_the_example():

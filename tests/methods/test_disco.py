@@ -9,6 +9,7 @@ import torch
 from lab import Lab, Settings
 from methods.disco import Config, gap, loss, run, stationary_kl, tables
 from tests import builders
+from tests.builders import ragged, verdicts
 
 PLUS, MINUS = (-0.5, -0.9), (-1.0, -0.2, -0.7)
 OLD = ((-1.0, -2.0), (-1.5, -0.5), (-0.7, -0.7))
@@ -34,20 +35,13 @@ def group(right, wrong):
     return s, is_right, ~is_right
 
 
-def ragged(seed, rows=6, count=5, length=4):
-    """Random groups of 1 to `count` responses of 1 to `length` tokens: logps (with gradient), ref_logps, batch, responses a row."""
-    g = torch.Generator().manual_seed(seed)
-    n = torch.randint(1, count + 1, (rows,), generator=g)
-    n[0] = count
-    size = torch.randint(1, length + 1, (rows, count), generator=g) * (
-        torch.arange(count) < n[:, None]
-    )
-    mask = torch.arange(length) < size[..., None]
-    ref = -torch.rand(rows, count, length, generator=g, dtype=torch.float64) * 2 * mask
-    logps = (ref + 0.4 * torch.randn(ref.shape, generator=g, dtype=torch.float64)) * mask
-    scores = torch.randint(0, 2, (rows, count), generator=g).double() * (size > 0)
-    scores[0, :2] = tensor([1.0, 0.0])
-    return logps.requires_grad_(), ref, batch_of(scores, mask), n
+def ragged_groups(seed, rows=6, k=5, length=4):
+    """Groups of 1 to k responses near the old policy, the first one mixed, and their sizes."""
+    logps, ref, batch = ragged(rows, k, length, seed, scale=2.0, fewest=1, scores=verdicts)
+    rng = torch.Generator().manual_seed(seed)
+    moved = 0.4 * torch.randn(ref.shape, generator=rng, dtype=torch.float64) * batch.mask
+    batch.scores[0, :2] = tensor([1.0, 0.0])
+    return (ref + moved).requires_grad_(), ref, batch, batch.mask.any(-1).sum(1)
 
 
 def gradient(logps, ref, batch, cfg):
@@ -146,7 +140,7 @@ def test_invariances(tau):
 @pytest.mark.parametrize("score", ["log_l", "l_ratio"])
 @pytest.mark.parametrize("variant", ["disco", "disco_b"])
 def test_gradient_in_closed_form(variant, score):
-    logps, ref, batch, n = ragged(1)
+    logps, ref, batch, n = ragged_groups(1)
     cfg = free(variant=variant, score=score, **({"tau": 0.4} if variant == "disco" else {}))
     expected, length = torch.zeros_like(ref), batch.mask.sum(-1).clamp(min=1)
     inner = torch.ones_like(ref) if score == "log_l" else (logps - ref).exp().detach()
@@ -166,7 +160,7 @@ def test_gradient_in_closed_form(variant, score):
 
 
 def test_gradient_by_finite_differences():
-    logps, ref, batch, _ = ragged(2, rows=3, count=3, length=2)
+    logps, ref, batch, _ = ragged_groups(2, rows=3, k=3, length=2)
     for cfg in (
         Config(delta=0.0, estimator="k3", beta=3.0),
         Config(score="l_ratio", beta=0.0),
@@ -177,7 +171,7 @@ def test_gradient_by_finite_differences():
 
 def test_on_policy():
     """At pi = pi_old: every l_ratio is 1, so J is 0; both scores have one gradient in J1; no wrong response is heavier; no KL."""
-    logps, ref, batch, _ = ragged(3)
+    logps, ref, batch, _ = ragged_groups(3)
     same = ref.clone().requires_grad_()
     for variant in ("disco", "disco_b"):
         losses, metrics = loss(same, ref, batch, Config(variant=variant, score="l_ratio"))
@@ -234,7 +228,7 @@ def test_worked_penalties(variant, kl, penalty, slope):
 
 
 def test_groups_without_contrast_still_count_in_the_kl():
-    logps, ref, batch, _ = ragged(4)
+    logps, ref, batch, _ = ragged_groups(4)
     expected = ((ref - logps) * batch.mask).sum() / batch.mask.sum()
     assert loss(logps, ref, batch, Config())[1]["round_kl"].item() == pytest.approx(expected.item())
     batch.scores[1:] = 0
@@ -322,7 +316,7 @@ def test_proposition_1_with_clipping(variant, high):
 
 @pytest.mark.parametrize("variant", BASELINES)
 def test_ragged_groups_against_the_definition(variant):
-    logps, ref, batch, n = ragged(6)
+    logps, ref, batch, n = ragged_groups(6)
     cfg = Config(variant=variant)
     high = cfg.epsilon_high or cfg.epsilon
     rows, total = [], batch.mask.sum()
@@ -362,7 +356,7 @@ def test_ragged_groups_against_the_definition(variant):
     ],
 )
 def test_no_group_mixed_is_a_differentiable_zero(cfg):
-    _, ref, batch, _ = ragged(7)
+    _, ref, batch, _ = ragged_groups(7)
     same = ref.clone().requires_grad_()
     for right in (True, False):
         batch.scores = (batch.mask.any(-1) & right).double()
@@ -378,7 +372,7 @@ def test_no_group_mixed_is_a_differentiable_zero(cfg):
     "cfg", [Config(), Config(variant="disco_b"), Config(variant="grpo"), Config(variant="dr_grpo")]
 )
 def test_absent_responses_change_nothing(cfg):
-    logps, ref, batch, n = ragged(8)
+    logps, ref, batch, n = ragged_groups(8)
     logps = logps.detach()
     losses, _ = loss(logps, ref, batch, cfg)
     for b in range(len(n)):

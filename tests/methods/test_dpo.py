@@ -9,7 +9,7 @@ from data import collate
 from methods import sft
 from methods.dpo import Config, loss
 from tests import builders
-from tests.builders import one_pair, ragged_pairs, value_and_gradient
+from tests.builders import one_pair, ragged, value_and_gradient
 from toy.bandit import World
 from toy.exact import Table, population
 
@@ -18,7 +18,7 @@ from toy.exact import Table, population
 
 @pytest.mark.paper
 def test_at_the_reference_the_loss_is_ln_2_and_the_gradient_half_beta():
-    logps, _, batch = ragged_pairs()
+    logps, _, batch = ragged()
     losses, gradient = value_and_gradient(loss, logps, logps.detach(), batch, Config(beta=0.1))
     torch.testing.assert_close(losses, torch.full_like(losses, math.log(2)), rtol=0, atol=1e-12)
     expected = torch.tensor([-0.05, 0.05], dtype=torch.float64)[:, None].expand_as(gradient)
@@ -49,7 +49,7 @@ def test_with_a_uniform_reference_the_example_has_its_value():
 
 @pytest.mark.paper
 def test_the_gradient_is_the_closed_form():
-    logps, ref_logps, batch = ragged_pairs(seed=1)
+    logps, ref_logps, batch = ragged(seed=1)
     beta = 0.3
     _, gradient = value_and_gradient(loss, logps, ref_logps, batch, Config(beta=beta))
     ratio = (logps - ref_logps).sum(-1).detach()
@@ -71,7 +71,7 @@ def test_sums_are_taken_in_float32_under_bfloat16():
 
 @pytest.mark.paper
 def test_swapping_the_pair_changes_the_loss_by_the_margin():
-    logps, ref_logps, batch = ragged_pairs()
+    logps, ref_logps, batch = ragged()
     cfg = Config(beta=0.7)
     there, _ = loss(logps, ref_logps, batch, cfg)
     back, _ = loss(*builders.swapped((logps, ref_logps, batch)), cfg)
@@ -82,7 +82,7 @@ def test_swapping_the_pair_changes_the_loss_by_the_margin():
 
 @pytest.mark.paper
 def test_a_constant_of_the_prompt_cancels():
-    logps, ref_logps, batch = ragged_pairs(seed=2)
+    logps, ref_logps, batch = ragged(seed=2)
     plain = loss(logps, ref_logps, batch, Config(beta=0.4))[0]
     constant = torch.zeros_like(logps)
     constant[..., 0] = torch.tensor([1.5, -2.0, 0.3, 4.0, -0.7], dtype=torch.float64)[:, None]

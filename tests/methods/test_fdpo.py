@@ -14,7 +14,7 @@ from lab import Lab, Settings
 from methods import dpo
 from methods.fdpo import DIVERGENCES, Config, loss, run
 from tests import builders
-from tests.builders import one_pair, ragged_pairs, swapped, value_and_gradient
+from tests.builders import one_pair, ragged, swapped, value_and_gradient
 from toy.bandit import World
 from toy.exact import Table, population
 
@@ -98,7 +98,7 @@ def test_the_slope_of_the_score(kind, slopes):
 @pytest.mark.paper
 @pytest.mark.parametrize("kind", KINDS)
 def test_at_the_reference(kind):
-    logps, _, batch = ragged_pairs()
+    logps, _, batch = ragged()
     losses, gradient = value_and_gradient(loss, logps, logps.detach(), batch, config(kind, 0.6))
     torch.testing.assert_close(losses, torch.full_like(losses, math.log(2)), rtol=0, atol=1e-12)
     size = 0.15 if kind == "js" else 0.3
@@ -112,7 +112,7 @@ def test_at_the_reference(kind):
 @pytest.mark.paper
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_reverse_kl_is_dpo_bit_for_bit(dtype):
-    item = ragged_pairs(dtype=dtype)
+    item = ragged(dtype=dtype)
     theirs = value_and_gradient(dpo.loss, *item, dpo.Config(0.3))
     for cfg in (config("rkl", 0.3), Config(0.3, "alpha", 0.0)):
         ours = value_and_gradient(loss, *item, cfg)
@@ -121,7 +121,7 @@ def test_reverse_kl_is_dpo_bit_for_bit(dtype):
 
 @pytest.mark.paper
 def test_alpha_ends_at_reverse_and_at_forward_kl():
-    item = ragged_pairs(seed=1)
+    item = ragged(seed=1)
     near, end = (value_and_gradient(loss, *item, Config(0.3, "alpha", a)) for a in (1e-6, 0.0))
     for x, y in zip(near, end):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
@@ -159,7 +159,7 @@ def test_the_score_is_f_prime_up_to_a_constant_and_rises(kind):
 @pytest.mark.paper
 @pytest.mark.parametrize("kind", KINDS)
 def test_ragged_responses_values_and_gradients_of_the_closed_form(kind):
-    logps, ref_logps, batch = ragged_pairs(seed=2)
+    logps, ref_logps, batch = ragged(seed=2)
     cfg = config(kind, 0.7)
     losses, gradient = value_and_gradient(loss, logps, ref_logps, batch, cfg)
     rho = (logps - ref_logps).sum(-1).detach()
@@ -177,7 +177,7 @@ def test_ragged_responses_values_and_gradients_of_the_closed_form(kind):
 @pytest.mark.paper
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_under_reverse_kl_a_constant_of_the_prompt_cancels(kind):
-    logps, ref_logps, batch = ragged_pairs()
+    logps, ref_logps, batch = ragged()
     moved = torch.zeros_like(logps)
     moved[..., 0] = 0.5
     there, here = (loss(x, ref_logps, batch, config(kind, 0.4))[0] for x in (logps, logps + moved))
@@ -186,7 +186,7 @@ def test_only_under_reverse_kl_a_constant_of_the_prompt_cancels(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_swapping_the_pair_changes_the_sign_of_the_margin(kind):
-    item, cfg = ragged_pairs(), config(kind, 0.4)
+    item, cfg = ragged(), config(kind, 0.4)
     plain, back = loss(*item, cfg)[0], loss(*swapped(item), cfg)[0]
     torch.testing.assert_close(torch.exp(-plain) + torch.exp(-back), torch.ones_like(plain))
 
@@ -397,7 +397,7 @@ def test_the_calibration_error_by_hand():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_predicted_preference_is_exp_of_minus_the_loss(kind):
-    item, cfg = ragged_pairs(seed=3), config(kind, 0.4)
+    item, cfg = ragged(seed=3), config(kind, 0.4)
     rho = (item[0] - item[1]).sum(-1)
     torch.testing.assert_close(predicted(rho, cfg), torch.exp(-loss(*item, cfg)[0]))
 

@@ -23,6 +23,7 @@ from methods.insights import (
     trained,
 )
 from tests import builders
+from tests.builders import ragged
 from toy import tree
 
 
@@ -36,17 +37,6 @@ def canonical():
     ).requires_grad_()
     ref_logps = torch.tensor([-5.0, -5.5], dtype=torch.float64)[:, None] / count * mask
     return logps, ref_logps, SimpleNamespace(mask=mask)
-
-
-def ragged(rows=5, length=6, seed=0, scale=1.0):
-    """Random log-probs of ragged pairs in float64, 0 outside the mask."""
-    rng = torch.Generator().manual_seed(seed)
-    mask = torch.arange(length) < torch.randint(1, length + 1, (rows, 2, 1), generator=rng)
-    logps, ref_logps = (
-        -scale * torch.rand(rows, 2, length, generator=rng, dtype=torch.float64) * mask
-        for _ in range(2)
-    )
-    return logps.requires_grad_(), ref_logps, SimpleNamespace(mask=mask)
 
 
 def value(item, *args, **fields):

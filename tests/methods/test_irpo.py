@@ -21,6 +21,7 @@ from lab import Lab, Settings
 from methods import dpo
 from methods.irpo import Config, graded, label_ranks, loss, relevance_weights, run
 from tests import builders
+from tests.builders import grades, ragged
 from toy.ranking import ndcg
 
 R, Y, K = (0.5, -0.2, 0.1, -0.4), (0.0, 2.0, 1.0, 0.0), (3, 1, 2, 4)  # the hand case
@@ -51,20 +52,10 @@ def value(r, y, k=None, **fields):
     return losses.item(), grad.flatten()
 
 
-def ragged(seed, rows=5, count=6, length=4):
-    """Random log-probs of lists of 2 to `count` items of 1 to `length` tokens, in float64; what is absent is left out at the end."""
-    g = torch.Generator().manual_seed(seed)
-    n = torch.randint(2, count + 1, (rows,), generator=g)
-    n[0] = count
-    size = torch.randint(1, length + 1, (rows, count), generator=g) * (
-        torch.arange(count) < n[:, None]
-    )
-    mask = torch.arange(length) < size[..., None]
-    logps, ref = (
-        torch.randn(rows, count, length, generator=g, dtype=torch.float64) * mask for _ in range(2)
-    )
-    y = torch.randint(0, 4, (rows, count), generator=g).double() * (size > 0)
-    return logps.requires_grad_(), ref, lists(y, mask=mask), n
+def ragged_lists(seed, rows=5, k=6, length=4):
+    """Ragged lists of 2 to k graded items, and how many items each list has."""
+    item = ragged(rows, k, length, seed, fewest=2, scores=grades)
+    return *item, item[2].mask.any(-1).sum(1)
 
 
 def item_scores(logps, ref, mask):
@@ -291,7 +282,7 @@ def test_optimum_of_a_policy_over_the_whole_list(beta):
 @pytest.mark.parametrize("inner", ["excl", "incl", "code"])
 @pytest.mark.parametrize("weights", ["ndcg", "position", "reciprocal"])
 def test_ragged_lists_against_the_definition(inner, reduce, weights):
-    logps, ref, batch, n = ragged(3)
+    logps, ref, batch, n = ragged_lists(3)
     losses, _ = loss(
         logps, ref, batch, Config(beta=0.7, inner=inner, reduce=reduce, weights=weights)
     )
@@ -317,7 +308,7 @@ def test_ragged_lists_against_the_definition(inner, reduce, weights):
 @pytest.mark.parametrize("inner", ["excl", "incl", "code"])
 def test_gradient_in_closed_form(inner):
     """dL/dr_k = beta (sum_i w_i a_i rho_ik - w_k a_k), spread evenly over an item's tokens."""
-    logps, ref, batch, n = ragged(4)
+    logps, ref, batch, n = ragged_lists(4)
     cfg = Config(beta=0.7, inner=inner, reduce="sum")
     grad = torch.autograd.grad(loss(logps, ref, batch, cfg)[0].sum(), logps)[0] * batch.mask
     r, w = item_scores(logps, ref, batch.mask).detach(), relevance_weights(batch, cfg)
@@ -341,7 +332,7 @@ def test_gradient_in_closed_form(inner):
 
 
 def test_gradient_by_finite_differences():
-    logps, ref, batch, _ = ragged(5, rows=2, count=3, length=2)
+    logps, ref, batch, _ = ragged_lists(5, rows=2, k=3, length=2)
     for inner in ("excl", "incl", "code"):
         assert torch.autograd.gradcheck(
             lambda x: loss(x * batch.mask, ref, batch, Config(inner=inner))[0], logps
@@ -377,7 +368,7 @@ def test_drawing_a_competitor_by_rho_has_less_variance_than_uniformly():
 @pytest.mark.paper
 @pytest.mark.parametrize("inner", ["excl", "incl", "code"])
 def test_invariances(inner):
-    logps, ref, batch, _ = ragged(6)
+    logps, ref, batch, _ = ragged_lists(6)
     cfg = Config(beta=0.8, inner=inner)
     before, _ = loss(logps, ref, batch, cfg)
     # one constant on every token of a list is one constant on every item, for scores are means
@@ -401,7 +392,7 @@ def test_ranks_from_scores_take_ties_as_they_come():
 @pytest.mark.paper
 @pytest.mark.parametrize("inner", ["excl", "incl", "code"])
 def test_nothing_relevant_is_a_differentiable_zero(inner):
-    logps, ref, batch, _ = ragged(7)
+    logps, ref, batch, _ = ragged_lists(7)
     batch.scores = torch.zeros_like(batch.scores)
     losses, metrics = loss(logps, ref, batch, Config(inner=inner))
     (grad,) = torch.autograd.grad(losses.mean(), logps)
@@ -413,7 +404,7 @@ def test_nothing_relevant_is_a_differentiable_zero(inner):
 
 
 def test_absent_items_change_nothing():
-    logps, ref, batch, n = ragged(8)
+    logps, ref, batch, n = ragged_lists(8)
     losses, _ = loss(logps, ref, batch, Config())
     for b in range(len(n)):
         alone = lists(batch.scores[b : b + 1, : n[b]], mask=batch.mask[b : b + 1, : n[b]])
@@ -471,7 +462,7 @@ def test_baselines_in_numbers():
 
 def test_the_loss_on_all_pairs_is_the_mean_of_dpo_over_them():
     """Pairs of different relevance, each on the mean log-ratios of its items."""
-    logps, ref, batch, _ = ragged(9)
+    logps, ref, batch, _ = ragged_lists(9)
     batch.parents = torch.arange(-1, 5).expand(5, -1)  # a list in one context is a chain
     r = item_scores(logps, ref, batch.mask)
     for b, found in enumerate(all_pairs_loss(logps, ref, batch, replace(ALL_PAIRS, beta=0.7))[0]):

@@ -34,7 +34,7 @@ def example():
 
 def ragged(seed=0, dtype=torch.float64):
     """Six pairs of responses of 1 to 7 tokens."""
-    return builders.ragged_pairs(seed, dtype=dtype, scale=3.0, batch=6, length=7)
+    return builders.ragged(rows=6, seed=seed, dtype=dtype)
 
 
 def split_sums(logps, batch, alpha):

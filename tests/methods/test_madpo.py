@@ -25,11 +25,9 @@ WIDE, NARROW = Config(tau=7.0), Config(c_max=2.0, tau=2.0)
 MARGINS = [0.7, -0.4, 9.0, -9.0, 3.0]  # of either sign, and beyond tau
 
 
-def ragged():
+def judged():
     """Five ragged pairs with a reward model's margins."""
-    logps, ref_logps, batch = builders.ragged_pairs(scale=3.0, length=7)
-    batch.margin = torch.tensor(MARGINS, dtype=torch.float64)
-    return logps, ref_logps, batch
+    return builders.ragged(margin=torch.tensor(MARGINS, dtype=torch.float64))
 
 
 def one(difference, margin, dtype=torch.float64):
@@ -103,7 +101,7 @@ def test_the_worked_example():
 
 
 def test_the_gradient_is_the_weighted_closed_form():
-    logps, ref_logps, batch = ragged()
+    logps, ref_logps, batch = judged()
     cfg = Config(beta=0.3, tau=2.0)
     reference = ref_logps.clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda x: loss(x, ref_logps, batch, cfg)[0], logps)
@@ -118,7 +116,7 @@ def test_the_gradient_is_the_weighted_closed_form():
 
 @pytest.mark.paper
 def test_without_a_margin_it_is_dpo():
-    logps, ref_logps, batch = ragged()
+    logps, ref_logps, batch = judged()
     plain = dpo.loss(logps, ref_logps, batch, dpo.Config(0.3))[0]
     near = loss(logps, ref_logps, batch, Config(0.3, c_max=1.0001, c_min=0.9999))[0]
     torch.testing.assert_close(near, plain, rtol=0, atol=1e-3)
@@ -182,7 +180,7 @@ def test_a_pair_costs_the_same_whichever_response_is_named_first():
 
 @pytest.mark.paper
 def test_no_gradient_reaches_the_reward_model():
-    logps, ref_logps, batch = ragged()
+    logps, ref_logps, batch = judged()
     batch.margin.requires_grad_()
     losses, metrics = loss(logps, ref_logps, batch, Config())
     assert torch.autograd.grad(losses.sum(), batch.margin, allow_unused=True)[0] is None
@@ -202,7 +200,7 @@ def test_huge_margins_stay_finite(dtype, margin, difference):
 
 
 def test_rows_do_not_change_each_other_and_padding_changes_nothing():
-    logps, ref_logps, batch = ragged()
+    logps, ref_logps, batch = judged()
     whole = loss(logps, ref_logps, batch, Config())[0]
     logps, ref_logps, mask = (
         torch.nn.functional.pad(x, (0, 3)) for x in (logps, ref_logps, batch.mask)
@@ -220,7 +218,7 @@ def test_rows_do_not_change_each_other_and_padding_changes_nothing():
     [dict(beta=0.2), dict(c_max=3.0, c_min=0.25), dict(c_min=0.5), dict(tau=2.0), dict(lam=0.5)],
 )
 def test_every_field_of_the_loss_counts(change):
-    logps, ref_logps, batch = ragged()
+    logps, ref_logps, batch = judged()
     values = [loss(logps, ref_logps, batch, cfg)[0].sum() for cfg in (Config(), Config(**change))]
     gradients = [torch.autograd.grad(value, logps)[0] for value in values]
     assert abs(values[0] - values[1]) > 1e-6
@@ -254,7 +252,7 @@ def test_c_min_is_1_over_c_max_by_default():
 
 
 def test_rows_that_are_not_pairs_are_refused():
-    logps, ref_logps, batch = ragged()
+    logps, ref_logps, batch = judged()
     with pytest.raises(UserError, match="pairs"):
         loss(logps[:, :1], ref_logps[:, :1], batch, Config())
     batch.mask[0, 1] = False

@@ -24,7 +24,7 @@ from methods.r2q import (
 )
 from nanomodel import GPT, GPTConfig
 from tests import builders
-from tests.builders import ragged_pairs
+from tests.builders import ragged
 from toy import arithmetic, bandit, tokens
 from toy.tokens import soft_optimum
 
@@ -151,7 +151,7 @@ def test_the_mean_reward_of_the_reference_falls():
 
 @pytest.mark.paper
 def test_loss_and_gradient_are_those_of_dpo():
-    logps, ref_logps, batch = ragged_pairs()
+    logps, ref_logps, batch = ragged()
     for beta in (0.1, 1.3):
         ours, metrics = loss(logps, ref_logps, batch, Config(beta))
         theirs, _ = dpo.loss(logps, ref_logps, batch, dpo.Config(beta))
@@ -170,7 +170,7 @@ def test_loss_and_gradient_are_those_of_dpo():
 
 @pytest.mark.paper
 def test_every_token_of_a_side_has_the_same_gradient():
-    logps, ref_logps, batch = ragged_pairs(seed=1)
+    logps, ref_logps, batch = ragged(seed=1)
     losses, _ = loss(logps, ref_logps, batch, Config(0.3))
     (grad,) = torch.autograd.grad(losses.sum(), logps)
     slope = 0.3 * (1 - (-losses).exp()).detach()  # beta sigmoid(-h)
@@ -208,7 +208,7 @@ def test_huge_margins_stay_finite_in_every_dtype():
 
 
 def test_what_is_no_pair_is_refused():
-    logps, ref_logps, batch = ragged_pairs()
+    logps, ref_logps, batch = ragged()
     with pytest.raises(ValueError, match="pairs"):
         loss(logps[:, :1], ref_logps[:, :1], batch, Config())
     batch.mask = batch.mask.clone()
@@ -227,12 +227,12 @@ def test_fields_that_do_nothing_are_refused(fields):
 
 
 def test_sft_looks_at_the_chosen_response_alone():
-    logps, ref_logps, batch = ragged_pairs()
+    logps, ref_logps, batch = ragged()
     (grad,) = torch.autograd.grad(sft_loss(logps, ref_logps, batch, None)[0].sum(), logps)
     assert (grad[:, 1] == 0).all()
     torch.testing.assert_close(
         grad[:, 0],
-        (-1.0 / batch.mask[:, 0].sum(-1).double())[:, None].expand(5, 4),
+        (-1.0 / batch.mask[:, 0].sum(-1).double())[:, None].expand(5, 7),
         rtol=0,
         atol=1e-12,
     )

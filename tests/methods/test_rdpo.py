@@ -14,7 +14,7 @@ from lab import Lab, Settings
 from methods import dpo, survey
 from methods.rdpo import PAPER, Config, loss, run
 from tests import builders
-from tests.builders import margins, one_pair, ragged_pairs, value_and_gradient
+from tests.builders import margins, one_pair, ragged, value_and_gradient
 from toy.bandit import World
 from toy.exact import population
 
@@ -97,7 +97,7 @@ def test_huge_margins_keep_their_slope():
 @pytest.mark.paper
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_without_flips_it_is_dpo_bit_for_bit(dtype):
-    item = ragged_pairs(dtype=dtype)
+    item = ragged(dtype=dtype)
     ours = value_and_gradient(loss, *item, Config(0.3, 0.0))
     plain = value_and_gradient(dpo.loss, *item, dpo.Config(0.3))
     smoothed = value_and_gradient(conservative_dpo, *item, Config(0.3, 0.0))
@@ -225,7 +225,7 @@ def test_a_pair_whose_labels_agree_too_often_has_no_minimum(share, finite):
 @pytest.mark.paper
 @pytest.mark.parametrize("function", [loss, conservative_dpo])
 def test_gradients_on_ragged_responses(function):
-    logps, ref_logps, batch = ragged_pairs()
+    logps, ref_logps, batch = ragged()
     cfg = Config(0.7, 0.2)
     ratio = (logps - ref_logps).sum(-1).detach()
     z = 0.7 * (ratio[:, 0] - ratio[:, 1])
@@ -236,7 +236,7 @@ def test_gradients_on_ragged_responses(function):
 
 
 def test_a_constant_of_the_prompt_cancels():
-    logps, ref_logps, batch = ragged_pairs()
+    logps, ref_logps, batch = ragged()
     plain = loss(logps, ref_logps, batch, Config(0.5, 0.3))[0]
     constant = torch.zeros_like(logps)
     constant[..., 0] = 3.0
@@ -245,7 +245,7 @@ def test_a_constant_of_the_prompt_cancels():
 
 
 def test_the_survey_has_the_same_conservative_dpo():
-    item = ragged_pairs(seed=7)
+    item = ragged(seed=7)
     theirs = survey.loss(*item, survey.Config(variant="cdpo", beta=0.3, epsilon=0.2))[0]
     torch.testing.assert_close(theirs, conservative_dpo(*item, Config(0.3, 0.2))[0])
 

@@ -14,18 +14,18 @@ from lab import Lab, Settings
 from methods import dpo, sft
 from methods.sft import Config, loss, run
 from tests import builders
+from tests.builders import ragged
 from toy.bandit import World
 from toy.exact import population
 
 
-def ragged(k=2, seed=0, **kwargs):
-    """Ragged rows with distinct scores -> logps with gradient, batch."""
+def distinct(**kwargs):
+    """Ragged rows with distinct scores, the best anywhere."""
+    return ragged(scores=spread, **kwargs)
 
-    def distinct(rows, k, rng):
-        return torch.rand(rows, k, generator=rng) + 0.1
 
-    logps, _, batch = builders.ragged(k, distinct, seed, length=7, **kwargs)
-    return logps.requires_grad_(), batch
+def spread(rows, k, rng):
+    return torch.rand(rows, k, generator=rng) + 0.1
 
 
 def values(logps, batch):
@@ -37,7 +37,7 @@ def values(logps, batch):
 
 @pytest.mark.parametrize("k", [1, 2, 3, 16])
 def test_the_value_and_the_gradient_are_those_of_the_best_response_alone(k):
-    logps, batch = ragged(k, seed=k)
+    logps, _, batch = distinct(k=k, seed=k)
     losses = values(logps, batch)
     (gradient,) = torch.autograd.grad(losses.sum(), logps)
     for b in range(len(losses)):
@@ -59,7 +59,7 @@ def test_two_tokens_by_hand():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_on_pairs_it_is_the_mean_over_the_chosen_tokens_bit_for_bit(dtype):
-    logps, batch = ragged(dtype=dtype)
+    logps, _, batch = distinct(dtype=dtype)
     batch.scores = torch.tensor([1.0, 0.0]).expand(5, 2)
     plain = -logps[:, 0].sum(-1) / batch.mask[:, 0].sum(-1)
     ours = values(logps, batch)
@@ -68,7 +68,7 @@ def test_on_pairs_it_is_the_mean_over_the_chosen_tokens_bit_for_bit(dtype):
 
 
 def test_a_reference_changes_nothing():
-    logps, batch = ragged()
+    logps, _, batch = distinct()
     item = (logps, torch.full_like(logps, torch.nan), batch, Config())
     ours, gradient = builders.value_and_gradient(loss, *item)
     plain = values(logps, batch)
@@ -77,7 +77,7 @@ def test_a_reference_changes_nothing():
 
 
 def test_the_order_of_a_list_and_absent_responses_change_nothing():
-    logps, batch = ragged(4)
+    logps, _, batch = distinct(k=4)
     plain, order = values(logps, batch), torch.tensor([2, 0, 3, 1])
     moved = SimpleNamespace(mask=batch.mask[:, order], scores=batch.scores[:, order])
     torch.testing.assert_close(values(logps[:, order], moved), plain)
@@ -87,7 +87,7 @@ def test_the_order_of_a_list_and_absent_responses_change_nothing():
 
 def test_an_absent_response_is_never_chosen():
     """Its score is 0, above those of responses with negative scores."""
-    logps, batch = ragged(3)
+    logps, _, batch = distinct(k=3)
     batch.scores, batch.mask, logps = batch.scores - 2, batch.mask.clone(), logps.detach().clone()
     batch.mask[:, 1], batch.scores[:, 1], logps[:, 1] = False, 0.0, 0.0
     rest = SimpleNamespace(mask=batch.mask[:, [0, 2]], scores=batch.scores[:, [0, 2]])
@@ -99,7 +99,7 @@ def test_an_absent_response_is_never_chosen():
 
 @pytest.mark.parametrize("k", [2, 16])
 def test_of_equal_scores_the_first_counts(k):
-    logps, batch = ragged(k)
+    logps, _, batch = distinct(k=k)
     batch.scores = torch.full_like(batch.scores, 0.3)
     first = -logps[:, 0].sum(-1) / batch.mask[:, 0].sum(-1)
     torch.testing.assert_close(values(logps, batch), first)
@@ -258,9 +258,9 @@ def test_single_answers_run(tmp_path, monkeypatch, capsys):
 def best_first():
     """Lists in which one is the best: negative scores, absent responses, ties; an empty row."""
     items = [
-        builders.ragged(3, builders.grades, 0),
-        builders.ragged(3, builders.grades, 1, absent=True),
-        builders.ragged(2, builders.first_wins, 2, torch.bfloat16),
+        builders.ragged(k=3, scores=builders.grades),
+        builders.ragged(k=3, scores=builders.grades, seed=1, fewest=2),
+        builders.ragged(seed=2, dtype=torch.bfloat16),
     ]
     logps, ref_logps, batch = items[1]
     negative = builders.changed(items[1], scores=(batch.scores - 5) * batch.mask.any(-1))

@@ -14,6 +14,7 @@ from lab import Lab, Settings
 from methods import dpo
 from methods.three_d import Config, evaluate, log_ratios, loss, run
 from tests import builders
+from tests.builders import ragged
 
 
 def pair(chosen, rejected, reference=0.12, dtype=torch.float64):
@@ -21,16 +22,6 @@ def pair(chosen, rejected, reference=0.12, dtype=torch.float64):
     logps = torch.tensor([[[chosen], [rejected]]], dtype=dtype).log().requires_grad_()
     ref_logps = torch.full((1, 2, 1), reference, dtype=dtype).log()
     return logps, ref_logps, SimpleNamespace(mask=torch.ones(1, 2, 1, dtype=torch.bool))
-
-
-def ragged(rows=6, length=7, seed=0, dtype=torch.float64):
-    """Random log-probs of ragged responses, 0 outside the mask."""
-    rng = torch.Generator().manual_seed(seed)
-    mask = torch.arange(length) < torch.randint(1, length + 1, (rows, 2, 1), generator=rng)
-    logps, ref_logps = (
-        -3 * torch.rand(rows, 2, length, generator=rng, dtype=dtype) * mask for _ in range(2)
-    )
-    return logps.requires_grad_(), ref_logps, SimpleNamespace(mask=mask)
 
 
 def value_and_gradient(logps, ref_logps, batch, cfg, objective=loss):

@@ -568,7 +568,9 @@ def trees():
     """Trees of steps with hidden states, flat lists, absent and tied responses; refused: wrong scores, one response, an empty step."""
 
     def grown(seed, dtype=torch.float64, absent=False):
-        logps, ref_logps, batch = builders.ragged(7, builders.grades, seed, dtype, absent)
+        logps, ref_logps, batch = builders.ragged(
+            k=7, scores=builders.grades, seed=seed, dtype=dtype, fewest=6 if absent else None
+        )
         leaf = torch.tensor([0, 0, 1, 1, 0, 1, 1])
         states = torch.randn(
             5, 7, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
@@ -582,7 +584,7 @@ def trees():
         )
 
     items = [grown(0), grown(1, absent=True), grown(2, torch.bfloat16)]
-    flat = builders.ragged(4, builders.grades, 3)
+    flat = builders.ragged(k=4, scores=builders.grades, seed=3)
     states = torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     flat = builders.changed(flat, scores=flat[2].scores / 3, states=states)
     bare = (
