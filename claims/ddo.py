@@ -60,14 +60,15 @@ def pretrained(lab, clean):
     return here.fit(base, batches, nll, steps=3500, lr=3e-3, decay=True)
 
 
-def arm(loss, cfg, steps=400, noise=ddo.Config(**NOISE), **options):
+def arm(loss, cfg, steps=400, **options):
     """A function (lab) -> policy trained on the pool of 8,192 real points and own samples."""
 
     def run(lab):
         base = lab.base()
         real = lab.world.demonstrations(lab.prompts, lab.rng("demonstrations"))
         fake = lab.sample(base, [row["prompt"] for row in real], 1, lab.rng("own samples"))
-        rows, how = ddo.real_and_fake(real, fake), ddo.edm_noise(lab, noise, base)
+        rows = ddo.real_and_fake(real, fake)
+        how = ddo.edm_noise(lab, ddo.Config(**NOISE), base)
         return lab.align(base, rows, loss, cfg, steps=steps, **how, **options)
 
     return run
