@@ -113,8 +113,8 @@ def fewer(start, baseline):
     expected = start == "dirt" and baseline != "likelihood, 800 steps"
     primary = start == "dirt" and baseline == "likelihood"
     return claim(
-        f"On a ring of Gaussians, {STARTS[start]}, 400 steps of DDO leave fewer points off the ring "
-        f"than {BASELINES[baseline]}",
+        f"On a ring of Gaussians, {STARTS[start]}, 400 steps of DDO leave fewer points off the "
+        f"ring than {BASELINES[baseline]}",
         "off the ring",
         f"ddo, {start}",
         "<",

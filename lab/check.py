@@ -1,4 +1,7 @@
-"""What a loss must be: checked in the first step of every run, in one line that says what to change."""
+"""What a loss must be, checked in the first step of every run.
+
+What is wrong is said in one line that says what to change.
+"""
 
 import torch
 

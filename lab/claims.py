@@ -2,8 +2,8 @@
 
 A file claims/NAME.py has `measure(lab)` -> {series: a number, or a list with one entry per seed},
 where an entry is a number, {metric: number}, or a curve (a list of looks, as `policy.curve`), and
-`CLAIMS`, a list of `claim(...)`. It may have `report(lab, series)` -> {file name: text or matplotlib
-Figure}, which is written into the folder of the claim.
+`CLAIMS`, a list of `claim(...)`. It may have `report(lab, series)` -> {file name: text or Figure of
+matplotlib}, which is written into the folder of the claim.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ def claim(
     kind="mechanism",
     expected=True,
 ):
-    """State a claim: `metric` of the series `ours` is above (">") or below ("<") that of `baseline`.
+    """State a claim: `metric` of `ours` is above (">") or below ("<") that of `baseline`.
 
     ours, baseline: names of series of `measure`; the baseline may be a number. metric: a key of the
     series' dicts, or of the last point of its curves; None where a series holds plain numbers.

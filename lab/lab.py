@@ -1,4 +1,4 @@
-"""The Lab: all that a method needs besides its mathematics. Each verb stands here or is imported."""
+"""The Lab: all that a method needs besides its mathematics."""
 
 import contextlib
 import copy
@@ -219,7 +219,7 @@ class Lab:
     # ---------------------------------------------------------------- data
 
     def encode(self, rows):
-        """Rows made ready for this world's model: text laid out as prompt trees that fit the context.
+        """Rows made ready for the model: text is laid out as prompt trees that fit the context.
 
         UserError: a row is longer than the context and --truncate is not set."""
         if self.world.kind != "text":
@@ -294,8 +294,8 @@ class Lab:
         """Rows with labels: k samples per prompt from the policy, labelled by the world.
 
         k: responses per prompt (default --k). n: prompts (default --prompts). ties: keep pairs that
-        a verifier scores alike. key: ask again for other prompts and samples; inside a data function
-        of `align` the round is added to it. With --data they are the file's training rows (k = 2:
+        a verifier scores alike. key: ask again for other prompts and samples; inside a data
+        function of `align` the round is added to it. With --data they are the file's training rows (k = 2:
         the best and the worst response of each). Pairs have the chosen response first.
         UserError: no pair has different scores.
         """
@@ -442,7 +442,7 @@ class Lab:
 
 
 def folder_stamp(folder):
-    """What tells one state of a checkpoint folder from another: its path, files, sizes and times."""
+    """What tells one state of a checkpoint folder from another: path, files, sizes and times."""
     if not os.path.isdir(folder):
         return [folder]
     names = sorted(os.listdir(folder))

@@ -279,7 +279,9 @@ def curves(lab, model, title):
 
 
 def sweep_table(results, varied):
-    """One line a setting, the mean over seeds with its 95 % interval (of one seed: over its samples); methods alone are ranked by reward.
+    """One line per setting: the mean over seeds with its 95 % interval.
+
+    The interval of a single seed is over its samples. Methods alone are ranked by reward.
     results: list of (settings dict, after dict)."""
     groups = {}
     for settings, after in results:
@@ -306,7 +308,10 @@ def sweep_table(results, varied):
 
 
 def sweep_plot(path, results, varied):
-    """One picture of a sweep: the reward (or accuracy) against a numeric setting, a line a method; otherwise against the KL. Bars: 95 %."""
+    """One picture of a sweep, with 95 % bars -> whether there was anything to draw.
+
+    The reward (or the accuracy) stands against a numeric setting, with a line per method, or
+    against the KL where no numeric setting varies."""
     metric = "reward" if "reward" in results[0][1] else "accuracy"
     if metric not in results[0][1]:
         return False

@@ -25,7 +25,9 @@ CACHE = os.environ.get("NANOPREF_CACHE") or os.path.join(HERE, ".cache")
 
 
 def write_beside(path, write):
-    """Call `write(temporary_path)` in the folder of `path`, then rename: readers see the old file or the new one, never half of one."""
+    """Call `write(temporary_path)` in the folder of `path`, then rename.
+
+    Readers see the old file or the new one, never half of one."""
     folder = os.path.dirname(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=folder, prefix=".writing-")
@@ -57,10 +59,8 @@ def save_tensors(path, tensors, metadata=None):
     """Write {name: tensor} as safetensors in one step; tied or strided tensors are copied."""
     from safetensors.torch import save
 
-    data = save(
-        {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
-        metadata or {"format": "pt"},
-    )
+    copies = {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}
+    data = save(copies, metadata or {"format": "pt"})
 
     def write(temporary):
         with open(temporary, "wb") as file:
@@ -70,7 +70,7 @@ def save_tensors(path, tensors, metadata=None):
 
 
 def load_tensors(path):
-    """{name: tensor} of one safetensors file; ValueError when it is not one."""
+    """{name: tensor} of one safetensors file; UserError when it is not one."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -97,7 +97,7 @@ def write_json(path, value):
 
 
 def pack(value, tensors):
-    """A JSON-able copy of nested dicts, lists, numbers and texts; tensors go into the dict `tensors`."""
+    """A copy of nested dicts, lists, numbers and texts for JSON; tensors go into `tensors`."""
     if isinstance(value, torch.Tensor):
         tensors[str(len(tensors))] = value
         return {"__tensor__": str(len(tensors) - 1)}
@@ -113,16 +113,16 @@ def pack(value, tensors):
 def unpack(value, tensors):
     """The value that `pack` took apart."""
     if isinstance(value, dict):
-        return (
-            tensors[value["__tensor__"]]
-            if "__tensor__" in value
-            else {k: unpack(v, tensors) for k, v in value.items()}
-        )
+        if "__tensor__" in value:
+            return tensors[value["__tensor__"]]
+        return {k: unpack(v, tensors) for k, v in value.items()}
     return [unpack(v, tensors) for v in value] if isinstance(value, list) else value
 
 
 def save_value(path, value):
-    """Write a value as `path`.json, its tensors (if any) as safetensors beside it; the JSON comes last and makes it whole."""
+    """Write a value as `path`.json, and its tensors (if any) as safetensors beside it.
+
+    The JSON comes last and makes the value whole."""
     tensors = {}
     packed, name = pack(value, tensors), None
     if tensors:  # a name of its own: the file that an older JSON points to must not change under it
@@ -147,11 +147,9 @@ def load_value(path):
         with open(path + ".json", encoding="utf-8") as file:
             packed = json.load(file)
         name = packed["tensors"]
-        tensors = (
-            load_tensors(os.path.join(os.path.dirname(path), os.path.basename(name)))
-            if name
-            else {}
-        )
+        tensors = {}
+        if name:
+            tensors = load_tensors(os.path.join(os.path.dirname(path), os.path.basename(name)))
         return unpack(packed["value"], tensors)
     except (OSError, ValueError, KeyError):
         return None

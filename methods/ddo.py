@@ -109,7 +109,7 @@ def real_and_fake(real, fake):
 
 
 def edm_noise(lab, cfg, model):
-    """The options of `lab.align` that draw and weigh noise as EDM does; none where p_mean is None."""
+    """The options of `lab.align` that draw and weigh noise as EDM does; {} if p_mean is None."""
     if cfg.p_mean is None:
         return {}
     if lab.world.kind != "images":
