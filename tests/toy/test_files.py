@@ -306,16 +306,18 @@ def test_a_bad_line_is_named_with_its_column(tmp_path, record, message):
         ),
         (
             gzip.compress(
-                b"\n".join(json.dumps(PAIR | {"prompt": str(i)}).encode() for i in range(999))
+                b"\n".join(json.dumps(PAIR | {"prompt": str(i)}).encode() for i in range(999)),
+                mtime=0,
             )[:-900],
             "cannot be read",
         ),
-        (gzip.compress(json.dumps(PAIR).encode())[:-6], "cannot be read.*ended before"),
-        (gzip.compress(b"\xff\xfe\x00"), ":1: not text in UTF-8"),
+        (gzip.compress(json.dumps(PAIR).encode(), mtime=0)[:-6], "cannot be read.*ended before"),
+        (gzip.compress(b"\xff\xfe\x00", mtime=0), ":1: not text in UTF-8"),
         (b"\x1f\x8bnothing", "cannot be read"),
         (b"PAR1 and then nothing", "cannot be read: Parquet"),
         (json.dumps([PAIR, PAIR], indent=1).encode(), ":1: not a line of JSON"),
     ],
+    ids=lambda value: value if isinstance(value, str) else f"{len(value)} bytes",
 )
 def test_a_bad_file_is_one_clear_line(tmp_path, content, message):
     path = tmp_path / "file.jsonl"
