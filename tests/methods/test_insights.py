@@ -7,21 +7,9 @@ import pytest
 import torch
 
 import lab
+from claims.insights import page, starts, study, trained
 from methods import dpo, insights, sft, survey
-from methods.insights import (
-    FREE,
-    SCENARIOS,
-    VARIANTS,
-    Config,
-    begun,
-    loss,
-    page,
-    prospects,
-    run,
-    starts,
-    study,
-    trained,
-)
+from methods.insights import FREE, SCENARIOS, VARIANTS, Config, begun, loss, prospects, run
 from tests import builders
 from tests.builders import ragged
 from toy import tree
