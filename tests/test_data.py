@@ -18,6 +18,7 @@ from data import (
     encode,
     fit_context,
     label,
+    printable,
     reorder,
 )
 from lab.store import load_tensors, save_tensors, write_beside, write_text
@@ -97,6 +98,21 @@ def test_each_word_of_a_toy_tokenizer_is_one_token_and_the_rest_are_bytes():
     assert toy.decode([toy.pad, *toy.encode("the film"), toy.eot, toy.pad]) == "the film"
     assert toy.decode([0xE6, 0x97]) == "\ufffd"  # half a character
     assert Tokenizer.toy([], name="bytes").name == "bytes"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a name, ümlaut 日本", "a name, ümlaut 日本"),
+        ("\x1b]0;title\x07", r"\x1b]0;title\x07"),
+        ("a\nb\r\u2028\x85", r"a\nb\r\u2028\x85"),
+        ("\u202eright to left\ud800\ufeff", r"\u202eright to left\ud800\ufeff"),
+        ("x" * 5000, "x" * 200 + "..."),
+        (["a list", 5], "['a list', 5]"),
+    ],
+)
+def test_text_that_is_not_ours_fits_a_line_of_a_terminal(text, shown):
+    assert printable(text) == shown and printable(text).isprintable()
 
 
 def test_real_text_falls_back_to_bytes_and_the_name_says_so(monkeypatch):

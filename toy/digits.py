@@ -10,7 +10,7 @@ import hashlib
 import torch
 import torch.nn.functional as F
 
-from data import UserError
+from data import UserError, printable
 from nanomodel import UNet, UNetConfig
 from toy import world
 
@@ -99,7 +99,7 @@ class World(world.World):
                 size = [side // 2 for side in images.shape[1:3]]
             return cls(images, labels, size)
         except Exception as error:  # a broken archive raises many kinds
-            raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+            raise UserError(f"{path}: {printable(' '.join(str(error).split()))}") from None
 
     def _classifier(self):
         """Weights and biases of a softmax regression on the pixels (of at most 5,000 images), right on 97 % of held-out digits."""

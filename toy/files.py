@@ -7,7 +7,7 @@ import random
 import re
 from pathlib import Path
 
-from data import OWN, DataError, Tokenizer, error_line, reorder
+from data import OWN, DataError, Tokenizer, error_line, printable, reorder
 from toy import world
 
 FORMATS = ("chosen", "rejected"), ("responses", "scores"), ("completion", "label")
@@ -42,7 +42,7 @@ def read_preferences(source, chat_template=None, seed=None):
         form = form or max(FORMATS, key=lambda names: sum(name in record for name in names))
         for name in form:
             if name not in record:
-                there = ", ".join(record) or "none"
+                there = printable(", ".join(map(str, record))) or "none"
                 raise DataError(
                     f"{where}: column '{name}' is missing or null (columns there: {there}; accepted: {ACCEPTED})"
                 )
@@ -181,7 +181,7 @@ def _speak(prompt, texts, columns, template, at):
             ).rpartition(mark)[2]
         except Exception as error:  # a template is foreign code: whatever it raises is its message
             raise DataError(
-                f"{at(column)} is refused by the chat template: {error_line(error)}"
+                f"{at(column)} is refused by the chat template: {printable(error_line(error))}"
             ) from None
         if not full.startswith(head):
             raise DataError(
@@ -278,14 +278,14 @@ def _records(source):
                 except (ValueError, RecursionError) as error:
                     cut = "" if line.endswith("\n") else "; is the file cut off?"
                     raise DataError(
-                        f"{source}:{number}: not a line of JSON: {error_line(error)}{cut}"
+                        f"{source}:{number}: not a line of JSON: {printable(error_line(error))}{cut}"
                     ) from None
             yield f"{source}:{number}", record
     except DataError:
         raise
     except Exception as error:  # zlib, gzip, Arrow, the network and the Hub have dozens of types
         raise DataError(
-            f"{source}: cannot be read{f' beyond line {number}' if number else ''}: {error_line(error)}"
+            f"{source}: cannot be read{f' beyond line {number}' if number else ''}: {printable(error_line(error))}"
         ) from None
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import train
 from data import Tokenizer, UserError, collate
 from lab import render
 from lab.hub import (
@@ -744,6 +745,20 @@ def test_a_process_that_ends_by_itself_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(render, "__file__", str(tmp_path / "render.py"))
     with pytest.raises(UserError, match="its chat template ends its process"):
         template("good")([], True)
+
+
+def test_a_prompt_on_the_command_line_goes_through_the_template(tmp_path, impatient, capsys):
+    folder = tmp_path / "model"
+    saved(folder)
+    ask = ["--init", str(folder), "--prompt", "the film", "--max_response", "2"]
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }} good")
+    assert train.cli(ask) == 0
+    for text in ("{{ messages[0].x.y }}", ENDLESS[2], "{{ '\\x1b[31m' + 1 }}", "{% for %}"):
+        (folder / "chat_template.jinja").write_text(text)
+        capsys.readouterr()
+        assert train.cli(ask) == 2
+        error = capsys.readouterr().err
+        assert "its chat template" in error and error.rstrip("\n").isprintable()
 
 
 def test_an_interrupted_answer_is_not_taken_for_the_next_one(monkeypatch):

@@ -327,6 +327,14 @@ def test_a_bad_file_is_one_clear_line(tmp_path, content, message):
     assert "\n" not in str(caught.value)
 
 
+def test_names_of_columns_reach_no_terminal_raw(tmp_path):
+    record = {"prompt": "a", "\x1b[31m\u202echosen": "b", **dict.fromkeys(map(str, range(999)), 1)}
+    path = write(tmp_path / "file.jsonl", record)
+    with pytest.raises(DataError, match=r"columns there: prompt, \\x1b\[31m\\u202echo") as caught:
+        read_preferences(path)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 800
+
+
 def test_missing_files_folders_and_files_without_a_usable_row(tmp_path):
     with pytest.raises(DataError, match="none.jsonl: no such file"):
         read_preferences(tmp_path / "none.jsonl")
