@@ -93,21 +93,28 @@ def upcast(*tensors):
     return wide[0] if len(wide) == 1 else tuple(wide)
 
 
+def readable(x):
+    """May a check look at the values of a tensor? On CPU only, and not in compiled code.
+
+    On CUDA it would force a host-device sync, compiled code cannot ask, and rows were validated
+    when they were loaded.
+    """
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def pair(logps, ref_logps, batch):
     """(logps, ref_logps) of pairs, checked and in float32 or better.
 
     logps (B, 2, T), the chosen response first; ref_logps alike, or None for a loss without a
-    reference. UserError: the rows are not pairs, or a response has no scored token. The second
-    check runs on CPU only, and not in compiled code: on CUDA it would force a host-device sync,
-    compiled code cannot ask, and rows were validated when they were loaded.
+    reference. UserError: the rows are not pairs, or a response has no scored token (checked where
+    values are `readable`).
     """
     if logps.dim() != 3 or logps.shape[1] != 2:
         raise UserError(
             f"log-probs of shape {tuple(logps.shape)}: "
             "this loss takes pairs (B, 2, T), the chosen response first"
         )
-    plain = logps.device.type == "cpu" and not torch.compiler.is_compiling()
-    if plain and not batch.mask.any(-1).all():
+    if readable(batch.mask) and not batch.mask.any(-1).all():
         raise UserError("a response has no scored token")
     return upcast(logps, ref_logps)
 

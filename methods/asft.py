@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from data import Paper, UserError, check_fields, pair
+from data import Paper, UserError, check_fields, pair, readable
 
 PAPER = Paper(
     "pairs",
@@ -61,7 +61,7 @@ def log1mexp(s):
 def loss(logps, ref_logps, batch, cfg):
     """logps (B, 2, T), chosen first, 0 outside batch.mask -> losses (B,), metrics; no reference."""
     logps, _ = pair(logps, None, batch)
-    if logps.device.type == "cpu" and (logps > 0).any():  # on CUDA: a host-device sync
+    if readable(logps) and (logps > 0).any():
         raise UserError(f"log-prob {logps.max():g} is positive: ASFT needs probabilities")
     chosen, rejected = (logps.sum(-1) / batch.mask.sum(-1)).unbind(1)  # (B,): MEAN over tokens
     low_w, low_l = chosen.clamp(max=LARGEST), rejected.clamp(max=LARGEST)

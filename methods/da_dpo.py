@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from data import Paper, UserError, check_fields, pair
+from data import Paper, UserError, check_fields, pair, readable
 
 PAPER = Paper(
     "pairs",
@@ -58,7 +58,7 @@ class Config:
 
 def pair_beta(quality, cfg):
     """beta alpha (1 + reach g) (B,) from normalised scores (B, 2) in [0, 1]."""
-    if quality.device.type == "cpu" and not ((quality >= 0) & (quality <= 1)).all():
+    if readable(quality) and not ((quality >= 0) & (quality <= 1)).all():
         raise UserError("the column quality must hold normalised scores, between 0 and 1")
     gap = quality[:, 0] - quality[:, 1]
     return cfg.beta * cfg.alpha * (1 + cfg.reach * (gap if cfg.gap == "signed" else gap.abs()))

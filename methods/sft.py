@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
-from data import Paper, UserError, upcast
+from data import Paper, UserError, readable, upcast
 
 PAPER = Paper(
     "baseline",
@@ -40,8 +40,7 @@ class Config:
 
 def loss(logps, ref_logps, batch, cfg):
     """logps (B, K, T), 0 outside batch.mask; ref_logps is not read -> losses (B,), metrics."""
-    # CPU only: on CUDA this check would force a host-device sync
-    if logps.device.type == "cpu" and not batch.mask.flatten(1).any(1).all():
+    if readable(batch.mask) and not batch.mask.flatten(1).any(1).all():
         raise UserError("a row has no response with a scored token")
     means = upcast(logps).sum(-1) / batch.mask.sum(-1).clamp(min=1)  # (B, K): MEAN over tokens
     scores = batch.scores.masked_fill(~batch.mask.any(-1), -torch.inf)  # an absent one never wins

@@ -116,6 +116,8 @@ def sites(function):
     def walk(node, path, graph):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             graph = graph and node.func.attr not in ("dim", "detach")
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            graph = graph and node.func.id != "readable"  # a question about the device alone
         graph = graph and not isinstance(node, (ast.Expr, ast.Compare))
         yield path, node, graph
         if isinstance(node, (ast.Raise, ast.JoinedStr)):

@@ -387,7 +387,15 @@ CASES = [
     dict(weight=0.6, beta=2.0, supervised=False),
     dict(weight=0.7, supervised=False),
 ]
-INPUTS = builders.likelihoods
+
+
+def likelihoods():
+    """Pairs, with probabilities so near 0 and 1 that only one form of log(1 - exp(s)) is exact."""
+    near = [one_pair(*s, dtype=torch.float32) for s in ((-1.0, -2e-6), (0.0, -16.0))]
+    return [*builders.likelihoods(), *near]
+
+
+INPUTS = likelihoods
 SURVIVORS = {
     "log1mexp: 2 -> 3": "where one form gives way to the other; both are exact there",
     "pair: ref_logps -> logps": "there is no reference, so what pair returns for it is not read",
