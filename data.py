@@ -263,7 +263,8 @@ class Batch:
         return replace(self, **moved, columns={k: v.to(device) for k, v in self.columns.items()})
 
 
-OWN = ("prompt", "responses", "scores", "parents", "context", "ends", "reward", "tree")
+# columns with a meaning of their own; where: the place of a row in the user's file
+OWN = ("prompt", "responses", "scores", "parents", "context", "ends", "reward", "tree", "where")
 
 
 @dataclass(frozen=True, eq=False)
@@ -552,14 +553,17 @@ def fit_context(rows, tokenizer, context, truncate=False):
     for row in rows:
         row = encode(row, tokenizer)
         longest = max(row["tree"].position) + 2
+        place = f"{row['where']}: " if "where" in row else ""
         if longest > context:
             if not truncate:
                 raise UserError(
-                    f"a prompt with its responses takes {longest} tokens, the context holds {context}; --truncate cuts it"
+                    f"{place}a prompt with its responses takes {longest} tokens, "
+                    f"the context holds {context}; --truncate cuts it"
                 )
             if any(p != -1 for p in row["parents"]) or row.get("context"):
                 raise UserError(
-                    f"a chain or tree of {longest} tokens does not fit into the context of {context} and cannot be cut"
+                    f"{place}a chain or tree of {longest} tokens does not fit into the context of "
+                    f"{context} and cannot be cut"
                 )
             cut += 1
             prompt = (

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 import nanomodel
-from data import Paper, UserError
+from data import Paper, Tokenizer, UserError
 from lab.store import HERE
 
 
@@ -46,6 +46,7 @@ class Settings:
     context: int | None = None  # tokens of the context of a model trained from scratch on --data
     max_response: int | None = None  # tokens sampled for a response, at most
     truncate: bool = False  # cut prompts and responses that do not fit into the context, instead of refusing them
+    data_limit: float = 1.0  # GiB that --data may have once it is unpacked
     image_size: int | None = (
         None  # side of the images of an .npz; default: halved when it is over 16
     )
@@ -67,7 +68,7 @@ class Settings:
         ).items():
             if getattr(self, name) is not None and getattr(self, name) < low:
                 raise UserError(f"--{name} {getattr(self, name)} must be at least {low}")
-        for name in ("lr", "clip"):
+        for name in ("lr", "clip", "data_limit"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"--{name} {getattr(self, name)} must be positive and finite")
         for name in ("temperature", "label_temperature"):
@@ -114,9 +115,20 @@ def make_world(settings, start=None):
             return importlib.import_module("toy.digits").World.from_npz(
                 settings.data, settings.image_size
             )
-        return importlib.import_module("toy.files").World(settings, start)
-    if settings.image_size or settings.truncate or settings.context:
-        raise UserError("--image_size, --truncate and --context are for --data")
+        if start is not None and not isinstance(start, nanomodel.GPT):
+            kind = type(start).__name__
+            raise UserError(f"--init {settings.init} is a {kind}, --data {settings.data} is text")
+        return importlib.import_module("toy.files").World(
+            settings.data,
+            Tokenizer.text() if start is None else start.tokenizer,
+            context=settings.context or 512,
+            seed=settings.base_seed,
+            from_checkpoint=start is not None,
+            limit=int(settings.data_limit * 2**30),
+        )
+    for_data = ("image_size", "truncate", "context", "data_limit")
+    if any(getattr(settings, name) != getattr(Settings, name) for name in for_data):
+        raise UserError("--image_size, --truncate, --context and --data_limit are for --data")
     name = settings.world or "reviews"
     if name not in worlds():
         raise UserError(unknown("world", name, worlds()))

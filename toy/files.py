@@ -1,18 +1,40 @@
-"""Preferences from files: pairs, graded lists and single answers as JSON Lines, Parquet or a data set on the Hub; no true reward."""
+"""The world of a user's file: real preferences in JSON Lines, Parquet or a data set on the Hub.
+
+    {"prompt": "2 + 2 is", "chosen": " 4", "rejected": " 5"}
+
+A row has a prompt and responses that a person or a model compared; FORMATS names the columns. There
+is no true reward, so accuracy on held-out pairs with the file's own labels and the KL are what can
+be measured: nothing here shows whether a policy games its labels. Without a checkpoint the base
+model is a small GPT that is trained on the preferred responses.
+
+Rows are read one by one. A fault of the file is one line that names file, line and column, and
+nothing in a file is unpickled or executed. What is odd in a conversation but no fault of the file
+(two equal responses, say) drops the row, and the reason is counted.
+"""
 
 import gzip
 import hashlib
 import json
+import logging
 import random
 import re
+from dataclasses import fields
 from pathlib import Path
 
-from data import OWN, DataError, Tokenizer, error_line, printable, reorder
+from data import OWN, Batch, DataError, error_line, printable, reorder
+from nanomodel import GPT, GPTConfig
 from toy import world
 
 FORMATS = ("chosen", "rejected"), ("responses", "scores"), ("completion", "label")
-ACCEPTED = "prompt/chosen/rejected, chosen/rejected with the prompt inside, prompt/responses/scores, prompt/completion/label"
+ACCEPTED = (
+    "prompt/chosen/rejected, chosen/rejected with the prompt inside, "
+    "prompt/responses/scores, prompt/completion/label"
+)
 TURN, HUMAN = "\n\nAssistant:", "\n\nHuman:"  # who speaks in an Anthropic HH transcript
+RESERVED = {"ref_logps", "to", *OWN, *(field.name for field in fields(Batch))}
+BLANK = b" \t\r\n\xef\xbb\xbf"  # what a line without a record may hold
+LIMIT = 2**30  # bytes of a file, once it is unpacked
+LARGEST_ID = 2**31 - 1  # of a token, where the vocabulary is not known
 
 
 def plain_chat(messages, add_generation_prompt):
@@ -24,202 +46,285 @@ def plain_chat(messages, add_generation_prompt):
     return text + "assistant:" * bool(add_generation_prompt)
 
 
-def read_preferences(source, chat_template=None, seed=None):
-    """Preferences from JSON Lines (also gzipped), Parquet or the Hub ("owner/name" or "owner/name:split") -> (rows, counts).
+def read_preferences(source, chat_template=None, seed=None, vocab_size=None, limit=LIMIT):
+    """Preferences from a file or from the Hub -> (rows, counts).
 
-    Columns: see ACCEPTED. A text is a string, a list of messages {"role", "content"} or, beside a prompt, a list of token ids. Without
-    a prompt column the prompt is what stands before the last assistant turn. Pairs and graded lists of two come out preferred first;
-    completion/label gives one response with score 1.0 or 0.0. Graded lists may have parents, context and ends; further columns of numbers
-    (one a row, or one a response) are carried along where every row has them, other columns are left out.
-    chat_template: function of messages, add_generation_prompt -> text; None is plain_chat. What a template writes after the last message
-    is cut off: the end token closes a response. seed shuffles the rows; None keeps their order.
-    counts: {reason: rows dropped for it}.  DataError: anything else that is wrong, or no row left."""
-    rows, counts, form = [], {}, None
-    for where, record in _records(source):
-        if not isinstance(record, dict):
-            raise DataError(f"{where}: {_kind(record)} where an object with columns belongs")
-        record = {name: value for name, value in record.items() if value is not None}
-        form = form or max(FORMATS, key=lambda names: sum(name in record for name in names))
-        for name in form:
-            if name not in record:
-                there = printable(", ".join(map(str, record))) or "none"
-                raise DataError(
-                    f"{where}: column '{name}' is missing or null (columns there: {there}; accepted: {ACCEPTED})"
-                )
-        row = _row(record, form, chat_template or plain_chat, where)
+    source: JSON Lines (also gzipped), Parquet, or "owner/name" or "owner/name:split" on the Hub.
+    Its columns are one of FORMATS (see ACCEPTED). A text is a string, a list of messages {"role",
+    "content"} or, beside a prompt, a list of token ids. Without a prompt column the prompt is what
+    stands before the last assistant turn. Pairs and graded lists of two come out with the preferred
+    response first; completion/label gives one response with score 1.0 or 0.0. Graded lists may have
+    `parents`, `context` and `ends`. Further columns of numbers, one per row or one per response,
+    are kept where every row has them; a name that the Batch uses and other columns are left out.
+
+    chat_template: function of messages and add_generation_prompt -> text; None: `plain_chat`. What
+    it writes after the last message is cut off, since the end token closes a response.
+    seed: shuffles the rows; None keeps their order. vocab_size: token ids must be below it.
+    limit: bytes that the file may have once it is unpacked.
+
+    rows: dicts as in docs/data.md, with their place as column `where`. counts: {reason: rows
+    dropped for it}. DataError: anything else that is wrong, or no row is left.
+    """
+    reader = _Reader(chat_template or plain_chat, vocab_size)
+    rows, counts, shared = [], {}, None
+    for where, record in _records(source, limit):
+        try:
+            row = reader.row(record, where)
+        except RecursionError:
+            raise DataError(f"{where}: nested too deeply") from None
         if isinstance(row, str):
             counts[row] = counts.get(row, 0) + 1
-        else:
-            rows.append(row)
+            continue
+        rows.append(row)
+        own = {(name, type(value)) for name, value in row.items() if name not in OWN}
+        shared = own if shared is None else shared & own
     if not rows:
-        raise DataError(
-            f"{source}: no usable row ({', '.join(f'{r}: {n}' for r, n in counts.items()) or 'the file is empty'})"
-        )
-    shared = set.intersection(
-        *({(name, type(value)) for name, value in row.items()} for row in rows)
-    )
-    rows = [
-        {name: value for name, value in row.items() if name in OWN or (name, type(value)) in shared}
-        for row in rows
-    ]
+        reasons = ", ".join(f"{reason}: {n}" for reason, n in counts.items())
+        raise DataError(f"{printable(source)}: no usable row ({reasons or 'the file is empty'})")
+    kept = {name for name, _ in shared}.union(OWN)
+    rows = [{name: value for name, value in row.items() if name in kept} for row in rows]
     if seed is not None:
         random.Random(seed).shuffle(rows)
     return rows, counts
 
 
-def _row(record, form, template, where):
-    """One record -> a row, or the reason (a string) for which it is dropped."""
+# ---------------------------------------------------------------- one record
 
-    def at(column):
-        return f"{where}: column '{column}'"
 
-    texts, columns, marks = [record[form[0]]], form, record[form[1]]
-    if form[0] == "chosen":
-        texts, scores = [*texts, marks], [1.0, 0.0]
-    elif form[0] == "completion":
-        scores = _list(
-            [marks],
-            at("label"),
-            1,
-            lambda k, mark: isinstance(mark, (int, float)) and mark in (0, 1),
-            "true or false",
+class _Reader:
+    """Turns the records of a file into rows; the first record decides which format the file has."""
+
+    def __init__(self, template, vocab_size):
+        self.template, self.form = template, None
+        self.ids_below = LARGEST_ID + 1 if vocab_size is None else vocab_size
+
+    def row(self, record, where):
+        """The row of a record, or the reason (a string) for which it is dropped."""
+
+        def at(column):
+            return f"{where}: column '{printable(column)}'"
+
+        if not isinstance(record, dict):
+            raise DataError(f"{where}: {_kind(record)} where an object with columns belongs")
+        record = {name: value for name, value in record.items() if value is not None}
+        form = self.form = self.form or max(
+            FORMATS, key=lambda form: sum(n in record for n in form)
         )
-    else:
-        texts = _list(texts[0], at("responses"))
-        columns, scores = (
-            ["responses"] * len(texts),
-            _list(marks, at("scores"), len(texts), _finite, "a finite number"),
-        )
+        for name in form:
+            if name not in record:
+                there = printable(", ".join(map(printable, record)) or "none")
+                raise DataError(
+                    f"{where}: column '{name}' is missing or null "
+                    f"(columns there: {there}; accepted: {ACCEPTED})"
+                )
+        texts, columns, scores = self.compared(record, form, at)
+        spoken = self.speak(record.get("prompt"), texts, columns, at)
+        if isinstance(spoken, str):
+            return spoken
+        prompt, responses = spoken
+        row = {"prompt": prompt, "responses": responses, "scores": [float(s) for s in scores]}
+        row["where"] = where
+        for name, value in record.items():
+            if form[0] == "responses" and name in ("parents", "context", "ends"):
+                row[name] = self.structure(name, value, len(responses), at(name))
+            elif name not in form and name not in ("prompt", "where"):
+                row |= self.column(name, value, len(responses), at(name))
+        return self.drop(row) or self.preferred_first(row)
+
+    def compared(self, record, form, at):
+        """(texts, the column that each stands in, their scores) of a record."""
+        first, second = (record[name] for name in form)
+        if form[0] == "chosen":
+            return [first, second], form, [1.0, 0.0]
+        if form[0] == "completion":
+            if not (isinstance(second, (int, float)) and second in (0, 1)):
+                raise DataError(f"{at('label')} holds {_shown(second)} where true or false belongs")
+            return [first], form, [second]
+        texts = _list(first, at("responses"))
+        scores = _list(second, at("scores"), len(texts), _finite, "a finite number")
         if len(texts) < 2:
             raise DataError(
-                f"{at('responses')} has {len(texts)} where a comparison needs 2 (single answers: prompt/completion/label)"
+                f"{at('responses')} has {len(texts)} where a comparison needs 2 "
+                "(single answers: prompt/completion/label)"
             )
-    spoken = _speak(record.get("prompt"), texts, columns, template, at)
-    if isinstance(spoken, str):
-        return spoken
-    row, count = (
-        {"prompt": spoken[0], "responses": spoken[1], "scores": [float(score) for score in scores]},
-        len(texts),
-    )
-    for name, value in record.items():
-        if name in ("parents", "context", "ends") and form[0] == "responses":
-            good, what = {
-                "parents": (
-                    lambda k, parent: type(parent) is int and -1 <= parent < k,
-                    "-1 or the number of an earlier response",
-                ),
-                "context": (lambda k, text: _text(text, at("context"), empty=True) is text, "text"),
-                "ends": (lambda k, end: isinstance(end, bool), "true or false"),
-            }[name]
-            row[name] = _list(value, at(name), count, good, what)
-        elif name not in form and (name not in OWN or name == "reward" and isinstance(value, list)):
-            values = value if isinstance(value, list) else [value]
-            if len(values) == (count if values is value else 1) and all(
-                isinstance(v, (int, float)) for v in values
-            ):
-                values = [
-                    float(v) for v in _list(values, at(name), None, _finite, "a finite number")
-                ]
-                row[name] = values if isinstance(value, list) else values[0]
-    if count > 1:
-        if len(set(scores)) == 1:
+        return texts, ["responses"] * len(texts), scores
+
+    def structure(self, name, value, count, at):
+        """The column parents, context or ends of a graded list."""
+
+        def earlier(k, parent):
+            return type(parent) is int and -1 <= parent < k
+
+        def text(k, value):
+            return self.text(value, at, empty=True) is value
+
+        def flag(k, end):
+            return isinstance(end, bool)
+
+        good, what = {
+            "parents": (earlier, "-1 or the number of an earlier response"),
+            "context": (text, "text"),
+            "ends": (flag, "true or false"),
+        }[name]
+        return _list(value, at, count, good, what)
+
+    def column(self, name, value, count, at):
+        """{name: numbers} of a further column, or {} where it is left out."""
+        values = value if isinstance(value, list) else [value]
+        numbers = values and all(isinstance(v, (int, float)) for v in values)
+        if name == "q" and numbers:
+            self.probabilities(value, count, at)
+        elif name == "rank" and numbers and self.form[0] == "responses":
+            if sorted(_list(value, at, count)) != list(range(1, count + 1)):
+                raise DataError(f"{at} does not hold the ranks 1 to {count}, each once")
+        fits = numbers and len(values) == (count if values is value else 1)
+        known = name == "reward" and values is value  # of each response
+        usable = name not in RESERVED and name.isidentifier() and not name.startswith("_")
+        if not fits or not (usable or known):
+            return {}
+        values = [float(v) for v in _list(values, at, None, _finite, "a finite number")]
+        return {name: values if isinstance(value, list) else values[0]}
+
+    def probabilities(self, value, count, at):
+        """DataError unless the column q is a distribution over the responses."""
+
+        def share(k, value):
+            return _finite(k, value) and value >= 0
+
+        total = sum(_list(value, at, count, share, "a probability"))
+        if abs(total - 1) > 1e-4:
+            raise DataError(f"{at} sums to {total:g} where probabilities sum to 1")
+
+    def drop(self, row):
+        """The reason for which a row with several responses says nothing; None: it is kept."""
+        if len(row["responses"]) == 1:
+            return None
+        if len(set(row["scores"])) == 1:
             return "equal scores"
-        if not {"parents", "context"} & set(row) and all(
-            text == row["responses"][0] for text in row["responses"]
-        ):
+        plain = not {"parents", "context"} & set(row)
+        if plain and all(text == row["responses"][0] for text in row["responses"]):
             return "identical responses"
-        if count == 2 and "parents" not in row and scores[1] > scores[0]:
-            row = reorder(row, [1, 0])
-    return row
+        return None
 
+    def preferred_first(self, row):
+        """The row; of two responses that do not continue each other, the preferred one first."""
+        scores = row["scores"]
+        if len(scores) == 2 and "parents" not in row and scores[1] > scores[0]:
+            return reorder(row, [1, 0])
+        return row
 
-def _speak(prompt, texts, columns, template, at):
-    """The prompt and the responses as text (or token ids), or the reason for dropping the row."""
-    chat = any(
-        isinstance(text, list) and text and isinstance(text[0], dict) for text in [prompt, *texts]
-    )
-    if chat:
-        texts = [_chat(text, "assistant", at(column)) for text, column in zip(texts, columns)]
-    else:
-        texts = [_text(text, at(column)) for text, column in zip(texts, columns)]
-    if (
-        prompt is None or chat and isinstance(prompt, str) and texts[0][0]["role"] != "assistant"
-    ):  # the prompt is inside
+    # ------------------------------------------------------------ text
+
+    def speak(self, prompt, texts, columns, at):
+        """(prompt, responses) as text or token ids, or the reason for dropping the row."""
+        chat = any(
+            isinstance(text, list) and text and isinstance(text[0], dict)
+            for text in [prompt, *texts]
+        )
         if chat:
-            heads, texts = [text[:-1] for text in texts], [text[-1:] for text in texts]
+            texts = [_chat(text, "assistant", at(column)) for text, column in zip(texts, columns)]
         else:
-            parts = [
-                text.rpartition(TURN) if isinstance(text, str) else ("", "", "") for text in texts
-            ]
-            heads, texts = [head + turn for head, turn, _ in parts], [tail for _, _, tail in parts]
-        prompt = heads[0]
-        if not prompt:
-            raise DataError(
-                f"{at('prompt')} is missing, and '{columns[0]}' has no turn before the assistant's last (accepted: {ACCEPTED})"
-            )
-        # such transcripts are logs of what happened: what is odd in them is no fault of the file
-        if any(head != prompt for head in heads):
-            return "prompts differ"
-        if any(HUMAN in text for text in texts if not chat):
+            texts = [self.text(text, at(column)) for text, column in zip(texts, columns)]
+        repeated = chat and isinstance(prompt, str) and texts[0][0]["role"] != "assistant"
+        if prompt is None or repeated:  # the prompt is inside
+            apart = _apart(texts, chat)
+            if isinstance(apart, str):
+                return apart
+            prompt, texts = apart
+            if not prompt:
+                raise DataError(
+                    f"{at('prompt')} is missing, and '{columns[0]}' has no turn before the "
+                    f"assistant's last (accepted: {ACCEPTED})"
+                )
+        if not chat:
+            return self.text(prompt, at("prompt"), empty=True), texts
+        if any(text[-1]["role"] != "assistant" for text in texts):
             return "last turn is not the assistant's"
-        if not all((text[0]["content"] if chat else text).strip() for text in texts):
-            return "empty response"
-    if not chat:
-        return _text(prompt, at("prompt"), empty=True), texts
-    if any(text[-1]["role"] != "assistant" for text in texts):
-        return "last turn is not the assistant's"
-    prompt, responses, mark = _chat(prompt, "user", at("prompt")), [], "@@@"
-    if all(text[: len(prompt)] == prompt for text in texts):
-        texts = [text[len(prompt) :] for text in texts]
-    for text, column in zip(texts, columns):
+        prompt = _chat(prompt, "user", at("prompt"))
+        if all(text[: len(prompt)] == prompt for text in texts):
+            texts = [text[len(prompt) :] for text in texts]
+        framed = [self.frame(prompt, text, at(column)) for text, column in zip(texts, columns)]
+        return self.text(framed[0][0], at("prompt")), [response for _, response in framed]
+
+    def frame(self, prompt, text, at):
+        """(prompt, response) as the chat template writes the messages `prompt` and `text`."""
         if not text or not text[-1]["content"].strip():
-            raise DataError(f"{at(column)} is empty")
+            raise DataError(f"{at} is empty")
+        mark = "@@@"
+        marked = prompt + text[:-1] + [{**text[-1], "content": mark}]
         try:
-            head, full = template(prompt, True), template(prompt + text, False)
-            closing = template(
-                prompt + text[:-1] + [{**text[-1], "content": mark}], False
-            ).rpartition(mark)[2]
+            head, full = self.template(prompt, True), self.template(prompt + text, False)
+            closing = self.template(marked, False).rpartition(mark)[2]
+        except RecursionError:
+            raise
         except Exception as error:  # a template is foreign code: whatever it raises is its message
-            raise DataError(
-                f"{at(column)} is refused by the chat template: {printable(error_line(error))}"
-            ) from None
+            message = printable(error_line(error))
+            raise DataError(f"{at} is refused by the chat template: {message}") from None
         if not full.startswith(head):
             raise DataError(
-                f"{at(column)} cannot be told from its prompt: the chat template rewrites a prompt once it is answered"
+                f"{at} cannot be told from its prompt: "
+                "the chat template rewrites a prompt once it is answered"
             )
-        responses.append(_text(full[len(head) :].removesuffix(closing), at(column)))
-    return _text(head, at("prompt")), responses
+        return head, self.text(full[len(head) :].removesuffix(closing), at)
+
+    def text(self, value, at, empty=False):
+        """value, if it is text or a list of token ids."""
+        ids = isinstance(value, list) and all(type(token) is int for token in value)
+        if not (isinstance(value, str) or ids):
+            raise DataError(f"{at} holds {_kind(value)} where text belongs")
+        if not empty and not (value if ids else value.strip()):
+            raise DataError(f"{at} is empty")
+        if ids:
+            for token in value:
+                if not 0 <= token < self.ids_below:
+                    raise DataError(
+                        f"{at} holds {_shown(token)} where a token id from 0 to "
+                        f"{self.ids_below - 1} belongs"
+                    )
+        elif re.search("[\ud800-\udfff]", value):
+            raise DataError(f"{at} holds half a character (a lone surrogate)")
+        return value
+
+
+def _apart(texts, chat):
+    """(prompt, responses) of conversations that hold their prompt, or the reason to drop the row.
+
+    The prompt is empty where there is none. Such conversations are logs of what happened: what is
+    odd in them is no fault of the file.
+    """
+    if chat:
+        heads, tails = [text[:-1] for text in texts], [text[-1:] for text in texts]
+        contents = [tail[0]["content"] for tail in tails]
+    else:
+        parts = [text.rpartition(TURN) if isinstance(text, str) else ("",) * 3 for text in texts]
+        heads, tails = [head + turn for head, turn, _ in parts], [tail for _, _, tail in parts]
+        contents = tails
+    if not heads[0]:
+        return heads[0], tails
+    if any(head != heads[0] for head in heads):
+        return "prompts differ"
+    if any(HUMAN in tail for tail in tails if not chat):
+        return "last turn is not the assistant's"
+    if not all(content.strip() for content in contents):
+        return "empty response"
+    return heads[0], tails
 
 
 def _chat(value, role, at):
     """Messages without their null fields; a text is one message of `role`."""
     messages = [{"role": role, "content": value}] if isinstance(value, str) else value
-    good = (
-        isinstance(messages, list)
-        and messages
-        and all(isinstance(message, dict) for message in messages)
-    )
+    good = isinstance(messages, list) and messages
+    good = good and all(isinstance(message, dict) for message in messages)
     if not good or not all(
         isinstance(message.get(key), str) for message in messages for key in ("role", "content")
     ):
         raise DataError(
             f"{at} holds {_kind(value)} where messages with text under 'role' and 'content' belong"
         )
-    return [
-        {key: field for key, field in message.items() if field is not None} for message in messages
-    ]
+    return [{key: v for key, v in message.items() if v is not None} for message in messages]
 
 
-def _text(value, at, empty=False):
-    """value, if it is text or a list of token ids."""
-    ids = isinstance(value, list) and all(type(token) is int and token >= 0 for token in value)
-    if not (isinstance(value, str) or ids):
-        raise DataError(f"{at} holds {_kind(value)} where text belongs")
-    if not empty and not (value if ids else value.strip()):
-        raise DataError(f"{at} is empty")
-    if not ids and re.search("[\ud800-\udfff]", value):
-        raise DataError(f"{at} holds half a character (a lone surrogate)")
-    return value
+# ---------------------------------------------------------------- values
 
 
 def _list(value, at, count=None, good=None, what=None):
@@ -230,7 +335,7 @@ def _list(value, at, count=None, good=None, what=None):
         raise DataError(f"{at} has {len(value)} entries for {count} responses")
     for k, entry in enumerate(value):
         if good and not good(k, entry):
-            raise DataError(f"{at} holds {entry!r:.40} where {what} belongs")
+            raise DataError(f"{at} holds {_shown(entry)} where {what} belongs")
     return value
 
 
@@ -239,73 +344,66 @@ def _finite(k, value):
 
 
 def _kind(value):
-    return {
-        dict: "an object",
-        list: "a list",
-        str: "text",
-        bool: "true or false",
-        type(None): "null",
-    }.get(type(value), "a number")
+    """What a value is, in words."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return "a number"
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
+    names |= {type(None): "null", bytes: "bytes"}
+    return names.get(type(value), f"a {type(value).__name__}")
 
 
-def _records(source):
-    """(file:line, record) of a file or a Hub data set. Nothing in it is ever unpickled or executed."""
-    number, path, line = 0, Path(source).expanduser(), ""
-    hub = (
-        re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(:\w+)?", str(source)) and not path.parent.is_dir()
-    )
-    if (
-        path.is_dir()
-        or not path.exists()
-        and (not hub or path.suffix in (".jsonl", ".json", ".gz", ".parquet"))
-    ):
-        what = "is a folder" if path.is_dir() else "no such file"
-        raise DataError(
-            f"{source}: {what}; a .jsonl, .jsonl.gz or .parquet file belongs here, or owner/name of a data set on the Hub"
-        )
+def _shown(value):
+    """A value for a message: text and numbers as they are, anything else in words."""
+    if isinstance(value, str):
+        return f"'{printable(value, 40)}'"
+    plain = isinstance(value, (int, float, type(None)))
+    return printable(value, 40) if plain else _kind(value)
+
+
+# ---------------------------------------------------------------- the file
+
+
+def _records(source, limit):
+    """(place, record) of a file or a data set on the Hub; place is "file:line"."""
+    name, path, number = printable(source), Path(source).expanduser(), 0
+    hub = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(:\w+)?", str(source))
     try:
-        for number, record in enumerate(_raw(source, path), 1):
+        hub = hub and path.suffix not in (".jsonl", ".json", ".gz", ".parquet")
+        hub = hub and not path.parent.is_dir() and not path.exists()
+        if path.is_dir() or not hub and not path.exists():
+            what = "is a folder" if path.is_dir() else "no such file"
+            raise DataError(
+                f"{name}: {what}; a .jsonl, .jsonl.gz or .parquet file belongs here, "
+                "or owner/name of a data set on the Hub"
+            )
+        for number, record in enumerate(_hub(source) if hub else _raw(path, name, limit), 1):
             if isinstance(record, bytes):
-                try:
-                    line = record.decode("utf-8-sig")
-                    if not line.strip():
-                        continue
-                    record = json.loads(line)
-                except UnicodeDecodeError:
-                    raise DataError(
-                        f"{source}:{number}: not text in UTF-8: a binary file?"
-                    ) from None
-                except (ValueError, RecursionError) as error:
-                    cut = "" if line.endswith("\n") else "; is the file cut off?"
-                    raise DataError(
-                        f"{source}:{number}: not a line of JSON: {printable(error_line(error))}{cut}"
-                    ) from None
-            yield f"{source}:{number}", record
+                if not record.strip(BLANK):
+                    continue
+                record = _parsed(record, f"{name}:{number}")
+            yield f"{name}:{number}", record
     except DataError:
         raise
     except Exception as error:  # zlib, gzip, Arrow, the network and the Hub have dozens of types
-        raise DataError(
-            f"{source}: cannot be read{f' beyond line {number}' if number else ''}: {printable(error_line(error))}"
-        ) from None
+        beyond = f" beyond line {number}" if number else ""
+        raise DataError(f"{name}: cannot be read{beyond}: {printable(error_line(error))}") from None
 
 
-def _raw(source, path):
-    """The lines (bytes) of a file, or the records of a Parquet file or a Hub data set."""
-    if not path.exists():
-        import logging
+def _parsed(line, where):
+    """The record of a line (bytes) of JSON Lines."""
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise DataError(f"{where}: not text in UTF-8: a binary file?") from None
+    except (ValueError, RecursionError) as error:
+        cut = "" if line.endswith(b"\n") else "; is the file cut off?"
+        message = printable(error_line(error))
+        raise DataError(f"{where}: not a line of JSON: {message}{cut}") from None
 
-        import datasets
 
-        logging.getLogger("huggingface_hub").setLevel(
-            logging.ERROR
-        )  # it reports every retry of a download
-        if int(datasets.__version__.split(".")[0]) < 4:
-            raise DataError(
-                f"{source}: datasets {datasets.__version__} may run code from the Hub; version 4 or later does not"
-            )
-        name, _, part = str(source).partition(":")
-        yield from datasets.load_dataset(name, split=part or "train")
-        return
+def _raw(path, name, limit):
+    """The lines (bytes) of a text file, or the records of a Parquet file."""
+    size, large = 0, f"more than {limit / 2**30:g} GiB once unpacked; --data_limit allows more"
     with path.open("rb") as file:
         magic = file.read(4)
         file.seek(0)
@@ -313,117 +411,132 @@ def _raw(source, path):
             import pyarrow.parquet
 
             for batch in pyarrow.parquet.ParquetFile(file).iter_batches(1024):
+                size += batch.nbytes
+                if size > limit:
+                    raise DataError(f"{name}: {large}")
                 yield from batch.to_pylist()
-        else:
-            yield from gzip.open(file) if magic[:2] == b"\x1f\x8b" else file
+            return
+        lines = gzip.open(file) if magic[:2] == b"\x1f\x8b" else file
+        while line := lines.readline(limit + 1 - size):
+            size += len(line)
+            if size > limit:
+                raise DataError(f"{name}: {large}")
+            yield line
+
+
+def _hub(source):
+    """The records of a data set on the Hub."""
+    import datasets
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every retry
+    if int(datasets.__version__.split(".")[0]) < 4:
+        raise DataError(
+            f"{source}: datasets {datasets.__version__} may run code from the Hub; "
+            "version 4 or later does not"
+        )
+    name, _, part = str(source).partition(":")
+    yield from datasets.load_dataset(name, split=part or "train")
 
 
 def split(rows, seed, fraction=0.1):
-    """(train, held_out): about `fraction` of the distinct prompts are held out, but at least one and never the last.
+    """(train, held_out): about `fraction` of the distinct prompts are held out.
 
-    Equal prompts stay on one side, and the side does not depend on the order of the rows."""
+    At least one is, and never the last one. Equal prompts stay on one side, and the side does not
+    depend on the order of the rows.
+    """
     rank = {
         str(row["prompt"]): hashlib.sha256(f"{seed}\0{row['prompt']}".encode()).digest()
         for row in rows
     }
-    held = set(
-        sorted(rank, key=rank.get)[
-            : min(max(1, round(fraction * len(rank))), len(rank) - 1) if fraction else 0
-        ]
-    )
-    return [row for row in rows if str(row["prompt"]) not in held], [
-        row for row in rows if str(row["prompt"]) in held
-    ]
+    count = min(max(1, round(fraction * len(rank))), len(rank) - 1) if fraction else 0
+    held = set(sorted(rank, key=rank.get)[:count])
+    train = [row for row in rows if str(row["prompt"]) not in held]
+    return train, [row for row in rows if str(row["prompt"]) in held]
 
 
 # ---------------------------------------------------------------- the world
 
 
 class World(world.World):
-    """Real preferences: no true reward, so accuracy on held-out pairs and the KL are what can be measured.
+    """The world of one file. `train` and `held_out` are its rows.
 
-    Its tokenizer is the checkpoint's with --init, otherwise GPT-2's (or bytes), for a small model trained on the preferred responses."""
+    source, limit: as `read_preferences` takes them.
+    tokenizer: the checkpoint's, or one for text; token ids in the file must be its own.
+    context: tokens that the base model's context holds. seed: picks the held-out prompts.
+    from_checkpoint: whether alignment starts from a checkpoint, which takes smaller steps than a
+        model that has just been trained.
+    DataError: as `read_preferences`, or there is one prompt only.
+    """
 
     kind = "text"
+    pretrain = dict(steps=100, batch_size=8, lr=1e-3)
+    max_response = 64
 
-    def __init__(self, settings, start=None):
-        tokenizer = start.tokenizer if start is not None else Tokenizer.text()
-        rows, self.counts = read_preferences(settings.data, tokenizer.chat)
-        self.name, self.tokenizer = Path(str(settings.data)).name, tokenizer
-        self.train, self.held_out = split(rows, settings.base_seed)
-        self.context = settings.context or 512
-        self.max_response = 64
-        # a checkpoint wants smaller steps than a model of yesterday
-        self.align = dict(
-            steps=100, batch_size=8, lr=5e-6 if start is not None else 3e-4, prompts=len(self.train)
+    def __init__(self, source, tokenizer, context=512, seed=0, from_checkpoint=False, limit=LIMIT):
+        rows, self.counts = read_preferences(
+            source, tokenizer.chat, vocab_size=tokenizer.vocab_size, limit=limit
         )
-        self.pretrain = dict(steps=100, batch_size=8, lr=1e-3)
-        self.single = len(rows[0]["responses"]) == 1  # answers with a label, nothing to compare
+        self.name, self.tokenizer = printable(Path(source).name), tokenizer
+        self.context = context
+        self.train, self.held_out = split(rows, seed)
         if not self.held_out:
-            raise DataError(f"{settings.data}: one prompt only, so no held-out pairs")
+            raise DataError(f"{printable(source)}: one prompt only, so no held-out pairs")
+        self.single = len(rows[0]["responses"]) == 1
+        lr = 5e-6 if from_checkpoint else 3e-4
+        self.align = dict(steps=100, batch_size=8, lr=lr, prompts=len(self.train))
 
     def key(self):
-        """What makes this world's base model, for cache keys."""
+        """All that makes this world's base model: the rows, the tokenizer and the context."""
         rows = json.dumps([[row["prompt"], row["responses"], row["scores"]] for row in self.train])
-        return [
-            self.name,
-            self.tokenizer.name,
-            self.context,
-            hashlib.sha256(rows.encode()).hexdigest(),
-        ]
+        hashed = hashlib.sha256(rows.encode()).hexdigest()
+        return [self.name, self.tokenizer.name, self.context, hashed]
 
     def model(self):
-        """A small GPT for the tokenizer at hand."""
-        from nanomodel import GPT, GPTConfig
-
-        shape = dict(
+        """A small GPT: four layers of width 128, as many tokens as the tokenizer has."""
+        config = GPTConfig(
+            vocab_size=self.tokenizer.vocab_size,
             hidden_size=128,
             intermediate_size=384,
             num_hidden_layers=4,
             num_attention_heads=4,
             num_key_value_heads=4,
+            max_position_embeddings=self.context,
         )
-        return GPT(
-            GPTConfig(
-                vocab_size=self.tokenizer.vocab_size, max_position_embeddings=self.context, **shape
-            ),
-            self.tokenizer,
-        )
+        return GPT(config, self.tokenizer)
 
     def demonstrations(self, n, rng):
-        """The best response of each training row (single answers: the good ones), in a circle of n."""
-        best = [max(range(len(row["scores"])), key=row["scores"].__getitem__) for row in self.train]
-        best = [
-            (row, k) for row, k in zip(self.train, best) if not self.single or row["scores"][k] > 0
-        ]
+        """n rows with the best response of each training row, in a circle.
+
+        Of single responses only the good ones are taken. DataError: there is none.
+        """
+        best = []
+        for row in self.train:
+            k = max(range(len(row["scores"])), key=row["scores"].__getitem__)
+            if not self.single or row["scores"][k] > 0:
+                best.append(
+                    dict(prompt=row["prompt"], responses=[row["responses"][k]], scores=[1.0])
+                )
         if not best:
             raise DataError(f"{self.name} has no answer that is labelled good")
-        rows = [
-            {"prompt": row["prompt"], "responses": [row["responses"][k]], "scores": [1.0]}
-            for row, k in best
-        ]
-        return [rows[i % len(rows)] for i in range(n)]
+        return [best[i % len(best)] for i in range(n)]
 
     def prompts(self, n, rng):
         """The first n held-out prompts."""
         return [row["prompt"] for row in self.held_out][:n]
 
     def given(self, k):
-        """Training rows; with k = 2 the best and the worst response of each list (chains and trees stay as they are)."""
+        """The training rows; with k = 2 the best and the worst response of each list.
+
+        Chains and trees stay as they are.
+        """
         return [as_pair(row) for row in self.train] if k == 2 else self.train
 
 
 def as_pair(row):
-    """The best and the worst response of a list as a pair, the preferred first."""
-    if len(row["responses"]) == 2 or row.get("parents"):
-        return row
+    """The best and the worst response of a list as a pair, chosen first; a tree stays as it is."""
     scores = row["scores"]
-    order = [
-        max(range(len(scores)), key=scores.__getitem__),
-        min(range(len(scores)), key=scores.__getitem__),
-    ]
-    size = len(scores)
-    return {
-        k: [v[i] for i in order] if isinstance(v, list) and k != "prompt" and len(v) == size else v
-        for k, v in row.items()
-    } | {"scores": [1.0, 0.0]}
+    if len(scores) <= 2 or row.get("parents"):
+        return row
+    places = range(len(scores))
+    best, worst = max(places, key=scores.__getitem__), min(places, key=scores.__getitem__)
+    return reorder(row, [best, worst]) | {"scores": [1.0, 0.0]}

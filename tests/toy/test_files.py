@@ -1,14 +1,18 @@
 """Reading preference files: every accepted format, every refusal with its place, and nothing dropped without being counted."""
 
+import datetime
 import gzip
 import json
 import sys
+import tracemalloc
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from data import DataError
+from data import DataError, Tokenizer, UserError, collate, fit_context
 from lab.hub import chat_template
+from toy import files
 from toy.files import read_preferences, split
 
 PAIR = {"prompt": "2 + 2 is", "chosen": " 4", "rejected": " 5"}
@@ -22,6 +26,11 @@ USER, GOOD, BAD = (
     {"role": r, "content": c}
     for r, c in (("user", "hi"), ("assistant", "hello"), ("assistant", "go away"))
 )
+
+
+def bare(rows):
+    """The rows without their places."""
+    return [{name: value for name, value in row.items() if name != "where"} for row in rows]
 
 
 def write(path, *records):
@@ -51,6 +60,7 @@ def test_pairs_with_a_prompt_column_keep_file_order_and_numbers(tmp_path):
         "prompt": "2 + 2 is",
         "responses": [" 4", " 5"],
         "scores": [1.0, 0.0],
+        "where": f"{tmp_path}/p.jsonl:1",
         "margin": 2.0,
         "lengths": [1.0, 3.0],
     }
@@ -82,7 +92,7 @@ def test_graded_solutions_keep_scores_and_drop_ties(tmp_path):
     source = {"source": ["small", "large", "human"]}
     ties = GRADED | source | {"scores": [0, 0, 0]}
     rows, counts = read_preferences(write(tmp_path / "g.jsonl", GRADED | source, ties))
-    assert rows == [GRADED] and counts == {"equal scores": 1}
+    assert bare(rows) == [GRADED] and counts == {"equal scores": 1}
 
 
 def test_a_graded_list_of_two_comes_out_preferred_first(tmp_path):
@@ -93,8 +103,8 @@ def test_a_graded_list_of_two_comes_out_preferred_first(tmp_path):
         "context": ["", "x"],
         "reward": [0, 1],
     }
-    (row,), _ = read_preferences(write(tmp_path / "g.jsonl", record))
-    assert row == {
+    rows, _ = read_preferences(write(tmp_path / "g.jsonl", record))
+    assert bare(rows)[0] == {
         "prompt": "p",
         "responses": ["a", "b"],
         "scores": [3.0, -1.0],
@@ -112,8 +122,8 @@ def test_trees_carry_parents_context_ends_and_token_ids(tmp_path):
         "context": ["", [9]],
         "ends": [False, True],
     }
-    (row,), _ = read_preferences(write(tmp_path / "t.jsonl", tree))
-    assert row == tree  # with parents the order is the tree's
+    rows, _ = read_preferences(write(tmp_path / "t.jsonl", tree))
+    assert bare(rows) == [tree]  # with parents the order is the tree's
 
 
 def test_unpaired_labels_become_rows_of_one(tmp_path):
@@ -159,16 +169,15 @@ def test_gzip_parquet_and_blank_lines_read_like_plain_lines(tmp_path):
     import pyarrow.parquet
 
     other = PAIR | {"prompt": "caf\u00e9"}
-    plain = read_preferences(write(tmp_path / "p.jsonl", PAIR, "", other))
+    rows, counts = read_preferences(write(tmp_path / "p.jsonl", PAIR, "", other))
+    assert [row["where"] for row in rows] == [f"{tmp_path}/p.jsonl:{n}" for n in (1, 3)]
     (tmp_path / "named_anyhow").write_bytes(
         gzip.compress(b"\xef\xbb\xbf" + (tmp_path / "p.jsonl").read_bytes())
     )
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([PAIR, other]), tmp_path / "p.parquet")
-    assert (
-        read_preferences(tmp_path / "named_anyhow")
-        == plain
-        == read_preferences(str(tmp_path / "p.parquet"))
-    )
+    for name in ("named_anyhow", "p.parquet"):
+        again = read_preferences(str(tmp_path / name))
+        assert (bare(again[0]), again[1]) == (bare(rows), counts)
     pyarrow.parquet.write_table(
         pyarrow.Table.from_pylist([GRADED, GRADED | {"scores": None}]), tmp_path / "g.parquet"
     )
@@ -452,3 +461,237 @@ def test_split_of_few_prompts_never_empties_the_training_side(prompts, sizes):
         (len(train), len(held)) == sizes if sizes else len(train) in (1, 2) and len(held) in (1, 2)
     )
     assert split([{"prompt": p} for p in prompts], 3, fraction=0)[1] == []
+
+
+# ---- hostile values and names
+
+ESC = "\x1b[31mred\x07\u202e"
+
+
+def fault(path, *records, **options):
+    """The one line that a damaged file ends with."""
+    with pytest.raises(DataError) as caught:
+        read_preferences(write(path, *records), **options)
+    line = str(caught.value)
+    assert "\n" not in line and line.isprintable() and len(line) < 600
+    return line
+
+
+@pytest.mark.parametrize("token", [100, 999_999, 2**31, 2**63, 10**30, -1, -(10**30)])
+@pytest.mark.parametrize("column", ["prompt", "chosen", "rejected"])
+def test_a_token_id_outside_the_vocabulary_is_refused(tmp_path, token, column):
+    good = {"prompt": [1, 2], "chosen": [3, 99], "rejected": [4]}
+    line = fault(tmp_path / "ids.jsonl", good, good | {column: [5, token]}, vocab_size=100)
+    assert line.endswith(
+        f"ids.jsonl:2: column '{column}' holds {token} where a token id from 0 to 99 belongs"
+    )
+
+
+def test_without_a_vocabulary_a_token_id_still_fits_into_32_bits(tmp_path):
+    good = {"prompt": [1], "chosen": [2**31 - 1], "rejected": [4]}
+    assert read_preferences(write(tmp_path / "ids.jsonl", good))[0]
+    assert "holds 2147483648" in fault(tmp_path / "ids.jsonl", good | {"chosen": [2**31]})
+
+
+def test_token_ids_in_contexts_and_responses_are_checked_too(tmp_path):
+    lists = {"prompt": "p", "responses": [[1], [2]], "scores": [0, 1], "context": ["", [7]]}
+    assert "column 'context' holds 7" in fault(tmp_path / "l.jsonl", lists, vocab_size=7)
+    lists = {"prompt": "p", "responses": [[1], [2, 9]], "scores": [0, 1]}
+    assert "column 'responses' holds 9" in fault(tmp_path / "l.jsonl", lists, vocab_size=7)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {ESC: 1, "b\nc": 2},
+        {ESC: "x" * 1000, **{f"column {i}": i for i in range(5000)}},
+        SINGLE | {"label": ESC},
+        SINGLE | {"label": {ESC: ESC}},
+        GRADED | {"scores": [1, 0, ESC]},
+        GRADED | {"scores": [1, 0, [ESC]]},
+        GRADED | {"parents": [ESC, 0, 0]},
+        GRADED | {"ends": [True, True, "\ud800\n"]},
+        PAIR | {"chosen": [USER | {"role": 3, ESC: ESC}]},
+        "\x1b[2J{" + ESC,
+    ],
+    ids=range(10),
+)
+def test_nothing_of_a_file_reaches_the_terminal_raw(tmp_path, record):
+    fault(tmp_path / "f.jsonl", record)
+
+
+def test_the_name_of_a_file_is_printed_without_control_characters(tmp_path):
+    path = write(tmp_path / "\x1b[31m\nname.jsonl", *(PAIR | {"prompt": p} for p in "abc"))
+    assert files.World(path, Tokenizer.toy([])).name == r"\x1b[31m\nname.jsonl"
+    fault(path, {})
+    with pytest.raises(DataError) as caught:
+        read_preferences(tmp_path / "\x1b[31m\nno.jsonl")
+    assert str(caught.value).isprintable()
+
+
+def test_messages_of_arrow_are_printed_without_control_characters(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "f.parquet"
+    table = pyarrow.Table.from_pylist([{ESC: 1, "prompt": "p"}])
+    pyarrow.parquet.write_table(table, path)
+    with pytest.raises(DataError, match="column 'chosen' is missing") as caught:
+        read_preferences(path)
+    assert str(caught.value).isprintable()
+    content = path.read_bytes()
+    for start in range(4, len(content) - 8, 7):
+        path.write_bytes(content[:start] + b"\x1b[31m\n" + content[start + 6 :])
+        with pytest.raises(DataError) as caught:
+            read_preferences(path)
+        assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [b"bytes", datetime.date(2024, 1, 2), {"a": 1}, [{"a": 1}], [[1.5]], 3, [None]],
+    ids=["bytes", "date", "struct", "structs", "lists", "number", "nulls"],
+)
+def test_parquet_values_of_other_types_are_one_line(tmp_path, value):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "f.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([PAIR | {"chosen": value}]), path)
+    with pytest.raises(DataError, match=r"f.parquet:1: column 'chosen' holds "):
+        read_preferences(path)
+
+
+@pytest.mark.parametrize("depth", [90, 900, 5000, 90_000])
+@pytest.mark.parametrize("column", ["prompt", "chosen", "margin", "messages"])
+def test_deep_nesting_is_one_line_or_no_harm(tmp_path, column, depth):
+    deep = "[" * depth + "]" * depth
+    if column == "messages":  # an extra field of a message, compared and given to the template
+        message = json.dumps(USER)[:-1] + f', "extra": {deep}}}'
+        record = f'{{"chosen": [{message}, {json.dumps(GOOD)}], "rejected": [{message}, '
+        record += f"{json.dumps(BAD)}]}}"
+    else:
+        record = json.dumps(PAIR)[:-1] + f', "{column}": {deep}}}'
+    path = write(tmp_path / "deep.jsonl", record)
+    try:
+        rows, _ = read_preferences(path)
+    except DataError as error:
+        assert str(error).startswith(f"{path}:1: ") and len(str(error)) < 600
+    else:
+        assert len(rows) == 1 and column not in ("prompt", "chosen")
+
+
+@pytest.mark.parametrize("name", sorted(files.RESERVED) + ["__class__", "__deepcopy__", "a b", "7"])
+def test_a_column_named_like_a_field_of_the_batch_is_left_out(tmp_path, name):
+    if name in ("prompt", "parents", "context", "ends"):
+        return  # they have a meaning of their own
+    record = {name: 1.0} | GRADED | {"fine": 2}
+    rows, _ = read_preferences(write(tmp_path / "f.jsonl", record, record))
+    assert set(rows[0]) == {"prompt", "responses", "scores", "where", "fine"}
+    batch = collate(rows, Tokenizer.toy([]))
+    assert batch.mask.dtype is torch.bool and batch.fine.tolist() == [2.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ({"q": [0.7, 0.4, 0.3]}, "column 'q' sums to 1.4 where probabilities sum to 1"),
+        ({"q": [1.2, -0.4, 0.2]}, "column 'q' holds -0.4 where a probability belongs"),
+        ({"q": [0.5, 0.5]}, "column 'q' has 2 entries for 3 responses"),
+        ({"q": 0.5}, "column 'q' holds a number where a list belongs"),
+        ({"q": [1, float("nan"), 0]}, "column 'q' holds nan where a probability belongs"),
+        ({"rank": [1, 1, 2]}, "column 'rank' does not hold the ranks 1 to 3, each once"),
+        ({"rank": [0, 1, 2]}, "column 'rank' does not hold the ranks 1 to 3, each once"),
+        ({"rank": 1}, "column 'rank' holds a number where a list belongs"),
+        ({"margin": float("inf")}, "column 'margin' holds inf where a finite number belongs"),
+        ({"margin": 10**60}, "column 'margin' holds 1000"),
+        ({"reward": [1, 2, float("inf")]}, "column 'reward' holds inf"),
+    ],
+)
+def test_a_column_with_a_meaning_is_checked_when_it_is_read(tmp_path, column, message):
+    assert f"f.jsonl:2: {message}" in fault(tmp_path / "f.jsonl", GRADED, GRADED | column)
+
+
+def test_columns_with_a_meaning_are_kept_where_they_are_right(tmp_path):
+    record = GRADED | {"q": [0.5, 0.2, 0.3], "rank": [1, 3, 2]}
+    assert bare(read_preferences(write(tmp_path / "f.jsonl", record))[0]) == [record]
+    record = PAIR | {"q": "a question", "rank": 7}  # of another meaning in other files
+    assert "q" not in read_preferences(write(tmp_path / "f.jsonl", record))[0][0]
+
+
+# ---- limits
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("lines", [1, 1000])
+def test_a_file_that_unpacks_to_more_than_the_limit_is_refused_early(tmp_path, packed, lines):
+    record = json.dumps(PAIR | {"prompt": "x" * (10**7 // lines)}).encode() + b"\n"
+    path = tmp_path / "large.jsonl"
+    path.write_bytes(gzip.compress(record * lines) if packed else record * lines)
+    tracemalloc.start()
+    with pytest.raises(
+        DataError, match="large.jsonl: more than .* GiB once unpacked; --data_limit"
+    ):
+        read_preferences(path, limit=10**6)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 6e6
+    assert len(read_preferences(path)[0]) == lines
+
+
+def test_a_parquet_file_that_unpacks_to_more_than_the_limit_is_refused(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "large.parquet"
+    rows = [PAIR | {"prompt": "x" * 1000}] * 5000
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    assert path.stat().st_size < 10**5
+    with pytest.raises(DataError, match="large.parquet: more than"):
+        read_preferences(path, limit=2 * 10**6)
+
+
+# ---- the world
+
+
+def test_the_world_of_a_file_takes_the_tokenizer_that_it_is_given(tmp_path):
+    path = write(tmp_path / "p.jsonl", *(PAIR | {"prompt": str(i)} for i in range(20)))
+    world = files.World(path, Tokenizer.toy([" 4"]), context=32, seed=3)
+    assert (len(world.train), len(world.held_out)) == (18, 2) and world.name == "p.jsonl"
+    assert world.model().config.max_position_embeddings == 32
+    assert (
+        world.align["lr"] > files.World(path, Tokenizer.toy([]), from_checkpoint=True).align["lr"]
+    )
+    assert {row["responses"][0] for row in world.demonstrations(30, None)} == {" 4"}
+    assert world.reward is None and world.single is False
+    assert world.key() != files.World(path, Tokenizer.toy([" 4"]), context=32, seed=4).key()
+    ids = write(tmp_path / "i.jsonl", {"prompt": [1], "chosen": [300], "rejected": [3]})
+    with pytest.raises(DataError, match="i.jsonl:1: column 'chosen' holds 300"):
+        files.World(ids, Tokenizer.toy([]))
+
+
+def test_lists_become_pairs_of_the_best_and_the_worst(tmp_path):
+    lists = [GRADED | {"prompt": p, "scores": [1, 0, 2], "rank": [2, 3, 1]} for p in "abc"]
+    world = files.World(write(tmp_path / "g.jsonl", *lists), Tokenizer.toy([]))
+    assert all(len(row["responses"]) == 3 for row in world.given(None))
+    assert bare(world.given(2))[0] | {"prompt": "a"} == {
+        "prompt": "a",
+        "responses": ["7 it is", "3 + 4 = 8"],
+        "scores": [1.0, 0.0],
+        "rank": [1.0, 3.0],
+    }
+
+
+def test_a_file_of_bad_answers_alone_has_no_demonstrations(tmp_path):
+    bad = [SINGLE | {"prompt": p, "label": False} for p in "ab"]
+    world = files.World(write(tmp_path / "s.jsonl", *bad), Tokenizer.toy([]))
+    assert world.single
+    with pytest.raises(DataError, match="s.jsonl has no answer that is labelled good"):
+        world.demonstrations(3, None)
+
+
+def test_a_prompt_that_does_not_fit_is_named_with_its_place(tmp_path):
+    path = write(tmp_path / "p.jsonl", PAIR, PAIR | {"prompt": "long " * 20})
+    rows, _ = read_preferences(path)
+    with pytest.raises(UserError, match="p.jsonl:2: a prompt with its responses takes 103 tokens"):
+        fit_context(rows, Tokenizer.toy([]), 32)
