@@ -1,6 +1,7 @@
 """DPO against its paper: numbers, gradients, identities, and the optimum in a table."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,7 +67,36 @@ def test_sums_are_taken_in_float32_under_bfloat16():
     assert losses.item() == pytest.approx(math.log1p(math.e), abs=1e-6)
 
 
+@pytest.mark.paper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("margin", [1e4, -1e4])
+def test_huge_margins_stay_finite(dtype, margin):
+    item = one_pair(margin, 0.0, dtype=dtype)
+    losses, gradient = value_and_gradient(loss, *item, Config(beta=1.0))
+    assert losses.isfinite().all() and losses.dtype == torch.promote_types(dtype, torch.float32)
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("beta", [0.0, -0.1, math.inf, math.nan])
+def test_beta_must_be_positive_and_finite(beta):
+    with pytest.raises(ValueError, match="beta"):
+        Config(beta=beta)
+
+
 # ---- identities
+
+
+@pytest.mark.paper
+def test_padding_and_the_other_rows_change_nothing():
+    logps, ref_logps, batch = ragged(seed=2)
+    plain, mask = loss(logps, ref_logps, batch, Config(beta=0.4))[0], batch.mask
+    padded = [torch.nn.functional.pad(x, (0, 3)) for x in (logps, ref_logps, mask)]
+    wide = loss(*padded[:2], SimpleNamespace(mask=padded[2]), Config(beta=0.4))[0]
+    torch.testing.assert_close(wide, plain, rtol=0, atol=1e-12)
+    for b in range(len(plain)):
+        one = [x[b : b + 1] for x in (logps, ref_logps, mask)]
+        alone = loss(*one[:2], SimpleNamespace(mask=one[2]), Config(beta=0.4))[0]
+        torch.testing.assert_close(alone[0], plain[b], rtol=0, atol=1e-12)
 
 
 @pytest.mark.paper
