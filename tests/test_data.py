@@ -138,7 +138,7 @@ def test_a_prompt_tree_is_laid_out_as_in_the_hand_made_example():
         ends=[False, True, False],
     )
     tree = encode(row, IDS)["tree"]
-    #           prompt  0     1's separator and 6   2's separator; the last token of a leaf is no input
+    # the prompt, response 0, 1's separator and 6, 2's separator (a leaf's last token is no input)
     assert tree.tokens == [2, 3, 4, 5, 9, 6, 8, 8]
     assert tree.position == [0, 1, 2, 3, 4, 5, 2, 3]
     assert tree.branch == [0, 0, 1, 1, 2, 2, 3, 3]

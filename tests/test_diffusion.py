@@ -1,4 +1,4 @@
-"""The noise process, predictions, samplers and inversion against closed forms in float64, and the image models' scores."""
+"""The noise process, samplers and inversion against closed forms in float64; the UNet's scores."""
 
 import copy
 import math
@@ -97,7 +97,8 @@ def test_predictions_of_the_check_point():
     # EDM's F for data of unit variance is minus VP's v, and for very wide data minus the noise
     close(predict("edm", X0, EPS, A), -predict("v_vp", X0, EPS, A))
     close(predict("edm", X0, EPS, A, sd=1e9), -EPS)
-    # k-Diff's u at k = 1/2 is half the velocity of flow matching, at 1 the image, at 0 minus the noise
+    # k-Diff's u is half the velocity of flow matching at k = 1/2, the image at 1, minus the noise
+    # at 0
     close(predict("u", X0, EPS, A), predict("v_flow", X0, EPS, A) / 2)
     close(predict("u", X0, EPS, A, k=1.0), X0)
     close(predict("u", X0, EPS, A, k=0.0), -EPS)
@@ -252,7 +253,7 @@ def test_one_step_on_gaussian_data(std, a, b, factor):
     ],
 )
 def test_inversion_of_gaussian_data(std, steps, ddim, renoise, fixed):
-    """To t = 500 and back on the same grid; exactly where the ODE would land is 1 for std 1 and 1.940776 for std 1/2."""
+    """To t = 500 and back on one grid. The ODE lands at 1 for std 1, at 1.940776 for std 1/2."""
     model, label = Gaussian(std), torch.zeros(1, dtype=torch.long)
     times = torch.arange(1, steps + 1)[:, None] * 500 // steps
     levels = torch.cat([torch.ones(1, 1, dtype=torch.float64), model.alpha_bar[times]])
@@ -391,7 +392,10 @@ def test_edm_weighted_logps_are_minus_the_error_of_F():
 
 
 def test_diffusion_dpo_of_these_scores():
-    """beta on sums is beta_code / (2 D) on means; equal models give ln 2, equal images no gradient."""
+    """beta on sums is beta_code / (2 D) on means.
+
+    Equal models give ln 2, equal images no gradient.
+    """
     model = small()
     reference = copy.deepcopy(model)
     batch = model.prepare(image_batch(model, 6, 2), rng())

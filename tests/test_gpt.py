@@ -1,4 +1,4 @@
-"""GPT: packed prompt trees, the cache and checkpoint folders against a plain transformer that reads one path at a time."""
+"""GPT: packed prompt trees and the cache against a plain transformer that reads path by path."""
 
 import math
 from types import SimpleNamespace
@@ -34,7 +34,7 @@ def make(seed=0, dtype=torch.float64, vocab=VOCAB, tokenizer=IDS, **changes):
 
 
 def plain(model, ids):
-    """Logits (S, V) of one sequence: attention written out head by head, rotary positions as complex numbers."""
+    """Logits (S, V) of one sequence: attention head by head, rotation as complex numbers."""
     c, w = model.config, dict(model.named_parameters())
     half, size = c.head_dim // 2, len(ids)
     angle = torch.arange(size).float()[:, None] * c.rope_theta ** (
@@ -86,7 +86,7 @@ def path(row, k):
 
 
 def oracle(model, rows):
-    """For each row a list of K tensors: log-probs of the response tokens, every path as a row of its own."""
+    """For each row K tensors of log-probs of response tokens, every path as a row of its own."""
     out = []
     for row in rows:
         out.append([])
@@ -235,7 +235,7 @@ def test_what_padding_holds_reaches_neither_log_probs_nor_gradients():
 
 
 def certain(next_token):
-    """A GPT that gives `next_token[v]` after token v with certainty: embeddings are the identity, the layers add nothing."""
+    """A GPT that is certain of `next_token[v]` after token v: one-hot embeddings, idle layers."""
     size = len(next_token)
     model = make(vocab=size, hidden_size=size, num_hidden_layers=1, tie_word_embeddings=False)
     with torch.no_grad():
