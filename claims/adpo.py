@@ -88,7 +88,7 @@ def measure(lab):
     def data(lab, base):
         return lab.preferences(base, k=4)
 
-    how = dict(flip=0.3, k=4, steps=100, batch_size=32, eval_size=512)
+    how = dict(flip=0.3, k=4, steps=100, batch_size=32, eval_size=512, eval_every=10)
     return series | lab.race(arms, data, **how)
 
 
@@ -141,6 +141,16 @@ CLAIMS += [
         "anchored, reviews",
         ">",
         "no anchor, reviews",
+        margin=0.1,
+    ),
+    claim(
+        "On reviews with 30 % of neighbors flipped, ADPO with its anchor has a higher true reward "
+        "than without one at matched KL",
+        "reward",
+        "anchored, reviews",
+        ">",
+        "no anchor, reviews",
+        at_kl="shared",
         margin=0.1,
     ),
 ]
