@@ -113,7 +113,7 @@ def make_world(settings, start=None):
             raise UserError("--world and --data exclude each other")
         if settings.data.endswith(".npz"):
             return importlib.import_module("toy.digits").World.from_npz(
-                settings.data, settings.image_size
+                settings.data, settings.image_size, int(settings.data_limit * 2**30)
             )
         if start is not None and not isinstance(start, nanomodel.GPT):
             kind = type(start).__name__

@@ -1,11 +1,17 @@
-"""Handwritten digits: a prompt is a class, a response an image, the truth a fixed classifier's opinion plus the ink spent.
+"""Handwritten digits: a prompt is a class, a response is an image of 8 x 8 pixels.
 
-The images are scikit-learn's 1,797 real 8x8 digits, or those of an .npz file (`World.from_npz`), scaled to [-1, 1]. The reward
-asks for a digit that the classifier recognises and for thick strokes, up to half of the pixels, so a white page is worse than a
-digit. It is no judge of handwriting: what a method pays for it shows in the Frechet distance between its samples and the data.
+    prompt 7    response: an image (1, 8, 8) of numbers from -1 (black) to 1 (white)
+
+The images are scikit-learn's 1,797 real digits, or those of an .npz file (`World.from_npz`). The
+reward asks for a digit that a fixed classifier recognizes, and for thick strokes up to a page that
+is half white; it lies between -8 and 0. Neither part knows what handwriting looks like, so the
+reward can be gamed: blobs that the classifier is sure of and extra ink are both rewarded. What that
+costs shows in the Frechet distance between samples and data, which the reward does not contain.
 """
 
 import hashlib
+import warnings
+import zipfile
 
 import torch
 import torch.nn.functional as F
@@ -14,21 +20,27 @@ from data import UserError, printable
 from nanomodel import UNet, UNetConfig
 from toy import world
 
-FLOOR = (
-    -5.0
-)  # least log-probability that counts: an image of another class costs this much and no more
+FLOOR = -5.0  # least log-probability that counts: an image of another class costs no more
 INK = 3.0  # what the mean pixel is worth, up to an image that is half white
+SAMPLE = 5000  # images that the classifier is fitted to, at most
+CLASSES, NUMBERS = 256, 4096  # classes, and numbers of an image (C * H * W), at most
+LIMIT = 2**30  # bytes of an .npz file, once it is unpacked
 
 
 class World(world.World):
+    """The world of labelled images: `images` (N, C, H, W) in [-1, 1] and `labels` (N,).
+
+    images: (N, H, W) or (N, H, W, 1 or 3) numbers, 0 = black, the largest = white; None: digits.
+    labels: (N,) ints, every class from 0 on. size: pixels a side (or height and width) to shrink to
+    by averaging; both sides must be even. UserError, in one line: they do not fit this, each other
+    or the model.
+    """
+
     name, kind = "digits", "images"
     pretrain = dict(steps=500, batch_size=128, lr=5e-3)
     align = dict(prompts=1024, steps=100, lr=2e-4, batch_size=64)
 
     def __init__(self, images=None, labels=None, size=None):
-        """images: (N, H, W) or (N, H, W, 1 or 3) numbers, 0 = black, the largest = white; labels: (N,) ints, every class from 0 on; size:
-        pixels a side (or height and width) to shrink to by averaging. Without images: scikit-learn's digits.
-        ValueError in one line: they do not fit this, each other or the model (odd sides)."""
         import numpy as np
 
         if images is None:
@@ -37,93 +49,72 @@ class World(world.World):
             images, labels = load_digits(return_X_y=True)
             images = images.reshape(-1, 8, 8)
         images, labels = np.asarray(images), np.asarray(labels)
+        classes = check_arrays(images, labels)
         channels = images.shape[3] if images.ndim == 4 else 1
-        if (
-            images.ndim not in (3, 4)
-            or channels not in (1, 3)
-            or not images.size
-            or images.dtype.kind not in "uif"
-        ):
+        self.config = UNetConfig(channels=channels, size=size or images.shape[1:3], classes=classes)
+        height, width = self.config.size
+        if channels * height * width > NUMBERS:
             raise UserError(
-                f"images {images.shape} {images.dtype}: expected numbers (N, H, W) or (N, H, W, 1 or 3)"
+                f"an image of {height} x {width} pixels in {channels} channels has more than "
+                f"{NUMBERS} numbers: --image_size shrinks it"
             )
-        if not (images.min() >= 0 and 0 < images.max() < np.inf):
-            raise UserError(
-                f"images from {images.min()} to {images.max()}: expected finite numbers, 0 = black and the largest = white"
-            )
-        if labels.shape != images.shape[:1] or labels.dtype.kind not in "ui":
-            raise UserError(
-                f"labels {labels.shape} {labels.dtype}: expected {len(images)} ints, one an image"
-            )
-        used = np.unique(labels)
-        if len(used) < 2 or used[0] != 0 or used[-1] != len(used) - 1:
-            raise UserError(
-                f"labels {used[:20].tolist()}: expected two or more classes, each from 0 on in use"
-            )
-        self.config = UNetConfig(
-            channels=channels, size=size or images.shape[1:3], classes=len(used)
-        )
-        pixels = (
-            torch.from_numpy(images / np.float64(images.max()) * 2 - 1)
-            .float()
-            .reshape(*images.shape[:3], channels)
-        )
-        self.images = F.adaptive_avg_pool2d(
-            pixels.permute(0, 3, 1, 2), self.config.size
-        )  # (N, C, H, W)
+        white, parts = np.float64(images.max()), []
+        for start in range(0, len(images), 1024):  # in pieces, since float64 takes 8 times a byte
+            pixels = torch.from_numpy(images[start : start + 1024] / white * 2 - 1).float()
+            pixels = pixels.view(*pixels.shape[:3], channels).permute(0, 3, 1, 2)
+            parts.append(F.adaptive_avg_pool2d(pixels, self.config.size))
+        self.images = torch.cat(parts)  # (N, C, H, W)
         self.labels = torch.from_numpy(labels.astype("int64"))
         self.moments = moments(self.images)
         self.weight, self.bias = self._classifier()
 
     @classmethod
-    def from_npz(cls, path, size=None):
-        """The world of an .npz file with the arrays `images` and `labels`; sides of more than 16 pixels are halved (28 to 14) unless
-        `size` is given. ValueError in one line naming the file: no archive, pickled objects, an array missing or not fitting."""
-        import zipfile
+    def from_npz(cls, path, size=None, limit=LIMIT):
+        """The world of an .npz file with the arrays `images` and `labels`.
 
-        import numpy as np
-
+        Sides of more than 16 pixels are halved (28 to 14) unless `size` is given. limit: bytes that
+        the arrays may have once they are unpacked. UserError, in one line that names the file: it
+        is not an archive, it holds pickled objects, an array is missing or does not fit.
+        """
         try:
-            with open(path, "rb") as file:
-                if not zipfile.is_zipfile(file):
-                    raise UserError("not an .npz archive")
-                file.seek(0)
-                arrays = np.load(file, allow_pickle=False)
-                for name in ("images", "labels"):
-                    if name not in arrays:
-                        raise UserError(
-                            f"no array named {name}, only {', '.join(arrays) or 'none'}"
-                        )
-                images, labels = arrays["images"], arrays["labels"]
-            if size is None and min(images.shape[1:3], default=0) > 16:
-                size = [side // 2 for side in images.shape[1:3]]
-            return cls(images, labels, size)
+            arrays = read_arrays(path, ("images", "labels"), limit)
+            shape = arrays["images"].shape[1:3]
+            if size is None and min(shape, default=0) > 16:
+                size = [side // 2 for side in shape]
+            return cls(arrays["images"], arrays["labels"], size)
         except Exception as error:  # a broken archive raises many kinds
-            raise UserError(f"{path}: {printable(' '.join(str(error).split()))}") from None
+            message = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"{printable(path)}: {printable(message)}") from None
 
     def _classifier(self):
-        """Weights and biases of a softmax regression on the pixels (of at most 5,000 images), right on 97 % of held-out digits."""
+        """Weights (classes, D) and biases (classes,) of a softmax regression on the pixels.
+
+        It is fitted to SAMPLE images, drawn at random, and to one more of each class that the
+        draw has missed.
+        """
         from sklearn.linear_model import LogisticRegression
 
-        few = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(0))[:5000]
-        fitted = LogisticRegression(C=0.1, max_iter=1000).fit(
-            self.images[few].flatten(1).double().numpy(), self.labels[few].numpy()
-        )
+        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(0))
+        few, rest = order[:SAMPLE], order[SAMPLE:]
+        for c in sorted(set(range(self.config.classes)) - set(self.labels[few].tolist())):
+            few = torch.cat([few, rest[self.labels[rest] == c][:1]])
+        pixels = self.images[few].flatten(1).double().numpy()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a fit that is stopped early is as fixed a truth
+            fitted = LogisticRegression(C=0.1, max_iter=1000).fit(pixels, self.labels[few].numpy())
         weight, bias = torch.from_numpy(fitted.coef_), torch.from_numpy(fitted.intercept_)
+        if len(weight) > 1:
+            return weight, bias
         # of two classes scikit-learn keeps one logit
-        return (
-            (weight, bias)
-            if len(weight) > 1
-            else (torch.cat([0 * weight, weight]), torch.cat([0 * bias, bias]))
-        )
+        return torch.cat([0 * weight, weight]), torch.cat([0 * bias, bias])
 
     def key(self):
-        """What tells this world from others of the same source: a hash of its images and labels."""
-        return hashlib.sha256(
-            self.images.numpy().tobytes() + self.labels.numpy().tobytes()
-        ).hexdigest()
+        """A hash of the images and labels."""
+        arrays = self.images.numpy().tobytes() + self.labels.numpy().tobytes()
+        return hashlib.sha256(arrays).hexdigest()
 
     def model(self):
+        """A fresh UNet of about 0.2M parameters."""
         return UNet(self.config)
 
     def prompts(self, n, rng):
@@ -132,25 +123,34 @@ class World(world.World):
 
     def demonstrations(self, n, rng):
         """n rows of one real image (1, C, H, W)."""
-        chosen = torch.randint(len(self.images), (n,), generator=rng).tolist()
+        drawn = torch.randint(len(self.images), (n,), generator=rng).tolist()
         return [
-            {"prompt": int(self.labels[i]), "responses": self.images[i : i + 1], "scores": [1.0]}
-            for i in chosen
+            dict(prompt=int(self.labels[i]), responses=self.images[i : i + 1], scores=[1.0])
+            for i in drawn
         ]
 
     def classify(self, images):
-        """(n, C, H, W) -> (n, classes) float64 log-probabilities."""
+        """The classifier's log-probabilities (n, classes), float64, of images (n, C, H, W)."""
         return (shown(images).flatten(1) @ self.weight.T + self.bias).log_softmax(1)
 
     def reward(self, prompts, responses):
-        """(n,) float64, -8 to 0: log p(prompt | image), not counted below -5, plus three times the mean pixel, not counted above 0."""
+        """The truth of n images, (n,) float64 between -8 and 0.
+
+        It is log p(prompt | image), not counted below -5, plus three times the mean pixel, not
+        counted above 0. responses: a tensor (n, C, H, W) or a list of images (C, H, W).
+        """
         images = responses if isinstance(responses, torch.Tensor) else torch.stack(list(responses))
-        agreement = self.classify(images).gather(1, torch.as_tensor(prompts).view(-1, 1)).squeeze(1)
-        return agreement.clamp(min=FLOOR) + INK * shown(images).flatten(1).mean(1).clamp(max=0.0)
+        label = torch.as_tensor(prompts).view(-1, 1)
+        agreement = self.classify(images).gather(1, label).squeeze(1)
+        ink = shown(images).flatten(1).mean(1)
+        return agreement.clamp(min=FLOOR) + INK * ink.clamp(max=0.0)
 
     def frechet(self, images):
-        """Frechet distance in pixel space between images (n, C, H, W) and the data: |m - m'|^2 + tr(S + S' - 2 (S S')^(1/2));
-        infinite when an image is not finite. Halves of the digits are 0.3 apart."""
+        """Frechet distance in pixel space between images (n, C, H, W) and the data.
+
+        With means m, m' and covariances S, S' it is |m - m'|^2 + tr(S + S' - 2 (S S')^(1/2)). It is
+        infinite when an image is not finite.
+        """
         if not images.isfinite().all():
             return float("inf")
         (mean, cov), (own_mean, own_cov) = moments(images), self.moments
@@ -158,12 +158,14 @@ class World(world.World):
         values, vectors = torch.linalg.eigh(own_cov)
         root = vectors * values.clamp(min=0).sqrt() @ vectors.T
         cross = torch.linalg.eigvalsh(root @ cov @ root).clamp(min=0).sqrt().sum()
-        return max(
-            0.0, float((mean - own_mean).square().sum() + cov.trace() + own_cov.trace() - 2 * cross)
-        )
+        shift = (mean - own_mean).square().sum()
+        return max(0.0, float(shift + cov.trace() + own_cov.trace() - 2 * cross))
 
     def measure(self, policy, lab):
-        """{frechet, agreement}: of samples in the data's class proportions, at most 2,000; the share the classifier reads as asked."""
+        """{frechet, agreement} of at most 2,000 samples, in the data's class proportions.
+
+        agreement: the share of samples that the classifier reads as the class asked for.
+        """
         rng = lab.rng("measure")
         label = self.labels[torch.randperm(len(self.labels), generator=rng)[:2000]]
         images = policy.sample(label.tolist(), 1, rng)[:, 0].cpu()
@@ -171,7 +173,7 @@ class World(world.World):
         return {"frechet": self.frechet(images), "agreement": float(agreement)}
 
     def picture(self, before, after):
-        """Samples (classes, k, C, H, W) before and after training, side by side, a row for each class: a Figure."""
+        """A Figure of samples (classes, k, C, H, W) of two models, one row per class."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(9, 0.45 * len(before) + 0.6), layout="constrained")
@@ -183,12 +185,64 @@ class World(world.World):
         return figure
 
 
+def check_arrays(images, labels):
+    """The number of classes of NumPy arrays; UserError, in one line, where they do not fit."""
+    import numpy as np
+
+    shape, channels = images.shape, images.shape[3] if images.ndim == 4 else 1
+    fits = images.ndim in (3, 4) and channels in (1, 3) and images.size
+    if not fits or images.dtype.kind not in "uif" or images.dtype.itemsize > 8:
+        raise UserError(
+            f"images {shape} {images.dtype}: expected numbers (N, H, W) or (N, H, W, 1 or 3)"
+        )
+    if not (images.min() >= 0 and 0 < images.max() < np.inf):
+        raise UserError(
+            f"images from {images.min()} to {images.max()}: "
+            "expected finite numbers, 0 = black and the largest = white"
+        )
+    if labels.shape != shape[:1] or labels.dtype.kind not in "ui":
+        raise UserError(
+            f"labels {labels.shape} {labels.dtype}: expected {len(images)} ints, one an image"
+        )
+    used = np.unique(labels)
+    if len(used) < 2 or used[0] != 0 or used[-1] != len(used) - 1:
+        raise UserError(
+            f"labels {used[:20].tolist()}: expected two or more classes, each from 0 on in use"
+        )
+    if len(used) > CLASSES:
+        raise UserError(f"labels of {len(used)} classes: expected at most {CLASSES}")
+    return len(used)
+
+
+def read_arrays(path, names, limit):
+    """{name: array} of an .npz file; UserError where one is missing or larger than `limit` bytes.
+
+    Nothing is unpickled. The size is the one that the archive states: no more than that is read.
+    """
+    import numpy as np
+
+    with open(path, "rb") as file:
+        if not zipfile.is_zipfile(file):
+            raise UserError("not an .npz archive")
+        file.seek(0)
+        arrays = np.load(file, allow_pickle=False)
+        for name in names:
+            if name not in arrays:
+                raise UserError(f"no array named {name}, only {', '.join(arrays) or 'none'}")
+        sizes = {info.filename: info.file_size for info in arrays.zip.infolist()}
+        if sum(sizes.get(f"{name}.npy", sizes.get(name, 0)) for name in names) > limit:
+            raise UserError(
+                f"more than {limit / 2**30:g} GiB once unpacked; --data_limit allows more"
+            )
+        return {name: arrays[name] for name in names}
+
+
 def shown(images):
-    """Images as a screen shows them: float64, cut to [-1, 1]; so no reward lies outside the range of pixels."""
+    """Images as a screen shows them: float64, cut to [-1, 1], black where they are not numbers."""
     return images.detach().cpu().double().nan_to_num(-1.0).clamp(-1, 1)
 
 
 def moments(images):
-    """Mean (D,) and covariance (D, D) of images (n, C, H, W), float64."""
+    """Mean (D,) and covariance (D, D), float64, of images (n, C, H, W) with D = C * H * W."""
     x = images.detach().cpu().double().flatten(1)
     return x.mean(0), x.T.cov()

@@ -1,11 +1,15 @@
 """The digits world: its data, its truth, its distance, and files of other images."""
 
+import io
+import tracemalloc
+import zipfile
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from data import UserError
 from lab.report import write_picture
 from nanomodel import UNet
 from toy.digits import World, moments
@@ -226,3 +230,140 @@ def test_what_is_no_archive_is_refused_in_one_line(tmp_path):
         with pytest.raises(ValueError) as error:
             World.from_npz(tmp_path / name)
         assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("size, words", [(9, "even height"), (10**6, "even height"), (80, "more")])
+def test_a_size_that_does_not_suit_the_model_is_refused(size, words):
+    images, labels = squares()
+    with pytest.raises(UserError, match=words):
+        World(images, labels, size)
+
+
+def test_images_that_are_too_large_are_refused_before_memory_is_asked_for():
+    images, labels = np.ones((4, 600, 600), np.uint8), np.arange(4) % 2
+    with pytest.raises(UserError, match="600 x 600 .* --image_size shrinks it"):
+        World(images, labels)
+    assert World(images * labels[:, None, None].astype("uint8") + 1, labels, 8).images.shape[2] == 8
+
+
+def test_a_class_that_the_sample_of_the_classifier_misses_is_added_to_it():
+    rng = np.random.RandomState(0)
+    labels = np.zeros(6000, int)
+    images = rng.randint(0, 50, (6000, 4, 4)).astype(np.uint8)
+    order = torch.randperm(6000, generator=torch.Generator().manual_seed(0))
+    labels[1:3000] = 1
+    labels[order[5500]], labels[order[5600]] = 2, 3  # behind the first 5,000
+    for i, c in enumerate(labels):
+        images[i, c] += 200
+    world = World(images, labels)
+    assert world.classify(world.images).shape == (6000, 4)
+    assert (world.classify(world.images).argmax(1) == world.labels).double().mean() > 0.99
+    assert world.reward(labels.tolist(), world.images).isfinite().all()
+
+
+def test_too_many_classes_are_refused():
+    images = np.random.RandomState(0).randint(0, 255, (300, 4, 4)).astype(np.uint8)
+    with pytest.raises(UserError, match="labels of 300 classes: expected at most 256"):
+        World(images, np.arange(300))
+
+
+@pytest.mark.parametrize("dtype", ["f2", "f4", "f8", ">f8", "u1", "u2", "i8", ">i4", "u8"])
+def test_any_type_of_numbers_makes_the_same_world(dtype):
+    images, labels = squares(side=8)
+    world = World(images.astype(dtype), labels.astype(dtype if dtype[-2] != "f" else "i8"))
+    torch.testing.assert_close(world.images, World(images, labels).images, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        np.ones((60, 8, 8), complex),
+        np.ones((60, 8, 8), "longdouble"),
+        np.ones((60, 8, 8), "M8[s]"),
+        np.ones((60, 8, 8), "S3"),
+        np.ones((60, 8, 8), bool),
+        np.ones((60, 8, 8), [("\x1b[31m", "f4"), ("b", "i8")]),
+        np.ones((60, 8, 8, 4), np.uint8),
+        np.ones((60, 0, 8), np.uint8),
+        np.ones((60, 1, 1), np.uint8),
+        np.ones((), np.uint8),
+        np.ones(60, np.uint8),
+        np.ones((1,) * 20, np.uint8),
+    ],
+    ids=range(12),
+)
+def test_arrays_of_other_types_and_shapes_are_one_line(tmp_path, images):
+    np.savez(tmp_path / "odd.npz", images=images, labels=np.arange(60) % 3)
+    with pytest.raises(UserError) as error:
+        World.from_npz(tmp_path / "odd.npz")
+    assert "odd.npz: " in str(error.value) and str(error.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        np.arange(60).astype("u8") + 2**63,
+        np.full(60, -1),
+        np.arange(60) % 3 * 10**12,
+        np.array([b"a"] * 60),
+        np.array([True, False] * 30),
+        np.arange(60)[None] % 3,
+    ],
+    ids=range(6),
+)
+def test_labels_that_are_no_classes_are_one_line(tmp_path, labels):
+    np.savez(tmp_path / "odd.npz", images=squares()[0], labels=labels)
+    with pytest.raises(UserError, match="odd.npz: labels ") as error:
+        World.from_npz(tmp_path / "odd.npz")
+    assert str(error.value).isprintable()
+
+
+def headed(shape, content=bytes(100), descr="|u1"):
+    """An array in NumPy's format whose header states any shape."""
+    file = io.BytesIO()
+    header = dict(descr=descr, fortran_order=False, shape=shape)
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.getvalue() + content
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        headed((10**15, 8, 8)),
+        headed((2**62, 2**62, 8)),
+        headed((60, 8, 8)),
+        headed((-1, 8, 8)),
+        headed((60, 8, 8), descr="|O"),
+        b"\x93NUMPY\x09\x09" + bytes(50),
+        b"no array",
+        b"",
+    ],
+    ids=range(8),
+)
+def test_headers_that_lie_are_one_line(tmp_path, member):
+    with zipfile.ZipFile(tmp_path / "odd.npz", "w") as archive:
+        archive.writestr("images.npy", member)
+        archive.writestr("labels.npy", headed((60,), bytes([0, 1] * 30)))
+    with pytest.raises(UserError) as error:
+        World.from_npz(tmp_path / "odd.npz")
+    assert "odd.npz: " in str(error.value) and str(error.value).isprintable()
+
+
+def test_an_archive_that_unpacks_to_more_than_the_limit_is_refused_before_it_is_unpacked(tmp_path):
+    images, labels = np.ones((10**4, 16, 16), np.uint8), np.arange(10**4) % 2
+    np.savez_compressed(tmp_path / "large.npz", images=images, labels=labels)
+    assert (tmp_path / "large.npz").stat().st_size < 10**5
+    tracemalloc.start()
+    with pytest.raises(UserError, match="large.npz: more than .* GiB once unpacked; --data_limit"):
+        World.from_npz(tmp_path / "large.npz", limit=10**6)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10**6
+
+
+def test_names_in_an_archive_and_its_own_are_printed_without_control_characters(tmp_path):
+    names = {f"\x1b[31m{i}\n": np.ones(1) for i in range(300)}
+    np.savez(tmp_path / "\x1b[2J.npz", **names)
+    with pytest.raises(UserError) as error:
+        World.from_npz(tmp_path / "\x1b[2J.npz")
+    assert str(error.value).isprintable() and len(str(error.value)) < 500
