@@ -59,7 +59,7 @@ class GPTConfig:
             head_dim="[0, 2147483647]",
             max_position_embeddings=LARGEST,
             rms_norm_eps="[0, 1]",
-            rope_theta="(0, inf)",
+            rope_theta="(0, 1e12]",
             tie_word_embeddings=(True, False),
         )
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
@@ -642,7 +642,7 @@ class UNetConfig:
             channels=LARGEST,
             classes=LARGEST,
             width=LARGEST,
-            sd="(0, inf)",
+            sd="[1e-6, 1e6]",
             prediction=PREDICTIONS,
             schedule=SCHEDULES,
         )

@@ -338,7 +338,7 @@ for name in (*SIZES.split(), "num_key_value_heads", "max_position_embeddings"):
     for value in ("4", True, 4.0, 0, -4, 10**30, [4], {}, CONTROL):
         FAULTS[f"{name} {value!r}"] = (edited(**{name: value}), NOT_LLAMA + f"{name} = ")
 for name in ("rms_norm_eps", "rope_theta"):
-    for value in ("1e-5", True, [1.0], {}, -1.0, math.nan, math.inf, CONTROL):
+    for value in ("1e-5", True, [1.0], {}, -1.0, math.nan, math.inf, 1e308, 10**30, CONTROL):
         FAULTS[f"{name} {value!r}"] = (edited(**{name: value}), NOT_LLAMA + f"{name} = ")
 for value in ("no", [], 2):
     FAULTS[f"tied {value!r}"] = (
@@ -465,7 +465,7 @@ for name, values in dict(
     channels=("1", True, 0, -1, 1.5, [1], 10**30),
     classes=("10", True, 0, -1, 1.5, [], 10**30),
     width=("8", True, 0, 12, 8.0, {}, 10**30),
-    sd=("1", True, 0, -1, [1.0], {}, math.nan, math.inf, CONTROL),
+    sd=("1", True, 0, -1, [1.0], {}, math.nan, math.inf, 1e308, 10**30, CONTROL),
     size=("88", True, 8.0, 7, 0, [8], [8, 8, 8], [8, "8"], [8, 10**9], [[8], 8], {}, CONTROL),
     prediction=("v", 5, [], {}, True, CONTROL),
     schedule=("sqrt", 5, [], {}, True, CONTROL),
