@@ -330,7 +330,7 @@ def test_equal_scores_pull_back_to_the_anchor():
 
 
 def test_equal_scores_share_a_target_and_teach_no_position():
-    """Of a hard target the best share; in Plackett-Luce equal ones meet each other. A list of equal scores pulls to the anchor."""
+    """The best share a hard target; under Plackett-Luce equal scores compete."""
 
     def q(scores, smoothing=0.0, there=None):
         present = torch.tensor([there or [True] * len(scores)])
@@ -586,7 +586,7 @@ def test_a_run_on_given_targets(tmp_path):
 
 
 def targeted_lists():
-    """Lists of real scores with targets q; absent responses, pairs, ties; refused: empty rows, infinite scores, no or wrong targets."""
+    """Lists with scores and targets q; refused: empty rows, infinite scores, wrong targets."""
 
     def with_q(item):
         present = item[2].mask.any(-1)

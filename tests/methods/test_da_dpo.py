@@ -1,4 +1,4 @@
-"""DA-DPO against its paper's card: values, gradients, the normaliser, the vote, and the toy of attributes."""
+"""DA-DPO against its paper: values, gradients, the normalizer, the vote, pairs of attributes."""
 
 import math
 from types import SimpleNamespace
@@ -352,7 +352,7 @@ def test_the_estimators_are_frozen_models():
 
 
 def scored_pairs():
-    """Pairs with normalised scores, in both directions; and what is refused: scores below 0, above 1, and none."""
+    """Pairs with scores in both directions; refused: scores below 0 or above 1, no scores."""
     rng = torch.Generator().manual_seed(8)
     quality = torch.rand(5, 2, generator=rng, dtype=torch.float64)
     items = [

@@ -1,4 +1,4 @@
-"""IRPO's loss against hand-computed lists, closed-form gradients and optima, DPO and softmax-DPO as its special cases."""
+"""IRPO against its paper: hand-computed lists, closed forms, and DPO and softmax-DPO inside it."""
 
 import math
 from dataclasses import replace
@@ -213,7 +213,7 @@ def test_at_the_reference(inner, reduce, expected):
 
 @pytest.mark.parametrize("beta", [0.01, 0.1, 1.0, 20.0])
 def test_the_item_itself_is_left_out_whatever_beta(beta):
-    """Subtracting 100 before the multiplication by beta, instead of leaving the item out, adds 0.1157 to z's sum at beta = 0.01."""
+    """The released code subtracts 100 before multiplying by beta: off by 0.1157 at beta 0.01."""
     assert value((0.0,) * 4, Y, K, beta=beta)[0] == pytest.approx(
         math.log(2) * sum(W) / 4, abs=1e-6
     )
@@ -341,7 +341,7 @@ def test_gradient_by_finite_differences():
 
 @pytest.mark.paper
 def test_irrelevant_items_are_driven_away_without_end():
-    """With w_k = 0 the gradient on r_k stays positive, W p_k beta: only the network or the number of steps holds it."""
+    """With w_k = 0 the gradient on r_k is W p_k beta, which stays positive."""
     for r0 in (0.0, -5.0, -20.0):
         _, grad = value((1.0, 0.2, r0), (2.0, 1.0, 0.0), (1, 2, 3), inner="excl", reduce="sum")
         p = torch.tensor((1.0, 0.2, r0), dtype=torch.float64).softmax(0)[2]
@@ -426,7 +426,7 @@ def test_losses_are_in_float32_or_better():
 
 @pytest.mark.paper
 def test_baselines_leave_the_relevant_items_unordered():
-    """DPO and softmax-DPO over all choices of a relevant item give all three of them one score; IRPO orders them by their weights."""
+    """Over all choices of a relevant item they give all three one score; IRPO orders them by w."""
     for baseline in (dpo_loss, softmax_dpo_loss):
 
         def all_choices(logps, ref_logps, batch, cfg):
@@ -473,7 +473,7 @@ def test_the_loss_on_all_pairs_is_the_mean_of_dpo_over_them():
 
 
 def small_ranker(objective, cfg, seed=0):
-    """60 items of 8 hidden qualities, lists of 10, an MLP 8-12-60 for 300 steps of 64 lists -> NDCG@1, NDCG@10, KL from uniform."""
+    """An MLP after 300 steps of 64 lists of 10 of 60 items -> NDCG@1, NDCG@10, KL from uniform."""
     g = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     qualities, grades = (
@@ -518,7 +518,7 @@ def small_ranker(objective, cfg, seed=0):
 
 
 def test_the_order_of_the_methods_without_a_language_model():
-    """NDCG@1 of DPO, softmax-DPO and IRPO about 0.70, 0.73 and 0.84; weights by position alone are higher still at a tenth of the KL."""
+    """IRPO ranks best of the three; weights by position rank higher still, at a tenth of its KL."""
     dpo_, sdpo = small_ranker(dpo_loss, ONE), small_ranker(softmax_dpo_loss, ONE)
     ours = small_ranker(loss, Config(inner="excl"))
     position = small_ranker(loss, Config(inner="excl", weights="position"))
@@ -650,7 +650,7 @@ def test_roles_are_one_relevant_and_one_irrelevant_item():
 
 
 def test_shuffled_agreement():
-    """Scores that belong to the items agree in any order, scores that belong to the places do not."""
+    """Scores of the items agree in any order of the list, scores of the places do not."""
     world = Lab(Settings(world="ranking"), quiet=True).world
     rows = world.lists(40, torch.Generator().manual_seed(0))
 

@@ -1,4 +1,4 @@
-"""r2q against its paper's card: the token MDP, the loss as a sum over tokens, beams, credit, errors."""
+"""r2q against its paper: the token MDP, the loss as a sum over tokens, beams, credit, errors."""
 
 import math
 from types import SimpleNamespace
@@ -29,7 +29,7 @@ from toy import arithmetic, bandit, tokens
 from toy.tokens import soft_optimum
 
 HALF = math.log(0.5)
-# prefixes of two tokens of {0, 1}: the empty one, "0", "1"; the only reward is 1 for the second 1 of "11"
+# prefixes of two tokens of {0, 1}: the empty one, "0", "1"; the second 1 of "11" has reward 1
 HAND = torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
 
 

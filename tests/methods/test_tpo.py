@@ -1,4 +1,4 @@
-"""TPO against its paper's card: pair weights, step weights, trees, what the released code does instead, errors."""
+"""TPO against its paper: pair weights, step weights, trees, the released code, errors."""
 
 import math
 from types import SimpleNamespace
@@ -29,7 +29,7 @@ PLAIN = dict(asr=False, divide=False, beta=1.0)
 
 
 def flat(rewards, scores):
-    """A list of responses of one token each with these log-ratios -> logps (1, K, 1), ref_logps, batch."""
+    """A list of one-token responses with these log-ratios -> logps (1, K, 1), ref_logps, batch."""
     logps = torch.tensor(rewards, dtype=torch.float64)[None, :, None].requires_grad_()
     scores = torch.tensor([scores], dtype=torch.float64)
     return (
@@ -40,7 +40,7 @@ def flat(rewards, scores):
 
 
 def forest(rows=4, seed=0, length=3, hidden=5):
-    """Random trees of 7 nodes: 0 - 1 - 2, 0 - 3, 0 - 4 - 5, 6; in every other row the last one is absent."""
+    """Random trees of 7 nodes: 0-1-2, 0-3, 0-4-5 and 6, which is absent in every other row."""
     rng = torch.Generator().manual_seed(seed)
     parents = torch.tensor([-1, 0, 1, 0, 0, 4, -1]).expand(rows, -1)
     count = torch.randint(1, length + 1, (rows, 7), generator=rng)
@@ -190,7 +190,7 @@ def test_at_the_reference_the_loss_is_ln_2_times_the_weights():
 
 
 def two_chains(g, cosines):
-    """Two responses of as many steps, each its own nodes, with these log-ratios and cosines between the steps."""
+    """Two responses that share no node, with these log-ratios and cosines between their steps."""
     n = len(cosines)
     parents = torch.tensor([[*range(-1, n - 1), -1, *range(n, 2 * n - 1)]])
     logps = torch.tensor(g, dtype=torch.float64).view(1, 2 * n, 1).requires_grad_()
@@ -375,7 +375,7 @@ def test_equal_scores_teach_nothing():
 
 @pytest.mark.paper
 def test_the_released_outer_loss_lowers_the_best():
-    """Published code: -log sigmoid(beta R) of a ranking loss R over all ordered pairs, the diagonal included, over n (n - 1)."""
+    """It is -log sigmoid(beta R), R a ranking loss over all ordered pairs and the diagonal."""
     r = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     better = torch.tensor(
         [[0.0, 1.0, 1.0], [-1.0, 0.0, 1.0], [-1.0, -1.0, 0.0]], dtype=torch.float64
@@ -468,7 +468,7 @@ def test_steps_end_with_their_separator():
 
 
 def test_trees_of_sums_are_scored_as_one_response_a_row():
-    """A path of the tree has the log-probs of the response written out, and each score is the share of right steps."""
+    """A path has the log-probs and the score of the response written out."""
     here = Lab(
         Settings(world="arithmetic", base_steps=20, prompts=6, k=5, batch_size=4), quiet=True
     )
@@ -565,7 +565,7 @@ def test_lists_without_steps():
 
 
 def trees():
-    """Trees of steps with hidden states, flat lists, absent and tied responses; refused: wrong scores, one response, an empty step."""
+    """Trees and flat lists with states; refused: wrong scores, one response, an empty step."""
 
     def grown(seed, dtype=torch.float64, absent=False):
         logps, ref_logps, batch = builders.ragged(
@@ -634,14 +634,16 @@ CASES = [
 ]
 INPUTS = trees
 PAIR_WEIGHTS = "pair_weights(g.sum(-1), batch.scores.detach().to(g.dtype), leaf, cfg)"
+DETACHED = PAIR_WEIGHTS.replace("g.sum(-1)", "_detached(g.sum(-1))")
+ONES, CHILDREN = "torch.ones_like(difference)", "child_of.to(eye.dtype) @ on"
 SURVIVORS = {
-    "loss: torch.ones_like(difference) -> torch.ones_like(_detached(difference))": "ones have no gradient",
-    f"loss: {PAIR_WEIGHTS} -> {PAIR_WEIGHTS.replace('g.sum(-1)', '_detached(g.sum(-1))')}": "the order of the rewards alone is read",
+    f"loss: {ONES} -> {ONES.replace('difference', '_detached(difference)')}": "ones are constant",
+    f"loss: {PAIR_WEIGHTS} -> {DETACHED}": "only the order of the rewards is read",
     "loss: g.sum(-1) -> _detached(g).sum(-1)": "the same",
     "loss: g.sum(-1) -> g.mean(-1)": "the same",
-    "step_places: on.sum(-1) - 1 -> on.sum(-1) + 1": "the places of all steps shifted alike, which nothing reads",
+    "step_places: on.sum(-1) - 1 -> on.sum(-1) + 1": "all places shifted alike",
     "step_places: on.sum(-1) - 1 -> on.sum(-1)": "the same",
     "step_places: 1 -> 2": "the same, or the other side of a square",
     "paths: 1 -> 2": "-2 is no place of a parent either",
-    "paths: eye + child_of.to(eye.dtype) @ on -> eye - child_of.to(eye.dtype) @ on": "only which entries are 0 is read",
+    f"paths: eye + {CHILDREN} -> eye - {CHILDREN}": "only which entries are 0 is read",
 }
