@@ -1,48 +1,60 @@
-"""DID against its paper: distributions, the sampler in closed form, what the loss recovers, entropies, errors."""
+"""DID against its paper: distributions, the sampler, what the loss recovers, entropies."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from claims.did import FORMS, as_far, divergence, entropy, moved, on_32_responses, settle
+from claims.did import FORMS, divergence, entropy, fitted, random_table
+from data import UserError
 from lab import Lab, Settings
 from methods import dpo
 from methods.did import Config, did, loss, rejected_sampler, run, source_pairs
 from tests import builders
-from tests.builders import ragged
 
 REF, TARGET = (
     torch.tensor(p, dtype=torch.float64).log()
     for p in ([0.4, 0.3, 0.2, 0.1], [0.55, 0.15, 0.2, 0.1])
 )
-LAB = Lab(Settings(), quiet=True)
+ZIPF = (-1.5 * torch.arange(1, 33, dtype=torch.float64).log()).log_softmax(-1)
 
 
 def close(log_p, values):
     return log_p.exp().tolist() == pytest.approx(values, abs=1e-5)
 
 
+# ---- the distributions of the paper
+
+
+@pytest.mark.paper
 def test_the_distribution_of_the_example():
     q = did(TARGET, REF)
-    assert close(
-        q, [0.354839, 0.129032, 0.258065, 0.258065]
-    ) and q.exp().sum().item() == pytest.approx(1.0)
-    for log_p, value in (
-        (q, 1.330984),
-        (REF, 1.279854),
-        (TARGET, 1.165524),
-        (did(REF, REF), math.log(4)),
-    ):
-        assert entropy(log_p).item() == pytest.approx(value, abs=1e-6)
+    assert close(q, [0.354839, 0.129032, 0.258065, 0.258065])
+    assert q.exp().sum().item() == pytest.approx(1.0)
     assert close(did(REF, REF), [0.25] * 4)
     product = q + did(REF, TARGET)
     assert (product - product[0]).abs().max() < 1e-12
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize(
-    "beta, loser, back, wins",
+    ("log_p", "value"),
+    [
+        (did(TARGET, REF), 1.330984),
+        (REF, 1.279854),
+        (TARGET, 1.165524),
+        (did(REF, REF), math.log(4)),
+    ],
+    ids=["did", "reference", "target", "nothing learned"],
+)
+def test_entropies_of_the_example(log_p, value):
+    assert entropy(log_p).item() == pytest.approx(value, abs=1e-6)
+
+
+@pytest.mark.paper
+@pytest.mark.parametrize(
+    ("beta", "loser", "back", "wins"),
     [
         (
             0.5,
@@ -60,58 +72,35 @@ def test_the_distribution_of_the_example():
 )
 def test_the_sampler_and_the_labels_of_the_example(beta, loser, back, wins):
     log_loser = rejected_sampler(REF, TARGET, beta)
-    assert close(log_loser, loser) and close(did(REF, log_loser), back)
+    assert close(log_loser, loser)
+    assert close(did(REF, log_loser), back)
     assert close((beta * did(TARGET, REF)).log_softmax(0), back)  # the power law
-    by_source, by_did = (REF - log_loser), beta * did(TARGET, REF)
-    for x in (by_source, by_did):
+    for x in (REF - log_loser, beta * did(TARGET, REF)):  # by source, and by the DID
         assert torch.sigmoid(x[0] - x[1]).item() == pytest.approx(wins, abs=1e-6)
-    margins = [log_p[:, None] - log_p for log_p in (log_loser, REF, TARGET)]
-    torch.testing.assert_close(
-        margins[1] - margins[0], beta * (margins[2] - margins[1])
-    )  # they move monotonically
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize("beta", [0.5, 1.0])
-def test_where_the_population_loss_is_flat(beta):
-    """Over all pairs: with the sampler, or with Bradley-Terry's labels of the differential reward on pairs of the reference, at pi*; with a
-    uniform source of the rejected at pi_ref^(1 + 1/beta); with chosen and rejected exchanged at pi_ref^2 / pi*."""
-    first, second = (~torch.eye(4, dtype=torch.bool)).nonzero(as_tuple=True)
-    loser, f = rejected_sampler(REF, TARGET, beta), TARGET - REF
-    batch = SimpleNamespace(mask=torch.ones(12, 2, 1, dtype=torch.bool))
-    cases = [
-        (TARGET, REF[first] + loser[second]),
-        (
-            TARGET,
-            REF[first]
-            + REF[second]
-            + torch.nn.functional.logsigmoid(beta * (f[first] - f[second])),
-        ),
-        (((1 + 1 / beta) * REF).log_softmax(0), REF[first]),
-        ((2 * REF - TARGET).log_softmax(0), loser[first] + REF[second]),
-    ]
-    for goal, log_weight in cases:
-        for point, flat in ((goal, True), (REF, False)):
-            logits = point.clone().requires_grad_()
-            logps = torch.stack([logits.log_softmax(0)[i] for i in (first, second)], 1)[..., None]
-            ref_logps = torch.stack([REF[i] for i in (first, second)], 1)[..., None]
-            losses, _ = loss(logps, ref_logps, batch, Config(beta=beta))
-            (slope,) = torch.autograd.grad((losses * log_weight.exp()).sum(), logits)
-            assert (slope.abs().max() < 1e-12) == flat
+def test_log_margins_move_monotonically_from_the_sampler_to_the_target(beta):
+    points = (rejected_sampler(REF, TARGET, beta), REF, TARGET)
+    loser, ref, target = (log_p[:, None] - log_p for log_p in points)
+    torch.testing.assert_close(ref - loser, beta * (target - ref))
 
 
-def test_what_is_expected_of_the_chosen_and_the_rejected():
+@pytest.mark.paper
+def test_expected_log_ratios_of_the_chosen_and_the_rejected():
     f = TARGET - REF
     assert (REF.exp() * f).sum().item() == pytest.approx(-0.080563, abs=1e-6)
     for beta, rejected, mirror in ((0.5, -0.174065, 0.002374), (1.0, -0.271429, 0.071177)):
-        assert (rejected_sampler(REF, TARGET, beta).exp() * f).sum().item() == pytest.approx(
-            rejected, abs=1e-6
-        )
+        loser = rejected_sampler(REF, TARGET, beta).exp()
+        assert (loser * f).sum().item() == pytest.approx(rejected, abs=1e-6)
         assert ((REF + beta * f).softmax(0) * f).sum().item() == pytest.approx(mirror, abs=1e-6)
-    assert (TARGET.exp() * f).sum().item() == pytest.approx(0.071177, abs=1e-6)  # KL(pi* || pi_ref)
+    assert (TARGET.exp() * f).sum().item() == pytest.approx(0.071177, abs=1e-6)  # KL(pi* || ref)
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize(
-    "k, p, q, value",
+    ("k", "p", "q", "value"),
     [
         (1, [0.53333, 0.3, 0.13333, 0.03333], [0.4, 0.3, 0.2, 0.1], 1.27985),
         (2, None, None, 1.07848),
@@ -119,127 +108,179 @@ def test_what_is_expected_of_the_chosen_and_the_rejected():
         (-1, [0.25] * 4, [0.12, 0.16, 0.24, 0.48], 1.24246),
     ],
 )
-def test_sharpening_and_smoothing(k, p, q, value):
+def test_sharpening_and_smoothing_by_a_power_of_the_reference(k, p, q, value):
     target = ((1 + k) * REF).log_softmax(0)
     assert p is None or close(target, p)
     assert q is None or close(did(target, REF), q)
     assert entropy(did(target, REF)).item() == pytest.approx(value, abs=1e-5)
 
 
-def test_entropies_of_a_zipf_reference():
-    zipf = (-1.5 * torch.arange(1, 33, dtype=torch.float64).log()).log_softmax(0)
-    assert entropy(zipf).item() == pytest.approx(2.1488, abs=1e-4)
-    for k, value in zip(
-        (-1, -0.5, -0.25, 0.25, 1, 2, 3), (3.1649, 3.3478, 3.4276, 3.4017, 2.1488, 0.6736, 0.2399)
-    ):
-        assert entropy(did((1 + k) * zipf, zipf)).item() == pytest.approx(value, abs=1e-4)
+@pytest.mark.paper
+@pytest.mark.parametrize(
+    ("k", "value"),
+    [(-1, 3.1649), (-0.5, 3.3478), (-0.25, 3.4276), (0.25, 3.4017)]
+    + [(1, 2.1488), (2, 0.6736), (3, 0.2399)],
+)
+def test_entropies_of_a_zipf_reference(k, value):
+    assert entropy(did((1 + k) * ZIPF, ZIPF)).item() == pytest.approx(value, abs=1e-4)
+    assert entropy(ZIPF).item() == pytest.approx(2.1488, abs=1e-4)
+
+
+def kl_of_power(k):
+    """KL(pi || pi_ref) of pi ~ pi_ref^(1+k), for the Zipf reference."""
+    log_p = ((1 + k) * ZIPF).log_softmax(-1)
+    return (log_p.exp() * (log_p - ZIPF)).sum().item()
+
+
+def equally_far(smooth):
+    """The k > 0 whose KL is that of a k < 0, by bisection."""
+    low, high = 0.0, 4.0
+    for _ in range(60):
+        k = (low + high) / 2
+        low, high = (k, high) if kl_of_power(k) < kl_of_power(smooth) else (low, k)
+    return low
+
+
+@pytest.mark.paper
+@pytest.mark.parametrize(
+    ("smooth", "sharp", "kl", "values"),
+    [
+        (-0.5, 0.9112, 0.35299, (3.3478, 2.3500)),
+        (-0.25, 0.3187, 0.08318, (3.4276, 3.3552)),
+    ],
+)
+def test_at_matched_kl_smoothing_has_the_higher_entropy(smooth, sharp, kl, values):
+    assert equally_far(smooth) == pytest.approx(sharp, abs=1e-4)
+    for k, value in zip((smooth, equally_far(smooth)), values):
+        assert kl_of_power(k) == pytest.approx(kl, abs=1e-5)
+        assert entropy(did((1 + k) * ZIPF, ZIPF)).item() == pytest.approx(value, abs=1e-4)
+
+
+def test_the_entropy_of_a_certain_response_is_0():
     assert entropy(torch.tensor([0.0, -math.inf])).item() == 0.0
 
 
-def test_at_one_kl_smoothing_has_the_higher_entropy():
-    zipf = (-1.5 * torch.arange(1, 33, dtype=torch.float64).log()).log_softmax(0)
-    for smooth, sharp, kl, values in (
-        (-0.5, 0.9112, 0.35299, (3.3478, 2.3500)),
-        (-0.25, 0.3187, 0.08318, (3.4276, 3.3552)),
-    ):
-        assert as_far(zipf, smooth) == pytest.approx(sharp, abs=1e-4)
-        for k, value in zip((smooth, as_far(zipf, smooth)), values):
-            assert moved(zipf, k) == pytest.approx(kl, abs=1e-5)
-            assert entropy(did((1 + k) * zipf, zipf)).item() == pytest.approx(value, abs=1e-4)
-
-
-def test_divergence_is_the_mean_of_two_kls():
+def test_the_divergence_is_the_mean_of_two_kls():
     middle = ((REF.exp() + TARGET.exp()) / 2).log()
     by_hand = sum((p.exp() * (p - middle)).sum() for p in (REF, TARGET)) / 2
-    assert (
-        divergence(REF, TARGET).item() == pytest.approx(by_hand.item(), abs=1e-12)
-        and divergence(REF, REF).abs().item() < 1e-12
-    )
+    assert divergence(REF, TARGET).item() == pytest.approx(by_hand.item(), abs=1e-12)
+    assert divergence(REF, REF).abs().item() < 1e-12
 
 
-@pytest.mark.parametrize("beta", [0.0, -1.0, math.inf, math.nan])
-def test_a_sampler_without_information_is_refused(beta):
-    with pytest.raises(ValueError, match="beta = "):
-        rejected_sampler(REF, TARGET, beta)
+@pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
+def test_a_sampler_without_information_is_refused(value):
+    with pytest.raises(UserError, match="beta = "):
+        rejected_sampler(REF, TARGET, value)
     for name in ("beta", "goal"):
-        with pytest.raises(ValueError, match=f"{name} = "):
-            Config(**{name: beta})
+        with pytest.raises(UserError, match=f"{name} = "):
+            Config(**{name: value})
 
 
-def test_the_loss_is_dpo_in_value_and_gradient():
-    logps, ref_logps, batch = ragged()
-    for beta in (0.1, 0.5, 2.0):
-        ours, plain = (
-            loss(logps, ref_logps, batch, Config(beta))[0],
-            dpo.loss(logps, ref_logps, batch, dpo.Config(beta))[0],
-        )
-        assert torch.equal(ours, plain)
-        assert torch.equal(*(torch.autograd.grad(x.sum(), logps)[0] for x in (ours, plain)))
-    assert torch.autograd.gradcheck(lambda x: loss(x, ref_logps, batch, Config())[0], logps)
+# ---- what the loss recovers
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 2.0])
+def test_the_loss_is_dpo_in_value_and_gradient(beta):
+    item = builders.ragged()
+    ours = builders.value_and_gradient(loss, *item, Config(beta))
+    plain = builders.value_and_gradient(dpo.loss, *item, dpo.Config(beta))
+    assert torch.equal(ours[0], plain[0])
+    assert torch.equal(ours[1], plain[1])
+    logps, ref_logps, batch = item
+    assert torch.autograd.gradcheck(lambda x: loss(x, ref_logps, batch, Config(beta))[0], logps)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_huge_margins_stay_finite(dtype):
-    for far in (1e4, -1e4):
-        logps = torch.tensor([[[far], [0.0]]], dtype=dtype, requires_grad=True)
-        losses, metrics = loss(
-            logps,
-            torch.zeros_like(logps),
-            SimpleNamespace(mask=torch.ones(1, 2, 1, dtype=torch.bool)),
-            Config(),
-        )
-        assert (
-            losses.isfinite().all()
-            and losses.dtype == torch.promote_types(dtype, torch.float32)
-            and metrics["weight"].isfinite()
-        )
-        assert torch.autograd.grad(losses.sum(), logps)[0].isfinite().all()
+@pytest.mark.parametrize("margin", [1e4, -1e4])
+def test_huge_margins_stay_finite(dtype, margin):
+    logps, ref_logps, batch = builders.one_pair(margin, 0.0, dtype=dtype)
+    losses, metrics = loss(logps, ref_logps, batch, Config())
+    assert losses.isfinite().all()
+    assert losses.dtype == torch.promote_types(dtype, torch.float32)
+    assert metrics["weight"].isfinite()
+    assert torch.autograd.grad(losses.sum(), logps)[0].isfinite().all()
 
 
-def test_what_is_no_pair_is_refused():
-    logps, ref_logps, batch = ragged()
-    with pytest.raises(ValueError, match="pairs"):
+def test_rows_that_are_not_pairs_are_refused():
+    logps, ref_logps, batch = builders.ragged()
+    with pytest.raises(UserError, match="pairs"):
         loss(logps[:, :1], ref_logps[:, :1], batch, Config())
     batch.mask[0, 1] = False
-    with pytest.raises(ValueError, match="no scored token"):
+    with pytest.raises(UserError, match="no scored token"):
         loss(logps, ref_logps, batch, Config())
 
 
+def by_labels(log_score):
+    """How often i is chosen and j rejected: both from pi_ref, Bradley-Terry labels of a score."""
+    labels = F.logsigmoid(log_score[:, None] - log_score)
+    return (REF[:, None] + REF + labels).exp()
+
+
+@pytest.mark.paper
 @pytest.mark.parametrize("beta", [0.5, 1.0])
-def test_the_population_ends_at_the_target_and_without_a_reference_at_the_did(beta):
+@pytest.mark.parametrize("source", ["sampler", "labels", "uniform", "exchanged"])
+def test_the_expected_loss_is_flat_at_what_the_pairs_encode(source, beta):
+    """With the sampler, or with labels of the DID reward, it is the target.
+
+    With uniform rejected responses it is pi_ref^(1 + 1/beta), with chosen and rejected exchanged
+    pi_ref^2 / pi*."""
     loser = rejected_sampler(REF, TARGET, beta)
-    assert settle(LAB, REF, loser, beta=beta).exp().tolist() == pytest.approx(
-        TARGET.exp().tolist(), abs=1e-3
-    )
-    assert settle(LAB, REF, loser, "beta log pi", beta).exp().tolist() == pytest.approx(
-        did(TARGET, REF).exp().tolist(), abs=1e-3
-    )
+    goal, chance = dict(
+        sampler=(TARGET, (REF[:, None] + loser).exp()),
+        labels=(TARGET, by_labels(beta * (TARGET - REF))),
+        uniform=(((1 + 1 / beta) * REF).log_softmax(0), REF.exp()[:, None].expand(4, 4)),
+        exchanged=((2 * REF - TARGET).log_softmax(0), (loser[:, None] + REF).exp()),
+    )[source]
+    places = (~torch.eye(4, dtype=torch.bool)).nonzero()
+    batch = builders.everything_scored(torch.zeros(12, 2, 1))
+    for point, flat in ((goal, True), (REF, False)):
+        logits = point.clone().requires_grad_()
+        logps, ref_logps = logits.log_softmax(0)[places][..., None], REF[places][..., None]
+        losses, _ = loss(logps, ref_logps, batch, Config(beta=beta))
+        (slope,) = torch.autograd.grad((losses * chance[tuple(places.T)]).sum(), logits)
+        assert (slope.abs().max() < 1e-12) == flat
+    found = fitted(REF, chance, beta=beta)
+    assert found.exp().tolist() == pytest.approx(goal.exp().tolist(), abs=1e-5)
 
 
-def test_other_sources_teach_other_things():
-    loser, uniform = rejected_sampler(REF, TARGET, 0.5), torch.full_like(REF, -math.log(4))
-    assert settle(LAB, REF, uniform).exp().tolist() == pytest.approx(
-        (3 * REF).softmax(0).tolist(), abs=1e-3
-    )
-    # chosen from pi_l and rejected from pi_ref: pi ~ pi_ref^2 / pi*; the reference of the fit stays pi_ref
-    assert settle(LAB, REF, 2 * REF - loser).exp().tolist() == pytest.approx(
-        (2 * REF - TARGET).softmax(0).tolist(), abs=2e-3
-    )
+@pytest.mark.paper
+@pytest.mark.parametrize("beta", [0.5, 1.0])
+def test_without_a_reference_the_policy_becomes_the_did(beta):
+    chance = (REF[:, None] + rejected_sampler(REF, TARGET, beta)).exp()
+    found = fitted(REF, chance, FORMS["no reference"], beta)
+    assert found.exp().tolist() == pytest.approx(did(TARGET, REF).exp().tolist(), abs=1e-5)
 
 
-def test_the_claims_on_32_responses():
-    found = on_32_responses(LAB, 103)
-    for form in list(FORMS)[1:]:
-        assert found["beta log ratio"] < found[form] / 8
-    assert (
-        found["chosen"] == pytest.approx(-found["KL"], abs=1e-3)
-        and found["rejected"] < found["chosen"] < 0
-    )
-    assert found["no reference, to the DID"] < 1e-5 and found["uniform, to pi_ref^3"] < 1e-5
+@pytest.mark.paper
+@pytest.mark.parametrize("seed", [101, 103])
+def test_only_the_log_ratio_recovers_the_target_in_tables_of_32_responses(seed):
+    log_ref, target = random_table(torch.Generator().manual_seed(seed))
+    loser = rejected_sampler(log_ref, target, 0.5)
+    chance = (log_ref[:, None] + loser).exp()
+    ends = {form: fitted(log_ref, chance, each) for form, each in FORMS.items()}
+    ours = ends.pop("log-ratio")
+    assert divergence(ours, target) < 1e-9
+    for other in ends.values():
+        assert divergence(ours, target) < divergence(other, target) / 8
+    assert divergence(ends["no reference"], did(target, log_ref)) < 1e-9
+    kl = (log_ref.exp() * (log_ref - target)).sum()
+    chosen, rejected = ((p.exp() * (ours - log_ref)).sum() for p in (log_ref, loser))
+    assert chosen.item() == pytest.approx(-kl.item(), abs=1e-5)
+    assert rejected < chosen < 0
+
+
+@pytest.mark.paper
+def test_uniform_rejected_responses_teach_a_power_of_the_reference():
+    log_ref, _ = random_table(torch.Generator().manual_seed(103))
+    found = fitted(log_ref, log_ref.exp()[:, None].expand(32, 32))
+    assert divergence(found, (3 * log_ref).log_softmax(0)) < 1e-9
+
+
+# ---- the pairs of a run
 
 
 def test_the_rejected_response_is_drawn_by_the_closed_form():
-    """Many samples of a table of four: the picked responses are distributed as pi_l, up to the finite number of candidates."""
+    """In a table of four the picks are distributed as pi_l, up to the number of candidates."""
     rng, reward = torch.Generator().manual_seed(0), TARGET - REF
     draws = torch.multinomial(REF.exp().expand(8000, 4), 64, replacement=True, generator=rng)
     rows = [
@@ -268,25 +309,21 @@ def test_pairs_keep_their_ends_and_images_and_equal_scores_are_no_trouble():
         rng,
     )
     assert pair["responses"].shape == (2, 1, 2, 2)
-    with pytest.raises(ValueError, match="at least 3"):
+    with pytest.raises(UserError, match="at least 3"):
         source_pairs([row | {"responses": ["b", "c"]}], Config(), rng)
 
 
 def test_two_responses_are_refused_before_anything_is_trained(monkeypatch):
     monkeypatch.setattr(Lab, "base", lambda lab: pytest.fail("a base model"))
-    with pytest.raises(ValueError, match="--k 2"):
+    with pytest.raises(UserError, match="--k 2"):
         run(Lab(Settings(k=2), quiet=True), Config())
 
 
 @pytest.mark.parametrize("change", [dict(beta=1.0), dict(goal=0.3)])
 def test_a_run_improves_the_reward_and_every_field_counts(change):
     def trained(**fields):
-        lab = Lab(
-            Settings(
-                world="bandit", steps=60, prompts=1024, batch_size=256, k=8, label_temperature=0.0
-            ),
-            quiet=True,
-        )
+        size = dict(steps=60, prompts=1024, batch_size=256, k=8)
+        lab = Lab(Settings(world="bandit", label_temperature=0.0, **size), quiet=True)
         return lab, run(lab, Config(**fields))
 
     lab, policy = trained()
