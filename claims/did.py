@@ -18,7 +18,8 @@ reward of 2.794 instead of 2.795), but the best responses are picked so rarely t
 20,000 pairs has 3.00 (seeds 100 and 101). It takes a far target to learn much. On tuning seed 101
 the true reward of reviews goes from 0.006 to 0.662 at goal 0.25 and to 0.142 at goal 1, where few
 labels carry information; on seed 100 with half the pairs, seen three times, it fell to -0.155 at
-goal 1. The chosen log-prob fell by 1.03 (goal 0.25) and 0.81 (goal 1).
+goal 1. The chosen log-prob fell by 1.03 (goal 0.25) and 0.81 (goal 1). At matched KL (1.03) the
+pairs of DID are no better than ordinary ones: 0.589 and 0.574 on seed 100.
 """
 
 import math
