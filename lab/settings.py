@@ -1,107 +1,126 @@
-"""Run settings, the world and the device that they name, and what they may not ask for."""
+"""Run settings, and the device, the model and the world that they name."""
 
+import contextlib
 import difflib
 import importlib
+import importlib.util
 import math
 import os
+import re
+import sys
+import traceback
 from dataclasses import dataclass
 
 import torch
 
 import nanomodel
-from data import Paper, Tokenizer, UserError
+from data import Tokenizer, UserError
 from lab.store import HERE
+
+# ---------------------------------------------------------------- run settings
 
 
 @dataclass
 class Settings:
-    """Run settings: what a run does apart from the paper's own hyper-parameters. None: the world's default."""
+    """What a run does, apart from the paper's own hyper-parameters. None: the world's default.
 
-    world: str | None = None  # toy world (see --list); default: the method's, else reviews
-    data: str | None = (
-        None  # preferences instead of a toy world: .jsonl[.gz], .parquet, a Hub name; or images: .npz
-    )
-    init: str | None = (
-        None  # checkpoint folder or Hub name to start from, instead of training a base model
-    )
+    The comment beside a field, or above it, is what --help prints.
+    """
+
+    # a toy world (see --list), or a file of your own, path/to/my_world.py [the method's, reviews]
+    world: str | None = None
+    # preferences instead of a toy world: .jsonl[.gz], .parquet, a Hub name; or images: .npz
+    data: str | None = None
+    # a checkpoint folder or Hub name to start from, instead of training a base model
+    init: str | None = None
     steps: int | None = None  # optimizer steps of alignment in all; 0 evaluates without training
-    batch_size: int | None = None  # rows (prompts with their responses) a step
+    batch_size: int | None = None  # rows (prompts with their responses) per step
     lr: float | None = None  # peak learning rate of alignment
-    warmup: int = 20  # steps of linear warm-up
+    warmup: int = 20  # steps of linear warm-up, at most a fifth of all steps
     clip: float = 1.0  # largest gradient norm, for each parameter group by itself
     prompts: int | None = None  # training prompts (toy worlds), or at most so many rows of --data
-    k: int | None = None  # responses sampled for a prompt, where the method lets you choose
-    seed: int = 0  # sampling, labels and order of the data
-    base_seed: int = 0  # the base model's own seed: it does not depend on --seed
+    k: int | None = None  # responses sampled per prompt, where the method leaves the choice
+    seed: int = 0  # seed of sampling, labels and the order of the data
+    base_seed: int = 0  # seed of the base model; it does not depend on --seed
     base_steps: int | None = None  # supervised steps of the base model
-    temperature: float = 1.0  # of sampling
-    label_temperature: float = 1.0  # of the annotator: 0 always prefers the better response
-    flip: float = 0.0  # share of labels turned round, 0 to 1
-    length_bias: float = 0.0  # reward that the annotator gives for each token of length
-    device: str = "auto"  # cpu, cuda, mps; auto takes CUDA where there is one
+    temperature: float = 1.0  # temperature of sampling
+    # temperature of the labels: 0 always prefers the response with more reward
+    label_temperature: float = 1.0
+    flip: float = 0.0  # share of labels that are flipped, 0 to 1
+    length_bias: float = 0.0  # reward that the labels add for each token of length
+    device: str = "auto"  # cpu, cuda, mps; auto: cuda or mps where there is one
     dtype: str = "auto"  # float32 or bfloat16 (autocast); auto: bfloat16 on CUDA
-    compile: str = "auto"  # on, off; auto: on CUDA only
-    eval_every: int | None = None  # steps between two looks at the policy while it trains
+    compile: str = "auto"  # on or off; auto: on CUDA only
+    eval_every: int | None = None  # steps between two looks at the policy during training
     eval_size: int = 256  # prompts and held-out pairs of an evaluation, at most
-    context: int | None = None  # tokens of the context of a model trained from scratch on --data
-    max_response: int | None = None  # tokens sampled for a response, at most
-    truncate: bool = False  # cut prompts and responses that do not fit into the context, instead of refusing them
+    context: int | None = None  # context length of a model trained from scratch on --data
+    max_response: int | None = None  # tokens sampled per response, at most
+    # cut prompts and responses that do not fit into the context, instead of refusing them
+    truncate: bool = False
     data_limit: float = 1.0  # GiB that --data may have once it is unpacked
-    image_size: int | None = (
-        None  # side of the images of an .npz; default: halved when it is over 16
-    )
-    out: str | None = None  # the folder to write; default: out/METHOD-WORLD-N
-    overwrite: bool = False  # empty the --out folder first
+    image_size: int | None = None  # side of the images of an .npz [halved when it is over 16]
+    out: str | None = None  # the folder to write [out/METHOD-WORLD-N]
+    overwrite: bool = False  # replace the run in the --out folder
 
     def __post_init__(self):
-        for name, low in dict(
-            steps=0,
-            base_steps=0,
-            batch_size=1,
-            warmup=0,
-            prompts=1,
-            k=2,
-            eval_every=1,
-            eval_size=2,
-            max_response=1,
-            context=8,
+        million, billion = 10**6, 10**9
+        for name, (low, high) in dict(
+            steps=(0, billion),
+            base_steps=(0, billion),
+            batch_size=(1, million),
+            warmup=(0, billion),
+            prompts=(1, 100 * million),
+            k=(2, 4096),
+            eval_every=(1, billion),
+            eval_size=(2, million),
+            max_response=(1, million),
+            context=(8, million),
+            image_size=(2, 4096),
         ).items():
-            if getattr(self, name) is not None and getattr(self, name) < low:
-                raise UserError(f"--{name} {getattr(self, name)} must be at least {low}")
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                side = f"at least {low}" if value < low else f"at most {high}"
+                raise UserError(f"--{name} {value} must be {side}")
         for name in ("lr", "clip", "data_limit"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"--{name} {getattr(self, name)} must be positive and finite")
         for name in ("temperature", "label_temperature"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UserError(f"--{name} {getattr(self, name)} must be 0 or more and finite")
-        if self.image_size is not None and self.image_size < 2:
-            raise UserError(f"--image_size {self.image_size} must be at least 2")
         if not 0 <= self.flip <= 1:
             raise UserError(f"--flip {self.flip} must be between 0 and 1")
-        if not abs(self.length_bias) < 1e6:
+        if not abs(self.length_bias) < million:
             raise UserError(f"--length_bias {self.length_bias} must be below a million")
         for name in ("seed", "base_seed"):
             if abs(getattr(self, name)) >= 2**63:
                 raise UserError(f"--{name} {getattr(self, name)} must fit into 64 bits")
-        for name, allowed in dict(
-            dtype=("auto", "float32", "bfloat16"), compile=("auto", "on", "off")
-        ).items():
+        choices = dict(dtype=("auto", "float32", "bfloat16"), compile=("auto", "on", "off"))
+        for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise UserError(
                     f"--{name} {getattr(self, name)} must be one of {', '.join(allowed)}"
                 )
 
 
+# ---------------------------------------------------------------- device, model, world
+
+
 def pick_device(name):
-    """The torch device of --device; ValueError when it is not there."""
+    """The torch device of --device; UserError when this machine does not have it."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError):
+        here = ["cpu", "cuda", "mps"]
+        here = [d for d in here if d == "cpu" or getattr(torch, d).is_available()]
         raise UserError(
-            f"--device {name} is not there (this torch {torch.__version__} sees: cpu{', cuda' * torch.cuda.is_available()})"
+            f"--device {name} is not available (torch {torch.__version__} has {', '.join(here)})"
         ) from None
     return device
 
@@ -129,82 +148,143 @@ def make_world(settings, start=None):
     for_data = ("image_size", "truncate", "context", "data_limit")
     if any(getattr(settings, name) != getattr(Settings, name) for name in for_data):
         raise UserError("--image_size, --truncate, --context and --data_limit are for --data")
-    name = settings.world or "reviews"
-    if name not in worlds():
-        raise UserError(unknown("world", name, worlds()))
-    world = importlib.import_module(f"toy.{name}").World()
+    world = settings.world or "reviews"
+    if isinstance(world, str):
+        world = world_module(world).World()
     if getattr(start, "tokenizer", None) is not None:
         world.tokenizer = start.tokenizer
     return world
 
 
+def world_module(name):
+    """The module of a world: one of toy/, or a user's own file."""
+    if is_file(name):
+        module = load_file("world", name)
+        if not hasattr(module, "World"):
+            raise UserError(f"--world {name} has no class World")
+        return module
+    names = {known.lower(): known for known in worlds()}
+    if name.lower() not in names:
+        raise UserError(unknown("world", name, worlds()))
+    return importlib.import_module(f"toy.{names[name.lower()]}")
+
+
 def idle(settings, world):
-    """Names of the settings that are set and would do nothing in this world."""
-    names = (
-        ["flip", "label_temperature", "length_bias", "image_size", "k"]
-        if settings.data and world.kind == "text"
-        else []
-    )
-    names += ["label_temperature", "length_bias"] if world.verifier else []
-    names += (
-        []
-        if world.kind == "text"
-        else ["max_response", "length_bias", "temperature", "context", "truncate"]
-    )
-    names += ["base_steps", "context"] if settings.init else []
-    names += [] if world.pretrain else ["base_steps"]
-    return [
-        name for name in dict.fromkeys(names) if getattr(settings, name) != getattr(Settings, name)
-    ]
+    """Names of the settings that were changed and would do nothing in this world."""
+    names = []
+    if settings.data and world.kind == "text":
+        names += ["flip", "label_temperature", "length_bias", "image_size", "k"]
+    if world.verifier:
+        names += ["label_temperature", "length_bias"]
+    if world.kind != "text":
+        names += ["max_response", "length_bias", "temperature", "context", "truncate"]
+    if world.kind == "table":  # exact: nothing is sampled for an evaluation, nothing is autocast
+        names += ["eval_size", "base_seed", "dtype"]
+    if settings.init:
+        names += ["base_steps", "context"]
+    if not world.pretrain:
+        names += ["base_steps"]
+    return [n for n in dict.fromkeys(names) if getattr(settings, n) != getattr(Settings, n)]
 
 
 def refuse_idle(settings, world, start):
-    """ValueError naming settings that would do nothing in this world, and a model of --init that is none of this world's kind."""
+    """UserError for settings that would do nothing in this world, or an --init of another kind."""
     fits = {"text": nanomodel.GPT, "images": nanomodel.UNet}.get(world.kind, ())
     if start is not None and not isinstance(start, fits):
         raise UserError(
-            f"--init {settings.init} is a {type(start).__name__}, {world.name} is a world of {world.kind}"
+            f"--init {settings.init} is a {type(start).__name__}, "
+            f"{world.name} is a world of {world.kind}"
         )
-    if isinstance(start, nanomodel.UNet) and (start.shape, start.classes) != (
-        world.model().shape,
-        world.model().classes,
-    ):
-        raise UserError(
-            f"--init {settings.init} makes images of shape {start.shape}, {world.name} has {world.model().shape}"
-        )
+    if isinstance(start, nanomodel.UNet):
+        model = world.model()
+        if (start.shape, start.classes) != (model.shape, model.classes):
+            raise UserError(
+                f"--init {settings.init} makes images of shape {start.shape}, "
+                f"{world.name} has {model.shape}"
+            )
     bad = idle(settings, world)
     if bad:
-        raise UserError(
-            f"--{', --'.join(bad)} would do nothing in {world.name}"
-            + (" with --init" if settings.init else "")
-        )
+        where = f"{world.name} with --init" if settings.init else world.name
+        raise UserError(f"--{', --'.join(bad)} would do nothing in {where}")
 
 
 def worlds():
     """Names of the toy worlds."""
-    return sorted(
-        f[:-3]
-        for f in os.listdir(os.path.join(HERE, "toy"))
-        if f.endswith(".py") and f not in ("__init__.py", "exact.py", "files.py", "world.py")
-    )
+    other = ("__init__.py", "exact.py", "files.py", "world.py")
+    names = os.listdir(os.path.join(HERE, "toy"))
+    return sorted(n[:-3] for n in names if n.endswith(".py") and n not in other and n[0] != "_")
+
+
+# ---------------------------------------------------------------- a user's own files
+
+loaded = {}  # {module name: path} of the files that `load_file` has imported
+
+
+def is_file(name):
+    """Is this value of --method or --world a path, and not one of our names?"""
+    return name.endswith(".py") or "/" in name or os.sep in name
+
+
+def file_path(kind, name):
+    """The absolute path of a user's own method or world; UserError when it is not a Python file."""
+    path = os.path.abspath(name)
+    if not os.path.isfile(path) and os.path.isfile(path + ".py"):
+        path += ".py"
+    if not os.path.isfile(path):
+        raise UserError(f"--{kind} {name}: there is no such file")
+    stem = os.path.basename(path)[:-3]
+    if not path.endswith(".py") or not re.fullmatch(r"_?[A-Za-z]\w*", stem):
+        raise UserError(f"--{kind} {name}: the file needs a name such as my_{kind}.py")
+    return path
+
+
+def load_file(kind, name):
+    """Import a user's own method or world under the name of its file -> the module.
+
+    Its folder is put last on the import path, so that the file may import its neighbours.
+    """
+    path = file_path(kind, name)
+    stem, folder = os.path.basename(path)[:-3], os.path.dirname(path)
+    if folder in [os.path.join(HERE, ours) for ours in ("methods", "toy", "claims")]:
+        with readable(path):
+            return importlib.import_module(f"{os.path.basename(folder)}.{stem}")
+    if loaded.get(stem) == path:
+        return sys.modules[stem]
+    if stem not in loaded:
+        taken = importlib.util.find_spec(stem)
+        if taken is not None and taken.origin != path:
+            raise UserError(f"--{kind} {name}: a module {stem} exists already; rename the file")
+    if folder not in sys.path:
+        sys.path.append(folder)
+    spec = importlib.util.spec_from_file_location(stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[stem] = module
+    try:
+        with readable(path):
+            spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[stem]
+        raise
+    loaded[stem] = path
+    return module
+
+
+@contextlib.contextmanager
+def readable(path):
+    """Turn whatever stops the import of the file at `path` into a UserError with its line."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - a file may raise anything while it is imported
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        line = error.lineno if isinstance(error, SyntaxError) else (lines or ["?"])[-1]
+        text = error.msg if isinstance(error, SyntaxError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"{path} cannot be read: line {line}: {text}") from error
 
 
 def methods():
-    """Names of the methods."""
-    return sorted(
-        f[:-3]
-        for f in os.listdir(os.path.join(HERE, "methods"))
-        if f.endswith(".py") and f != "__init__.py"
-    )
-
-
-def paper(module):
-    """The Paper of a method file; built from its constants where a file still has those."""
-    if hasattr(module, "PAPER"):
-        return module.PAPER
-    needs = getattr(module, "NEEDS", "pairs or lists")
-    unused = getattr(module, "UNUSED", ())
-    return Paper(module.FAMILY, module.KINDS, needs, unused, module.DEFAULTS)
+    """Names of the methods in methods/."""
+    names = os.listdir(os.path.join(HERE, "methods"))
+    return sorted(n[:-3] for n in names if n.endswith(".py") and n[0] not in "_.")
 
 
 def title(module):
@@ -214,7 +294,6 @@ def title(module):
 
 def unknown(kind, name, known):
     """A line about a name that does not exist, with the nearest one that does."""
-    near = difflib.get_close_matches(name, known, 1, 0.5)
-    return f"unknown {kind} {name!r}" + (
-        f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
-    )
+    near = difflib.get_close_matches(name.lower(), known, 1, 0.5)
+    end = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
+    return f"unknown {kind} {name!r}{end}"

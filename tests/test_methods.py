@@ -10,22 +10,21 @@ from pathlib import Path
 import pytest
 
 import lab
-import train
-from lab import settings
+from lab import flags, settings, store
 from lab.settings import title
 
-FILES = {name: Path(train.load_method(name).__file__).read_text() for name in train.methods()}
+FILES = {name: Path(flags.load_method(name).__file__).read_text() for name in settings.methods()}
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_parts_and_their_order(name):
-    module, tree = train.load_method(name), ast.parse(FILES[name])
+    module, tree = flags.load_method(name), ast.parse(FILES[name])
     order = [n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
     parts = [n for n in order if n in ("Config", "loss", "run")]
     assert parts == ["Config", "loss", "run"]
     assert re.fullmatch(r"\S.* - .*\(20\d\d\), arXiv:\d{4}\.\d{5}", title(module))
     assert re.search("differently from the paper|Differences from the paper", module.__doc__)
-    paper = settings.paper(module)
+    paper = flags.declared(name).paper
     assert paper.family and set(paper.worlds) <= {"text", "images", "table"}
     assert set(paper.defaults) <= {f.name for f in dataclasses.fields(lab.Settings)}
     assert list(inspect.signature(module.loss).parameters) == ["logps", "ref_logps", "batch", "cfg"]
@@ -34,7 +33,7 @@ def test_parts_and_their_order(name):
 
 CLAIMS = sorted(
     path.stem
-    for path in Path(train.__file__).with_name("claims").glob("[a-z]*.py")
+    for path in Path(store.HERE, "claims").glob("[a-z]*.py")
     if "CLAIMS" in path.read_text()
 )
 

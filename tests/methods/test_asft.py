@@ -279,7 +279,7 @@ def test_what_is_not_a_probability_is_refused(capsys, tmp_path, monkeypatch):
         values(logps.detach() + 1e4 * batch.mask, batch, Config())
     monkeypatch.chdir(tmp_path)
     assert "images" not in PAPER.worlds
-    assert train.cli(["--method", "asft", "--world", "digits"]) == 2
+    assert train.main(["--method", "asft", "--world", "digits"]) == 2
     assert "images" in capsys.readouterr().err
 
 

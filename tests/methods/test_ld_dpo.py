@@ -245,7 +245,7 @@ def test_rows_that_are_not_pairs_are_refused():
 def test_a_world_of_tables_is_refused(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert PAPER.worlds == ("text",)
-    assert train.cli(["--method", "ld_dpo", "--world", "bandit", "--length_bias", "0"]) == 2
+    assert train.main(["--method", "ld_dpo", "--world", "bandit", "--length_bias", "0"]) == 2
     assert "needs a world of text" in capsys.readouterr().err
 
 

@@ -246,7 +246,7 @@ def test_single_answers_run(tmp_path, monkeypatch, capsys):
     ]
     (tmp_path / "answers.jsonl").write_text("\n".join(json.dumps(row) for row in answers))
     flags = "--method sft --data answers.jsonl --context 16 --base_steps 0 --batch_size 2 --show"
-    assert train.cli(flags.split()) == 0
+    assert train.main(flags.split()) == 0
     printed = capsys.readouterr().out
     assert "1 responses, scores [1.0]" in printed
     assert "5 scored tokens" in printed  # " yes" and the end: the good ones alone

@@ -381,7 +381,7 @@ SMALL = ["--prompts", "8", "--batch_size", "4", "--eval_size", "4", "--max_respo
 def made(out, *flags):
     """The folder of a small finished run of DPO."""
     assert (
-        train.cli(
+        train.main(
             [
                 "--method",
                 "dpo",
@@ -403,7 +403,7 @@ def made(out, *flags):
 
 
 def look(init, out, *flags):
-    return train.cli(["--method", "three_d", "--init", init, "--out", str(out), *SMALL, *flags])
+    return train.main(["--method", "three_d", "--init", init, "--out", str(out), *SMALL, *flags])
 
 
 def test_a_look_at_a_finished_run(tmp_path, capsys):

@@ -1,0 +1,233 @@
+"""python train.py --check NAME: does a method keep the contract? One plain line per rule.
+
+The loss is called with the log-probs of a real first step of its own `run`, in a small world, and
+with variations of them. `ok`: the rule holds. `look`: it may be what the paper wants, or a slip.
+`WRONG`: the contract is broken, and the exit status is 1.
+"""
+
+import ast
+import inspect
+import re
+from types import SimpleNamespace
+
+import torch
+
+from data import UserError
+from lab import check as first
+from lab.flags import declared
+from lab.lab import Lab
+from lab.settings import Settings
+
+ORDER = ["logps", "ref_logps", "batch", "cfg"]
+TITLE = r"\S.* - .*\(\d{4}\), arXiv:\d{4}\.\d{4,5}"
+
+
+class Caught(Exception):
+    """Ends a run at the first call of its loss."""
+
+
+def check(run):
+    """Print one line per rule -> exit status: 0, or 1 when one of them is broken."""
+    lines = form(run)
+    settings = small(run)
+    print(f"{run.module.__file__} on the world {settings.world}")
+    if hasattr(run.module, "loss"):
+        call = first_call(run, settings)
+        if call is None:
+            lines.append(("look", "`run` never calls `loss` here, so `loss` was not checked"))
+        else:
+            lines += of_loss(*call)
+    if all(mark != "WRONG" for mark, _ in lines):
+        lines.append(of_run(run, settings))
+    for mark, text in lines:
+        print(f"  {mark:<5}  {text}")
+    return 1 if any(mark == "WRONG" for mark, _ in lines) else 0
+
+
+def small(run):
+    """Settings of a first step that takes seconds: an exact table where the method can use one."""
+    paper, given = run.paper, run.settings
+    world = given.world
+    easy = paper.needs in ("pairs or lists", "demonstrations", "reward")
+    if world in (None, paper.defaults.get("world")) and easy and "table" in paper.worlds:
+        return Settings(world="bandit", steps=8, batch_size=16, prompts=128, seed=given.seed)
+    size = dict(steps=8, batch_size=8, prompts=64, eval_size=8)
+    return Settings(world=world or "reviews", seed=given.seed, device=given.device, **size)
+
+
+# ---------------------------------------------------------------- the file
+
+
+def form(run):
+    """What can be read off the file: docstring, comments, signatures."""
+    module, lines = run.module, []
+    found = re.match(TITLE, (module.__doc__ or "").replace("\n", " "))
+    wanted = 'the docstring begins with "NAME - Title (year), arXiv:NNNN.NNNNN"'
+    lines.append(("ok" if found else "look", wanted))
+    about = declared(module.__file__)
+    bare = [name for name, flag in about.flags.items() if not flag.text]
+    if bare:
+        lines.append(("look", f"a comment beside {', '.join(bare)} would be its text in --help"))
+    if not module.Config.__dataclass_params__.frozen:
+        lines.append(("look", "write @dataclass(frozen=True) above Config"))
+    for name, order in (("loss", ORDER), ("run", ["lab", "cfg"])):
+        if hasattr(module, name):
+            has = list(inspect.signature(getattr(module, name)).parameters)
+            mark = "ok" if has == order else "WRONG"
+            lines.append((mark, f"the arguments of {name} are {', '.join(order)}"))
+    for node in ast.walk(ast.parse(inspect.getsource(module))):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        for name in names:
+            if name.split(".")[0] in ("lab", "train", "claims", "methods"):
+                lines.append(("look", f"a method imports data, toy and nanomodel, not {name}"))
+    return lines
+
+
+# ---------------------------------------------------------------- the loss
+
+
+class Probe(Lab):
+    """A Lab whose `align` ends at the first call of the loss, and remembers it."""
+
+    call = None  # (loss, logps, ref_logps, batch, cfg)
+
+    def note(self, loss):
+        """A loss that is never carried out."""
+
+        def noted(*arguments):
+            self.call = loss, *arguments
+            raise Caught
+
+        return noted
+
+    def align(self, policy, data, loss, cfg, **options):
+        return super().align(policy, data, self.note(loss), cfg, **options)
+
+
+def first_call(run, settings):
+    """(loss, its arguments) at the first call in `run`; None when it is never called."""
+    lab, loss = Probe(settings, quiet=True), run.module.loss
+    run.module.loss = lab.note(loss)  # for a `run` that calls it by itself, under lab.fit
+    try:
+        run.module.run(lab, run.cfg)
+    except Caught:
+        pass
+    finally:
+        run.module.loss = loss
+    if lab.call and lab.call[0].__name__ == "noted":  # align was given the replacement
+        return loss, *lab.call[1:]
+    return lab.call
+
+
+def of_loss(loss, logps, ref_logps, batch, cfg):
+    """The rules of a loss, on the arguments of a first step."""
+    lines = []
+    if ref_logps is not None and ref_logps.requires_grad:
+        lines.append(("WRONG", "the reference has a gradient: score it under torch.no_grad()"))
+    x = logps.detach().clone()
+    ref = None if ref_logps is None else ref_logps.detach().clone()
+    before = [None if t is None else t.clone() for t in (x, ref, batch.mask, batch.scores)]
+
+    def value(x, ref, batch):
+        """losses (B,), their gradient in x (B, K, T), and the metrics."""
+        x = x.detach().requires_grad_()
+        losses, metrics = first.unpack(loss(x, ref, batch, cfg))
+        first.first_step(losses, metrics, x, batch)
+        (slope,) = torch.autograd.grad(losses.sum(), x)
+        return losses.detach(), slope, metrics
+
+    try:
+        losses, slope, metrics = value(x, ref, batch)
+    except UserError as error:
+        return [*lines, ("WRONG", str(error))]
+    names = ", ".join(metrics) or "none"
+    lines.append(("ok", f"losses of shape ({len(losses)},), one per row; metrics: {names}"))
+    lines.append(("ok", "losses and gradient are finite, metrics have no gradient"))
+    after = [x, ref, batch.mask, batch.scores]
+    same = all(a is None or torch.equal(a, b) for a, b in zip(before, after))
+    lines.append(("ok" if same else "WRONG", "the arguments are left as they were"))
+    again = torch.equal(losses, value(x, ref, batch)[0])
+    lines.append(("ok" if again else "WRONG", "a second call gives the same losses: no state"))
+    wide = loss(x.bfloat16(), None if ref is None else ref.bfloat16(), batch, cfg)[0].dtype
+    wide = wide in (torch.float32, torch.float64)
+    lines.append(("ok" if wide else "WRONG", "bfloat16 log-probs are upcast (see data.upcast)"))
+    lines.append(extreme(value, x, ref, batch))
+    lines += of_reference(value, x, ref, batch, losses, slope)
+    lines += signs(slope, batch)
+    lines.append(length(value, x, ref, batch, losses))
+    return lines
+
+
+def extreme(value, x, ref, batch):
+    """Finite at log-ratios of 10,000 in either direction?"""
+    line = "the loss is finite at log-ratios of 10,000"
+    for sign in (1.0, -1.0):
+        far = torch.zeros_like(x)
+        far[:, 0, 0], far[:, -1, 0] = sign * 1e4, -sign * 1e4
+        try:
+            value(x - far.relu(), ref, batch)
+        except UserError as error:
+            return "WRONG", f"{line}: {error}"
+    return "ok", line
+
+
+def of_reference(value, x, ref, batch, losses, slope):
+    """Does the reference matter?"""
+    if ref is None:
+        return [("ok", "the loss has no reference")]
+    moved = ref + torch.linspace(0.1, 0.5, ref.shape[1])[:, None].to(ref) * batch.mask
+    other, other_slope, _ = value(x, moved, batch)
+    if torch.equal(other, losses) and torch.equal(other_slope, slope):
+        return [("look", "the loss is constant in ref_logps: give lab.align reference=None")]
+    return [("ok", "the loss depends on ref_logps")]
+
+
+def signs(slope, batch):
+    """Does a gradient step raise the best response and lower the worst one?"""
+    present = batch.mask.any(-1)
+    best = batch.scores.masked_fill(~present, -torch.inf).argmax(1, keepdim=True)
+    worst = batch.scores.masked_fill(~present, torch.inf).argmin(1, keepdim=True)
+    apart = (batch.scores.gather(1, best) > batch.scores.gather(1, worst))[:, 0]
+    if not apart.any():
+        return []
+    total = (slope * batch.mask).sum(-1)[apart]
+    up, down = (float(total.gather(1, i[apart]).mean()) for i in (best, worst))
+    lines = []
+    if up > 0:
+        lines.append(("look", "raising the chosen log-prob raises your loss: a sign?"))
+    if down < 0:
+        lines.append(("look", "lowering the rejected log-prob raises your loss: a sign?"))
+    return lines or [("ok", "the gradient raises the chosen log-prob, not the rejected one")]
+
+
+def length(value, x, ref, batch, losses):
+    """Does a response cut into twice as many tokens, with the same total, have the same loss?"""
+
+    def cut(t):
+        return None if t is None else t.repeat_interleave(2, -1) / 2
+
+    columns = {
+        name: cut(t) if t.shape == x.shape and t.is_floating_point() else t
+        for name, t in batch.columns.items()
+    }
+    twice = SimpleNamespace(
+        mask=batch.mask.repeat_interleave(2, -1), scores=batch.scores, parents=batch.parents
+    )
+    twice.__dict__.update(columns)
+    other = value(cut(x), cut(ref), twice)[0]
+    if torch.allclose(other, losses, rtol=1e-4, atol=1e-6):
+        return "ok", "the loss depends on the sum over tokens, not on their number"
+    return "look", "the loss and its gradient depend on the length of a response: a mean?"
+
+
+def of_run(run, settings):
+    """What `run` returns."""
+    try:
+        result = run.module.run(Lab(settings, quiet=True), run.cfg)
+    except UserError as error:
+        return "WRONG", f"run: {error}"
+    if result is None or isinstance(result, (dict, torch.nn.Module)):
+        return "ok", f"run returns {'None' if result is None else f'a {type(result).__name__}'}"
+    kind = type(result).__name__
+    return "WRONG", f"run returns a {kind}; expected the trained model, a table or None"

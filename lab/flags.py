@@ -1,0 +1,577 @@
+"""The command line: what methods declare, which flags there are, and the runs that they ask for.
+
+What a method declares (its docstring, PAPER and Config) is read from its source with `ast`, without
+importing it. So only the methods that are run are imported, and an unfinished file in methods/
+breaks nothing but itself.
+"""
+
+import ast
+import contextlib
+import io
+import itertools
+import math
+import os
+import re
+import sys
+import tokenize
+from dataclasses import dataclass, field
+from types import ModuleType
+
+import torch
+
+from data import Paper, UserError
+from lab.folder import read_run
+from lab.hub import load_pretrained
+from lab.settings import (
+    Settings,
+    file_path,
+    idle,
+    is_file,
+    load_file,
+    make_world,
+    methods,
+    pick_device,
+    refuse_idle,
+    unknown,
+)
+from lab.store import HERE
+
+ACTIONS = dict(
+    method="the paper to run (see --list), or a file of your own; several with commas, or all",
+    claim="measure the paper's claims, instead of one run",
+    seeds="run this many seeds: seed, seed + 1, ...",
+    resume="go on with the interrupted run in this folder",
+    prompt="ask the model of --init (or the world's base model), print its answer",
+    show="print one row as the model sees it, and stop before the first step",
+    check="test whether a method keeps the contract: --check my_method",
+    list="the methods by family, and the worlds",
+    help="this text; with --method NAME: that paper and its flags",
+)
+BARE = ("claim", "show", "list", "help")  # actions that take no value
+TEXTS = ("data", "init", "out", "world", "prompt", "resume", "check")  # a comma is a comma there
+ALIASES = dict(  # names that people know from elsewhere; they are suggested, not accepted
+    batch_size="bs batchsize batch per_device_train_batch_size train_batch_size",
+    check="test verify validate",
+    clip="max_grad_norm grad_clip gradient_clip clip_grad",
+    data="dataset dataset_name train_file train_data data_path",
+    device="gpu cuda accelerator",
+    dtype="precision bf16 fp16 torch_dtype",
+    eval_every="eval_steps eval_interval logging_steps",
+    flip="noise label_noise flip_rate",
+    init="model model_name model_name_or_path model_path checkpoint ckpt pretrained load",
+    k="num_samples num_generations num_responses n_samples",
+    label_temperature="label_temp",
+    lr="learning_rate learningrate eta",
+    max_response="max_new_tokens max_tokens max_length max_completion_length",
+    method="algo algorithm loss loss_type trainer paper name",
+    out="output_dir output out_dir save_dir logdir",
+    prompt="query question ask",
+    seed="random_seed",
+    seeds="num_seeds n_seeds",
+    steps="epochs epoch num_epochs num_train_epochs num_steps max_steps iterations iters max_iters",
+    temperature="temp",
+    warmup="warmup_steps warmup_ratio",
+    world="task env environment",
+)
+
+
+# ---------------------------------------------------------------- what a file declares
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One field of a Config or of Settings."""
+
+    kind: str  # the annotation, "float | None"
+    default: str  # as it is written in the source
+    text: str  # the comment beside it, or above it
+
+    def meaning(self):
+        """Two fields of one name mean the same if annotation, default and the first clause of the
+        comment (up to the first comma, semicolon, colon, parenthesis or full stop) are equal."""
+        clause = re.split(r"[,;:(.]", self.text)[0]
+        return self.kind, self.default, " ".join(clause.lower().split())
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What a method file says about itself, read without importing it."""
+
+    name: str
+    path: str
+    doc: str = ""
+    paper: Paper | None = None
+    flags: dict = field(default_factory=dict)  # {field of Config: Flag}
+    problem: str = ""  # why the file cannot be read
+
+    @property
+    def title(self):
+        """The first paragraph of the docstring: name, title, year and arXiv number."""
+        return " ".join((self.doc.strip() or self.name).split("\n\n")[0].split())
+
+
+def fields_of(source, name):
+    """{field: Flag} of the dataclass `name` in a module's source; None when there is no such class.
+
+    The explanation is the comment on the field's line or lines, else the comment lines above it.
+    """
+    found = [n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == name]
+    if not found:
+        return None
+    lines, comments = source.splitlines(), {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            comments[token.start[0]] = token.string.lstrip("# ").strip()
+    flags = {}
+    for node in found[0].body:
+        if not isinstance(node, ast.AnnAssign):
+            continue
+        places = [i for i in range(node.lineno, node.end_lineno + 1) if i in comments]
+        above = node.lineno - 1
+        if not places:
+            while lines[above - 1].strip().startswith("#"):
+                places.insert(0, above)
+                above -= 1
+        kind = ast.unparse(node.annotation).strip("'\"")
+        default = ast.unparse(node.value) if node.value else ""
+        flags[node.target.id] = Flag(kind, default, " ".join(comments[i] for i in places))
+    return flags
+
+
+def literal(node):
+    """The value of a literal, where dict(name=value) is one, too."""
+    if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "dict":
+        return {k.arg: literal(k.value) for k in node.keywords}
+    return ast.literal_eval(node)
+
+
+def paper_of(tree):
+    """The Paper that a module's source assigns to PAPER; None when there is none."""
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "PAPER":
+            call = node.value
+            named = {k.arg: literal(k.value) for k in call.keywords}
+            return Paper(*map(literal, call.args), **named)
+    return former_paper(tree)
+
+
+def former_paper(tree):
+    """A Paper from the constants that a method file had instead of PAPER."""
+    found = {}
+    for node in tree.body:
+        if isinstance(node, ast.Assign):
+            targets, values = node.targets, [node.value]
+            if isinstance(targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple):
+                targets, values = targets[0].elts, node.value.elts
+            for target, value in zip(targets, values):
+                with contextlib.suppress(ValueError):
+                    found[getattr(target, "id", "")] = literal(value)
+    if "FAMILY" not in found:
+        return None
+    return Paper(
+        found["FAMILY"],
+        worlds=found["KINDS"],
+        needs=found.get("NEEDS", "pairs or lists"),
+        ignores=found.get("UNUSED", ()),
+        defaults=found["DEFAULTS"],
+    )
+
+
+def declared(name):
+    """What the method `name` (one of ours, or a path) declares; UserError for an unknown name."""
+    if is_file(name):
+        path = file_path("method", name)
+        name = os.path.basename(path)[:-3]
+    else:
+        known = {n.lower(): n for n in methods()}
+        if name.lower() not in known:
+            raise UserError(unknown("method", name, methods()))
+        name = known[name.lower()]
+        path = os.path.join(HERE, "methods", f"{name}.py")
+    try:
+        with open(path, encoding="utf-8") as file:
+            tree = ast.parse(source := file.read())
+        flags, paper = fields_of(source, "Config"), paper_of(tree)
+    except SyntaxError as error:
+        return Declared(name, path, problem=f"line {error.lineno}: {error.msg}")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return Declared(name, path, problem=" ".join(str(error).split()))
+    doc = ast.get_docstring(tree) or ""
+    functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    missing = [what for what, there in (("Config", flags), ("PAPER", paper)) if there is None]
+    missing += [] if "run" in functions else ["run"]
+    problem = f"it has no {' and no '.join(missing)}" if missing else ""
+    return Declared(name, path, doc, paper, flags or {}, problem)
+
+
+def catalogue():
+    """What all methods in methods/ declare; a file that cannot be read is among them."""
+    return [declared(name) for name in methods()]
+
+
+def load_method(name):
+    """The module of a method: one of ours, or a user's own file."""
+    return load(declared(name))
+
+
+def load(about):
+    """The module of a method that was `declared`."""
+    if about.problem:
+        raise UserError(f"{about.path} cannot be read: {about.problem}")
+    return load_file("method", about.path)
+
+
+# ---------------------------------------------------------------- reading flags
+
+
+@dataclass
+class Run:
+    """One run that a command line asks for."""
+
+    method: str | None
+    module: ModuleType | None
+    paper: Paper | None
+    settings: Settings
+    cfg: object
+    varied: dict  # what distinguishes it from the other runs of a sweep
+
+    def name(self):
+        return ", ".join(f"{k} {v}" for k, v in self.varied.items())
+
+
+def settings_flags():
+    """{run setting: Flag}."""
+    with open(os.path.join(HERE, "lab", "settings.py"), encoding="utf-8") as file:
+        return fields_of(file.read(), "Settings")
+
+
+def read_command(argv):
+    """A command line -> (flags, what the chosen methods declare, the folder of --resume or None).
+
+    --resume is replaced by the flags of the interrupted run, checked like any others."""
+    flags, chosen = read_flags(argv)
+    if "resume" not in flags:
+        return flags, chosen, None
+    if len(flags) > 1:
+        raise UserError("--resume takes no other flag: the run's own settings are used")
+    again, chosen = read_flags(read_run(flags["resume"]))
+    return again, chosen, flags["resume"]
+
+
+def read_flags(argv):
+    """A command line -> ({flag: text}, what the chosen methods declare).
+
+    A flag that names its method, --ld_dpo.alpha, keeps that name. UserError: a flag that is not
+    known, is given twice or lacks its value; a method that is not known or cannot be read."""
+    argv = ["--help" if a == "-h" else a for a in argv]
+    chosen = chosen_methods(argv)
+    run = settings_flags()
+    own = {f"{m.name}.{f}": flag for m in chosen for f, flag in m.flags.items()}
+    own |= {f: flag for m in chosen for f, flag in m.flags.items()}
+    known = run | own | dict.fromkeys(ACTIONS)
+    bare = {*BARE, *(name for name, flag in known.items() if flag and flag.kind == "bool")}
+    flags, i = {}, 0
+    while i < len(argv):
+        if not argv[i].startswith("--") or argv[i] == "--":
+            raise UserError(
+                f"unexpected {argv[i]!r}: flags begin with --, lists are written with commas"
+            )
+        name, equals, value = argv[i][2:].partition("=")
+        name = name.replace("-", "_").lower()
+        if name not in known:
+            raise UserError(no_such_flag(name, known, chosen))
+        i += 1
+        if not equals and name in bare:
+            value = "true"
+            if i < len(argv) and argv[i].lower() in ("true", "false"):
+                value, i = argv[i], i + 1
+        elif not equals:
+            if i == len(argv) or argv[i].startswith("--"):
+                raise UserError(f"--{name} needs a value")
+            value, i = argv[i], i + 1
+        if not value.strip():
+            raise UserError(f"--{name} needs a value")
+        if name in flags:
+            raise UserError(f"--{name} is given twice")
+        flags[name] = value
+    for name in BARE:
+        if name in flags and not convert(name, flags[name], "bool"):
+            del flags[name]
+    return flags, chosen
+
+
+def chosen_methods(argv):
+    """What the methods of --method (or --check) declare; `all` is every one that can be read."""
+    text = None
+    for i, word in enumerate(argv):
+        name, equals, value = word.partition("=")
+        if name.lower() in ("--method", "--check"):
+            text = value if equals else next(iter(argv[i + 1 :]), "")
+    if text is None or not text.strip() or text.startswith("--"):
+        return []
+    if text == "all":
+        return [m for m in catalogue() if not m.problem]
+    chosen = [declared(name.strip()) for name in text.split(",")]
+    names = [m.name for m in chosen]
+    for m in chosen:
+        if names.count(m.name) > 1:
+            raise UserError(f"--method {text} names {m.name} twice")
+        if m.problem:
+            raise UserError(f"{m.path} cannot be read: {m.problem}")
+    return chosen
+
+
+def no_such_flag(name, known, chosen):
+    """A line about a flag that is not known: whose it is, or what was meant."""
+    owners = [m.name for m in catalogue() if name in m.flags]
+    if owners:
+        mine = ", ".join(m.name for m in chosen)
+        end = f"not of {mine}" if chosen else "and --method is not given"
+        return f"--{name} is a flag of {', '.join(owners)}, {end}"
+    for meant, others in ALIASES.items():
+        if name in others.split():
+            return f"unknown flag '--{name}'; did you mean --{meant}?"
+    head = name.partition(".")[0]
+    if head != name and head not in [m.name for m in chosen] and head in methods():
+        return f"--{name} needs --method {head}"
+    return unknown("flag", "--" + name, sorted("--" + n for n in known if "." not in n))
+
+
+def convert(name, text, kind):
+    """A flag's text as the type of its field; UserError naming flag and value."""
+    parts = [part.strip() for part in kind.split("|")]
+    for part in parts:
+        with contextlib.suppress(ValueError):
+            if part == "int" and re.fullmatch(r"[+-]?\d{1,4000}", text):
+                return int(text)
+            if part == "float" and not math.isnan(float(text)):
+                return float(text)
+            if part == "bool" and text.lower() in ("true", "false"):
+                return text.lower() == "true"
+            if part == "str":
+                return text
+    wanted = {"int": "a whole number", "float": "a number", "bool": "true or false"}
+    what = " or ".join(wanted[part] for part in parts if part in wanted)
+    raise UserError(f"--{name} {text}: not {what}")
+
+
+def values(name, text, kind):
+    """The values of a flag: one, or several between commas, each different."""
+    found = [convert(name, part.strip(), kind) for part in text.split(",")]
+    if len(set(found)) < len(found):
+        raise UserError(f"--{name} {text} names a value twice")
+    return found
+
+
+def owned(flags, method, chosen):
+    """{field: (flag as given, text)}: the flags that set a Config field of this method.
+
+    UserError: a bare flag that several chosen methods own with different meanings."""
+    found = {}
+    for name in method.flags:
+        exact = f"{method.name}.{name}"
+        if name in flags:
+            if exact in flags:
+                raise UserError(f"--{name} and --{exact} are both given")
+            owners = [m for m in chosen if name in m.flags]
+            if len({m.flags[name].meaning() for m in owners}) > 1:
+                each = "; ".join(f"--{m.name}.{name}: {m.flags[name].text}" for m in owners)
+                raise UserError(f"--{name} means different things, name one of them: {each}")
+        given = name if name in flags else exact
+        if given in flags:
+            found[name] = given, flags[given]
+    return found
+
+
+def seeds_of(flags, grid):
+    """The seeds of --seeds and --seed, or None when neither is given."""
+    if "seeds" not in flags:
+        return grid.get("seed")
+    first = grid.get("seed", [0])
+    if len(first) > 1:
+        raise UserError("--seeds and a list in --seed exclude each other")
+    count = convert("seeds", flags["seeds"], "int")
+    if not 1 <= count <= 100000:
+        raise UserError(f"--seeds {count} must be between 1 and 100000")
+    return list(range(first[0], first[0] + count))
+
+
+def defaults_of(paper, grid):
+    """The run settings that a method changes when it runs alone.
+
+    With --data there are none; those that do nothing in the world of --world are left out."""
+    defaults = dict(paper.defaults)
+    if "data" in grid:
+        return {}
+    if "world" in grid and len(defaults) > 1:
+        there = Settings(**defaults | {"world": grid["world"][0]})
+        without = idle(there, make_world(there))
+        defaults = {name: value for name, value in defaults.items() if name not in without}
+    return defaults
+
+
+def combinations(flags, chosen):
+    """The runs that the flags ask for, all combinations of their lists; every value is checked."""
+    run, grid = settings_flags(), {}
+    for name, text in flags.items():
+        if name in run:
+            kind = run[name].kind
+            grid[name] = [text] if name in TEXTS else values(name, text, kind)
+    if seeds := seeds_of(flags, grid):
+        grid["seed"] = seeds
+    if not chosen:
+        grids = itertools.product(*grid.values())
+        return [Run(None, None, None, Settings(**dict(zip(grid, v))), None, {}) for v in grids]
+    runs = []
+    for method in chosen:
+        module = load(method)
+        own = owned(flags, method, chosen)
+        full = dict(grid)
+        full |= {n: values(g, text, method.flags[n].kind) for n, (g, text) in own.items()}
+        defaults = defaults_of(method.paper, grid) if len(chosen) == 1 else {}
+        for name in method.paper.ignores:
+            if name in grid:
+                raise UserError(f"--{name} does nothing under {method.name}")
+        for point in itertools.product(*full.values()):
+            picked = dict(zip(full, point))
+            settings = Settings(**defaults | {k: v for k, v in picked.items() if k in grid})
+            cfg = module.Config(**{k: v for k, v in picked.items() if k in own})
+            varied = {"method": method.name} if len(chosen) > 1 else {}
+            varied |= {k: v for k, v in picked.items() if len(full[k]) > 1}
+            runs.append(Run(method.name, module, method.paper, settings, cfg, varied))
+    return runs
+
+
+# ---------------------------------------------------------------- what fits together
+
+
+def refuse_idle_actions(flags, runs):
+    """UserError for flags that would do nothing beside the action that they are given with."""
+    if "prompt" not in flags and runs[0].method is None:
+        raise UserError("--method is needed (see --list)")
+    model = {"init", "world", "data", "device", "dtype", "base_seed", "base_steps"}
+    answer = {"temperature", "seed", "max_response", "context", "truncate"}
+    one_seed = {"seeds", "seed", "out", "overwrite", "device", "dtype", "compile"}
+    fields = {name for name in flags if name not in settings_flags() and name not in ACTIONS}
+    takes = dict(
+        prompt=model | answer,
+        check={"world", "device", "seed"} | fields,
+        claim={"method"} | one_seed,
+        show=set(flags) - {"out", "overwrite", "seeds", *ACTIONS} | {"method"},
+    )
+    for action, useful in takes.items():
+        if action not in flags:
+            continue
+        idle_flags = sorted(set(flags) - useful - {action})
+        if idle_flags and action == "claim":
+            raise UserError(
+                f"--{', --'.join(idle_flags)}: --claim sets its own data and hyper-parameters; "
+                f"it takes --{', --'.join(sorted(one_seed))}"
+            )
+        if idle_flags:
+            raise UserError(f"--{', --'.join(idle_flags)} does nothing beside --{action}")
+        if action != "claim" and len(runs) > 1:
+            raise UserError(f"--{action} takes one value for each flag, and one method")
+        if action == "claim" and len({r.settings.seed for r in runs}) * len(
+            {r.method for r in runs}
+        ) < len(runs):
+            raise UserError("--claim takes one value for --device, --dtype and --compile")
+        break
+    greedy = float(flags.get("temperature", "0")) == 0
+    if "prompt" in flags and "seed" in flags and greedy:
+        raise UserError("--seed does nothing beside a greedy --prompt; --temperature 1 samples")
+
+
+def fitting(runs, flags):
+    """The runs whose methods can use their worlds; with --method all the others are left out.
+
+    UserError, before anything is trained: a setting, a device or a world that does not fit."""
+    kept, made, left = [], {}, set()
+    for run in runs:
+        s = run.settings
+        pick_device(s.device)
+        key = (s.world, s.data, s.init, s.context, s.image_size, s.truncate, s.prompts)
+        if key not in made:
+            start = load_pretrained(s.init) if s.init else None
+            made[key] = make_world(s, start), start
+        world, start = made[key]
+        refuse_idle(s, world, start)
+        try:
+            refuse_method(run.method, run.paper, world, s)
+            kept.append(run)
+        except UserError as error:
+            if flags["method"].lower() != "all":
+                raise
+            if run.method not in left:
+                print(f"left out: {error}", file=sys.stderr)
+            left.add(run.method)
+    if not kept:
+        raise UserError("no method can use this world")
+    return kept
+
+
+def label(runs, flags):
+    """METHOD-WORLD, for the default folder of a run, a sweep or a claim."""
+    settings = runs[0].settings
+    place = os.path.basename((settings.data or settings.world or "reviews").rstrip("/" + os.sep))
+    place = "claim" if "claim" in flags else place.removesuffix(".py")
+    name = runs[0].method if len({run.method for run in runs}) == 1 else "sweep"
+    return f"{name}-{place}"
+
+
+def claims_path(module):
+    """The claims of a method: claims/NAME.py, or beside a user's file NAME_claims.py; or None."""
+    folder, name = os.path.split(module.__file__)
+    path = os.path.join(folder, name[:-3] + "_claims.py")
+    if folder == os.path.join(HERE, "methods"):
+        path = os.path.join(HERE, "claims", name)
+    if not os.path.isfile(path):
+        return module.__file__ if hasattr(module, "claim") else None
+    return path
+
+
+def load_claims(module):
+    """The module that measures the claims of a method."""
+    path, name = claims_path(module), module.__name__.split(".")[-1]
+    if path is None:
+        raise UserError(f"{name} has no claims (there is no claims/{name}.py or {name}_claims.py)")
+    measured = load_file("method", path)
+    for needed in ("measure", "CLAIMS"):
+        if not hasattr(measured, needed) and not hasattr(measured, "claim"):
+            raise UserError(f"{path} has no {needed}")
+    return measured
+
+
+def refuse_method(method, paper, world, settings):
+    """UserError when a method cannot use a world, with the methods that can."""
+
+    def able(fits):
+        papers = [(m.name, m.paper) for m in catalogue() if not m.problem]
+        return ", ".join(name for name, p in papers if fits(p)) + " can use it"
+
+    def has(need):
+        return need not in ("verifier", "reward") or bool(getattr(world, need))
+
+    if world.kind not in paper.worlds:
+        raise UserError(
+            f"{method} needs a world of {' or '.join(paper.worlds)}, {world.name} is one of "
+            f"{world.kind}; {able(lambda p: world.kind in p.worlds and has(p.needs))}"
+        )
+    if not has(paper.needs):
+        raise UserError(
+            f"{method} needs a world with a {paper.needs}, {world.name} has none; "
+            f"{able(lambda p: world.kind in p.worlds and has(p.needs))}"
+        )
+    if paper.needs != "demonstrations" and world.single:
+        raise UserError(
+            f"{world.name} has single answers (completion/label), {method} needs {paper.needs}; "
+            f"{able(lambda p: p.needs == 'demonstrations')}"
+        )
+    if paper.family == "lists" and world.lists is not None:
+        # the lists are given and graded by the truth; only their length is a choice
+        noise = ("flip", "label_temperature", "length_bias")
+        changed = [n for n in noise if getattr(settings, n) != getattr(Settings, n)]
+        if changed:
+            names = ", --".join(changed)
+            raise UserError(f"--{names} would do nothing with the lists of {world.name}")
+        world.lists(1, torch.Generator(), settings.k)

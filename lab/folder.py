@@ -1,0 +1,228 @@
+"""The folder of a run: made, replaced under --overwrite, resumed, locked while it is written."""
+
+import contextlib
+import dataclasses
+import glob
+import hashlib
+import json
+import os
+import shutil
+import sys
+
+import torch
+
+from data import UserError
+from lab.store import write_json
+
+MARK = "run.json"
+
+
+def versions():
+    """What a run depends on besides its settings and its files."""
+    import numpy
+
+    return {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "threads": torch.get_num_threads(),
+    }
+
+
+@contextlib.contextmanager
+def folder(run, flags, label, resumed=None):
+    """The folder of a run, as a context: it yields the path, and tidies up after what went wrong.
+
+    run: its settings and Config; flags: the command line, kept for --resume; label: METHOD-WORLD
+    for the default path; resumed: the folder of an interrupted run, which goes on in place. A run
+    that ends in an error before anything was trained leaves no folder. Under --overwrite the former
+    run is given back unless the new one has ended.
+    """
+    out = resumed or new_folder(run.settings, label)
+    former = aside(out)
+    with contextlib.ExitStack() as held:
+        held.enter_context(locked(out))
+        clear(out)
+        try:
+            if not resumed:
+                write_run(out, run, flags)
+            yield out
+        except KeyboardInterrupt:
+            note = f"; the former run waits in {former}" if os.path.exists(former) else ""
+            line = f"\nstopped; go on with: python train.py --resume {out}{note}"
+            print(line, file=sys.stderr)
+            raise
+        except Exception as error:
+            held.close()  # an open file could not be moved on Windows
+            left = out if resumed else give_back(out, former)
+            if isinstance(error, OSError) and left:
+                hint = "the last checkpoint is kept, go on with: python train.py --resume"
+                hint = f"{error.strerror or error}; {hint} {left}"
+                raise OSError(error.errno, hint, error.filename) from None
+            if isinstance(error, UserError) and left not in (None, out):
+                text = str(error).replace(f"kept in {out}", f"kept in {left}")
+                raise UserError(f"{text}; {out} is the former run again") from None
+            raise
+        for old in glob.glob(glob.escape(os.path.abspath(out)) + ".replaced-*"):
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def new_folder(settings, label):
+    """The path of a new run, made and writable; UserError when it must not or cannot be used."""
+    out = settings.out
+    if out is None:
+        number = 1
+        while os.path.exists(out := os.path.join("out", f"{label}-{number}")):
+            number += 1
+    waiting = sorted(glob.glob(glob.escape(os.path.abspath(out)) + ".replaced-*"))
+    if waiting:
+        raise UserError(
+            f"{waiting[0]} holds the run that an interrupted --overwrite of {out} set aside; "
+            f"finish that one with --resume {out}, or move the older one back or delete it"
+        )
+    if os.path.exists(out) and not os.path.isdir(out):
+        raise UserError(f"--out {out} is a file")
+    if os.path.isdir(out) and os.listdir(out):
+        if not settings.overwrite:
+            raise UserError(
+                f"--out {out} is not empty; --overwrite replaces it, --resume goes on with it"
+            )
+        if not os.path.exists(os.path.join(out, MARK)):
+            raise UserError(
+                f"--out {out} does not look like a run (no {MARK}), so it is not replaced"
+            )
+        for name in ("init", "data"):
+            value = getattr(settings, name)
+            inside = os.path.realpath(out) + os.sep
+            if value and (os.path.realpath(value) + os.sep).startswith(inside):
+                raise UserError(f"--{name} {value} lies in --out {out}, which would be replaced")
+        with locked(out):
+            pass
+        os.replace(out, aside(out))
+    try:
+        os.makedirs(out, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror}") from None
+    return out
+
+
+def aside(out):
+    """Where the former content of --out waits, under --overwrite, until the new run has ended."""
+    return f"{os.path.abspath(out)}.replaced-{os.getpid()}"
+
+
+def give_back(out, former):
+    """Undo a run that failed: the former run returns to `out` -> where the failed one is, or None.
+
+    What the failed run has trained is kept, beside the former run if there was one."""
+    left = out
+    if not trained(out):
+        shutil.rmtree(out, ignore_errors=True)
+        left = None
+    if os.path.exists(former):
+        if left:
+            left = f"{out}.failed-{os.getpid()}"
+            os.replace(out, left)
+        os.replace(former, out)
+    return left
+
+
+def trained(out):
+    """Has anything been trained or measured in this folder or in one inside it?"""
+    work = ("metrics.jsonl", "summary.json", "claim.json", "claims.json")
+    for _, _, names in os.walk(out):
+        if any(n in work or "-checkpoint-" in n for n in names):
+            return True
+    return False
+
+
+def clear(out):
+    """Remove the half-written files of a run that was killed."""
+    for place, _, names in os.walk(out):
+        for name in names:
+            if name.startswith(".writing-"):
+                with contextlib.suppress(OSError):
+                    os.unlink(os.path.join(place, name))
+
+
+# ---------------------------------------------------------------- run.json
+
+
+def write_run(out, run, flags):
+    """run.json: what --resume needs, and what a reader wants to know."""
+    paths = {n: flags[n] for n in ("data", "init", "world") if os.path.exists(flags.get(n, ""))}
+    flags = flags | {name: os.path.abspath(path) for name, path in paths.items()}
+    methods = flags.get("method", "").split(",")
+    flags["method"] = ",".join(os.path.abspath(m) if os.path.exists(m) else m for m in methods)
+    files = [flags[n] for n in ("data", "world") if n in paths]
+    files += [m for m in flags["method"].split(",") if os.path.isfile(m)]
+    write_json(
+        os.path.join(out, MARK),
+        {
+            "flags": flags,
+            "settings": dataclasses.asdict(run.settings),
+            "config": vars(run.cfg),
+            "versions": versions(),
+            "files": {path: stamp(path) for path in files if os.path.isfile(path)},
+        },
+    )
+
+
+def read_run(out):
+    """The command line of an interrupted run, as a list of arguments.
+
+    UserError: it is not a run, or a file that it reads has changed since."""
+    try:
+        with open(os.path.join(out, MARK), encoding="utf-8") as file:
+            kept = json.load(file)
+        argv = [f"--{name}={text}" for name, text in kept["flags"].items()]
+        old, files = dict(kept["versions"]), dict(kept.get("files", {}))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"--resume {out} is not a run (no readable {MARK})") from None
+    if not argv:
+        raise UserError(f"--resume {out} is one run of a sweep: resume the folder of the sweep")
+    for path, before in files.items():
+        if not os.path.isfile(path) or stamp(path) != before:
+            raise UserError(f"--resume {out}: {path} has changed since that run began")
+    if old != versions():
+        print(
+            f"the run was made with {old}, this is {versions()}: "
+            "the weights may differ in the last bits",
+            file=sys.stderr,
+        )
+    return argv
+
+
+def stamp(path):
+    """A hash of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------- one writer
+
+
+@contextlib.contextmanager
+def locked(out):
+    """Hold the folder's lock; UserError when another run holds it. A killed run releases it."""
+    path = os.path.join(out, ".lock")
+    with open(path, "a+b") as file:
+        try:
+            lock(file)
+        except OSError:
+            raise UserError(f"{out} is being written by another run") from None
+        yield
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+def lock(file):
+    """Lock an open file for this process without waiting; OSError when another process has it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

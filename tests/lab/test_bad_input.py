@@ -1,0 +1,142 @@
+"""Bad files and folders: one line, exit status 2, nothing trained, nothing lost."""
+
+import json
+
+import pytest
+
+import train
+from tests.lab.commands import FILE, PAIRS, TINY, refused, rows_file, small
+
+pytestmark = pytest.mark.usefixtures("own_folder")
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (b"", ["empty"]),
+        (b"\x00\x01\xff\xfe binary", ["pairs.jsonl:1"]),
+        (b'{"prompt": "a", "chosen": "b"', ["pairs.jsonl:1"]),
+        (b'{"prompt": "a", "chosen": "b"}\n', ["pairs.jsonl:1", "rejected"]),
+        (b'{"prompt": "a", "chosen": "", "rejected": "c"}\n', ["pairs.jsonl:1", "chosen", "empty"]),
+        (
+            b'{"prompt": "a", "responses": ["b", "c"], "scores": [1, NaN]}\n',
+            ["pairs.jsonl:1", "scores"],
+        ),
+        (b'{"prompt": "a", "responses": ["b", "c"], "scores": [1]}\n', ["pairs.jsonl:1", "scores"]),
+    ],
+)
+def test_bad_files(tmp_path, capsys, text, words):
+    (tmp_path / "pairs.jsonl").write_bytes(text)
+    refused(capsys, ["--method", "dpo", "--data", "pairs.jsonl"], *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_a_method_cannot_use(tmp_path, capsys):
+    path = rows_file(
+        tmp_path / "labels.jsonl",
+        [{"prompt": f"a {i}", "completion": "b", "label": True} for i in range(8)],
+    )
+    refused(capsys, ["--method", "dpo", "--data", path], "labels.jsonl", "pairs")
+    path = rows_file(tmp_path / "pairs.jsonl", PAIRS)
+    refused(capsys, ["--method", "disco", "--data", path], "disco", "verifier", "dpo")
+    pairs = rows_file(tmp_path / "pairs.jsonl", PAIRS)
+    refused(capsys, ["--method", "did", "--data", pairs], "did needs a world with a reward", "dpo")
+    refused(
+        capsys, ["--method", "disco", "--data", pairs], "disco needs a world with a verifier", "dpo"
+    )
+
+
+def test_a_refused_run_leaves_no_folder(tmp_path, capsys, monkeypatch):
+    small(monkeypatch)
+    path = rows_file(tmp_path / "long.jsonl", [row | {"chosen": "yes " * 300} for row in PAIRS])
+    refused(
+        capsys, ["--method", "dpo", "--data", path, "--context", "64", "--out", "run"], "--truncate"
+    )
+    assert not (tmp_path / "run").exists()
+    assert train.main(["--method", "dpo", "--world", "bandit", "--steps", "2", "--out", "run"]) == 0
+    before = (
+        tmp_path / "run" / "summary.json"
+    ).read_bytes()  # a refused run gives back what --overwrite would have emptied
+    refused(
+        capsys,
+        ["--method", "dpo", "--data", path, "--context", "64", "--out", "run", "--overwrite"],
+        "--truncate",
+    )
+    assert (
+        train.main(
+            [
+                "--method",
+                "dpo",
+                "--beta",
+                "0.1,1",
+                "--data",
+                path,
+                "--context",
+                "64",
+                "--out",
+                "run",
+                "--overwrite",
+            ]
+        )
+        == 2
+    )
+    assert (tmp_path / "run" / "summary.json").read_bytes() == before and not list(
+        tmp_path.glob("run.*")
+    )
+
+
+def test_a_prompt_longer_than_the_context(tmp_path, capsys, monkeypatch):
+    small(monkeypatch)
+    path = rows_file(
+        tmp_path / "pairs.jsonl", [PAIRS[i] | {"prompt": "long " * 20 + str(i)} for i in range(20)]
+    )
+    refused(
+        capsys, ["--method", "dpo", "--data", path, "--context", "64", *FILE], "64", "--truncate"
+    )
+    assert (
+        train.main(
+            [
+                "--method",
+                "dpo",
+                "--data",
+                path,
+                "--context",
+                "64",
+                "--truncate",
+                *FILE,
+                "--out",
+                "cut",
+            ]
+        )
+        == 0
+    )
+    assert "cut to the context" in capsys.readouterr().out
+
+
+def test_out_folders_are_not_overwritten(tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    refused(capsys, ["--method", "dpo", "--out", "mine"], "mine", "not empty")
+    refused(
+        capsys, ["--method", "dpo", "--out", "mine", "--overwrite"], "mine", "not look like a run"
+    )
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+    argv = ["--method", "dpo", "--world", "bandit", "--steps", "2", "--out", "run"]
+    assert train.main(argv) == 0
+    refused(capsys, argv, "run", "not empty")
+    assert train.main([*argv, "--overwrite"]) == 0
+    refused(
+        capsys, ["--method", "dpo", "--out", str(tmp_path / "mine" / "thesis.txt")], "is a file"
+    )
+
+
+def test_weights_that_do_not_fit(tmp_path, capsys):
+    assert train.main(["--method", "dpo", *TINY, "--out", "a"]) == 0
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config | {"intermediate_size": 8}))
+    capsys.readouterr()
+    refused(capsys, ["--method", "dpo", "--init", "a"], "shape", "gate_proj")
+    (tmp_path / "a" / "model.safetensors").write_bytes(b"not safetensors")
+    refused(capsys, ["--method", "dpo", "--init", "a"], "model.safetensors")
+    (tmp_path / "a" / "config.json").write_text("{")
+    refused(capsys, ["--method", "dpo", "--init", "a"], "config.json")

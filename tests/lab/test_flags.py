@@ -1,0 +1,136 @@
+"""Flags: how they are read, what --help and --list say, and what is refused."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+import train
+from lab import Settings, flags, store
+from lab.settings import methods, worlds
+from tests.lab.commands import (
+    refused,
+)
+
+pytestmark = pytest.mark.usefixtures("own_folder")
+
+
+def test_every_printed_command_is_one_that_is_understood():
+    """Those of the README and of the docstrings; what stands behind two spaces explains them."""
+    files = ["README.md", "train.py", *(f"methods/{name}.py" for name in methods())]
+    texts = [open(os.path.join(store.HERE, name), encoding="utf-8").read() for name in files]
+    found = {
+        line.strip()
+        for text in texts
+        for line in re.findall(r"python train\.py (--[^`\n{]*?)(?:  |`|\n)", text)
+    }
+    assert len(found) > 25
+    for line in sorted(found):
+        given, chosen = flags.read_flags(shlex.split(line))
+        assert given and flags.combinations(given, chosen), line
+
+
+def runs(*argv):
+    return flags.combinations(*flags.read_flags(list(argv)))
+
+
+def test_defaults_of_a_method_apply_only_when_it_runs_alone():
+    assert runs("--method", "rdpo")[0].settings.flip == 0.3
+    assert {run.settings.flip for run in runs("--method", "dpo,rdpo")} == {0.0}
+    assert runs("--method", "rdpo", "--flip", "0.1")[0].settings.flip == 0.1
+
+
+@pytest.mark.parametrize("method", ["did", "ld_dpo"])
+def test_a_default_that_does_nothing_in_another_world_is_none(capsys, method):
+    (run,) = runs("--method", method, "--world", "arithmetic")
+    assert run.settings.label_temperature == Settings.label_temperature
+    assert run.settings.length_bias == Settings.length_bias
+    assert runs("--method", method)[0].settings != Settings(world="reviews")
+    refused(capsys, ["--method", "ld_dpo", "--world", "bandit"], "needs a world of text")
+    refused(
+        capsys,
+        ["--method", "did", "--world", "arithmetic", "--label_temperature", "0.5"],
+        "would do nothing",
+    )
+
+
+def test_list_and_help_name_every_method_flag_and_world(capsys):
+    assert train.main(["--list"]) == 0
+    listed = capsys.readouterr().out
+    assert train.main(["--help"]) == 0
+    helped = capsys.readouterr().out
+    for name in methods() + worlds():
+        assert name in listed
+    for name, flag in flags.settings_flags().items():
+        assert f"--{name} " in helped and flag.text, f"{name} has no explanation"
+        assert hasattr(Settings(), name)
+    for about in flags.catalogue():
+        assert "arXiv:" in about.title and not about.problem
+        assert train.main(["--method", about.name, "--help"]) == 0
+        page = capsys.readouterr().out
+        assert about.doc.splitlines()[0] in page
+        for field, flag in about.flags.items():
+            assert f"--{field} " in page and flag.text, f"{about.name}.{field} has no explanation"
+            assert field not in {*flags.settings_flags(), *flags.ACTIONS}
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--method", "dqo"], ["unknown method 'dqo'", "dpo"]),
+        (["--method", "dpo", "--world", "review"], ["unknown world 'review'", "reviews"]),
+        (["--method", "dpo", "--bta", "1"], ["unknown flag '--bta'", "--beta"]),
+        (["--method", "dpo", "beta"], ["'beta'"]),
+        (["--method", "dpo", "--beta"], ["--beta needs a value"]),
+        (["--method", "dpo", "--beta", "0"], ["beta"]),
+        (["--method", "dpo", "--beta", "-1"], ["beta"]),
+        (["--method", "dpo", "--beta", "much"], ["--beta much", "number"]),
+        (["--method", "dpo", "--beta", "nan"], ["--beta nan"]),
+        (["--method", "dpo", "--beta", "inf"], ["beta"]),
+        (["--method", "dpo", "--steps", "1.5"], ["--steps 1.5", "whole number"]),
+        (["--method", "dpo", "--steps", "-1"], ["--steps"]),
+        (["--method", "dpo", "--batch_size", "0"], ["--batch_size"]),
+        (["--method", "dpo", "--lr", "0"], ["--lr"]),
+        (["--method", "dpo", "--flip", "1.5"], ["--flip"]),
+        (["--method", "dpo", "--k", "1"], ["--k"]),
+        (["--method", "dpo", "--dtype", "int8"], ["--dtype"]),
+        (["--method", "dpo", "--seeds", "0"], ["--seeds"]),
+        (["--method", "dpo", "--seed", "1", "--seed", "2"], ["twice"]),
+        (["--method", "dpo", "--epsilon", "0.1"], ["--epsilon", "rdpo"]),
+        (["--method", "disco", "--world", "digits"], ["disco", "digits"]),
+        (["--method", "dpo", "--init", "nowhere"], ["nowhere", "not a checkpoint"]),
+        (["--method", "dpo", "--device", "cuda:7"], ["--device cuda:7"]),
+        (["--method", "dpo", "--data", "nothing.jsonl"], ["nothing.jsonl"]),
+        (
+            ["--method", "dpo", "--world", "digits", "--temperature", "0.5", "--base_steps", "0"],
+            ["--temperature"],
+        ),
+        (["--method", "dpo", "--claim", "--lr", "0.1"], ["--claim"]),
+        (["--method", "dpo", "--seed", "0,0"], ["--seed", "twice"]),
+        (["--method", "dpo,dpo"], ["dpo,dpo", "twice"]),
+        (["--method", "dpo", "--out", "/dev/null/run"], ["--out /dev/null/run"]),
+        (["--method", "irpo", "--flip", "0.1"], ["--flip", "ranking"]),
+        (["--method", "irpo", "--k", "30"], ["k=30", "20"]),
+        (["--method", "disco", "--length_bias", "1"], ["--length_bias", "arithmetic"]),
+        (["--method", "ddo", "--flip", "0.1"], ["--flip", "ddo"]),
+        (["--resume", "nowhere"], ["nowhere"]),
+        (["--seed", "1"], ["--method"]),
+    ],
+)
+def test_bad_flags(tmp_path, capsys, argv, words):
+    refused(capsys, argv, *words)
+    assert not list(tmp_path.glob("out/*/metrics.jsonl"))
+
+
+def test_no_traceback_from_the_shell(tmp_path):
+    command = [sys.executable, os.path.join(store.HERE, "train.py"), "--method", "dpp"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (
+        done.returncode == 2
+        and done.stderr.count("\n") == 1
+        and "dpo" in done.stderr
+        and not done.stdout
+    )

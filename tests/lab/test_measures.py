@@ -1,0 +1,103 @@
+"""What is measured in a step and in an evaluation, against computations by hand."""
+
+import pytest
+import torch
+
+import methods.dpo
+from data import Batch, collate
+from lab import Lab, Settings, align, evaluate
+
+pytestmark = pytest.mark.usefixtures("own_folder")
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_the_kl_is_that_of_the_sampled_distributions(temperature):
+    """Its mean over samples is that of the log-ratio of whole responses, of which it is the version with less noise."""
+    lab = Lab(
+        Settings(world="reviews", base_steps=30, temperature=temperature, max_response=6),
+        quiet=True,
+    )
+    policy = lab.base()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in policy.parameters():
+            p += p.std() * torch.randn_like(p)
+    rows = lab.encode(lab.sample(policy, lab.world.prompts(500, lab.rng("prompts")), 4))
+    kl, ratio = evaluate.sequence_kl(lab, policy, lab.reference, rows), []
+    for start in range(0, 500, 50):
+        batch = collate(rows[start : start + 50], lab.world.tokenizer)
+        with torch.no_grad():
+            p, q = (
+                (m.logits(batch) / temperature).log_softmax(-1).gather(-1, batch.target[..., None])
+                for m in (policy, lab.reference)
+            )
+        ratio += ((p - q)[..., 0] * batch.mask).sum(-1).flatten().tolist()
+    ratio, kl = torch.tensor(ratio), torch.tensor(kl)
+    error = (ratio - kl).std() / len(kl) ** 0.5
+    assert (
+        kl.mean() > 10 * error and abs(ratio.mean() - kl.mean()) < 4 * error and (kl >= -1e-6).all()
+    )
+
+
+def test_the_log_compares_paths_of_a_tree_items_of_a_chain_and_members_of_a_list():
+    """Row 0: steps 0 -> 1 and 0 -> 2 -> 3, so paths end at 1 and 3. Row 1: a chain. Row 2: a list whose last member is absent."""
+    parents = torch.tensor([[-1, 0, 0, 2], [-1, 0, 1, 2], [-1, -1, -1, -1]])
+    scores = torch.tensor([[9.0, 0.0, 9.0, 1.0], [3.0, 0.0, 1.0, 2.0], [1.0, 0.0, 2.0, 0.0]])
+    mask = torch.ones(3, 4, 2, dtype=torch.bool)
+    mask[2, 3] = False
+    logps = (
+        torch.tensor(
+            [[-1.0, -2.0, -3.0, -4.0], [-5.0, -6.0, -7.0, -8.0], [-1.0, -2.0, -4.0, -9.0]]
+        )[..., None].expand(3, 4, 2)
+        / 2
+    )
+    ref_logps = (
+        torch.tensor(
+            [[-7.0, -2.5, -1.0, -1.0], [-5.0, -5.0, -5.0, -5.0], [-1.0, -5.0, -4.5, -5.0]]
+        )[..., None].expand(3, 4, 2)
+        / 2
+    )
+    assert evaluate.paths(logps.sum(-1), parents).tolist()[0] == [-1.0, -3.0, -4.0, -8.0]
+    rows = [evaluate.answers({"parents": p.tolist()}, x.tolist()) for p, x in zip(parents, logps)]
+    assert rows[0] == {1: -3.0, 3: -8.0} and rows[1] == {0: -5.0, 1: -6.0, 2: -7.0, 3: -8.0}
+    assert evaluate.answers({}, logps[2].tolist()) == {0: -1.0, 1: -2.0, 2: -4.0, 3: -9.0}
+    found = evaluate.common_metrics(logps, ref_logps, Batch(mask, scores, parents=parents))
+    margins = [
+        (-8.0 + 9.0) - (-3.0 + 9.5),
+        0.0 - (-1.0),
+        0.5 - 3.0,
+    ]  # -5.5: the common step 0 cancels
+    assert found["margin"].item() == pytest.approx(sum(margins) / 3) and found[
+        "accuracy"
+    ].item() == pytest.approx(1 / 3)
+    assert found["chosen_logp"].item() == pytest.approx((-8.0 - 5.0 - 4.0) / 3)
+    assert found["rejected_logp"].item() == pytest.approx((-3.0 - 6.0 - 2.0) / 3)
+
+
+def test_reference_logps_of_fixed_rows_are_the_frozen_model_s(tmp_path):
+    lab = Lab(
+        Settings(
+            world="reviews",
+            base_steps=3,
+            steps=4,
+            batch_size=4,
+            prompts=8,
+            eval_size=4,
+            max_response=6,
+        ),
+        quiet=True,
+    )
+    policy = lab.base()
+    rows, start, seen = lab.preferences(policy, k=2), align.frozen(policy), []
+
+    def loss(logps, ref_logps, batch, cfg):
+        seen.append((start.logps(batch) - ref_logps).abs().max().item())
+        return methods.dpo.loss(logps, ref_logps, batch, cfg)
+
+    lab.align(policy, rows, loss, methods.dpo.Config())
+    assert len(seen) == 4 and max(seen) < 1e-5
+    with torch.no_grad():
+        batch = collate(rows[:4], lab.world.tokenizer)
+        assert (
+            policy.logps(batch) - start.logps(batch)
+        ).abs().max() > 1e-4  # the policy moved, the reference did not

@@ -1,0 +1,313 @@
+"""Runs that are interrupted: they go on bit for bit, or say in one line what happened."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import methods.dpo
+import train
+from lab import Lab, Settings, store
+from nanomodel import GPT
+from tests.lab.commands import PAIRS, TINY, Killed, killed_at, rows_file, weights
+
+pytestmark = pytest.mark.usefixtures("own_folder")
+
+
+@pytest.mark.parametrize("world", ["reviews", "bandit", "digits"])
+def test_a_killed_run_resumes_to_the_same_weights(tmp_path, monkeypatch, world):
+    monkeypatch.setattr(Lab, "checkpoint_every", 0.0)  # a checkpoint at every step
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    monkeypatch.setattr(
+        "toy.digits.World.measure", lambda self, policy, lab: {}
+    )  # 1,797 samples a look, tested elsewhere
+    argv = [
+        "--method",
+        "dpo",
+        "--world",
+        world,
+        "--steps",
+        "9",
+        "--prompts",
+        "24",
+        "--batch_size",
+        "8",
+        "--eval_size",
+        "8",
+    ]
+    argv += [] if world == "bandit" else ["--base_steps", "2"]
+    assert train.main([*argv, "--out", "whole"]) == 0
+    Lab.memory.clear()
+    loss = killed_at(monkeypatch, 6)
+    with pytest.raises(Killed):
+        train.main([*argv, "--out", "cut"])
+    monkeypatch.setattr(methods.dpo, "loss", loss)
+    Lab.memory.clear()
+    assert train.main(["--resume", "cut"]) == 0
+    whole, cut = (json.loads((tmp_path / n / "summary.json").read_text()) for n in ("whole", "cut"))
+    assert (
+        whole["after"] == cut["after"] and whole["before"] == cut["before"]
+    )  # the reference is the model before alignment
+    assert (tmp_path / "whole" / "metrics.jsonl").read_bytes() == (
+        tmp_path / "cut" / "metrics.jsonl"
+    ).read_bytes()
+    if world != "bandit":
+        assert weights(tmp_path / "whole") == weights(tmp_path / "cut")
+
+
+def counted(monkeypatch, name, call=None):
+    """Count the calls of a GPT method, and die at one of them."""
+    calls, method = [0], getattr(GPT, name)
+
+    def counting(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == call:
+            raise Killed
+        return method(*args, **kwargs)
+
+    monkeypatch.setattr(GPT, name, counting)
+    return calls, method
+
+
+def test_a_run_killed_at_any_moment_resumes(tmp_path, monkeypatch):
+    """In base training, in sampling, in scoring, in an evaluation: wherever the model is used."""
+    monkeypatch.setattr(Lab, "checkpoint_every", 0.0)
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    argv = [
+        "--method",
+        "dpo",
+        "--steps",
+        "4",
+        "--prompts",
+        "16",
+        "--batch_size",
+        "8",
+        "--eval_size",
+        "4",
+        "--base_steps",
+        "5",
+    ]
+    argv += ["--max_response", "6", "--out"]
+    moments = {}
+    for name in ("logps", "decode"):
+        calls, method = counted(monkeypatch, name)
+        Lab.memory.clear()
+        monkeypatch.setattr(store, "CACHE", str(tmp_path / f"cache-{name}"))
+        assert train.main([*argv, f"whole-{name}"]) == 0
+        monkeypatch.setattr(GPT, name, method)
+        moments[name] = sorted({3, calls[0] // 2, calls[0]})
+    assert weights(tmp_path / "whole-logps") == weights(tmp_path / "whole-decode")
+    for name, calls in moments.items():
+        for call in calls:
+            out = f"cut-{name}-{call}"
+            monkeypatch.setattr(store, "CACHE", str(tmp_path / f"cache-{out}"))
+            Lab.memory.clear()
+            _, method = counted(monkeypatch, name, call)
+            with pytest.raises(Killed):
+                train.main([*argv, out])
+            monkeypatch.setattr(GPT, name, method)
+            Lab.memory.clear()
+            assert train.main(["--resume", out]) == 0
+            assert weights(tmp_path / out) == weights(tmp_path / "whole-logps"), out
+            for file in ("metrics.jsonl", "summary.json", "samples.txt"):
+                assert (tmp_path / out / file).read_bytes() == (
+                    tmp_path / "whole-logps" / file
+                ).read_bytes(), (out, file)
+
+
+def test_a_killed_sweep_goes_on(tmp_path, monkeypatch):
+    argv = [
+        "--method",
+        "dpo",
+        "--world",
+        "bandit",
+        "--steps",
+        "6",
+        "--flip",
+        "0,0.3",
+        "--seeds",
+        "2",
+        "--out",
+    ]
+    assert train.main([*argv, "whole"]) == 0
+    loss = killed_at(monkeypatch, 15)  # in the third of four runs
+    with pytest.raises(Killed):
+        train.main([*argv, "cut"])
+    monkeypatch.setattr(methods.dpo, "loss", loss)
+    assert len(list((tmp_path / "cut").glob("*/summary.json"))) == 2
+    assert train.main(["--resume", "cut"]) == 0
+    assert (tmp_path / "cut" / "sweep.json").read_bytes() == (
+        tmp_path / "whole" / "sweep.json"
+    ).read_bytes()
+
+
+def test_a_run_resumes_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows_file(tmp_path / "pairs.jsonl", PAIRS)
+    loss = killed_at(monkeypatch, 2)
+    with pytest.raises(Killed):
+        train.main(
+            ["--method", "dpo", "--data", "pairs.jsonl", *TINY, "--context", "64", "--out", "run"]
+        )
+    monkeypatch.setattr(methods.dpo, "loss", loss)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert train.main(["--resume", str(tmp_path / "run")]) == 0
+
+
+def rounds(lab, policy, log):
+    def data(policy, round):
+        log.append(round)
+        return lab.preferences(policy, k=2, n=16)
+
+    return lab.align(
+        policy, data, methods.dpo.loss, methods.dpo.Config(), reference="round", every=4, steps=12
+    )
+
+
+@pytest.mark.parametrize("call", [3, 5, 8, 11])
+def test_rounds_with_a_moving_reference_resume(tmp_path, monkeypatch, call):
+    monkeypatch.setattr(Lab, "checkpoint_every", 0.0)
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    settings = Settings(
+        world="reviews", base_steps=2, steps=12, batch_size=8, eval_size=8, max_response=6
+    )
+    whole = Lab(settings, str(tmp_path / "whole"), quiet=True)
+    expected = rounds(whole, whole.base(), []).state_dict()
+    loss = killed_at(monkeypatch, call)
+    lab = Lab(settings, str(tmp_path / "cut"), quiet=True)
+    with pytest.raises(Killed):
+        rounds(lab, lab.base(), [])
+    monkeypatch.setattr(methods.dpo, "loss", loss)
+    lab, log = Lab(settings, str(tmp_path / "cut"), quiet=True), []
+    resumed = rounds(lab, lab.base(), log).state_dict()
+    assert len(log) < 3
+    assert all(torch.equal(expected[k], resumed[k]) for k in expected)
+
+
+def test_two_fits_in_one_stage_do_not_share_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(Lab, "checkpoint_every", 0.0)
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    die = [False]
+
+    def work(lab):
+        def loss(model, batch):
+            if die[0] and len(seen) == 9:
+                raise Killed
+            seen.append(batch)
+            return ((model.weight * batch) ** 2).sum(1), {}
+
+        out, seen = {}, []
+        for i in range(2):
+            torch.manual_seed(i)
+            model = lab.fit(
+                torch.nn.Linear(2, 2, bias=False),
+                [torch.tensor([1.0, 2.0]), torch.tensor([3.0, -1.0])],
+                loss,
+                steps=6,
+                lr=0.1,
+            )
+            out[str(i)] = model.weight.detach().clone()
+        return out
+
+    def result(folder):
+        lab = Lab(Settings(world="bandit"), str(tmp_path / folder), quiet=True)
+        return lab.stage("both", lambda: work(lab))
+
+    whole = result("whole")
+    die[0] = True
+    with pytest.raises(Killed):
+        result("cut")
+    die[0] = False
+    cut = result("cut")
+    assert all(torch.equal(whole[k], cut[k]) for k in whole)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+    command = [
+        sys.executable,
+        os.path.join(store.HERE, "train.py"),
+        "--method",
+        "dpo",
+        "--world",
+        "bandit",
+    ]
+    command += ["--steps", "100000", "--out", "run"]
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    deadline = time.time() + 60
+    while time.time() < deadline and not (tmp_path / "run" / "metrics.jsonl").exists():
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert (
+        process.returncode == 130
+        and "python train.py --resume run" in error
+        and "Traceback" not in error
+    )
+    assert list((tmp_path / "run" / "stages").glob("*checkpoint*.json"))
+
+
+def test_a_full_disk_is_one_line_and_the_last_checkpoint_survives(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Lab, "checkpoint_every", 0.0)
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    real, calls = store.save_tensors, [0]
+
+    def full(path, tensors, metadata=None):
+        if "stages" in path and "checkpoint" in path:
+            calls[0] += 1
+            if calls[0] == 4:
+                raise OSError(28, "No space left on device", path)
+        return real(path, tensors, metadata)
+
+    monkeypatch.setattr(store, "save_tensors", full)
+    argv = ["--method", "dpo", "--world", "bandit", "--steps", "6", "--out", "run"]
+    refused_error = train.main(argv)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert refused_error == 2 and "No space left" in error
+    monkeypatch.setattr(store, "save_tensors", real)
+    lab = Lab(Settings(world="bandit"), str(tmp_path / "run"))
+    kept = [p for p in (tmp_path / "run" / "stages").glob("*checkpoint*.json")]
+    assert (
+        len(kept) == 1
+        and store.load_value(str(kept[0])[:-5])["step"] == 3
+        and lab.stage_number == 0
+    )
+    assert train.main(["--resume", "run"]) == 0
+
+
+def test_a_nan_stops_the_run_and_is_named(tmp_path, capsys, monkeypatch):
+    loss = methods.dpo.loss
+
+    def broken(logps, ref_logps, batch, cfg):
+        losses, metrics = loss(logps, ref_logps, batch, cfg)
+        calls[0] += 1
+        return (losses * float("nan") if calls[0] == 7 else losses), metrics
+
+    calls = [0]
+    monkeypatch.setattr(methods.dpo, "loss", broken)
+    assert (
+        train.main(["--method", "dpo", "--world", "bandit", "--steps", "20", "--out", "run"]) == 2
+    )
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert (
+        "loss" in error and "step 7" in error and "nan" in error and "checkpoint" not in error
+    )  # there is none yet
+    steps = [
+        json.loads(line)["step"]
+        for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    monkeypatch.setattr(Lab, "checkpoint_every", 0.0)
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    calls[0] = 0
+    assert (
+        train.main(["--method", "dpo", "--world", "bandit", "--steps", "20", "--out", "kept"]) == 2
+    )
+    assert "The checkpoint of step 6 is kept in kept" in capsys.readouterr().err
