@@ -38,10 +38,10 @@ import torch.nn.functional as F
 
 from data import UserError, collate, fit_context
 from lab import report
+from lab.flags import convert, fields_of
 from lab.settings import pick_device, unknown
 from methods import dpo
 from nanomodel import GPT, GPTConfig, rotary
-from train import convert, explanations
 
 # TFLOP/s in bfloat16 and float32 (data sheets, without sparsity); the first name that fits
 PEAK = {
@@ -105,9 +105,15 @@ class Settings:
             raise UserError(f"--against trl compares pairs, not --k {self.k}")
 
 
+def own_flags():
+    """{flag: its annotation, default and explanation}, from the source of Settings."""
+    with open(__file__, encoding="utf-8") as file:
+        return fields_of(file.read(), "Settings")
+
+
 def read_flags(argv):
     """Settings of a command line, None for --help. UserError naming the flag, and for an unknown one the nearest that exists."""
-    own, given, words = explanations(Settings), {}, iter(argv)
+    own, given, words = own_flags(), {}, iter(argv)
     for word in words:
         name, equals, value = word.removeprefix("--").partition("=")
         if not word.startswith("--"):
@@ -122,7 +128,7 @@ def read_flags(argv):
             value = "true" if name == "json" else next(words, "--")
             if value.startswith("--"):
                 raise UserError(f"--{name} needs a value")
-        given[name] = convert(name, value, own[name][0])
+        given[name] = convert(name, value, own[name].kind)
     return Settings(**given)
 
 
@@ -557,8 +563,8 @@ def main(argv):
     s = read_flags(argv)
     if s is None:
         print(__doc__.strip() + "\n")
-        for name, (_, default, what) in explanations(Settings).items():
-            print(f"  --{name:<12} {what} [{default}]")
+        for name, flag in own_flags().items():
+            print(f"  --{name:<12} {flag.text} [{flag.default}]")
         return
     out = run(s)
     print(text(out))

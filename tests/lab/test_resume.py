@@ -37,10 +37,8 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path, monkeypatch, world):
         "24",
         "--batch_size",
         "8",
-        "--eval_size",
-        "8",
     ]
-    argv += [] if world == "bandit" else ["--base_steps", "2"]
+    argv += [] if world == "bandit" else ["--base_steps", "2", "--eval_size", "8"]
     assert train.main([*argv, "--out", "whole"]) == 0
     Lab.memory.clear()
     loss = killed_at(monkeypatch, 6)
@@ -274,11 +272,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_survives(tmp_path, caps
     monkeypatch.setattr(store, "save_tensors", real)
     lab = Lab(Settings(world="bandit"), str(tmp_path / "run"))
     kept = [p for p in (tmp_path / "run" / "stages").glob("*checkpoint*.json")]
-    assert (
-        len(kept) == 1
-        and store.load_value(str(kept[0])[:-5])["step"] == 3
-        and lab.stage_number == 0
-    )
+    assert len(kept) == 1 and store.load_value(str(kept[0])[:-5])["step"] == 3 and lab.stages == 0
     assert train.main(["--resume", "run"]) == 0
 
 
