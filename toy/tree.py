@@ -105,7 +105,8 @@ class World(exact.World):
 
         rng(name) gives the generators (`Lab.rng`).
         """
-        first, second = (self.draw(self.reference, n, rng("answers")) for _ in range(2))
+        answers = rng("answers")  # one generator: the two responses of a pair differ
+        first, second = (self.draw(self.reference, n, answers) for _ in range(2))
         return self.labelled(first, second, rng("labels"), **kwargs)
 
     def batch(self, pairs, **columns):
