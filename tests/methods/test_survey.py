@@ -9,21 +9,9 @@ import torch
 import torch.nn.functional as F
 
 import lab
+from claims.survey import on_tree, picture, ranked, reward_at
 from methods import asft, dpo, fdpo, ld_dpo, rdpo
-from methods.survey import (
-    FREE,
-    TAXONOMY,
-    VARIANTS,
-    Config,
-    extremes,
-    loss,
-    on_tree,
-    picture,
-    ranked,
-    reward_at,
-    run,
-    standardised,
-)
+from methods.survey import FREE, TAXONOMY, VARIANTS, Config, extremes, loss, run, standardized
 from tests import builders
 from tests.builders import descending, ragged
 from toy import bandit, tree
@@ -520,12 +508,29 @@ def test_what_does_nothing_in_a_world_is_refused(how):
         run(here, Config(**how))
 
 
+@pytest.mark.paper
+@pytest.mark.parametrize(
+    ("a", "c", "loss_", "slopes"),
+    [
+        (4.0, 3.9, 0.463, (-2.06, 1.87)),  # both links lie far beyond 2 R_max, their difference not
+        (-22.0, -30.0, 0.371, (-0.031, 0.031)),
+        (1.0, -25.0, math.log1p(math.exp(-2.0)), (0.0, 0.0)),
+    ],
+)
+def test_chi_po_clips_the_difference_of_the_two_links(a, c, loss_, slopes):
+    logps = torch.tensor([[[a], [c]]], dtype=torch.float64, requires_grad=True)
+    batch = SimpleNamespace(mask=torch.ones(1, 2, 1, dtype=torch.bool))
+    item = (logps, torch.zeros_like(logps), batch)
+    assert value(item, "chi_po", gamma=1.0).item() == pytest.approx(loss_, abs=5e-4)
+    assert gradient(item, "chi_po", gamma=1.0).flatten().tolist() == pytest.approx(slopes, abs=5e-3)
+
+
 def test_small_helpers():
     x = torch.tensor([1.0, 3.0], requires_grad=True)
     assert (
-        standardised(x).tolist() == [-1, 1]
-        and not standardised(x).requires_grad
-        and standardised(torch.ones(3)).tolist() == [0, 0, 0]
+        standardized(x).tolist() == [-1, 1]
+        and not standardized(x).requires_grad
+        and standardized(torch.ones(3)).tolist() == [0, 0, 0]
     )
     curve = [dict(kl=0.0, reward=0.0), dict(kl=0.4, reward=1.0), dict(kl=0.8, reward=2.0)]
     assert reward_at(curve, 0.5) == pytest.approx(1.25) and math.isnan(reward_at(curve, 1.0))
@@ -618,5 +623,5 @@ SURVIVORS = {
     "loss: ref_logps.sum(-1).unbind(1) -> _detached(ref_logps.sum(-1)).unbind(1)": "where it has a gradient it is not read",
     "loss: ref_logps.sum(-1) -> _detached(ref_logps).sum(-1)": "the same",
     "loss: len(h) -> len(_detached(h))": "a length",
-    "loss: standardised(mean_h) -> standardised(_detached(mean_h))": "it takes no gradient through by itself",
+    "loss: standardized(mean_h) -> standardized(_detached(mean_h))": "it takes no gradient through by itself",
 }
