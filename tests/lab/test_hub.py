@@ -752,11 +752,11 @@ def test_a_prompt_on_the_command_line_goes_through_the_template(tmp_path, impati
     saved(folder)
     ask = ["--init", str(folder), "--prompt", "the film", "--max_response", "2"]
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }} good")
-    assert train.cli(ask) == 0
+    assert train.main(ask) == 0
     for text in ("{{ messages[0].x.y }}", ENDLESS[2], "{{ '\\x1b[31m' + 1 }}", "{% for %}"):
         (folder / "chat_template.jinja").write_text(text)
         capsys.readouterr()
-        assert train.cli(ask) == 2
+        assert train.main(ask) == 2
         error = capsys.readouterr().err
         assert "its chat template" in error and error.rstrip("\n").isprintable()
 
