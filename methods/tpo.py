@@ -1,7 +1,7 @@
 """TPO - Tree Preference Optimization: Aligning Large Language Models with Multi-branch & Multi-step
 Preference Trees (2024), arXiv:2410.12854
 
-Many solutions of a problem share their first steps and differ in quality. TPO trains on the whole
+Solutions of a problem share their first steps and differ in quality. TPO trains on the whole
 ranked list, weighs its pairs as learning to rank does, and each step of a pair by the similarity of
 the two steps (Adaptive Step Reward). With the log-ratio g_ik of step k of response i, scores v in
 [0, 1], ranks tau and mean hidden states u:
