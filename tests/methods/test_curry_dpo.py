@@ -1,4 +1,4 @@
-"""Curry-DPO against its paper: pairs and rounds, where a round starts, tables in closed form, errors."""
+"""Curry-DPO against its paper: pairs and rounds, where a round starts, tables in closed form."""
 
 import json
 import math
@@ -7,12 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from claims.curry_dpo import rounds_of_a_table
+from data import UserError
 from lab import Lab, Settings
 from methods import dpo
 from methods.curry_dpo import Config, curriculum, loss, run, star
 from tests import builders
-from tests.builders import ragged
+from toy import bandit
+from toy.exact import population
 
 ROWS = [
     dict(
@@ -25,63 +26,60 @@ ROWS = [
 ]
 
 
-def bandit(**changes):
-    return Lab(
-        Settings(**dict(world="bandit", steps=30, prompts=256, batch_size=64, k=4) | changes),
-        quiet=True,
-    )
+def small(**changes):
+    """A Lab with a small run on the bandit."""
+    settings = dict(world="bandit", steps=30, prompts=256, batch_size=64, k=4)
+    return Lab(Settings(**settings | changes), quiet=True)
 
 
+# ---- the loss
+
+
+@pytest.mark.paper
 def test_the_worked_pair():
-    logps = torch.tensor([[[-12.0], [-15.0]]], dtype=torch.float64, requires_grad=True)
-    ref_logps, batch = (
-        torch.tensor([[[-13.0], [-14.0]]]).double(),
-        SimpleNamespace(mask=torch.ones(1, 2, 1, dtype=torch.bool)),
-    )
-    losses, metrics = loss(logps, ref_logps, batch, Config())
+    item = builders.one_pair(-12.0, -15.0, -13.0, -14.0)
+    losses, gradient = builders.value_and_gradient(loss, *item, Config())
+    slope = 0.1 / (1 + math.exp(0.2))
     assert losses.item() == pytest.approx(0.598139, abs=1e-6)
-    slope = 0.1 * torch.sigmoid(torch.tensor(-0.2)).item()
-    assert torch.autograd.grad(losses.sum(), logps)[0].flatten().tolist() == pytest.approx(
-        [-slope, slope], abs=1e-8
-    )
-    assert metrics["weight"].item() == pytest.approx(10 * slope, abs=1e-6)
+    assert gradient.flatten().tolist() == pytest.approx([-slope, slope], abs=1e-8)
+    assert loss(*item, Config())[1]["weight"].item() == pytest.approx(10 * slope, abs=1e-6)
 
 
 @pytest.mark.parametrize("beta", [0.1, 0.7, 3.0])
 def test_the_loss_is_dpo_in_value_and_gradient(beta):
-    logps, ref_logps, batch = ragged()
-    ours, plain = (
-        loss(logps, ref_logps, batch, Config(beta))[0],
-        dpo.loss(logps, ref_logps, batch, dpo.Config(beta))[0],
-    )
-    assert torch.equal(ours, plain) and torch.equal(
-        *(torch.autograd.grad(x.sum(), logps)[0] for x in (ours, plain))
-    )
+    item = builders.ragged()
+    ours = builders.value_and_gradient(loss, *item, Config(beta))
+    plain = builders.value_and_gradient(dpo.loss, *item, dpo.Config(beta))
+    assert torch.equal(ours[0], plain[0])
+    assert torch.equal(ours[1], plain[1])
+    logps, ref_logps, batch = item
     assert torch.autograd.gradcheck(lambda x: loss(x, ref_logps, batch, Config(beta))[0], logps)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_huge_margins_stay_finite(dtype):
-    for far in (1e4, -1e4):
-        logps = torch.tensor([[[far], [0.0]]], dtype=dtype, requires_grad=True)
-        losses, _ = loss(
-            logps,
-            torch.zeros_like(logps),
-            SimpleNamespace(mask=torch.ones(1, 2, 1, dtype=torch.bool)),
-            Config(),
-        )
-        assert losses.isfinite().all() and losses.dtype == torch.promote_types(dtype, torch.float32)
-        assert torch.autograd.grad(losses.sum(), logps)[0].isfinite().all()
+@pytest.mark.parametrize("margin", [1e4, -1e4])
+def test_huge_margins_stay_finite(dtype, margin):
+    item = builders.one_pair(margin, 0.0, dtype=dtype)
+    losses, gradient = builders.value_and_gradient(loss, *item, Config())
+    assert losses.isfinite().all()
+    assert losses.dtype == torch.promote_types(dtype, torch.float32)
+    assert gradient.isfinite().all()
 
 
-def test_where_a_round_starts_every_margin_is_0_and_the_gradient_half_beta():
-    logps, _, batch = ragged()
-    losses, _ = loss(logps, logps.detach(), batch, Config(0.4))
+@pytest.mark.paper
+def test_where_a_round_starts_the_loss_is_ln_2_and_the_gradient_half_beta():
+    logps, _, batch = builders.ragged()
+    item = (logps, logps.detach(), batch)
+    losses, gradient = builders.value_and_gradient(loss, *item, Config(0.4))
     torch.testing.assert_close(losses, torch.full_like(losses, math.log(2)), rtol=0, atol=1e-12)
-    (grad,) = torch.autograd.grad(losses.sum(), logps)
-    torch.testing.assert_close(grad, torch.tensor([-0.2, 0.2]).double()[:, None].expand_as(grad))
+    expected = torch.tensor([-0.2, 0.2], dtype=torch.float64)[:, None].expand_as(gradient)
+    torch.testing.assert_close(gradient, expected)
 
 
+# ---- pairs and rounds
+
+
+@pytest.mark.paper
 def test_the_star_of_a_row_easy_first():
     found = star(ROWS[0])
     assert [(rank, pair["responses"], pair["reward"]) for rank, pair in found] == [
@@ -105,7 +103,7 @@ def test_ties_and_equal_responses_are_left_out():
     assert [rank for rank, _ in images] == [3, 2, 1] and images[0][1][
         "responses"
     ].flatten().tolist() == [2.0, 3.0, 4.0, 5.0]
-    with pytest.raises(ValueError, match="fewer than 2 distinct ratings"):
+    with pytest.raises(UserError, match="fewer than 2 distinct ratings"):
         star(ROWS[0] | {"scores": [1.0] * 4})
 
 
@@ -130,20 +128,20 @@ def test_the_rounds():
 
 
 def test_rows_that_make_no_curriculum_are_refused():
-    with pytest.raises(ValueError, match="4 responses make 3 difficulties"):
+    with pytest.raises(UserError, match="4 responses make 3 difficulties"):
         curriculum(ROWS, Config(rounds=2))
     tied = [row | {"scores": [3.0, 2.0, 5.0, 5.0]} for row in ROWS]
-    with pytest.raises(ValueError, match="a round has no pairs"):
+    with pytest.raises(UserError, match="a round has no pairs"):
         curriculum(tied, Config())
     assert len(curriculum(ROWS + [ROWS[0] | {"scores": [1.0] * 4}], Config())[0]) == 3
     for cfg in (Config(order="pooled"), Config()):
-        with pytest.raises(ValueError, match="a round has no pairs"):
+        with pytest.raises(UserError, match="a round has no pairs"):
             curriculum([], cfg)
 
 
-def test_responses_that_continue_each_other_are_no_pairs():
+def test_responses_that_continue_each_other_are_not_pairs():
     assert len(star(ROWS[0] | {"parents": [-1] * 4})) == 3
-    with pytest.raises(ValueError, match="continue each other"):
+    with pytest.raises(UserError, match="continue each other"):
         star(ROWS[0] | {"parents": [-1, 0, 0, 0]})
 
 
@@ -176,7 +174,7 @@ def test_a_file_of_pairs_has_one_round_and_contexts_count(tmp_path):
             eval_size=2,
         )
         with pytest.raises(
-            ValueError, match="2 responses make 1 difficulty: --rounds 1, or order = pooled"
+            UserError, match="2 responses make 1 difficulty: --rounds 1, or order = pooled"
         ):
             run(Lab(settings, quiet=True), Config())
         ends.append(
@@ -192,10 +190,10 @@ def test_a_file_of_pairs_has_one_round_and_contexts_count(tmp_path):
 
 @pytest.mark.parametrize("steps", [1, 2])
 def test_a_round_without_a_step_is_refused(steps):
-    with pytest.raises(ValueError, match=f"--steps {steps} .* rounds = 3"):
-        run(bandit(steps=steps), Config())
-    assert torch.equal(run(bandit(steps=0), Config()).logits, bandit().base().logits)
-    run(bandit(steps=3), Config())
+    with pytest.raises(UserError, match=f"--steps {steps} .* rounds = 3"):
+        run(small(steps=steps), Config())
+    assert torch.equal(run(small(steps=0), Config()).logits, small().base().logits)
+    run(small(steps=3), Config())
 
 
 @pytest.mark.parametrize(
@@ -205,42 +203,58 @@ def test_a_round_without_a_step_is_refused(steps):
     + [(dict(rounds=0), "rounds = "), (dict(pairs="single"), "order = ")],
 )
 def test_fields_out_of_range_are_refused(fields, word):
-    with pytest.raises(ValueError, match=word):
+    with pytest.raises(UserError, match=word):
         Config(**fields)
 
 
-def test_what_is_no_pair_is_refused():
-    logps, ref_logps, batch = ragged()
-    with pytest.raises(ValueError, match="pairs"):
+def test_rows_that_are_not_pairs_are_refused():
+    logps, ref_logps, batch = builders.ragged()
+    with pytest.raises(UserError, match="pairs"):
         loss(logps[:, :1], ref_logps[:, :1], batch, Config())
     batch.mask[0, 1] = False
-    with pytest.raises(ValueError, match="no scored token"):
+    with pytest.raises(UserError, match="no scored token"):
         loss(logps, ref_logps, batch, Config())
 
 
-def test_exact_rounds_and_one_round_with_a_third_of_beta():
-    r, ref = (
-        0.7 * torch.tensor([3.0, 2.0, 1.0, 0.0]).double(),
-        torch.tensor([0.1, -0.2, 0.3, -0.2]).double(),
-    )
-    centred = r - r.mean()
-    assert (centred / 0.5).tolist() == pytest.approx([2.1, 0.7, -0.7, -2.1])
-    first, third = (
-        [0.788602, 0.144065, 0.058572, 0.008761],
-        [0.988742, 0.010984, 0.000272, 0.0000025],
-    )
-    assert (ref + r / 0.5).softmax(0).tolist() == pytest.approx(first, abs=1e-6)
-    assert (ref + 3 * r / 0.5).softmax(0).tolist() == pytest.approx(third, abs=1e-6)
-    assert rounds_of_a_table(bandit(), 1) == pytest.approx(first, abs=2e-4)
-    assert rounds_of_a_table(bandit(), 3) == pytest.approx(third, abs=2e-4)
-    assert rounds_of_a_table(bandit(), 1, beta=0.5 / 3) == pytest.approx(third, abs=2e-4)
+# ---- rounds in a table
 
 
+REWARDS = 0.7 * torch.tensor([3.0, 2.0, 1.0, 0.0], dtype=torch.float64)
+START = torch.tensor([0.1, -0.2, 0.3, -0.2], dtype=torch.float64)
+FIRST, THIRD = [0.788602, 0.144065, 0.058572, 0.008761], [0.988742, 0.010984, 0.000272, 0.0000025]
+
+
+def rounds_of_a_table(rounds, beta=0.5):
+    """Probabilities (4,) after exact rounds on all pairs of four responses, moving reference."""
+    log_p = START
+    for _ in range(rounds):
+        world = bandit.World(4, 1, rewards=REWARDS, reference=log_p)
+        log_p = population(world, world.pairs_all(), loss, Config(beta)).log_probs().detach()[0]
+    return log_p.exp().tolist()
+
+
+@pytest.mark.paper
+def test_an_exact_round_adds_the_reward_over_beta_to_the_logits():
+    assert ((REWARDS - REWARDS.mean()) / 0.5).tolist() == pytest.approx([2.1, 0.7, -0.7, -2.1])
+    assert (START + REWARDS / 0.5).softmax(0).tolist() == pytest.approx(FIRST, abs=1e-6)
+    assert (START + 3 * REWARDS / 0.5).softmax(0).tolist() == pytest.approx(THIRD, abs=1e-6)
+    assert rounds_of_a_table(1) == pytest.approx(FIRST, abs=1e-5)
+    assert rounds_of_a_table(3) == pytest.approx(THIRD, abs=1e-5)
+
+
+@pytest.mark.paper
+def test_three_exact_rounds_with_a_moving_reference_are_one_with_a_third_of_beta():
+    once = rounds_of_a_table(1, beta=0.5 / 3)
+    assert once == pytest.approx(THIRD, abs=1e-5)
+    assert once == pytest.approx(rounds_of_a_table(3), abs=1e-6)
+
+
+@pytest.mark.paper
 def test_star_rounds_in_a_table_are_additive_and_their_order_does_not_matter():
     r, beta = [2.1, 1.4, 0.7, 0.0], 0.5
 
     def shifts(losers):
-        """Newton's optimum of each round: the margin of a pair met with either label by Bradley-Terry is (r_1 - r_j) / beta."""
+        """The logits after each round's optimum: a pair ends at a margin of (r_1 - r_j) / beta."""
         logits, out = torch.zeros(4, dtype=torch.float64), []
         for j in losers:
             ref = logits.clone()
@@ -266,10 +280,11 @@ def test_star_rounds_in_a_table_are_additive_and_their_order_does_not_matter():
     assert shifts([1, 2, 3])[-1] == [4.2, -0.7, -1.4, -2.1]
 
 
+@pytest.mark.paper
 def test_one_round_of_single_pairs_is_dpo_bit_for_bit():
-    lab = bandit()
+    lab = small()
     ours = run(lab, Config(order="pooled", pairs="single", rounds=1))
-    other = bandit()
+    other = small()
     pairs = curriculum(
         other.preferences(other.base()), Config(order="pooled", pairs="single", rounds=1)
     )[0]
@@ -277,9 +292,10 @@ def test_one_round_of_single_pairs_is_dpo_bit_for_bit():
     assert torch.equal(ours.logits, plain.logits)
 
 
+@pytest.mark.paper
 def test_every_round_starts_at_ln_2_and_only_the_first_one_does_with_a_fixed_reference(tmp_path):
     for reference, wanted in (("previous", [True, True, True]), ("sft", [True, False, False])):
-        lab = bandit()
+        lab = small()
         lab.out = str(tmp_path / reference)
         curve = run(lab, Config(1.0, reference=reference)).curve
         lines = [
@@ -306,12 +322,12 @@ def test_every_round_starts_at_ln_2_and_only_the_first_one_does_with_a_fixed_ref
 def test_every_field_changes_the_run(change):
     base = {"order": "pooled"} if len(change) == 2 else {}
     assert not torch.equal(
-        run(bandit(), Config(**base)).logits, run(bandit(), Config(**change)).logits
+        run(small(), Config(**base)).logits, run(small(), Config(**change)).logits
     )
 
 
 def test_a_run_improves_the_reward():
-    lab = bandit(steps=90)
+    lab = small(steps=90)
     policy = run(lab, Config())
     assert policy.expect(lab.world.rewards()) > lab.reference.expect(lab.world.rewards()) + 0.5
 
