@@ -1,84 +1,87 @@
-"""Sums of two numbers, worked out digit by digit from the right; a verifier for the answer and for every step.
+"""Sums of two numbers, worked out digit by digit from the right, with a verifier for every step.
 
-    347+58=7+8+0=15,4+5+1=10,3+0+1=04:405
+    347+58= | 7+8+0=15,4+5+1=10,3+0+1=04:405    reward 1
 
-The prompt ends with the first "="; each step adds the two digits of a place and the carry of the step before; the answer stands after the
-colon. Difficulty = digits of the longer number (1 to 5). Demonstrations write every zero, so that each step takes the same seven tokens and
-a model that finds its digits by counting learns faster.
+The prompt ends with the first "=". Each step of the response adds the two digits of a place and the
+carry of the step before, and the answer stands after the colon. The difficulty of a sum is the
+number of digits of the longer number, 1 to 5. Demonstrations write every zero, so that each step
+takes the same seven tokens. They contain more wrong steps the longer the sum, so a base model that
+is trained on them writes right and wrong responses at every difficulty.
 
-Any chain of right steps counts, not this one string: operands in any order, zeros written or left out (3+0+1=04, 1+3=4), answers with
-leading zeros, a last step for the carry alone, spaces, and steps parted by "," ";" or a line break. A step is marked as a teacher does: it
-is right if it follows from the sum and from the carry *as the step before wrote it*, so that a mistake is counted where it is made. All
-places of the longer number must be there: one that is left out is a wrong step, so the bare answer earns nothing.
-
-The reward is 1 for the right answer reached without a wrong step, else 0; `verify` and `verify_steps` tell a chain apart that has a wrong
-step and yet the right answer. Demonstrations slip more often the longer the sum, half the time with the pen alone, so that a base model
-trained on them has right and wrong samples at every difficulty.
+The reward is 1 for the right answer reached without a wrong step, else 0. Any chain of right steps
+counts: the operands in any order, zeros written or left out (3+0+1=04, 1+3=4), an answer with
+leading zeros, a last step for the carry alone, spaces, and steps that are separated by "," or ";"
+or a line break. A step is right if it follows from the sum and from the carry as the step before
+wrote it, so an error is counted once, where it is made. Every place of the longer number must be
+there: a place that is left out is a wrong step. A bare answer therefore earns nothing. What can be
+gamed is `verify`, which looks at the answer alone: two errors that cancel pass it.
 """
 
-import random
 import re
 
 import torch
 
 import data
-from data import UserError
+from data import UserError, printable
 from nanomodel import GPT, GPTConfig
 from toy import world
 
 DIGITS = 5  # the longest numbers
-SLIP = 0.012  # wrong steps of the demonstrations: this times the squared number of digits
+SLIP = 0.012  # share of wrong steps in demonstrations: this times the squared number of digits
 NUMBERS = re.compile(r"([0-9]+)\+([0-9]+)=")
 STEP = re.compile(r"([0-9](?:\+[0-9]){0,2})=([0-9]{1,2})")
 
 
 def numbers(prompt):
-    """The two numbers of a prompt such as "347+58="; ValueError for any other text."""
+    """The two numbers of a prompt such as "347+58="; UserError for any other text."""
     match = NUMBERS.fullmatch(prompt)
     if not match:
-        raise UserError(f"{prompt!r} is not a sum such as '347+58='")
+        raise UserError(f"'{printable(prompt, 60)}' is not a sum such as '347+58='")
     return int(match[1]), int(match[2])
 
 
 class World(world.World):
-    """Text with a verifier; nothing is downloaded or kept."""
+    """The world of this file. Two worlds of this class are the same."""
 
     name, kind, verifier = "arithmetic", "text", True
-    max_prompt, max_response = 2 * DIGITS + 2, 48
+    max_prompt, max_response = 2 * DIGITS + 2, 48  # tokens
     pretrain = dict(steps=1000, batch_size=16, lr=3e-3)
     align = dict(prompts=4096, steps=100, lr=3e-5, batch_size=32, k=8)
 
     def __init__(self):
-        self.tokenizer = data.Tokenizer.toy(
-            ["+0=", "+1="]
-        )  # a carry with its signs is one token, all else single characters
+        # a carry with its signs is one token, everything else is one token per character
+        self.tokenizer = data.Tokenizer.toy(["+0=", "+1="])
 
     def model(self):
         """A fresh GPT: two layers of width 96, about 0.25M parameters."""
-        model = GPT(
-            GPTConfig(
-                vocab_size=self.tokenizer.vocab_size,
-                hidden_size=96,
-                intermediate_size=256,
-                num_hidden_layers=2,
-                num_attention_heads=6,
-                num_key_value_heads=2,
-                max_position_embeddings=self.max_prompt + self.max_response,
-                rope_theta=1000.0,  # a sum has at most 60 tokens
-                tie_word_embeddings=False,  # 17 of 260 rows are in use, and tied ones spend the input's width on ruling out the others
-            ),
-            self.tokenizer,
+        config = GPTConfig(
+            vocab_size=self.tokenizer.vocab_size,
+            hidden_size=96,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            max_position_embeddings=self.max_prompt + self.max_response,
+            rope_theta=1000.0,  # a sum has at most 60 tokens
+            # 17 of 260 rows are used; tied, the input's width would go into ruling out the others
+            tie_word_embeddings=False,
         )
-        with torch.no_grad():  # a spread of 0.02 suits a width of 768; this narrow model learns to carry in half the steps with its share
+        model = GPT(config, self.tokenizer)
+        # the usual std of 0.02 suits a width of 768; scaled to this width, the model learns to
+        # carry in half the steps
+        with torch.no_grad():
             for weight in model.layers.parameters():
                 weight *= (768 / weight.shape[1]) ** 0.5 if weight.dim() == 2 else 1
         return model
 
     def prompts(self, n, rng, digits=None):
-        """n sums of that difficulty (1 to 5); without it, of all difficulties alike. ValueError outside 1 to 5."""
+        """n sums of a difficulty of `digits`; None: all difficulties alike.
+
+        UserError: digits outside 1 to 5.
+        """
         if digits is not None and not 1 <= digits <= DIGITS:
             raise UserError(f"digits={digits} must be 1 to {DIGITS}")
-        rng, prompts = random.Random(int(torch.randint(2**62, (), generator=rng))), []
+        rng, prompts = world.python_rng(rng), []
         for _ in range(n):
             longer = digits or rng.randint(1, DIGITS)
             a, b = (
@@ -89,9 +92,11 @@ class World(world.World):
         return prompts
 
     def demonstrate(self, prompt, rng, slip=0.0):
-        """One worked sum (text); each step is wrong with probability `slip`: its carry forgotten, or its result one off.
+        """One worked sum (text), each step wrong with probability `slip`; rng: a random.Random.
 
-        Half the time the wrong result is carried on, half the time it is a slip of the pen and the rest goes on as if it were right."""
+        In a wrong step the carry is forgotten, or the result is one off. Half of the wrong results
+        are carried on; after the other half the sum goes on as if the step had been right.
+        """
         a, b = numbers(prompt)
         steps, answer, carry = [], "", 0
         for place in range(self.difficulty(prompt)):
@@ -109,17 +114,13 @@ class World(world.World):
         return ",".join(steps) + ":" + (str(carry) if carry else "") + answer
 
     def demonstrations(self, n, rng):
-        """n rows with one worked sum each, slips included."""
+        """n rows with one worked sum each, wrong steps included."""
         prompts = self.prompts(n, rng)
-        rng = random.Random(int(torch.randint(2**62, (), generator=rng)))
-        return [
-            {
-                "prompt": p,
-                "responses": [self.demonstrate(p, rng, SLIP * self.difficulty(p) ** 2)],
-                "scores": [1.0],
-            }
-            for p in prompts
-        ]
+        rng, rows = world.python_rng(rng), []
+        for prompt in prompts:
+            worked = self.demonstrate(prompt, rng, SLIP * self.difficulty(prompt) ** 2)
+            rows.append(dict(prompt=prompt, responses=[worked], scores=[1.0]))
+        return rows
 
     def difficulty(self, prompt):
         """Digits of the longer number."""
@@ -127,20 +128,18 @@ class World(world.World):
 
     def _parts(self, response):
         """(work, answer) of a response, text or token ids, without spaces."""
-        work, _, answer = (
-            response if isinstance(response, str) else self.tokenizer.decode(response)
-        ).rpartition(":")
+        work, _, answer = self.text(response).rpartition(":")
         return work.replace(" ", ""), answer.strip()
 
     def verify(self, prompt, response):
-        """Is the answer right? It is what stands after the last colon, or the whole response when there is none."""
+        """Whether the answer is right; it stands after the last colon, or is the whole response."""
         answer = self._parts(response)[1]
-        return bool(re.fullmatch("[0-9]+", answer)) and (answer.lstrip("0") or "0") == str(
-            sum(numbers(prompt))
-        )  # int() has a limit
+        # compared as text: int() refuses more than 4,300 digits
+        digits = answer.lstrip("0") or "0"
+        return bool(re.fullmatch("[0-9]+", answer)) and digits == str(sum(numbers(prompt)))
 
     def verify_steps(self, prompt, response):
-        """Is each step right? A list of bools: the steps in the order written, then False for every place that is left out."""
+        """A bool per step, in the order written, then False for every place that is left out."""
         a, b = numbers(prompt)
         work = self._parts(response)[0]
         steps, marks, carry = re.split("[,;\n]", work) if work else [], [], 0
@@ -148,26 +147,29 @@ class World(world.World):
             given = [a // 10**place % 10, b // 10**place % 10, carry]
             match = STEP.fullmatch(step)
             operands, result = (match[1].split("+"), int(match[2])) if match else ([], None)
-            same = sorted(int(x) for x in operands if x != "0") == sorted(
-                x for x in given if x
-            )  # zeros need not be written
+            # zeros need not be written
+            same = sorted(int(x) for x in operands if x != "0") == sorted(x for x in given if x)
             marks.append(same and result == sum(given))
             carry = result // 10 if match else sum(given) // 10
         return marks + [False] * (self.difficulty(prompt) - len(steps))
 
     def reward(self, prompts, responses):
-        """The truth: n prompts (text) and n responses (text or token ids) -> (n,) float64, 1 = right answer and no wrong step, else 0."""
+        """The truth of n responses (text or token ids) to n prompts (text), (n,) float64.
+
+        1 for the right answer without a wrong step, else 0.
+        """
         right = [
-            self.verify(p, r) and all(self.verify_steps(p, r))
-            for p, r in zip(prompts, responses, strict=True)
+            self.verify(prompt, response) and all(self.verify_steps(prompt, response))
+            for prompt, response in zip(prompts, responses, strict=True)
         ]
         return torch.tensor(right, dtype=torch.float64)
 
     def measure(self, policy, lab):
-        """Share of rewarded samples by difficulty: {"success_1": ..., ..., "success_5": ...}."""
+        """Mean reward by difficulty, {"success_1": ..., ..., "success_5": ...}."""
         success = {}
         for digits in range(1, DIGITS + 1):
-            rows = lab.sample(policy, self.prompts(64, lab.rng(f"sums of {digits}"), digits), 4)
+            prompts = self.prompts(64, lab.rng(f"sums of {digits}"), digits)
+            rows = lab.sample(policy, prompts, 4)
             flat = [(row["prompt"], response) for row in rows for response in row["responses"]]
             success[f"success_{digits}"] = float(self.reward(*zip(*flat)).mean())
         return success

@@ -1,14 +1,20 @@
-"""Captions: what is on a picture, and what a caption only makes up.
+"""Captions: what is on a picture, and what a caption makes up (hallucination).
 
-    picture x49 x108 x93 x103 x36 x17 : a goat and a fence .
+    picture x49 x108 x93 x103 x36 x17 : | a goat and a tractor .    reward 2
 
-A picture is a line of patches: two of the background, which tell the scene, then one or two of each of its 2 to 4 objects. Every object
-has three patches of its own, whose numbers say nothing: seeing has to be learnt. Most objects are typical of the scene. Demonstrations go
-through a picture in order, leave some objects out and name typical ones that are not there, as people do: a base model has eyes and a
-language prior, and it hallucinates. The truth counts that: a share of two points for each object named, less a price for each that is not
-on the picture, for each named again, and for a sentence that is none. (On this picture are a goat and a tractor.)
+The prompt is a picture, a line of patches: two of the background, which tell the scene, then one or
+two of each of its 2 to 4 objects. Every object and every scene has three patches of its own, whose
+numbers say nothing, so a model has to learn to see. Most objects are typical of their scene. The
+response is a sentence that names objects.
 
-`similarity` is an estimator from elsewhere, as CLIP is for photographs: frozen, blurred, and on another scale than the truth.
+The reward counts objects: 2 times the share of the picture's objects that are named, less 1 for
+each object that is not on the picture, 0.5 for each that is named again, and 1 for a response that
+is not a sentence of this form. Demonstrations go through a picture in order, but leave out some
+objects and name typical ones that are not there, so the base model hallucinates: "a goat and a
+fence" on this farm, which has no fence, earns 0.
+
+The truth cannot be gamed by naming what is typical. The proxy `similarity` can: it is frozen,
+blurred and on another scale than the truth, as CLIP is for photographs.
 """
 
 import random
@@ -32,17 +38,15 @@ OBJECTS = [name for objects in TYPICAL.values() for name in objects]
 PATCHES = 3  # of an object, and of a scene's background
 HEAD = "picture"
 WEIGHTS = {"named": 2.0, "hallucinated": -1.0, "repeated": -0.5, "broken": -1.0}
-OMIT, INVENT = (
-    0.15,
-    0.5,
-)  # how often a demonstration leaves an object out, and names a typical one that is not there
+OMIT = 0.15  # how often a demonstration leaves an object out
+INVENT = 0.5  # how often it names a typical object that is not there
 
 
 class World(world.World):
-    """Text. The truth is `reward`, `parts` shows its working; two worlds are the same world."""
+    """The world of this file; `parts` shows what a reward is made of. Two worlds are the same."""
 
     name, kind = "captions", "text"
-    max_prompt, max_response = 12, 24
+    max_prompt, max_response = 12, 24  # tokens
     pretrain = dict(steps=800, batch_size=64, lr=5e-3, demonstrations=16384)
     align = dict(prompts=4096, steps=200, lr=3e-4, batch_size=64)
 
@@ -55,10 +59,9 @@ class World(world.World):
             name: codes[i * PATCHES : (i + 1) * PATCHES] for i, name in enumerate(shown)
         }
         self.shows = {code: name for name, own in self.patches.items() for code in own}
-        self.tokenizer = data.Tokenizer.toy(
-            [HEAD, *(" " + word for word in (*sorted(codes), ":", "a", ",", "and", ".", *OBJECTS))]
-        )
-        # the eyes and the words of `similarity`
+        words = (*sorted(codes), ":", "a", ",", "and", ".", *OBJECTS)
+        self.tokenizer = data.Tokenizer.toy([HEAD, *(" " + word for word in words)])
+        # the embeddings of `similarity`: of a word, and of a patch as a blurred view of its word
         self.words = {name: torch.tensor([rng.gauss(0, 1) for _ in range(16)]) for name in OBJECTS}
         self.eyes = {
             code: (self.words[name] if name in self.words else 0)
@@ -69,20 +72,19 @@ class World(world.World):
 
     def model(self):
         """A fresh GPT: two layers of width 80, about 0.2M parameters."""
-        shape = dict(
+        config = GPTConfig(
+            vocab_size=self.tokenizer.vocab_size,
             hidden_size=80,
             intermediate_size=216,
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
+            max_position_embeddings=48,
         )
-        return GPT(
-            GPTConfig(vocab_size=self.tokenizer.vocab_size, max_position_embeddings=48, **shape),
-            self.tokenizer,
-        )
+        return GPT(config, self.tokenizer)
 
     def view(self, rng):
-        """A random picture -> (prompt, its objects, its scene)."""
+        """A random picture -> (prompt, its objects, its scene); rng: a random.Random."""
         scene, objects = rng.choice(list(SCENES)), []
         for _ in range(rng.randint(2, 4)):
             pool = TYPICAL[scene] if rng.random() < 0.75 else OBJECTS
@@ -100,16 +102,15 @@ class World(world.World):
 
     def demonstrations(self, n, rng):
         """n rows of one response each: a caption that leaves objects out and makes some up."""
-        rng, rows = random.Random(int(torch.randint(2**62, (), generator=rng))), []
+        rng, rows = world.python_rng(rng), []
         for _ in range(n):
             prompt, objects, scene = self.view(rng)
             named = [name for name in objects if rng.random() >= OMIT] or objects[:1]
             if rng.random() < INVENT:
-                named.insert(
-                    rng.randint(0, len(named)),
-                    rng.choice([name for name in TYPICAL[scene] if name not in objects]),
-                )
-            rows.append({"prompt": prompt, "responses": [self.caption(named)], "scores": [1.0]})
+                place = rng.randint(0, len(named))
+                absent = [name for name in TYPICAL[scene] if name not in objects]
+                named.insert(place, rng.choice(absent))
+            rows.append(dict(prompt=prompt, responses=[self.caption(named)], scores=[1.0]))
         return rows
 
     def prompts(self, n, rng):
@@ -117,16 +118,16 @@ class World(world.World):
         return [row["prompt"] for row in self.demonstrations(n, rng)]
 
     def objects(self, prompt):
-        """The set of objects on a picture; what is no patch shows nothing."""
+        """The set of objects on a picture; a word that is not a patch shows nothing."""
         return {self.shows[word] for word in prompt.split() if word in self.shows} - set(SCENES)
 
     def parts(self, prompt, response):
-        """What the reward of one response (text or token ids) is made of: {name of WEIGHTS: number}, to be weighed and summed."""
-        response = response if isinstance(response, str) else self.tokenizer.decode(response)
-        there, named = (
-            self.objects(prompt),
-            [word for word in response.split() if word in self.words],
-        )
+        """What the reward of one response (text or token ids) is made of: {name: number}.
+
+        The reward is the sum of these numbers, weighted by WEIGHTS.
+        """
+        response, there = self.text(response), self.objects(prompt)
+        named = [word for word in response.split() if word in self.words]
         return {
             "named": len(there & set(named)) / max(1, len(there)),
             "hallucinated": len(set(named) - there),
@@ -135,37 +136,39 @@ class World(world.World):
         }
 
     def reward(self, prompts, responses):
-        """The truth: n prompts (text) and n responses (text or token ids) -> (n,) float64, finite for any text."""
-        parts = [
-            self.parts(prompt, response)
-            for prompt, response in zip(prompts, responses, strict=True)
-        ]
-        return torch.tensor(
-            [sum(WEIGHTS[name] * value for name, value in part.items()) for part in parts],
-            dtype=torch.float64,
-        )
+        """The truth of n responses (text or token ids) to n prompts (text), (n,) float64.
 
-    def similarity(self, prompts, responses):
-        """Cosine (n,) of what blurred eyes see on n pictures and the words of n captions; 0 for a caption without objects."""
+        It is finite for any text.
+        """
         out = []
         for prompt, response in zip(prompts, responses, strict=True):
-            response = response if isinstance(response, str) else self.tokenizer.decode(response)
-            seen = sum(
-                (self.eyes[word] for word in prompt.split() if word in self.eyes), torch.zeros(16)
-            )
-            said = sum(
-                (self.words[word] for word in response.split() if word in self.words),
-                torch.zeros(16),
-            )
+            parts = self.parts(prompt, response)
+            out.append(sum(WEIGHTS[name] * value for name, value in parts.items()))
+        return torch.tensor(out, dtype=torch.float64)
+
+    def similarity(self, prompts, responses):
+        """A proxy for the truth of n captions of n pictures, (n,) float64 in [-1, 1].
+
+        It is the cosine of two sums of embeddings: of the picture's patches, and of the objects
+        that the caption names; 0 for a caption that names none.
+        """
+        out = []
+        for prompt, response in zip(prompts, responses, strict=True):
+            patches = [self.eyes[word] for word in prompt.split() if word in self.eyes]
+            words = [self.words[w] for w in self.text(response).split() if w in self.words]
+            seen, said = sum(patches, torch.zeros(16)), sum(words, torch.zeros(16))
             out.append(torch.cosine_similarity(seen, said, dim=0))
         return torch.stack(out).double()
 
     def measure(self, policy, lab):
-        """On 512 sampled captions: the share with a hallucination, hallucinations as a share of the objects named (CHAIR's two numbers),
-        and the share of the objects on a picture that are named."""
-        rows = lab.sample(
-            policy, self.prompts(512, lab.rng("measure prompts")), 1, lab.rng("measure samples")
-        )
+        """{chair_s, chair_i, named} of 512 sampled captions.
+
+        chair_s: the share of captions with a hallucination. chair_i: hallucinations as a share of
+        the objects named (CHAIR, arXiv:1809.02156). named: mean share of a picture's objects that
+        are named.
+        """
+        prompts = self.prompts(512, lab.rng("measure prompts"))
+        rows = lab.sample(policy, prompts, 1, lab.rng("measure samples"))
         parts = [self.parts(row["prompt"], row["responses"][0]) for row in rows]
         found, wrong = (sum(part[name] for part in parts) for name in ("named", "hallucinated"))
         right = sum(

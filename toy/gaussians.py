@@ -1,8 +1,12 @@
-"""Gaussians on a ring: points whose density is known exactly, so that leaving the data shows as a number.
+"""Gaussians on a ring: the density is known exactly, so leaving the data shows as a number.
 
-Eight modes stand on the unit circle, in the plane or in a random plane of a D-dimensional space; a response is one point and the
-only prompt is 0. The reward is the point's first coordinate within the plane. On the data it is at most about 1, at one mode;
-off the data it has no bound, so a policy that exploits it shows a reward above 1 and an off-manifold fraction that rises to 1.
+    prompt 0    response: a point such as (0.9, 0.1)    reward 0.9
+
+Eight modes stand on the unit circle, in the plane or in a random plane of a D-dimensional space.
+The only prompt is 0, and a response is one point (D,). The reward is the point's first coordinate
+within the plane. On the data it is at most about 1, at one mode. Off the data it has no bound, so
+it can be gamed by leaving the data: a policy that does so shows a reward above 1 and an
+off-manifold fraction that rises to 1. A narrow policy shows as a low entropy over the modes.
 """
 
 import math
@@ -17,22 +21,24 @@ from toy import world
 
 
 class MLP(Denoiser):
-    """Denoiser of points (D,): two hidden layers, the point and smooth features of the time go in, the class does not.
+    """Denoiser of points (D,): two hidden layers on the point and 8 smooth features of the time.
 
-    The features are few on purpose: they blur the last noise levels, so that the base model leaves points between the modes as the
-    papers' larger models do. With the UNet's features it leaves fewer, and DPO narrows to one mode before it leaves the data.
+    It does not read the class. The features are few on purpose: they blur the last noise levels, so
+    the base model leaves points between the modes, as larger models do on real data. With the
+    UNet's features there are fewer of these, and DPO narrows to one mode before it leaves the data.
+    kwargs: those of `Denoiser`.
     """
 
-    def __init__(self, dim=2, width=96, **how):
-        super().__init__((dim,), 1, **how)
-        self.input, self.hidden, self.output = (
-            nn.Linear(dim + 8, width),
-            nn.Linear(width, width),
-            nn.Linear(width, dim),
-        )
+    def __init__(self, dim=2, width=96, **kwargs):
+        super().__init__((dim,), 1, **kwargs)
+        self.input = nn.Linear(dim + 8, width)
+        self.hidden = nn.Linear(width, width)
+        self.output = nn.Linear(width, dim)
 
     def forward(self, x, noise_level, label):
-        # about t / T of the linear schedule: -log alpha_bar = log(1 + sigma^2) grows with the square of t, to 10
+        """Points x (n, D), noise levels (n,), unused labels (n,) -> the network's output (n, D)."""
+        # about t / T of the linear schedule: -log alpha_bar = log(1 + sigma^2) grows with the
+        # square of t, up to 10
         time = (F.softplus(8 * noise_level) / 10).sqrt()[:, None]  # (n, 1)
         angle = math.pi * torch.cat([time, 2 * time, 4 * time, 8 * time], 1)  # (n, 4)
         h = F.silu(self.input(torch.cat([x, angle.sin(), angle.cos()], 1)))
@@ -40,80 +46,91 @@ class MLP(Denoiser):
 
 
 class World(world.World):
+    """The world of this file.
+
+    dim: D, the space around the ring, 2 or more. modes: how many. std: of every mode in every
+    direction. clean: share of the demonstrations that comes from the ring; the others come from the
+    uniform distribution of `points`. kwargs: those of the MLP. UserError: a value out of range.
+    """
+
     name, kind = "gaussians", "images"
     pretrain = dict(steps=3000, batch_size=512, lr=3e-3)
     align = dict(prompts=4096, steps=300, lr=1e-4, batch_size=256)
 
-    def __init__(self, dim=2, modes=8, std=0.1, clean=1.0, **model):
-        """dim >= 2: the space around the ring; std of every mode in every direction; clean: share of the demonstrations that comes from
-        the ring, the rest from `contaminated`'s uniform; further arguments go to the MLP. ValueError: a value out of range."""
+    def __init__(self, dim=2, modes=8, std=0.1, clean=1.0, **kwargs):
         if dim < 2 or modes < 1 or std <= 0 or not 0 <= clean <= 1:
             raise UserError(
-                f"dim {dim}, modes {modes}, std {std}, clean {clean}: expected dim >= 2, modes >= 1, std > 0, clean in [0, 1]"
+                f"dim {dim}, modes {modes}, std {std}, clean {clean}: "
+                "expected dim >= 2, modes >= 1, std > 0, clean in [0, 1]"
             )
-        self.dim, self.std, self.clean, self.how = dim, std, clean, model
+        self.dim, self.std, self.clean, self.kwargs = dim, std, clean, kwargs
         angle = torch.arange(modes, dtype=torch.float64) * (2 * math.pi / modes)
         ring = torch.stack([angle.cos(), angle.sin()], 1)  # (M, 2)
-        random = torch.randn(
-            dim, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-        )
-        self.plane = (
-            torch.linalg.qr(random)[0] if dim > 2 else torch.eye(2, dtype=torch.float64)
-        )  # (D, 2), orthonormal
+        rng = torch.Generator().manual_seed(0)
+        random = torch.randn(dim, 2, generator=rng, dtype=torch.float64)
+        plane = torch.linalg.qr(random)[0] if dim > 2 else torch.eye(2, dtype=torch.float64)
+        self.plane = plane  # (D, 2), orthonormal
         self.modes = ring @ self.plane.T  # (M, D)
 
     def key(self):
-        """What tells this world from others of the same source."""
-        return f"{self.dim} {self.modes.tolist()} {self.std} {self.clean} {self.how}"
+        """All that makes this world."""
+        return f"{self.dim} {self.modes.tolist()} {self.std} {self.clean} {self.kwargs}"
 
     def model(self):
-        return MLP(self.dim, **self.how)
+        """A fresh MLP of about 0.01M parameters."""
+        return MLP(self.dim, **self.kwargs)
 
     def prompts(self, n, rng):
+        """n times the only prompt, 0."""
         return [0] * n
 
     def points(self, n, rng, clean=1.0):
-        """(n, D) float32 draws, each from the ring with probability `clean`, else uniform on the square [-1.5, 1.5]^2 of the plane,
-        blurred like the modes in every other direction."""
+        """(n, D) float32 draws, each from the ring with probability `clean`.
+
+        The others are uniform on the square [-1.5, 1.5]^2 of the plane, blurred like the modes in
+        every other direction.
+        """
         mode = torch.randint(len(self.modes), (n,), generator=rng)
         noise = self.std * torch.randn(n, self.dim, generator=rng, dtype=torch.float64)
         square = 3 * torch.rand(n, 2, generator=rng, dtype=torch.float64) - 1.5
         stray = torch.rand(n, 1, generator=rng) >= clean
         off_plane = noise - noise @ self.plane @ self.plane.T
-        return torch.where(
-            stray, square @ self.plane.T + off_plane, self.modes[mode] + noise
-        ).float()
+        strays = square @ self.plane.T + off_plane
+        return torch.where(stray, strays, self.modes[mode] + noise).float()
 
     def contaminated(self, n, rng):
-        """(n, D): 70 % ring, 30 % uniform (DDO, a flawed training set)."""
+        """(n, D): 70 % ring, 30 % uniform, the flawed training set of DDO."""
         return self.points(n, rng, clean=0.7)
 
     def demonstrations(self, n, rng):
         """n rows of one point (1, D)."""
-        return [
-            {"prompt": 0, "responses": x[None], "scores": [1.0]}
-            for x in self.points(n, rng, self.clean)
-        ]
+        points = self.points(n, rng, self.clean)
+        return [dict(prompt=0, responses=x[None], scores=[1.0]) for x in points]
 
     def reward(self, prompts, responses):
-        """(n,) float64: first coordinate in the plane, x[0] for D = 2; 0 where it is not finite."""
+        """The truth of n points, (n,) float64: the first coordinate within the plane.
+
+        That is x[0] for D = 2. It is 0 where the point is not finite.
+        """
         return (points(responses) @ self.plane[:, 0]).nan_to_num(0.0, 0.0, 0.0)
 
     def log_density(self, x):
-        """(n,) float64: exact log density of the clean mixture at points (n, D)."""
+        """The exact log density (n,), float64, of the clean mixture at points (n, D)."""
         square = torch.cdist(points(x), self.modes).square()  # (n, M)
         constant = self.dim / 2 * math.log(2 * math.pi * self.std**2) + math.log(len(self.modes))
         return torch.logsumexp(-square / (2 * self.std**2), 1) - constant
 
     def off_manifold(self, x):
-        """Share of points (n, D) farther than 3 std from every mode, or for D > 2 than about 1 % of the data are, as in the plane."""
-        radius = 3 + (math.sqrt(2 * self.dim - 1) - math.sqrt(3)) / math.sqrt(
-            2
-        )  # a normal vector's length is about normal (Fisher)
+        """The share of points (n, D) that lie farther from every mode than about 99 % of the data.
+
+        In the plane that is 3 std. For D > 2 the radius grows as the length of a normal vector
+        does, which is about normal itself (Fisher's approximation).
+        """
+        radius = 3 + (math.sqrt(2 * self.dim - 1) - math.sqrt(3)) / math.sqrt(2)
         return (self._nearest(x)[0] > radius * self.std).double().mean().item()
 
     def mode_entropy(self, x):
-        """Entropy of the nearest mode among points (n, D), 1 = all modes alike, 0 = one mode."""
+        """Entropy of the nearest mode among points (n, D): 1 = all modes alike, 0 = one mode."""
         share = self._nearest(x)[1].bincount(minlength=len(self.modes)).double() / len(x)
         return (-torch.special.xlogy(share, share).sum() / math.log(max(2, len(self.modes)))).item()
 
@@ -121,11 +138,11 @@ class World(world.World):
         return torch.cdist(points(x), self.modes).min(1)
 
     def measure(self, policy, lab):
-        """off_manifold and mode_entropy of 4,000 samples."""
+        """{off_manifold, mode_entropy} of 4,000 samples."""
         x = policy.sample([0], 4000, lab.rng("measure"), steps=50)[0]
         return {"off_manifold": self.off_manifold(x), "mode_entropy": self.mode_entropy(x)}
 
 
 def points(x):
-    """Responses as float64 points (n, D) on the CPU."""
+    """Responses, a tensor (n, D) or a list of points (D,), as float64 on the CPU."""
     return (x if isinstance(x, torch.Tensor) else torch.stack(list(x))).detach().cpu().double()

@@ -1,18 +1,19 @@
 """Product reviews: text from a small grammar, with a true reward that can be computed.
 
-A prompt names a product and may hold the first words of its review; the response is the rest (here after the bar):
+    review of the camera : the lens is | not very sharp but i love the colors .    reward 0.875
 
-    review of the camera : the lens is | not very sharp but i love the colors .
+The prompt names a product and may hold the first words of its review; the response is the rest, up
+to 32 words. The reward is the sentiment of the whole review, with degrees and negation: "not bad"
+is mildly good, and a prompt that ends in "not" reverses what the best next word is. It is reduced
+for each place where the grammar is broken, for each content word that is said again, for each word
+that belongs to another product, and for a review that does not end. Sentiment is a mean over
+opinions, so length alone earns nothing.
 
-The truth is the sentiment, with degree and negation ("not bad" is mildly good, and a prompt that ends in "not" turns the best next word
-around), less a price for each place where the grammar is broken, each content word said again, each word that belongs to another product,
-and a review that does not end. Sentiment is averaged, so length alone earns nothing. Labels only tell which of two reviews is better: a
-policy pushed too hard buys praise with grammar and repetition, and its true reward falls while its implicit reward goes on rising.
-
-The same clauses write the demonstrations and check the responses. Demonstrations are as often bad-tempered as kind, and a little careless.
+Labels only tell which of two reviews is better. A policy that is pushed too hard by them pays for
+praise with broken grammar and repetition: its true reward falls while its implicit reward goes on
+rising. The same clauses generate the demonstrations and check the responses. Demonstrations praise
+and blame equally often, and contain a few slips.
 """
-
-import random
 
 import torch
 
@@ -20,7 +21,8 @@ import data
 from nanomodel import GPT, GPTConfig
 from toy import world
 
-# product: parts (singular), parts (plural), words of praise, words of blame; a word may belong to several products
+# product: parts (singular), parts (plural), words of praise, words of blame
+# (a word may belong to several products)
 PRODUCTS = {
     "camera": ("lens zoom flash viewfinder", "pictures colors", "sharp vivid", "blurry grainy"),
     "phone": ("screen speaker charger antenna", "calls apps", "bright responsive", "dim laggy"),
@@ -48,10 +50,12 @@ PRODUCTS = {
 # words that carry an opinion, by its strength; a degree multiplies it
 LEVELS = {
     "QUALITY": {
-        2: "great excellent superb amazing perfect wonderful outstanding fantastic brilliant gorgeous",
+        2: "great excellent superb amazing perfect wonderful outstanding fantastic "
+        "brilliant gorgeous",
         1: "good nice decent pleasant solid useful handy reliable elegant fine neat sensible",
         -1: "bad poor flimsy clumsy awkward cheap ugly odd annoying boring weak fragile",
-        -2: "terrible awful horrible dreadful useless hideous pathetic atrocious disgusting unbearable",
+        -2: "terrible awful horrible dreadful useless hideous pathetic atrocious "
+        "disgusting unbearable",
     },
     "FEEL": {2: "love adore", 1: "like enjoy trust", -1: "dislike distrust", -2: "hate despise"},
     "MANNER": {
@@ -76,7 +80,8 @@ PLAIN = {
     "OFTEN": "day morning evening weekend",
     "COMMON": "price design quality look service warranty",
 }
-# [ ] may be left out, | separates alternatives, capitals name a class of words; A_ and AN_ are those that follow "a" and "an"
+# [ ] may be left out, | separates alternatives, capitals name a class of words;
+# A_QUALITY and AN_QUALITY follow "a" and "an"
 CLAUSES = """the PART|COMMON|PRODUCT is|was [ DEGREE ] QUALITY
 the PARTS are|were [ DEGREE ] QUALITY
 it is|was [ DEGREE ] QUALITY
@@ -121,12 +126,10 @@ EVERY_OWN = set().union(*OWN.values())
 
 def classes(products):
     """The word classes for a review of one of `products`: {class: [words]}."""
-    parts = [
-        " ".join(column).split() for column in zip(*(PRODUCTS[product] for product in products))
-    ]
-    table = {name: words.split() for name, words in PLAIN.items()} | {
-        name: list(levels) for name, levels in STRENGTH.items()
-    }
+    columns = zip(*(PRODUCTS[product] for product in products))
+    parts = [" ".join(column).split() for column in columns]
+    table = {name: words.split() for name, words in PLAIN.items()}
+    table |= {name: list(levels) for name, levels in STRENGTH.items()}
     table |= {
         "PRODUCT": list(products),
         "PART": parts[0],
@@ -145,11 +148,34 @@ def options(slot, table):
     return [word for name in slot.split("|") for word in table.get(name, [name])]
 
 
+def automaton(table):
+    """The grammar as an automaton, {word: {state: states before it}}.
+
+    A clause begins in state 0; every other state is a slot of a clause. table: as of `classes`.
+    """
+    state, complete = 0, []
+    arcs = {word: {0: complete} for word in (".", *JOIN)}
+    for clause in CLAUSES:
+        before = [0]
+        for slot in clause.split():
+            if slot == "[":
+                skipped = before
+            elif slot == "]":
+                before = before + skipped
+            else:
+                state += 1
+                for word in options(slot, table):
+                    arcs.setdefault(word, {})[state] = before
+                before = [state]
+        complete += before
+    return arcs
+
+
 class World(world.World):
-    """Text. Prompts and demonstrations come from the given generator alone; the truth is `reward`, and `parts` shows its working."""
+    """The world of this file; `parts` shows what a reward is made of. Two worlds are the same."""
 
     name, kind = "reviews", "text"
-    max_prompt, max_response = 9, 32
+    max_prompt, max_response = 9, 32  # tokens, which are words here
     pretrain = dict(steps=600, batch_size=64, lr=6e-3, demonstrations=16384)
     align = dict(prompts=4096, steps=200, lr=7e-4, batch_size=64)
 
@@ -157,41 +183,28 @@ class World(world.World):
         self.table = {product: classes([product]) for product in PRODUCTS}
         everything = classes(list(PRODUCTS))
         self.content = {word for words in everything.values() for word in words} - set(DEGREE)
-        # the grammar as an automaton, arcs[word] = {state: states before it}; in state 0 a clause begins, the others are a slot each
-        state, complete = 0, []
-        self.arcs = {word: {0: complete} for word in (".", *JOIN)}
-        for clause in CLAUSES:
-            before = [0]
-            for slot in clause.split():
-                if slot == "[":
-                    skipped = before
-                elif slot == "]":
-                    before = before + skipped
-                else:
-                    state += 1
-                    for word in options(slot, everything):
-                        self.arcs.setdefault(word, {})[state] = before
-                    before = [state]
-            complete += before
+        self.arcs = automaton(everything)
         first, *head = HEAD.split()
         self.tokenizer = data.Tokenizer.toy([first] + [" " + word for word in (*head, *self.arcs)])
 
     def model(self):
         """A fresh GPT: two layers of width 96, about 0.25M parameters."""
-        shape = dict(
+        config = GPTConfig(
+            vocab_size=self.tokenizer.vocab_size,
             hidden_size=96,
             intermediate_size=256,
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
+            max_position_embeddings=64,
         )
-        return GPT(
-            GPTConfig(vocab_size=self.tokenizer.vocab_size, max_position_embeddings=64, **shape),
-            self.tokenizer,
-        )
+        return GPT(config, self.tokenizer)
 
     def clause(self, product, sign, used, rng):
-        """The words of a random clause whose opinion, if any, has this sign; content words in `used` are avoided, its own added there."""
+        """The words of a random clause whose opinion, if it has one, has this sign (1 or -1).
+
+        used: a set of content words to avoid; the clause's own are added. rng: a random.Random.
+        """
         words, keep, negated = [], True, False
         for slot in rng.choice(CLAUSES).split():
             if slot == "[":
@@ -200,57 +213,48 @@ class World(world.World):
                 keep = True
             elif keep:
                 negated |= slot == "not"
+                wanted = -sign if negated else sign
                 drawn = options(slot, self.table[product])
-                fits = [
-                    word
-                    for word in drawn
-                    if word not in used
-                    and OPINION.get(word, sign) * sign * (-1 if negated else 1) > 0
-                ]
+                fits = [w for w in drawn if w not in used and OPINION.get(w, sign) * wanted > 0]
                 words.append(rng.choice(fits or drawn))
                 used |= self.content & {words[-1]}
         return words
 
     def review(self, product, rng):
-        """One review without a slip, and the length of its first clause: 1 to 4 clauses in one mood, at most 29 words."""
+        """(words, length of the first clause) of a review without slips; rng: a random.Random.
+
+        It has 1 to 4 clauses in one mood, and at most 29 words.
+        """
         mood, used, words, sign, first = rng.choice((-0.8, 0.0, 0.8)), set(), [], 0, 0
         for _ in range(rng.randint(1, 4)):
             before, sign = sign, 1 if rng.uniform(-1, 1) < mood else -1
             clause = self.clause(product, sign, used, rng)
             if len(words) + len(clause) > 28:
                 break
-            joint = [
-                ".",
-                *JOIN[sign != before :: 2],
-            ]  # "and" and "because" between clauses that agree, "but" and "although" where they do not
+            # "and", "because" between clauses that agree, "but", "although" where they do not
+            joint = [".", *JOIN[sign != before :: 2]]
             words += [rng.choice(joint), *clause] if words else clause
             first = first or len(clause)
         return words + ["."], first
 
     def demonstrations(self, n, rng):
-        """n rows of one response each, a random review with a few slips; its first 0 to 4 words, which have none, stand in the prompt."""
-        rng, rows = random.Random(int(torch.randint(2**62, (), generator=rng))), []
+        """n rows of one response each: a random review with a few slips.
+
+        Its first 0 to 4 words stand in the prompt, and these have no slips.
+        """
+        rng, rows = world.python_rng(rng), []
         for _ in range(n):
             product = rng.choice(list(PRODUCTS))
             words, first = self.review(product, rng)
             cut = rng.randint(0, min(4, first - 1))
-            prompt, words = [*HEAD.replace("PRODUCT", product).split(), *words[:cut]], words[cut:]
+            prompt = [*HEAD.replace("PRODUCT", product).split(), *words[:cut]]
+            words = words[cut:]
             for i in reversed(range(len(words))):
-                if rng.random() < SLIP:
-                    words[i : i + 2] = rng.choice(
-                        [
-                            words[i + 1 : i + 2],
-                            [words[i], *words[i : i + 2]],
-                            words[i : i + 2][::-1],
-                        ]
-                    )
-            rows.append(
-                {
-                    "prompt": " ".join(prompt),
-                    "responses": ["".join(" " + word for word in words[:31])],
-                    "scores": [1.0],
-                }
-            )
+                if rng.random() < SLIP:  # a word is lost, doubled, or swapped with the next
+                    lost, doubled = words[i + 1 : i + 2], [words[i], *words[i : i + 2]]
+                    words[i : i + 2] = rng.choice([lost, doubled, words[i : i + 2][::-1]])
+            response = "".join(" " + word for word in words[:31])
+            rows.append(dict(prompt=" ".join(prompt), responses=[response], scores=[1.0]))
         return rows
 
     def prompts(self, n, rng):
@@ -258,7 +262,10 @@ class World(world.World):
         return [row["prompt"] for row in self.demonstrations(n, rng)]
 
     def broken(self, words):
-        """The least number of places where the words of a review leave the grammar; a word it does not know is one more."""
+        """The least number of places at which a review (a list of words) leaves the grammar.
+
+        A word that the grammar does not know counts as one more.
+        """
         cost = {0: 0}  # state: places so far
         for word in words:
             best = min(cost.values()) + 1  # at a broken place any state may follow
@@ -272,10 +279,12 @@ class World(world.World):
         return min(cost.values())
 
     def parts(self, prompt, response):
-        """What the reward of one response (text or token ids) is made of: {name of WEIGHTS: number}, to be weighed and summed."""
-        response = response if isinstance(response, str) else self.tokenizer.decode(response)
+        """What the reward of one response (text or token ids) is made of: {name: number}.
+
+        The reward is CENTRE plus the sum of these numbers, weighted by WEIGHTS.
+        """
         head, _, opening = prompt.partition(" :")
-        words = opening.split() + response.split()
+        words = opening.split() + self.text(response).split()
         opinions, sign, degree = [], 1.0, 1.0
         for word in words:
             if word == "." or word in JOIN:
@@ -285,14 +294,13 @@ class World(world.World):
             elif word in DEGREE:
                 degree = DEGREE[word]
             elif word in OPINION:
-                opinions.append(
-                    OPINION[word] * (degree if sign > 0 else sign)
-                )  # "not very good" says no more than "not good"
+                # "not very good" says no more than "not good"
+                opinions.append(OPINION[word] * (degree if sign > 0 else sign))
                 sign, degree = 1.0, 1.0
         content = [word for word in words if word in self.content]
         foreign = EVERY_OWN - OWN.get(head.split(" ")[-1], EVERY_OWN)
         return {
-            "sentiment": sum(opinions) / (1 + len(opinions)),  # the mean with one neutral remark
+            "sentiment": sum(opinions) / (1 + len(opinions)),  # a mean with one neutral opinion
             "broken": self.broken(words),
             "repeated": len(content) - len(set(content)),
             "astray": sum(word in foreign for word in words),
@@ -300,20 +308,19 @@ class World(world.World):
         }
 
     def reward(self, prompts, responses):
-        """The truth: n prompts (text) and n responses (text or token ids) -> (n,) float64, finite for any text."""
-        parts = [
-            self.parts(prompt, response)
-            for prompt, response in zip(prompts, responses, strict=True)
-        ]
-        return torch.tensor(
-            [CENTRE + sum(WEIGHTS[name] * value for name, value in part.items()) for part in parts],
-            dtype=torch.float64,
-        )
+        """The truth of n responses (text or token ids) to n prompts (text), (n,) float64.
+
+        It is finite for any text.
+        """
+        out = []
+        for prompt, response in zip(prompts, responses, strict=True):
+            parts = self.parts(prompt, response)
+            out.append(CENTRE + sum(WEIGHTS[name] * value for name, value in parts.items()))
+        return torch.tensor(out, dtype=torch.float64)
 
     def measure(self, policy, lab):
         """Each part of the reward, on average over 256 sampled reviews."""
-        rows = lab.sample(
-            policy, self.prompts(256, lab.rng("measure prompts")), 1, lab.rng("measure samples")
-        )
+        prompts = self.prompts(256, lab.rng("measure prompts"))
+        rows = lab.sample(policy, prompts, 1, lab.rng("measure samples"))
         parts = [self.parts(row["prompt"], row["responses"][0]) for row in rows]
         return {name: sum(part[name] for part in parts) / len(parts) for name in WEIGHTS}

@@ -5,6 +5,15 @@ reads these attributes directly, so a world without a known truth leaves `reward
 draws random numbers from the generator that it is given and from nothing else, and writes no files.
 """
 
+import random
+
+import torch
+
+
+def python_rng(rng):
+    """A random.Random whose seed is drawn from a torch.Generator."""
+    return random.Random(int(torch.randint(2**62, (), generator=rng)))
+
 
 class World:
     """The interface of all worlds: what a world may set, and what each default means."""
@@ -45,6 +54,10 @@ class World:
     def demonstrations(self, n, rng):
         """n rows of one response, dict(prompt, responses, scores=[1.0]), for the base model."""
         raise NotImplementedError(f"{type(self).__name__} has no demonstrations")
+
+    def text(self, response):
+        """A response, text or token ids, as text."""
+        return response if isinstance(response, str) else self.tokenizer.decode(response)
 
     def rewards(self):
         """Tables only: the truth of all responses, (P, R) float64."""

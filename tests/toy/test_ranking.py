@@ -142,6 +142,8 @@ def test_measure_scores_the_candidates_and_takes_off_the_reference():
             return self.sign * batch.scores[..., None] * batch.mask
 
     class Lab(SimpleNamespace):
+        reference = None
+
         def rng(self, name):
             return seeded()
 

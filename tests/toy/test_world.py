@@ -79,6 +79,16 @@ def test_the_example_of_a_docstring_has_the_reward_that_it_says(name, prompt, re
         assert f"prompt {prompt} (digits {str(world.problems[prompt].tolist())[1:-1]})" in text
 
 
+@pytest.mark.parametrize("name", [name for name in worlds() if made(name).kind == "text"])
+def test_the_example_of_a_world_of_text_has_the_reward_that_it_says(name):
+    text = importlib.import_module(f"toy.{name}").__doc__
+    prompt, response, reward = re.search(r"\n    (.+) \|(.+)    reward (\S+)\n", text).groups()
+    if name == "arithmetic":
+        response = response.strip()
+    value = made(name).reward([prompt], [response]).item()
+    assert value == pytest.approx(float(reward), abs=1e-3)
+
+
 def test_every_attribute_has_an_explanation():
     lines = inspect.getsource(World).splitlines()
     plain = [line for line in lines if re.match(r"    \w+ = ", line)]
