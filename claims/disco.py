@@ -23,7 +23,7 @@ import torch
 
 from lab.claims import claim
 from methods import disco, grpo
-from toy import bandit
+from toy.exact import Table
 
 STEP = 0.05  # of gradient descent in the tables, for a first gradient of DisCO's size
 ARMS = {  # method, Config, and what makes its first step at success rate 1/2 that of DisCO
@@ -39,7 +39,7 @@ def questions(lab, n=120, answers=50):
     p = 0.003 * (0.5 / 0.003) ** spread
     rest = torch.rand(n, answers - 1, generator=lab.rng("answers"), dtype=torch.float64)
     probs = torch.cat([p, (1 - p) * rest / rest.sum(1, keepdim=True)], 1)
-    return bandit.Table(answers, prompts=n).double().set_log_probs(probs.log())
+    return Table(answers, prompts=n).double().set_log_probs(probs.log())
 
 
 def success_on_hard_ones(lab, method, cfg, scale, k=32, until=0.65, limit=3000):

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 
 from data import Paper, UserError, check_fields, fill_variant, pair, printable, upcast
-from toy import bandit
+from toy.exact import Table
 
 PAPER = Paper(
     "pairs",
@@ -79,7 +79,7 @@ def proxy_tune(base, policy, reference, power=1.0):
 
 def next_logps(model, prompt, written):
     """Log-probs (n, V), float64, of the token after each of n beginnings (n, t) of a response."""
-    if isinstance(model, bandit.Table):
+    if isinstance(model, Table):
         prefix = torch.zeros(len(written), dtype=torch.long)
         for token in written.unbind(1):
             prefix = prefix * model.vocab + 1 + token
@@ -115,7 +115,7 @@ def beam_search(model, prompt, width, length, end=None):
 
 def beam_rewards(lab, model, prompts, widths=(1, 5)):
     """{width: mean true reward of the responses that beam search finds}."""
-    table, rewards = isinstance(model, bandit.Table), {}
+    table, rewards = isinstance(model, Table), {}
     length, end = (model.length, None) if table else (lab.max_response, model.tokenizer.eot)
     for width in widths:
         found = [beam_search(model, prompt, width, length, end)[0] for prompt in prompts]

@@ -13,7 +13,6 @@ is the truth itself and cannot be gamed; a policy can only move too far from the
 """
 
 from toy import exact
-from toy.exact import Table as Table  # its former place
 
 
 class World(exact.World):

@@ -13,7 +13,8 @@ from methods import dpo
 from methods.adpo import TARGETS, Averaging, Config, kernel_ranks, loss, run, targets
 from tests import builders
 from tests.builders import changed, ragged, reals
-from toy.bandit import Table, World
+from toy.bandit import World
+from toy.exact import Table
 
 ELL, REF, Q = [-1.0, -2.0, -1.5, -3.0], [-1.2, -1.6, -1.5, -2.5], [0.5, 0.1, 0.3, 0.1]
 REWARDS = [1.0, 0.2, -0.3, 0.5]

@@ -15,7 +15,8 @@ from methods import ddo
 from methods.ddo import Config, loss, run
 from tests import builders
 from tests.builders import ragged
-from toy.bandit import Table, World
+from toy.bandit import World
+from toy.exact import Table
 from toy.gaussians import MLP
 
 P_DATA, P_REF = [0.5, 0.3, 0.15, 0.05], [0.3, 0.3, 0.2, 0.2]

@@ -11,7 +11,7 @@ from methods import disco, grpo
 from methods.disco import Config, gap, loss, run
 from tests import builders
 from tests.builders import ragged, verdicts
-from toy import bandit
+from toy.exact import Table
 
 PLUS, MINUS = (-0.5, -0.9), (-1.0, -0.2, -0.7)
 OLD = ((-1.0, -2.0), (-1.5, -0.5), (-0.7, -0.7))
@@ -395,7 +395,7 @@ def table_batch(chosen, right):
 def climb(start, method, cfg, until, lr=0.05, n=1000, limit=4000):
     """Gradient steps on the expected loss, each with a fresh pi_old, from probabilities (P, R) of
     which response 0 is right -> for each P the step at which until(probs (R,)) became true."""
-    table = bandit.Table(start.shape[1], prompts=len(start)).double().set_log_probs(start.log())
+    table = Table(start.shape[1], prompts=len(start)).double().set_log_probs(start.log())
     reached = [limit] * len(start)
     for step in range(limit):
         probs = table.probs().detach()
@@ -442,7 +442,7 @@ def test_a_dominant_wrong_answer_is_overtaken_sooner_with_the_logsumexp(tau, ove
 
 def stationary_kl(cfg):
     """KL at which a batch of 20 equally likely responses, 4 of them right, comes to rest."""
-    table = bandit.Table(20).double()
+    table = Table(20).double()
     batch = table_batch(torch.arange(20)[None], 4)
     old = table.logps(batch).detach()
     options = dict(max_iter=1000, tolerance_grad=1e-10, tolerance_change=1e-16)

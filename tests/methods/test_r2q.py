@@ -25,7 +25,8 @@ from methods.r2q import (
 from nanomodel import GPT, GPTConfig
 from tests import builders
 from tests.builders import ragged
-from toy import arithmetic, bandit, tokens
+from toy import arithmetic
+from toy.exact import Table
 from toy.tokens import soft_optimum
 
 HALF = math.log(0.5)
@@ -36,7 +37,7 @@ HAND = torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
 def random_tree(vocab=3, length=3, seed=0):
     """(table of pi_ref, token rewards (prefixes, vocab))."""
     rng = torch.Generator().manual_seed(seed)
-    table = bandit.Table(vocab, length).double()
+    table = Table(vocab, length).double()
     with torch.no_grad():
         table.logits.normal_(0.0, 1.0, generator=rng)
     return table, torch.randn(table.logits.shape[1:], generator=rng, dtype=torch.float64)
@@ -266,7 +267,7 @@ def test_a_full_beam_finds_the_likeliest_response():
         )
         assert score >= beam_search(table, 0, 1, 3)[1]
         total = along(r, y).sum(1)
-        best = bandit.Table(3, 3).set_log_probs(log_p + total / 0.5)
+        best = Table(3, 3).set_log_probs(log_p + total / 0.5)
         assert (
             beam_search(best, 0, 9, 3)[0] == y[(total + 0.5 * log_p).argmax()].tolist()
         )  # argmax of R + beta log pi_ref
@@ -389,33 +390,6 @@ def test_auc():
         auc(torch.zeros(4), marked) == 0.5
         and auc(torch.tensor([2.0, 0.0, 1.0, -1.0]), marked) == 0.75
     )
-
-
-def test_the_world_of_tokens():
-    world = tokens.World()
-    y = world.reference.sequences()
-    assert world.token_reward.shape == (1365, 4) and len(y) == 4096
-    total = [
-        0.5 * ids.count(1) - 2.0 * sum(pair == (0, 3) for pair in zip(ids, ids[1:]))
-        for ids in y.tolist()
-    ]
-    assert world.truth[0].tolist() == pytest.approx(total)
-    assert world.reward([0], [[0, 3, 1, 1, 0, 3]]).item() == pytest.approx(-3.0)
-    policy = world.model()
-    torch.testing.assert_close(policy.log_probs(), world.reference.log_probs())
-    batch = SimpleNamespace(
-        label=torch.zeros(1, dtype=torch.long),
-        target=y[None, :5],
-        mask=torch.ones(1, 5, 6, dtype=torch.bool),
-    )
-    with torch.no_grad():
-        policy.net[2].weight.normal_()
-    torch.testing.assert_close(
-        policy.logps(batch).sum(-1).double(), policy.log_probs()[:, :5], rtol=0, atol=1e-5
-    )
-    log_pi = policy.logits[0].log_softmax(-1)
-    torch.testing.assert_close(world.along(log_pi, y[:5]), policy.logps(batch)[0])
-    torch.testing.assert_close(along(log_pi, y), world.along(log_pi, y))
 
 
 def test_a_run_learns_which_token_is_to_blame():

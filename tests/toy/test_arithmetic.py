@@ -1,4 +1,4 @@
-"""The verifier of the sums: every right chain counts, every wrong one is told apart, at the step where it goes wrong."""
+"""The verifier of sums: every right chain counts, and a wrong one is marked at its wrong step."""
 
 import random
 

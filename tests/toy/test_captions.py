@@ -1,4 +1,4 @@
-"""The captions world: hallucinations are counted, the truth is what its docstring says, and the estimator sees something of it."""
+"""The captions world: hallucinations are counted, and the proxy knows something of the truth."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Reading preference files: every accepted format, every refusal with its place, and nothing dropped without being counted."""
+"""Reading files: every accepted format, every refusal with its place, every dropped row counted."""
 
 import datetime
 import gzip
@@ -207,7 +207,8 @@ def test_seed_shuffles_and_none_does_not(tmp_path):
         ("[" * 100_000, "not a line of JSON"),
         (
             {"prompt": "p", "chosen": "c"},
-            r"column 'rejected' is missing or null \(columns there: prompt, chosen; accepted: prompt/chosen/rej",
+            r"column 'rejected' is missing or null "
+            r"\(columns there: prompt, chosen; accepted: prompt/chosen/rej",
         ),
         ({"prompt": "p", "chosen": "c", "rejected": None}, "column 'rejected' is missing"),
         ({"text": "p"}, r"column 'chosen' is missing or null \(columns there: text;"),
@@ -385,7 +386,9 @@ def test_the_hub_is_read_through_datasets_and_its_failures_are_one_line(monkeypa
 # ---- chat templates
 
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content | trim + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m.role + '\n' + m.content | trim + '<|im_end|>' + '\n' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -398,7 +401,9 @@ def folder(tmp_path, template, **settings):
 
 
 def test_a_template_frames_prompt_and_answer_and_its_closing_is_cut(tmp_path):
-    """The end token closes a response, so that the template's own closing would be scored twice. "i" also occurs in the closing."""
+    """The end token closes a response, so the template's own closing would be scored twice.
+
+    The response "i" also occurs in the closing."""
     path = write(
         tmp_path / "m.jsonl",
         {"prompt": [USER], "chosen": [GOOD | {"content": "i"}], "rejected": [BAD]},

@@ -66,7 +66,8 @@ def test_measures():
 def test_contaminated_points():
     world = World(std=0.05)
     x = world.contaminated(20000, rng())
-    # 30 % are strays, nearly all of them off the manifold: the modes cover 8 pi (3 std)^2 of the square's 9
+    # 30 % are strays, nearly all of them off the manifold: the modes cover 8 pi (3 std)^2 of the
+    # square's area of 9
     assert (
         abs(world.off_manifold(x) - (0.7 * 0.0111 + 0.3 * (1 - 8 * math.pi * 0.15**2 / 9))) < 0.01
     )

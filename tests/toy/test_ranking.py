@@ -1,4 +1,4 @@
-"""NDCG against values worked out by hand, the labels of the lists, and the chains they are written in."""
+"""NDCG against values worked out by hand, the labels of lists, and the chains that they make."""
 
 import math
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The reviews world: the grammar recognises what it writes, and the truth counts what its docstring says."""
+"""The reviews world: the grammar accepts what it generates, and the truth counts what it says."""
 
 import torch
 
@@ -68,7 +68,7 @@ def test_broken_places_are_counted():
 
 
 def test_broken_is_the_least_number_of_breaks():
-    """Against a slow oracle: the fewest cuts of the text into pieces, each of which some path of the automaton reads."""
+    """Against a slow oracle: the fewest pieces of a text that paths of the automaton can read."""
     import random
 
     draw, words = random.Random(1), sorted(WORLD.arcs)
@@ -118,7 +118,7 @@ def test_sentiment():
     # a negation ends with its clause, also when it stands in the prompt
     assert parts(" bad .", PROMPT + " it is not")["sentiment"] == value["not bad"]
     assert parts(" the lens is not good and the zoom is good .")["sentiment"] == (1 - 0.75) / 3
-    # remarks without an opinion change nothing, and a review ten times as long is not ten times as good
+    # remarks without an opinion change nothing, and ten times the length is not ten times as good
     assert parts(" it is good . i got it last week .")["sentiment"] == value["good"]
     assert parts(" it is good ." * 10)["sentiment"] < 2 * value["good"]
 
