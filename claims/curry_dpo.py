@@ -12,9 +12,10 @@ The paper's headline did not reproduce, nor did the order. True reward in the ba
 alone 1.301, 1.429, 1.321; all pairs pooled with a fixed reference 1.361, 1.428, 1.208, with beta
 divided by 3 1.271, 1.384, 1.175, with a moving reference 1.299, 1.377, 1.200. The last two are
 close, but on seed 102 the moving reference is closer to beta itself, since the rounds are not
-solved to their end. (Seed 100 of today's streams: easy to hard 1.275, hard to easy 1.073, the
-easiest pair alone 1.363.) Reviews on seed 100 after 150 steps: the curriculum 0.819 at a KL of
-3.07, the easiest pair alone 0.969 at 3.26, pooled with beta / 3 0.900 at 2.92.
+solved to their end. Other random streams of seed 100 gave 1.275 for easy to hard, 1.073 for
+hard to easy and 1.363 for the easiest pair alone, so one seed says little about the order. Reviews
+on seed 100 after 150 steps: the curriculum 0.819 at a KL of 3.07, the easiest pair alone 0.969 at
+3.26, pooled with beta / 3 0.900 at 2.92; with the other streams 0.673 and 0.832 for the first two.
 """
 
 import copy
@@ -35,9 +36,10 @@ ARMS = {
     "pooled, beta / 3": Config(beta=0.1 / 3, order="pooled", rounds=1),
     "easiest pair": Config(order="pooled", pairs="single", rounds=1),
 }
+STEPS = 1800  # in the bandit, of all rounds together
 
 
-def bandit_of(lab, steps=1800):
+def bandit_of(lab):
     """One random bandit -> {arm: {"reward", "kl"}}.
 
     30 responses; prompts x in R^6; the reward of a response with taste w is z + sin(2 z) / 2 with
@@ -76,7 +78,7 @@ def bandit_of(lab, steps=1800):
         def batches(step):
             return torch.randint(len(pairs), (64,), generator=draw)
 
-        return lab.fit(policy, batches, objective, steps=steps // cfg.rounds, lr=3e-3)
+        return lab.fit(policy, batches, objective, steps=STEPS // cfg.rounds, lr=3e-3)
 
     def trained(cfg):
         policy = copy.deepcopy(start).requires_grad_(True)

@@ -22,10 +22,16 @@ from methods import dpo, madpo
 from toy import bandit
 
 BETAS = {"MADPO": (5.0, 3.0, 2.0, 1.5, 1.2, 1.0), "DPO": (1.0, 0.7, 0.5, 0.35, 0.25, 0.18)}
+STEPS = 400  # of full-batch training in a table
 REVIEWS = madpo.Config(beta=1.0, reward_steps=100)
 
 
-def table_of(lab, steps=400):
+def margins_of(lab, world, rows):
+    """The reward model's margins in a table."""
+    return madpo.reward_margins(lab, world.model(), rows, madpo.Config(reward_lr=0.05))
+
+
+def table_of(lab):
     """One random table -> {arm: {"reward", "kl"}, or a curve of them for "... of all beta"}."""
     rng = lab.rng("table")
     rewards = 6 * torch.rand(12, 8, dtype=torch.float64, generator=rng) - 3
@@ -38,7 +44,7 @@ def table_of(lab, steps=400):
         for p, r in zip(prompts, samples)
     ]
     rows = label(rows, rng)
-    h = torch.tensor(madpo.reward_margins(lab, world.model(), rows, madpo.Config(reward_lr=0.05)))
+    h = torch.tensor(margins_of(lab, world, rows))
 
     def trained(loss, cfg, margins=h):
         rows_h = [row | {"margin": margin} for row, margin in zip(rows, margins.tolist())]
@@ -48,7 +54,7 @@ def table_of(lab, steps=400):
         def objective(model, batch):
             return loss(model.logps(batch), ref_logps, batch, cfg)
 
-        policy = lab.fit(policy, [batch], objective, steps=steps, lr=0.05)
+        policy = lab.fit(policy, [batch], objective, steps=STEPS, lr=0.05)
         return {"reward": policy.expect(rewards), "kl": policy.kl(world.reference)}
 
     start = {"reward": world.reference.expect(rewards), "kl": 0.0}
