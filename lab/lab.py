@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import json
 import os
 import sys
 import time
@@ -187,6 +188,31 @@ class Lab:
         model.fingerprint = fingerprint
         if self.reference is None:
             self.reference = frozen(model)
+        return model
+
+    def finished(self):
+        """The model of --init, the folder of a finished run; nothing is trained.
+
+        `reference` becomes the model that the run began with. UserError: the folder has no
+        run.json, or the run was made in another world or with other data."""
+        folder, model = self.settings.init, self.base()
+        path = os.path.join(folder, "run.json")
+        if not os.path.exists(path):
+            raise UserError(
+                f"--init {folder} has no run.json, so where it began is not known; "
+                "--steps trains from it"
+            )
+        with open(path, encoding="utf-8") as file:
+            made = json.load(file)["settings"]
+        for name, default in {"world": "reviews", "data": None}.items():
+            two = [made[name] or default, getattr(self.settings, name) or default]
+            if len({os.path.abspath(x) if x and os.path.exists(x) else x for x in two}) > 1:
+                raise UserError(f"{folder} is a run with --{name} {two[0]}, not {two[1]}")
+        origin = ("init", "base_seed", "base_steps", "context", "truncate")
+        self.reference = self.at(**{name: made[name] for name in origin}).base()
+        self.steps = 0
+        if not self.quiet:
+            print(f"{folder} is measured, nothing is trained")
         return model
 
     def pretrain(self, model, recipe):

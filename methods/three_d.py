@@ -22,10 +22,7 @@ Differences from the paper
     python train.py --method three_d --init OUT                 measures any finished run
 """
 
-import json
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -68,42 +65,18 @@ def loss(logps, ref_logps, batch, cfg):
 
 
 def run(lab, cfg):
-    if lab.settings.init and not lab.settings.steps:
-        return finished(lab, cfg)
+    if lab.settings.init and not lab.settings.steps:  # measure a finished run, train nothing
+        if cfg != Config():
+            raise UserError(
+                f"{', '.join(vars(cfg))} do nothing without --steps: nothing is trained"
+            )
+        return lab.finished()
     policy = lab.base()
     data = lab.preferences(policy, k=2)
     return lab.align(policy, data, loss, cfg)
 
 
-# ---- a look at a finished run
-
-
-def finished(lab, cfg):
-    """The model of the run in --init; lab.reference becomes the model that this run began with.
-
-    UserError: the run's beginning is not known, or it was made in another world."""
-    folder = lab.settings.init
-    if cfg != Config():
-        raise UserError(
-            f"{', '.join(vars(cfg))} do nothing where --init {folder} is looked at; "
-            "--steps trains from it"
-        )
-    policy, path = lab.base(), Path(folder, "run.json")
-    if not path.exists():
-        raise UserError(
-            f"--init {folder} has no run.json, so where it began is not known; "
-            "--steps trains from it"
-        )
-    settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
-    for name, default in dict(world="reviews", data=None).items():
-        two = [settings[name] or default, getattr(lab.settings, name) or default]
-        if len({os.path.abspath(x) if x and os.path.exists(x) else x for x in two}) > 1:
-            raise UserError(f"{folder} is a run with --{name} {two[0]}, not {two[1]}")
-    origin = ("init", "base_seed", "base_steps", "context", "truncate")
-    lab.reference = lab.at(**{name: settings[name] for name in origin}).base()
-    lab.steps = 0
-    lab.quiet or print(f"a look at {folder}: nothing is trained")
-    return policy
+# ---- the three properties of a model
 
 
 def log_ratios(lab, model, rows):
