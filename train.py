@@ -227,7 +227,13 @@ def ask(settings, prompt):
             f"--prompt needs a model of text; {lab.world.name} is a world of {lab.world.kind}"
         )
     model = lab.base()
-    strange = unknown_words(lab, model, prompt)
+    asked = prompt
+    chat = model.tokenizer.chat
+    if chat:
+        prompt = chat([{"role": "user", "content": prompt}], True)
+    lab.max_response = settings.max_response or 128
+    row = lab.sample(model, [prompt], 1)[0]
+    strange = unknown_words(lab, model, asked)
     if strange:
         print(
             report.visible(
@@ -236,11 +242,6 @@ def ask(settings, prompt):
             ),
             file=sys.stderr,
         )
-    chat = model.tokenizer.chat
-    if chat:
-        prompt = chat([{"role": "user", "content": prompt}], True)
-    lab.max_response = settings.max_response or 128
-    row = lab.sample(model, [prompt], 1)[0]
     print(report.visible(lab.text(row["responses"][0]).strip()))
 
 
