@@ -29,7 +29,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import Paper, UserError, check_fields, pair
-from toy.exact import Table
 
 PAPER = Paper(
     "pairs",
@@ -86,52 +85,61 @@ def loss(logps, ref_logps, batch, cfg):
 
 
 class RewardModel(nn.Module):
-    """forward(batch) -> rewards (B, K): a copy of a GPT with a linear head, or of a table."""
+    """One reward per response: a linear head on a language model, or a table of its own."""
 
-    def __init__(self, model):
+    def __init__(self, base):
         super().__init__()
-        self.body = copy.deepcopy(model).requires_grad_(True)
-        self.table = isinstance(model, Table)
-        if self.table:
-            nn.init.zeros_(self.body.logits)
-        else:
-            self.head = nn.Parameter(torch.zeros(model.config.hidden_size))
+        self.base = copy.deepcopy(base)
+        self.head = nn.Linear(base.config.hidden_size, 1, bias=False).to(base.device)
+        nn.init.zeros_(self.head.weight)  # all rewards begin at 0
 
     def forward(self, batch):
-        if self.table:  # its log-probs are any reward, up to a constant of the prompt
-            return self.body.logps(batch).sum(-1)
-        last = (batch.mask.sum(-1, keepdim=True) - 1).clamp(min=0)  # (B, K, 1)
-        source = batch.source.gather(2, last).flatten()  # (B * K,) states that predict last tokens
-        return (self.body.hidden(batch, rows=source) @ self.head).view(last.shape[:2])
+        """-> rewards (B, K)."""
+        last = batch.mask.sum(-1, keepdim=True).clamp(min=1) - 1  # (B, K, 1) last scored token
+        source = batch.source.gather(2, last)  # the state that predicts it
+        return self.head(self.base.hidden(batch, rows=source.flatten())).view(last.shape[:2])
 
 
-def reward_margins(lab, model, rows, cfg):
+class RewardTable(nn.Module):
+    """One reward per response of a table: the log-prob under a table that starts uniform."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.table = copy.deepcopy(base)
+        nn.init.zeros_(self.table.logits)
+
+    def forward(self, batch):
+        """-> rewards (B, K)."""
+        return self.table.logps(batch).sum(-1)
+
+
+def reward_margins(lab, policy, rows, cfg):
     """Fit a reward model to pairs by Bradley-Terry -> its margin of every pair, a list."""
-    size = lab.batch_size
+    model = (RewardTable if lab.world.kind == "table" else RewardModel)(policy)
     order = torch.randperm(len(rows), generator=lab.rng("reward model")).tolist()
+    size = lab.batch_size
 
     def batches(step):
         places = range(step * size, (step + 1) * size)
         return lab.collate([rows[order[i % len(rows)]] for i in places])
 
-    def bradley_terry(model, batch):
+    def margins(model, batch):
         chosen, rejected = model(batch).unbind(1)
-        return -F.logsigmoid(chosen - rejected), {}
+        return chosen - rejected
+
+    def bradley_terry(model, batch):
+        return -F.logsigmoid(margins(model, batch)), {}
 
     def adamw(params):
         return torch.optim.AdamW(params, lr=cfg.reward_lr, weight_decay=cfg.reward_decay)
 
     try:
-        reward_model = lab.fit(
-            RewardModel(model), batches, bradley_terry, steps=cfg.reward_steps, optimizer=adamw
-        )
+        lab.fit(model, batches, bradley_terry, steps=cfg.reward_steps, optimizer=adamw)
     except UserError as error:  # it diverged
         raise type(error)(str(error).replace("--lr", "--reward_lr")) from None
     with torch.no_grad():
-        parts = [rows[i : i + size] for i in range(0, len(rows), size)]
-        scores = [reward_model(lab.collate(part)).cpu() for part in parts]
-    chosen, rejected = torch.cat(scores).unbind(1)
-    return (chosen - rejected).tolist()
+        parts = [lab.collate(rows[i : i + size]) for i in range(0, len(rows), size)]
+        return torch.cat([margins(model, part).cpu() for part in parts]).tolist()
 
 
 def run(lab, cfg):

@@ -12,6 +12,7 @@ from methods import dpo
 from methods.madpo import (
     Config,
     RewardModel,
+    RewardTable,
     loss,
     margin_weights,
     reward_margins,
@@ -266,12 +267,12 @@ def test_rows_that_are_not_pairs_are_refused():
 def test_the_reward_model_of_a_table_can_hold_any_rewards():
     """It starts at 0 margin, and its margins are those of its log-probs, up to a constant."""
     world = World(vocab=3, length=3)
-    reward_model = RewardModel(world.model())
+    reward_model = RewardTable(world.model())
     batch = collate([dict(prompt=0, responses=[[2, 0, 1], [0, 1, 2]])])
     start = reward_model(batch)[0]
     assert (start[0] - start[1]).item() == pytest.approx(0.0, abs=1e-6)
     wanted = torch.randn(27, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    reward_model.body.set_log_probs(wanted)
+    reward_model.table.set_log_probs(wanted)
     found = reward_model(batch)[0]
     assert (found[0] - found[1]).item() == pytest.approx((wanted[19] - wanted[5]).item(), abs=1e-5)
 
@@ -286,11 +287,11 @@ def test_the_reward_model_of_text_sees_the_whole_response_and_leaves_the_model_a
         ]
     )
     reward_model = RewardModel(model)
-    torch.nn.init.normal_(reward_model.head, generator=torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(reward_model.head.weight, generator=torch.Generator().manual_seed(0))
     batch = collate(rows, lab.world.tokenizer)
     hidden = model.hidden(batch).flatten(0, 1)
     last = batch.source.gather(2, batch.mask.sum(-1, keepdim=True) - 1)[..., 0]
-    torch.testing.assert_close(reward_model(batch), hidden[last] @ reward_model.head)
+    torch.testing.assert_close(reward_model(batch), reward_model.head(hidden[last])[..., 0])
     before = [p.clone() for p in model.parameters()]
     margins = reward_margins(lab, model, rows, Config(reward_steps=3, reward_lr=0.01))
     assert len(margins) == 2 and all(m > 0 for m in margins)
