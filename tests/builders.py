@@ -117,7 +117,8 @@ def likelihoods():
     certain[:2] = 0.0
     positive[0, 0, 0] = 0.25
     likely = [(logps, None, batch), (certain, ref_logps, batch), (logps / 100, ref_logps, batch)]
-    return [*pairs(), *likely, (positive, ref_logps, batch)]
+    single = ragged(seed=1, scale=0.5, dtype=torch.float32)
+    return [*pairs(), *likely, single, (positive, ref_logps, batch)]
 
 
 def ranked(item):

@@ -1,54 +1,159 @@
-"""The mutation engine: every single edit of a function, and which of them no input tells from the original."""
+"""Mutation testing: every single edit of a function, and the edits that no input tells apart.
+
+    names = reachable(source, ["loss"])             loss, and what it calls in its file
+    for mutant in mutants(source, names):           one edit each: an operator, an argument, a sign
+        print(mutant.line, mutant.before, "->", mutant.after)
+    made, alive = survivors(module, cases, inputs)  run them all; `alive` changed nothing
+
+A mutant that makes no difference on any input shows a line that is idle or untested. The edits: an
+operator swapped, an operand, sign or call dropped, a constant changed, a sum for a mean, two
+arguments exchanged, an argument detached or dropped, a condition negated, chosen for rejected.
+"""
 
 import ast
 import copy
 import inspect
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
 
-import data
-
 SWAPS = {
-    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.Pow: ast.Mult, ast.FloorDiv: ast.Mult,
-    ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.BitXor: ast.BitOr, ast.And: ast.Or, ast.Or: ast.And,
-    ast.Gt: ast.Lt, ast.Lt: ast.Gt, ast.GtE: ast.LtE, ast.LtE: ast.GtE, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Is: ast.IsNot,
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.Pow: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+    ast.BitAnd: ast.BitOr,
+    ast.BitOr: ast.BitAnd,
+    ast.BitXor: ast.BitOr,
+    ast.And: ast.Or,
+    ast.Or: ast.And,
+    ast.Gt: ast.Lt,
+    ast.Lt: ast.Gt,
+    ast.GtE: ast.LtE,
+    ast.LtE: ast.GtE,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot,
     ast.IsNot: ast.Is,
-}  # fmt: skip
+}
 TWINS = dict(sum="mean", max="min", amax="amin", maximum="minimum", any="all", argmax="argmin")
 TWINS |= {b: a for a, b in TWINS.items()}
+OTHERS = dict(logps="ref_logps", chosen="rejected")
+OTHERS |= {b: a for a, b in OTHERS.items()}
+SYMMETRIC = ("promote_types", "minimum", "maximum", "equal")  # the order of arguments is free
 
 
-def names_in(node):
-    return [part.id for part in ast.walk(node) if isinstance(part, ast.Name)]
+@dataclass(frozen=True)
+class Mutant:
+    """One edit of one expression.
+
+    line: where the expression begins in the original source, counted from 1.
+    before, after: the expression as text; a gradient that is cut reads `_detached(x)`.
+    source: the whole source with this edit and no other. function: where it stands.
+    """
+
+    line: int
+    before: str
+    after: str
+    source: str
+    function: str
+
+    @property
+    def name(self):
+        """The edit in one line, without its place in the file."""
+        before, after = (text.split("\n")[0] for text in (self.before, self.after))
+        return f"{self.function}: {before} -> {after}"
 
 
-def refers(node, names):
-    """Does an assignment to one name read any of these names?"""
-    single = isinstance(node.targets[0], ast.Name)
-    return single and any(name in names for name in names_in(node.value))
+# ---- what may be edited
 
 
-def changed_node(node, **fields):
-    new = copy.deepcopy(node)
+def functions_in(source):
+    """{name: node} of the functions of a source; a method is named Class.method."""
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef):
+            found[node.name] = node
+        elif isinstance(node, ast.ClassDef):
+            methods = [part for part in node.body if isinstance(part, ast.FunctionDef)]
+            found |= {f"{node.name}.{method.name}": method for method in methods}
+    return found
+
+
+def reachable(source, core):
+    """Names of the functions of a source that `core` is made of: these, and those that they call.
+
+    A function in a table, NAME = dict(...), is called where NAME is read. KeyError: no such
+    function.
+    """
+    functions = functions_in(source)
+    tables = {
+        node.targets[0].id: node
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
+    found, ask = [], list(core)
+    missing = [name for name in core if name not in functions]
+    if missing:
+        raise KeyError(f"no function {missing[0]} in this file")
+    while ask:
+        name = ask.pop(0)
+        node = functions.get(name) or tables.get(name)
+        if node and name not in found:
+            found.append(name)
+            ask += [part.id for part in ast.walk(node) if isinstance(part, ast.Name)]
+    return [name for name in found if name in functions]
+
+
+def sites(function):
+    """(node, whether a gradient may pass through it) of all nodes of a function that may be edited.
+
+    Its docstring, its signature and the texts of errors are left alone. No gradient passes through
+    a statement that is a bare call, a condition, a comparison, or what is detached.
+    """
+
+    def walk(node, graph):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            graph = graph and node.func.attr not in ("dim", "detach")
+        graph = graph and not isinstance(node, (ast.Expr, ast.Compare))
+        yield node, graph
+        if isinstance(node, (ast.Raise, ast.JoinedStr)):
+            return
+        condition = getattr(node, "test", None)
+        for child in ast.iter_child_nodes(node):
+            yield from walk(child, graph and child is not condition)
+
+    for statement in function.body:
+        yield from walk(statement, True)
+
+
+# ---- the edits
+
+
+def edited(node, **fields):
+    """A copy of a node with other fields."""
+    new = copy.copy(node)
     for name, value in fields.items():
         setattr(new, name, value)
     return new
 
 
 def edits(node, graph):
-    """What may stand in the place of a node; graph: does a gradient go through it?"""
+    """What may stand in the place of a node; graph: a gradient may pass through it."""
     if isinstance(node, ast.BinOp):
         if type(node.op) in SWAPS:
-            yield changed_node(node, op=SWAPS[type(node.op)]())
+            yield edited(node, op=SWAPS[type(node.op)]())
         yield node.left
         yield node.right
     elif isinstance(node, ast.UnaryOp):
         yield node.operand
     elif isinstance(node, ast.Compare) and type(node.ops[0]) in SWAPS:
-        yield changed_node(node, ops=[SWAPS[type(node.ops[0])](), *node.ops[1:]])
+        yield edited(node, ops=[SWAPS[type(node.ops[0])](), *node.ops[1:]])
     elif isinstance(node, ast.BoolOp):
-        yield changed_node(node, op=SWAPS[type(node.op)]())
+        yield edited(node, op=SWAPS[type(node.op)]())
         yield from node.values
     elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
         yield ast.Constant(not node.value)
@@ -58,175 +163,122 @@ def edits(node, graph):
         yield node.body
         yield node.orelse
     elif isinstance(node, ast.If):
-        yield changed_node(node, test=ast.UnaryOp(ast.Not(), node.test))
+        yield edited(node, test=ast.UnaryOp(ast.Not(), node.test))
     elif isinstance(node, ast.AugAssign) and type(node.op) in SWAPS:
-        yield changed_node(node, op=SWAPS[type(node.op)]())
+        yield edited(node, op=SWAPS[type(node.op)]())
     elif isinstance(node, ast.Call):
         yield from edits_of_call(node, graph)
-    elif graph and isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
-        other = {
-            "logps": "ref_logps",
-            "ref_logps": "logps",
-            "chosen": "rejected",
-            "rejected": "chosen",
-        }.get(node.id)
-        if other:
-            yield ast.Name(other, ast.Load())
+    elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+        if node.id in OTHERS:
+            yield ast.Name(OTHERS[node.id], ast.Load())
 
 
 def edits_of_call(node, graph):
-    """The call left out, its name for its twin's, two arguments exchanged, an argument detached or left out."""
-    method = isinstance(node.func, ast.Attribute) and not (
-        isinstance(node.func.value, ast.Name) and node.func.value.id in ("torch", "F")
-    )
-    if method:
-        yield node.func.value
+    """The call dropped, its twin, two arguments exchanged, an argument detached or dropped."""
+    owner = node.func.value if isinstance(node.func, ast.Attribute) else None
+    if isinstance(owner, ast.Name) and owner.id in ("torch", "F"):
+        owner = None
+    if owner:
+        yield owner
     elif node.args and not isinstance(node.args[0], (ast.GeneratorExp, ast.Starred)):
         yield node.args[0]
     if isinstance(node.func, ast.Attribute) and node.func.attr in TWINS:
-        yield changed_node(node, func=changed_node(node.func, attr=TWINS[node.func.attr]))
-    if len(node.args) >= 2 and getattr(node.func, "attr", "") not in (
-        "promote_types",
-        "minimum",
-        "maximum",
-        "equal",
-    ):  # these are symmetric
-        yield changed_node(node, args=[node.args[1], node.args[0], *node.args[2:]])
+        yield edited(node, func=edited(node.func, attr=TWINS[node.func.attr]))
+    if len(node.args) >= 2 and getattr(node.func, "attr", "") not in SYMMETRIC:
+        yield edited(node, args=[node.args[1], node.args[0], *node.args[2:]])
     for i, arg in enumerate(node.args):
         if graph and not isinstance(arg, (ast.Constant, ast.GeneratorExp, ast.Starred)):
-            yield changed_node(
-                node,
-                args=[
-                    *node.args[:i],
-                    ast.Call(ast.Name("_detached", ast.Load()), [arg], []),
-                    *node.args[i + 1 :],
-                ],
-            )
-    if method and graph:
-        inner = ast.Call(ast.Name("_detached", ast.Load()), [node.func.value], [])
-        yield changed_node(node, func=changed_node(node.func, value=inner))
+            yield edited(node, args=[*node.args[:i], detached(arg), *node.args[i + 1 :]])
+    if owner and graph:
+        yield edited(node, func=edited(node.func, value=detached(owner)))
     for i in range(len(node.keywords)):
-        yield changed_node(node, keywords=node.keywords[:i] + node.keywords[i + 1 :])
+        yield edited(node, keywords=node.keywords[:i] + node.keywords[i + 1 :])
 
 
-def sites(function):
-    """(path, node, whether a gradient goes through) of all nodes of a function that may be edited: not its docstring, its signature, nor
-    what an error says. None goes through a check that stands alone, a condition, and what is detached."""
-
-    def walk(node, path, graph):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            graph = graph and node.func.attr not in ("dim", "detach")
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            graph = graph and node.func.id != "readable"  # a question about the device alone
-        graph = graph and not isinstance(node, (ast.Expr, ast.Compare))
-        yield path, node, graph
-        if isinstance(node, (ast.Raise, ast.JoinedStr)):
-            return
-        for name, value in ast.iter_fields(node):
-            if isinstance(value, ast.AST):
-                yield from walk(value, (*path, name), graph)
-            elif isinstance(value, list):
-                for i, child in enumerate(value):
-                    if isinstance(child, ast.AST):
-                        yield from walk(child, (*path, (name, i)), graph)
-
-    for i, statement in enumerate(function.body):
-        yield from walk(statement, (("body", i),), True)
+def detached(node):
+    return ast.Call(ast.Name("_detached", ast.Load()), [node], [])
 
 
-def replaced(function, path, new):
-    """A copy of a function with another node at a path."""
-    out = node = copy.deepcopy(function)
-    for step in path[:-1]:
-        node = getattr(node, step[0])[step[1]] if isinstance(step, tuple) else getattr(node, step)
-    if isinstance(path[-1], tuple):
-        getattr(node, path[-1][0])[path[-1][1]] = copy.deepcopy(new)
-    else:
-        setattr(node, path[-1], copy.deepcopy(new))
-    return ast.fix_missing_locations(out)
+# ---- mutants
 
 
-def functions_of(module):
-    """The functions of a file that its loss is made of: itself and what it calls, and so on.
-
-    A table of functions, NAME = dict(...), is followed too; tables come last, after their functions."""
-    body = ast.parse(inspect.getsource(module)).body
-    tree = {f.name: f for f in body if isinstance(f, ast.FunctionDef)}
-    tables = {a.targets[0].id: a for a in body if isinstance(a, ast.Assign) and refers(a, tree)}
-    if hasattr(module, "pair"):  # the checks that losses on pairs share
-        tree["pair"] = ast.parse(inspect.getsource(data.pair)).body[0]
-    found, ask = {}, ["loss"]
-    while ask:
-        name = ask.pop()
-        node = tree.get(name) or tables.get(name)
-        if node and name not in found:
-            found[name] = node
-            ask += names_in(node)
-    return dict(sorted(found.items(), key=lambda item: item[0] in tables))
-
-
-def mutants(module):
-    """(what was edited, functions of the mutant) for every single edit."""
-    found = functions_of(module)
-    for name, function in found.items():
-        if isinstance(function, ast.Assign):
-            continue
-        original = ast.unparse(function)
-        for path, node, graph in sites(function):
+def mutants(source, functions):
+    """Every single edit of the named functions of a source -> [Mutant]."""
+    nodes, made = functions_in(source), []
+    for name in functions:
+        for node, graph in sites(nodes[name]):
             for new in edits(node, graph):
-                mutant = replaced(function, path, new)
-                if ast.unparse(mutant) != original:
-                    before, after = (ast.unparse(x).split("\n")[0] for x in (node, new))
-                    yield f"{name}: {before} -> {after}", found | {name: mutant}
+                if isinstance(node, ast.If):  # the test alone is another
+                    before, after = (f"if {ast.unparse(x.test)}:" for x in (node, new))
+                    text = splice(source, node.test, new.test)
+                else:
+                    before, after = ast.unparse(node), ast.unparse(new)
+                    text = splice(source, node, new)
+                if before != after:
+                    made.append(Mutant(node.lineno, before, after, text, name))
+    return made
 
 
-def built(module, functions):
-    """The loss made of these functions, and a list that fills when `_detached` cut a gradient."""
+def splice(source, node, new):
+    """The source with the text of another node in the place of a node; all else stays."""
+    lines = source.encode().splitlines(keepends=True)  # columns of the tree count bytes
+    start = sum(map(len, lines[: node.lineno - 1])) + node.col_offset
+    end = sum(map(len, lines[: node.end_lineno - 1])) + node.end_col_offset
+    text, rest = ast.unparse(new), b"".join(lines)[end:]
+    compound = (ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.IfExp, ast.Lambda)
+    if isinstance(new, compound) or (isinstance(new, ast.Constant) and rest.startswith(b".")):
+        text = f"({text})"
+    return (b"".join(lines)[:start] + text.encode() + rest).decode()
+
+
+# ---- survivors
+
+
+def execute(source, module):
+    """Run a source in the place of a module -> its names, and a list.
+
+    `_detached` is one of the names. The list gets an entry whenever it cuts a gradient.
+    """
     cut = []
 
-    def detached(x):
+    def _detached(x):
         if isinstance(x, torch.Tensor) and x.requires_grad:
             cut.append(True)
             return x.detach()
         return x
 
-    space = vars(data) | vars(module) | {"_detached": detached}
-    code = ast.fix_missing_locations(ast.Module(list(functions.values()), []))
-    exec(compile(code, module.__file__, "exec"), space)
-    return space["loss"], cut
+    names = {"__name__": module.__name__, "__file__": module.__file__, "_detached": _detached}
+    exec(compile(source, module.__file__, "exec"), names)
+    return names, cut
 
 
-def outcome(loss, cfg, item):
-    """Losses, gradient and metrics on one input, or the kind of error."""
+def observe_loss(names, cfg, item):
+    """What a loss does with one item: losses, gradient and metrics, or the error.
+
+    -> (tensors or text, the names of the metrics). A metric that carries a graph is told from one
+    that does not, since it would keep the graph alive.
+    """
     logps, ref_logps, batch = item
     logps = logps.detach().clone().requires_grad_()
-    batch = SimpleNamespace(**{k: v.clone() for k, v in vars(batch).items()})
+    ref_logps = None if ref_logps is None else ref_logps.detach().clone()
+    batch = SimpleNamespace(**{name: value.clone() for name, value in vars(batch).items()})
     try:
-        losses, metrics = loss(
-            logps, None if ref_logps is None else ref_logps.detach().clone(), batch, cfg
-        )
-        (gradient,) = (
-            torch.autograd.grad(losses.sum(), [logps], allow_unused=True)
-            if losses.requires_grad
-            else (None,)
-        )
-        gradient = torch.zeros_like(logps) if gradient is None else gradient
+        losses, metrics = names["loss"](logps, ref_logps, batch, cfg)
+        gradient = None
+        if losses.requires_grad:
+            (gradient,) = torch.autograd.grad(losses.sum(), [logps], allow_unused=True)
         if logps.is_meta:
             return "ran", None
-        free = [
-            value.requires_grad for value in metrics.values()
-        ]  # a metric that carries a graph keeps it alive
-        return [
-            losses.detach(),
-            gradient,
-            *(value.detach() for value in metrics.values()),
-            torch.tensor(free),
-        ], list(metrics)
+        gradient = torch.zeros_like(logps) if gradient is None else gradient
+        graphs = torch.tensor([value.requires_grad for value in metrics.values()])
+        values = [value.detach() for value in metrics.values()]
+        return [losses.detach(), gradient, *values, graphs], list(metrics)
     except Exception as error:  # noqa: BLE001 - a mutant may do anything
         return f"{type(error).__name__}: {error}", None
 
 
 def differ(a, b):
+    """Whether two observations differ by more than rounding."""
     if isinstance(a[0], str) or isinstance(b[0], str) or a[1] != b[1]:
         return a != b
     return any(
@@ -237,22 +289,30 @@ def differ(a, b):
     )
 
 
-def survivors(module, cases, inputs):
-    """(how many mutants there are, {what was edited} of those that made no difference)."""
+def survivors(module, cases, inputs, functions=None, observe=observe_loss):
+    """Run every mutant of a module until one input tells it from the original.
+
+    module: a method file, imported. cases: keyword arguments of its Config. inputs: a function that
+    makes the items (logps, ref_logps, batch). functions: names of what is edited; default: what
+    PAPER.core is made of. observe(names, cfg, item): what is compared. -> ([Mutant] made, [Mutant]
+    that made no difference). A mutant that detaches what has no gradient is no edit, and not made.
+    """
+    source = inspect.getsource(module)
+    functions = functions or reachable(source, module.PAPER.core)
     runs = [(module.Config(**fields), item) for item in inputs() for fields in cases]
-    loss, _ = built(module, functions_of(module))
-    runs = [(run, outcome(loss, *run)) for run in runs]
-    count, alive = 0, []
-    for text, functions in mutants(module):
-        loss, cut = built(module, functions)
+    names, _ = execute(source, module)
+    runs = [(run, observe(names, *run)) for run in runs]
+    made, alive = [], []
+    for mutant in mutants(source, functions):
+        names, cut = execute(mutant.source, module)
         told = next(
-            (i for i, (run, known) in enumerate(runs) if differ(outcome(loss, *run), known)), None
+            (i for i, (run, known) in enumerate(runs) if differ(observe(names, *run), known)), None
         )
-        if told is not None:
-            runs.insert(0, runs.pop(told))  # what told this one will tell the next
-        if "_detached" in text and not cut and told is None:
-            continue  # nothing was detached: no edit
-        count += 1
+        if told is None and "_detached" in mutant.after and not cut:
+            continue
+        made.append(mutant)
         if told is None:
-            alive.append(text)
-    return count, alive
+            alive.append(mutant)
+        else:
+            runs.insert(0, runs.pop(told))  # what told this one will tell the next
+    return made, alive

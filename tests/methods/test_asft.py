@@ -398,5 +398,4 @@ def likelihoods():
 INPUTS = likelihoods
 SURVIVORS = {
     "log1mexp: 2 -> 3": "where one form gives way to the other; both are exact there",
-    "pair: ref_logps -> logps": "there is no reference, so what pair returns for it is not read",
 }
