@@ -146,7 +146,7 @@ def loss(logps, ref_logps, batch, cfg):
     if cfg.divide:
         losses = losses / total.clamp(min=torch.finfo(g.dtype).tiny)
     used = (lam > 0)[..., None] & parts.any(2)[:, :, None]
-    step_weight = w[used].sum() / used.sum().clamp(min=1)
+    step_weight = (w * used).sum() / used.sum().clamp(min=1)
     return losses, {"pair_weight": total.mean(), "step_weight": step_weight}
 
 

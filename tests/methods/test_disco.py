@@ -572,6 +572,11 @@ def test_far_from_pi_old_loss_and_gradient_stay_finite_in_float32(fields, margin
 # ---- the mutants of the loss: every one makes a difference on these inputs
 
 
+def coupled(cfg):
+    """Whether the loss of a row depends on the other rows of its batch."""
+    return cfg.beta > 0  # one penalty for the mean KL of the batch
+
+
 CASES = [
     dict(variant=v, score=s, delta=0.05, beta=3.0, estimator=e)
     for v in ("disco", "disco_b")

@@ -308,6 +308,12 @@ def test_groups_of_two_that_are_all_right_stay_in_the_data():
 
 # ---- mutants
 
+
+def coupled(cfg):
+    """Whether the loss of a row depends on the other rows of its batch."""
+    return cfg.variant == "dapo"  # divides by the tokens of the batch
+
+
 CASES = [
     dict(epsilon=0.3),
     dict(variant="dr_grpo", epsilon=0.3, normaliser=7.0),

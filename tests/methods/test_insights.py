@@ -594,6 +594,11 @@ def one_sided_pairs():
     return [*items, *sides, (logps, None, batch)]
 
 
+def coupled(cfg):
+    """Whether the loss of a row depends on the other rows of its batch."""
+    return cfg.variant == "kto" and cfg.z0 is None  # z0 is a mean over the batch
+
+
 CASES = (
     [
         dict(beta=0.3),

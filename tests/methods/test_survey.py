@@ -589,6 +589,14 @@ def graded_pairs():
     return [*items, flipped, (ref_logps, ref_logps, batch), (logps, None, batch)]
 
 
+COUPLED = ("bco", "aot", "dr_dpo", "beta_dpo", "alpha_dpo")  # these read means over the batch
+
+
+def coupled(cfg):
+    """Whether the loss of a row depends on the other rows of its batch."""
+    return cfg.variant in COUPLED or (cfg.variant == "kto" and cfg.z0 is None)
+
+
 CASES = (
     [
         dict(
