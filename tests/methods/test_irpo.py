@@ -594,18 +594,9 @@ def test_sampled_lists_get_sparse_relevance():
 )
 def test_k_is_the_length_of_the_lists(world, k, items):
     seen = []
-    lab = Lab(
-        Settings(
-            world=world,
-            k=k,
-            base_steps=1 if world != "bandit" else None,
-            steps=1,
-            batch_size=4,
-            prompts=4,
-            eval_size=2,
-        ),
-        quiet=True,
-    )
+    text = {} if world == "bandit" else dict(base_steps=1, eval_size=2)  # refused in a table
+    settings = Settings(world=world, k=k, steps=1, batch_size=4, prompts=4, **text)
+    lab = Lab(settings, quiet=True)
     lab.align = lambda policy, data, loss, cfg: seen.extend(data)
     run(lab, Config())
     assert {len(row["responses"]) for row in seen} == {items} and all(
