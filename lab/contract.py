@@ -155,7 +155,7 @@ def of_loss(loss, logps, ref_logps, batch, cfg):
     lines.append(extreme(value, x, ref, batch))
     lines += of_reference(value, x, ref, batch, losses, slope)
     lines += signs(slope, batch)
-    lines.append(length(value, x, ref, batch, losses))
+    lines.append(length(value, x, ref, batch))
     return lines
 
 
@@ -201,8 +201,11 @@ def signs(slope, batch):
     return lines or [("ok", "the gradient raises the chosen log-prob, not the rejected one")]
 
 
-def length(value, x, ref, batch, losses):
+def length(value, x, ref, batch):
     """Does a response cut into twice as many tokens, with the same total, have the same loss?"""
+    # away from the reference, where every log-ratio is 0 whatever is done with it
+    x = x - torch.linspace(0.1, 0.5, x.shape[1])[:, None].to(x) * batch.mask
+    losses = value(x, ref, batch)[0]
 
     def cut(t):
         return None if t is None else t.repeat_interleave(2, -1) / 2

@@ -496,6 +496,11 @@ def fitting(runs, flags):
             made[key] = make_world(s, start), start
         world, start = made[key]
         refuse_idle(s, world, start)
+        # a table is exact: nothing is sampled for an evaluation, nothing is autocast
+        exact = {"eval_size", "base_seed", "dtype"} if world.kind == "table" else set()
+        if exact & set(flags):
+            names = ", --".join(sorted(exact & set(flags)))
+            raise UserError(f"--{names} would do nothing in {world.name}")
         try:
             refuse_method(run.method, run.paper, world, s)
             kept.append(run)

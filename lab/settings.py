@@ -178,8 +178,6 @@ def idle(settings, world):
         names += ["label_temperature", "length_bias"]
     if world.kind != "text":
         names += ["max_response", "length_bias", "temperature", "context", "truncate"]
-    if world.kind == "table":  # exact: nothing is sampled for an evaluation, nothing is autocast
-        names += ["eval_size", "base_seed", "dtype"]
     if settings.init:
         names += ["base_steps", "context"]
     if not world.pretrain:

@@ -1,0 +1,272 @@
+"""A user's own files: a method, its claims, a world, and a draft that cannot be read yet."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import train
+from lab import Lab, flags, settings, store
+from tests.lab.commands import Killed, refused
+
+pytestmark = pytest.mark.usefixtures("own_folder", "forget")
+
+TEMPLATE = os.path.join(store.HERE, "methods", "_template.py")
+WORLD = '''"""Coins: a response is heads or tails."""
+
+import torch
+
+from toy import exact
+
+
+class World(exact.World):
+    name = "coins"
+    align = dict(prompts=64, steps=8, lr=0.1, batch_size=16)
+
+    def __init__(self):
+        super().__init__(2, 1, rewards=torch.tensor([0.0, BEST]))
+'''
+CLAIMS = '''"""Does it raise the reward?"""
+
+import my_method
+
+from lab.claims import claim
+
+
+def measure(lab):
+    arms = {"ours": (my_method.loss, my_method.Config())}
+    curves = lab.race(arms, world="bandit", steps=8)["ours"]
+    return {"ours": curves, "base": [curve[0] for curve in curves]}
+
+
+CLAIMS = [claim("In the bandit, the reward rises", "reward", "ours", ">", "base")]
+'''
+
+
+@pytest.fixture
+def forget():
+    """Files of other tests are not known by their names."""
+    before = list(sys.path)
+    yield
+    sys.path[:] = before
+    for name in list(settings.loaded):
+        del sys.modules[name], settings.loaded[name]
+
+
+def own_method(folder, **changes):
+    """A copy of the template as my_method.py, with parts replaced."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(TEMPLATE, encoding="utf-8") as file:
+        text = file.read()
+    for old, new in changes.items():
+        old = {
+            "losses": "F.relu(cfg.delta - z)",
+            "end": "return lab.align(policy, data, loss, cfg)",
+        }[old]
+        assert old in text
+        text = text.replace(old, new)
+    (folder / "my_method.py").write_text(text)
+    return str(folder / "my_method.py")
+
+
+def own_world(folder, best="1.0"):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "my_world.py").write_text(WORLD.replace("BEST", best))
+    return str(folder / "my_world.py")
+
+
+TINY = ["--world", "bandit", "--steps", "4", "--prompts", "32", "--batch_size", "8"]
+
+
+def test_the_template_runs_and_keeps_the_contract(capsys):
+    about = flags.declared(TEMPLATE)
+    assert not about.problem and all(flag.text for flag in about.flags.values())
+    assert train.main(["--method", TEMPLATE, *TINY, "--delta", "2"]) == 0
+    assert train.main(["--check", TEMPLATE]) == 0
+    page = capsys.readouterr().out
+    assert "WRONG" not in page and "look" not in page
+    assert "_template" not in settings.methods()
+
+
+def test_a_method_of_one_s_own_runs_sweeps_resumes_and_is_checked(tmp_path, monkeypatch, capsys):
+    path = own_method(tmp_path / "mine")
+    os.chdir(tmp_path / "mine")
+    assert train.main(["--method", "my_method.py", *TINY, "--delta", "2", "--out", "one"]) == 0
+    summary = json.loads((tmp_path / "mine" / "one" / "summary.json").read_text())
+    assert summary["method"] == "my_method"
+    argv = ["--method", f"dpo,{path}", *TINY, "--my_method.beta", "0.1,0.5", "--out"]
+    assert train.main([*argv, "sweep"]) == 0
+    rows = json.loads((tmp_path / "mine" / "sweep" / "sweep.json").read_text())
+    assert len(rows) == 3
+    assert train.main(["--method", path, "--help"]) == 0
+    assert "--delta" in capsys.readouterr().out
+    refused(capsys, ["--method", path, "--delta", "-1"], "delta")
+    refused(capsys, ["--method", path, "--k", "4"], "--k does nothing under my_method")
+    refused(capsys, ["--method", "my_metho.py"], "there is no such file")
+    refused(capsys, ["--method", f"{path},{path}"], "names my_method twice")
+    assert train.main(["--method", "./my_method", *TINY, "--out", "again"]) == 0
+
+
+def test_a_run_of_one_s_own_method_resumes_unless_the_file_has_changed(
+    tmp_path, monkeypatch, capsys
+):
+    path = own_method(tmp_path / "mine")
+    os.chdir(tmp_path / "mine")
+    module = flags.load_method(path)
+    loss, calls = module.loss, []
+
+    def dying(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise Killed
+        return loss(*arguments)
+
+    monkeypatch.setattr(module, "loss", dying)
+    monkeypatch.setattr(Lab, "checkpoint_every", 0.0)
+    with pytest.raises(Killed):
+        train.main(["--method", "my_method.py", *TINY, "--out", str(tmp_path / "run")])
+    monkeypatch.setattr(module, "loss", loss)
+    os.chdir(tmp_path)
+    shutil.copytree("run", "copy")
+    assert train.main(["--resume", "run"]) == 0
+    with open(path, "a") as file:
+        file.write("\n# another line\n")
+    refused(capsys, ["--resume", "copy"], "my_method.py has changed")
+
+
+def test_a_world_of_one_s_own(tmp_path, capsys):
+    path = own_world(tmp_path / "mine")
+    os.chdir(tmp_path / "mine")
+    assert train.main(["--method", "dpo", "--world", "my_world.py", "--out", "a"]) == 0
+    first = json.loads((tmp_path / "mine" / "a" / "summary.json").read_text())
+    assert first["world"] == "coins" and first["after"]["reward"] > first["before"]["reward"]
+    refused(capsys, ["--method", "disco", "--world", path], "disco needs a world of text")
+    refused(capsys, ["--method", "dpo", "--world", path, "--eval_size", "8"], "--eval_size")
+    refused(capsys, ["--method", "dpo", "--world", "nowhere/w.py"], "there is no such file")
+    own_method(tmp_path / "mine")
+    refused(capsys, ["--method", "dpo", "--world", "my_method.py"], "has no class World")
+
+
+def test_the_cache_knows_the_source_of_a_world(tmp_path):
+    """The same name and key, another reward: nothing of the first world may be read back."""
+    rewards = []
+    for folder, best in (("a", "1.0"), ("b", "-1.0")):
+        path = own_world(tmp_path / folder, best)
+        out = tmp_path / f"run-{folder}"
+        assert train.main(["--method", "dpo", "--world", path, "--out", str(out)]) == 0
+        rewards.append(json.loads((out / "summary.json").read_text())["after"]["reward"])
+    assert rewards[0] > 0 > rewards[1]
+
+
+def test_claims_stand_beside_a_method_of_one_s_own(tmp_path, capsys):
+    path = own_method(tmp_path / "mine")
+    refused(capsys, ["--method", path, "--claim"], "my_method has no claims", "my_method_claims.py")
+    (tmp_path / "mine" / "my_method_claims.py").write_text(CLAIMS)
+    assert train.main(["--method", path, "--claim", "--seeds", "2", "--out", "claims"]) == 0
+    rows = json.loads((tmp_path / "claims" / "claim.json").read_text())["claims"]
+    assert rows[0]["holds"] and rows[0]["paper"] == "my_method"
+
+
+@pytest.mark.parametrize(
+    "losses, words",
+    [
+        ("F.relu(cfg.delta - z).mean()", ["shape ()", ".mean()"]),
+        ("F.relu(cfg.delta - logps.sum(1))", ["expected (8,)", ".sum(-1)"]),
+        ("F.relu(cfg.delta - z).detach()", ["no gradient in the policy"]),
+        ("(z - 1).log()", ["8 of 8 losses are NaN", "logarithm"]),
+    ],
+)
+def test_a_wrong_loss_is_one_line(tmp_path, capsys, losses, words):
+    path = own_method(tmp_path, losses=losses)
+    refused_last(capsys, ["--method", path, *TINY], words)
+    assert train.main(["--check", path]) == 1
+    page = capsys.readouterr().out
+    assert "WRONG" in page and words[-1] in page
+
+
+def test_a_forgotten_metrics_dict_is_one_line(tmp_path, capsys):
+    path = own_method(tmp_path, losses="F.relu(cfg.delta - z)\n    return losses")
+    refused_last(capsys, ["--method", path, *TINY], ["return losses, metrics"])
+
+
+def test_what_run_returns_is_checked(tmp_path, capsys):
+    path = own_method(tmp_path, end="return [1, 2]")
+    refused_last(capsys, ["--method", path, *TINY], ["run of my_method returns a list"])
+    path = own_method(tmp_path / "table", end='return {"distance": 0.5}')
+    assert train.main(["--method", path, "--world", "bandit", "--out", "run"]) == 0
+    assert "distance" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["after"] == {"distance": 0.5}
+    path = own_method(tmp_path / "none", end="return None")
+    assert train.main(["--method", path, "--world", "bandit"]) == 0
+
+
+@pytest.mark.parametrize(
+    "losses, line",
+    [
+        ("F.relu(cfg.delta + z)", "raising the chosen log-prob raises your loss: a sign?"),
+        (
+            "F.relu(cfg.delta - z / batch.mask.sum((1, 2)))",
+            "depend on the length of a response: a mean?",
+        ),
+        (
+            "F.relu(cfg.delta - logps.sum(-1)[:, 0] + logps.sum(-1)[:, 1])",
+            "constant in ref_logps",
+        ),
+        ("-z.sigmoid().log()", "the loss is finite at log-ratios of 10,000: "),
+    ],
+)
+def test_a_check_asks_about_slips(tmp_path, capsys, losses, line):
+    train.main(["--check", own_method(tmp_path, losses=losses)])
+    assert line in capsys.readouterr().out
+
+
+def test_a_file_that_cannot_be_imported_is_one_line(tmp_path, capsys):
+    (tmp_path / "a_draft.py").write_text('"""A draft."""\n\nx = (1,\n')
+    refused(capsys, ["--method", "a_draft.py"], "a_draft.py cannot be read: line 3")
+    path = own_method(tmp_path, losses="F.relu(cfg.delta - z)")
+    with open(path, "a") as file:
+        file.write("\nmissing_name\n")
+    refused(capsys, ["--method", path], "my_method.py cannot be read: line", "missing_name")
+    (tmp_path / "json.py").write_text("")
+    refused(capsys, ["--world", "json.py", "--method", "dpo"], "a module json exists already")
+
+
+def test_a_draft_in_methods_breaks_only_itself(tmp_path):
+    """In a copy of the project, from another folder."""
+    for name in ("lab", "methods", "toy", "claims"):
+        shutil.copytree(
+            os.path.join(store.HERE, name),
+            tmp_path / "copy" / name,
+            ignore=shutil.ignore_patterns("__pycache__"),
+        )
+    for name in os.listdir(store.HERE):
+        if name.endswith(".py"):
+            shutil.copy(os.path.join(store.HERE, name), tmp_path / "copy" / name)
+    (tmp_path / "copy" / "methods" / "a_draft.py").write_text('"""A draft."""\n\nx = (1,\n')
+    (tmp_path / "copy" / "methods" / "b_draft.py").write_text('"""Another."""\n')
+
+    def call(*argv):
+        command = [sys.executable, str(tmp_path / "copy" / "train.py"), *argv]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+        return done.returncode, done.stdout, done.stderr
+
+    code, listed, _ = call("--list")
+    assert code == 0 and "cannot be read: line 3" in listed
+    assert "cannot be read: it has no Config" in listed and "rdpo" in listed
+    code, _, error = call("--method", "a_draft")
+    assert code == 2 and "line 3" in error and error.count("\n") == 1
+    assert call("--method", "dpo", "--world", "bandit", "--steps", "2", "--out", "run")[0] == 0
+    code, _, error = call("--method", "dpo", "--epsilon", "0.1")
+    assert code == 2 and "is a flag of" in error
+
+
+def refused_last(capsys, argv, words):
+    """Refused after a header was printed: the last line on stderr."""
+    capsys.readouterr()
+    assert train.main(argv) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    for word in words:
+        assert word in error, error
