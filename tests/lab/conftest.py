@@ -2,12 +2,21 @@
 
 import pytest
 
-from lab import Lab, store
+from lab import Lab, report, store
+
+draw_curves = report.curves
 
 
 @pytest.fixture
 def own_folder(tmp_path, monkeypatch):
-    """An empty cache and an empty current folder."""
+    """An empty cache, an empty current folder, and no curves.png, which takes most of a short run."""
     monkeypatch.setattr(store, "CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(Lab, "memory", {})
+    monkeypatch.setattr(report, "curves", lambda *about: None)
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def pictures(own_folder, monkeypatch):
+    """curves.png after all."""
+    monkeypatch.setattr(report, "curves", draw_curves)

@@ -15,7 +15,7 @@ from tests.lab.commands import FILE, PAIRS, TINY, rows_file, small, weights
 pytestmark = pytest.mark.usefixtures("own_folder")
 
 
-def test_a_run_writes_what_it_says_and_nothing_half_written(tmp_path, capsys):
+def test_a_run_writes_what_it_says_and_nothing_half_written(tmp_path, capsys, pictures):
     out = tmp_path / "run"
     assert train.main(["--method", "dpo", *TINY, "--out", str(out)]) == 0
     printed = capsys.readouterr()
