@@ -19,7 +19,7 @@ Differences from the paper
 1. RLOO replaces PPO, and no pretraining loss is mixed in.
 2. Policy and reward model take --steps steps each; the prompts are those of the pairs.
 
-    python train.py --method rlhf                 the true reward rises
+    python train.py --method rlhf                 the true reward rises, reviews become short
     python train.py --method dpo,rlhf --seeds 3   what DPO replaces, beside DPO
 """
 
@@ -36,7 +36,7 @@ PAPER = Paper(
     "baseline",
     worlds=("text", "table"),
     defaults=dict(world="reviews", batch_size=32),
-    core=("loss", "bradley_terry"),
+    core=("bradley_terry", "loss"),
 )
 
 
@@ -91,13 +91,14 @@ def loss(logps, ref_logps, batch, cfg):
     K = logps.shape[1]
     if K < 2:
         raise UserError("one sample per prompt: the leave-one-out baseline needs --k 2 or more")
+    n = batch.mask.any(-1).sum(1, keepdim=True)  # (B, 1): K may differ between rows
     log_pi = logps.sum(-1)  # (B, K): SUM over tokens
     kl = log_pi.detach() - ref_logps.sum(-1)  # (B, K): its mean over samples estimates the KL
-    R = batch.scores.to(kl.dtype) - cfg.beta * kl  # DPO, eq. 3
-    others = (R.sum(1, keepdim=True) - R) / (K - 1)
-    A = R - others  # (B, K)
-    losses = -(A * log_pi).mean(1)
-    return losses, {"model_reward": batch.scores.mean(), "sample_kl": kl.mean()}
+    R = batch.scores.to(kl.dtype) - cfg.beta * kl  # DPO, eq. 3; 0 for an absent sample
+    others = (R.sum(1, keepdim=True) - R) / (n - 1).clamp(min=1)
+    A = (R - others) * (n > 1)  # (B, K): a lone sample has nothing to be compared with
+    losses = -(A * log_pi).sum(1) / n[:, 0]
+    return losses, {"model_reward": batch.scores.sum() / n.sum(), "sample_kl": kl.sum() / n.sum()}
 
 
 def fit_reward(lab, policy, pairs):

@@ -8,8 +8,9 @@ import torch
 
 from data import UserError
 from lab import Lab, Settings
+from methods import rlhf
 from methods.rlhf import Config, RewardTable, bradley_terry, fit_reward, loss, rollout, run
-from tests import builders
+from tests import builders, mutation
 from tests.builders import ragged
 
 
@@ -189,6 +190,36 @@ SURVIVORS = {"loss: logps -> ref_logps": "its number of samples alone is read"}
 
 
 def INPUTS():
-    """Groups with graded rewards, in several sizes and precisions; refused: a single sample."""
+    """Groups with graded rewards, in several sizes and precisions, some with absent samples;
+    refused: a single sample."""
     items = [ragged(k=k, seed=k, scores=builders.grades) for k in (1, 2, 4)]
+    items += [ragged(k=k, seed=k, scores=builders.grades, fewest=1) for k in (2, 4)]
     return [*items, ragged(k=3, dtype=torch.bfloat16, scores=builders.grades)]
+
+
+@pytest.mark.mutants
+def test_no_mutant_of_the_reward_models_loss_survives():
+    def observe(names, cfg, rewards):
+        rewards = rewards.clone().requires_grad_()
+        losses, metrics = names["bradley_terry"](rewards)
+        slope = torch.zeros_like(rewards)
+        if losses.requires_grad:
+            slope = torch.autograd.grad(losses.sum(), rewards)[0]
+        return [losses.detach(), slope, *metrics.values()], list(metrics)
+
+    def inputs():
+        rng = torch.Generator().manual_seed(0)
+        rewards = torch.randn(5, 2, generator=rng, dtype=torch.float64)
+        return [rewards, rewards.flip(1), rewards.bfloat16(), torch.zeros(4, 2)]
+
+    def seen(names, cfg, rewards):
+        try:
+            return observe(names, cfg, rewards)
+        except Exception as error:  # noqa: BLE001 - a mutant may do anything
+            return f"{type(error).__name__}: {error}", None
+
+    made, alive = mutation.survivors(rlhf, CASES[:1], inputs, ["bradley_terry"], seen)
+    # the two have one dtype, which is all that is read of `chosen` there
+    assert len(made) > 5 and [mutant.name for mutant in alive] == [
+        "bradley_terry: chosen -> rejected"
+    ]
