@@ -13,6 +13,7 @@ arguments exchanged, an argument detached or dropped, a condition negated, chose
 import ast
 import copy
 import inspect
+import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -53,6 +54,7 @@ class Mutant:
     line: where the expression begins in the original source, counted from 1.
     before, after: the expression as text; a gradient that is cut reads `_detached(x)`.
     source: the whole source with this edit and no other. function: where it stands.
+    last_line: where the expression ends.
     """
 
     line: int
@@ -60,6 +62,7 @@ class Mutant:
     after: str
     source: str
     function: str
+    last_line: int
 
     @property
     def name(self):
@@ -208,14 +211,14 @@ def mutants(source, functions):
     for name in functions:
         for node, graph in sites(nodes[name]):
             for new in edits(node, graph):
-                if isinstance(node, ast.If):  # the test alone is another
+                before, after, place = ast.unparse(node), ast.unparse(new), node
+                if isinstance(node, ast.If):  # its condition alone is another
                     before, after = (f"if {ast.unparse(x.test)}:" for x in (node, new))
-                    text = splice(source, node.test, new.test)
-                else:
-                    before, after = ast.unparse(node), ast.unparse(new)
-                    text = splice(source, node, new)
+                    place, new = node.test, new.test
                 if before != after:
-                    made.append(Mutant(node.lineno, before, after, text, name))
+                    text = splice(source, place, new)
+                    last = place.end_lineno
+                    made.append(Mutant(place.lineno, before, after, text, name, last))
     return made
 
 
@@ -279,9 +282,9 @@ def observe_loss(names, cfg, item):
 
 def differ(a, b):
     """Whether two observations differ by more than rounding."""
-    if isinstance(a[0], str) or isinstance(b[0], str) or a[1] != b[1]:
-        return a != b
-    return any(
+    if isinstance(a[0], str) or isinstance(b[0], str):
+        return type(a[0]) is not type(b[0]) or a[0] != b[0]
+    return a[1] != b[1] or any(
         x.dtype != y.dtype
         or x.shape != y.shape
         or not torch.allclose(x.double(), y.double(), rtol=1e-9, atol=1e-12, equal_nan=True)
@@ -289,30 +292,56 @@ def differ(a, b):
     )
 
 
+def executed(function, file):
+    """The lines of a file that a call without arguments executes, and what the call returns."""
+    lines = set()
+
+    def trace(frame, event, argument):
+        if frame.f_code.co_filename != file:
+            return None
+        lines.add(frame.f_lineno)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        result = function()
+    finally:
+        sys.settrace(before)
+    return lines, result
+
+
 def survivors(module, cases, inputs, functions=None, observe=observe_loss):
     """Run every mutant of a module until one input tells it from the original.
 
-    module: a method file, imported. cases: keyword arguments of its Config. inputs: a function that
-    makes the items (logps, ref_logps, batch). functions: names of what is edited; default: what
-    PAPER.core is made of. observe(names, cfg, item): what is compared. -> ([Mutant] made, [Mutant]
-    that made no difference). A mutant that detaches what has no gradient is no edit, and not made.
+    module: a method file, imported. cases: keyword arguments of its Config (of a module without
+    Config: what stands for cfg). inputs: a function that makes the items (logps, ref_logps, batch).
+    functions: names of what is edited; default: what PAPER.core is made of. observe(names, cfg,
+    item): what is compared. -> ([Mutant] made, [Mutant] that made no difference). A mutant that
+    detaches what has no gradient is no edit, and is not made.
     """
     source = inspect.getsource(module)
     functions = functions or reachable(source, module.PAPER.core)
-    runs = [(module.Config(**fields), item) for item in inputs() for fields in cases]
+    config = getattr(module, "Config", dict)
     names, _ = execute(source, module)
-    runs = [(run, observe(names, *run)) for run in runs]
+    runs = []  # (cfg, item, lines that it executes, what the original does)
+    for cfg, item in [(config(**fields), item) for item in inputs() for fields in cases]:
+        runs.append((cfg, item, *executed(lambda: observe(names, cfg, item), module.__file__)))
     made, alive = [], []
     for mutant in mutants(source, functions):
         names, cut = execute(mutant.source, module)
-        told = next(
-            (i for i, (run, known) in enumerate(runs) if differ(observe(names, *run), known)), None
-        )
+        place = set(range(mutant.line, mutant.last_line + 1))
+        reached = [run for run in runs if run[2] & place]  # no other run can tell
+        told = None
+        for run in reached:
+            if differ(observe(names, *run[:2]), run[3]):
+                told = run
+                break
         if told is None and "_detached" in mutant.after and not cut:
             continue
         made.append(mutant)
         if told is None:
             alive.append(mutant)
-        else:
-            runs.insert(0, runs.pop(told))  # what told this one will tell the next
+        else:  # what told this one may tell the next
+            runs.sort(key=lambda run: run is not told)
     return made, alive

@@ -8,7 +8,6 @@ are right is for tests/methods/test_NAME.py, where the inputs (INPUTS), the vari
 import importlib
 import inspect
 import warnings
-from types import SimpleNamespace
 
 import pytest
 
@@ -60,6 +59,5 @@ def test_no_mutant_of_the_checks_of_pairs_survives_without_a_reason():
         logps, _, batch = builders.ragged()
         return [*builders.pairs(), (logps, None, batch)]
 
-    module = SimpleNamespace(**vars(data), Config=SimpleNamespace)
-    made, alive = mutation.survivors(module, [{}], inputs, ["pair", "upcast"], observe)
+    made, alive = mutation.survivors(data, [{}], inputs, ["pair", "upcast"], observe)
     check(made, alive, {})

@@ -613,7 +613,6 @@ SURVIVORS = {
     f"loss: {PAIR_WEIGHTS} -> {DETACHED}": "only the order of the rewards is read",
     "loss: g.sum(-1) -> _detached(g).sum(-1)": "the same",
     "loss: g.sum(-1) -> g.mean(-1)": "the same",
-    "step_places: on.sum(-1) - 1 -> on.sum(-1) + 1": "all places shifted alike",
     "step_places: on.sum(-1) - 1 -> on.sum(-1)": "the same",
     "step_places: 1 -> 2": "the same, or the other side of a square",
     "paths: 1 -> 2": "-2 is no place of a parent either",

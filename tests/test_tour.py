@@ -1,0 +1,26 @@
+"""docs/tour.py runs as it stands, from any folder, and says what its cells promise."""
+
+import os
+import re
+import subprocess
+import sys
+
+from lab.store import HERE
+
+
+def test_the_tour_runs_and_says_what_it_promises(tmp_path):
+    environment = os.environ | {"NANOPREF_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, os.path.join(HERE, "docs", "tour.py")]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "loss 0.6931, which is ln 2" in done.stdout
+    chosen, rejected = map(
+        float, re.search(r"chosen (\S+), rejected (\S+)\n", done.stdout).groups()
+    )
+    assert chosen > 0 > rejected
+    rewards = re.findall(r"(dpo|changed): true reward (\S+) -> (\S+), KL (\S+)", done.stdout)
+    assert [name for name, *_ in rewards] == ["dpo", "changed"]
+    assert all(float(after) > float(before) for _, before, after, _ in rewards)
+    assert (tmp_path / "tour.png").stat().st_size > 1000
