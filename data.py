@@ -1,7 +1,8 @@
-"""What goes into a model: tokenizers, preference files, rows, the Batch; and the Claim that comes out.
+"""What a method file declares and what goes into a model: tokenizers, rows, the Batch, labels.
 
-A row is a dict: prompt, responses (K), scores (K), optional parents, context, ends, and further columns. B prompts, K responses, T response
-tokens, N packed rows of S tokens, G branches a row.
+A row is a dict with a prompt, K responses and K scores. The columns `parents`, `context` and
+`ends` are optional, and any further column reaches the loss as an attribute of the batch.
+Shapes: B prompts, K responses, T response tokens, N packed rows of S tokens with G branches.
 """
 
 import re
@@ -15,7 +16,7 @@ import torch
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend. The command line prints it as one line and exits with 2."""
+    """A mistake that the user can correct: the command line prints one line and exits with 2."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,13 @@ class Paper:
     """What a method file says about itself, as `PAPER = Paper("pairs", ...)`.
 
     family: the heading under which `--list` shows it: pairs, lists, online, images, analysis,
-    beyond, or baseline for a file without a paper of its own.
-    worlds: the kinds of world that it runs on. needs: what a world must offer: "pairs or lists",
-    "lists", "demonstrations", "verifier" or "reward". ignores: run settings that do nothing under
-    this method and are therefore refused. defaults: run settings that it changes when it is run
-    alone. core: what the contract tests and the mutants examine.
+        beyond, or baseline for a file without a paper of its own.
+    worlds: the kinds of world that the method runs on.
+    needs: what a world must offer: "pairs or lists", "lists", "demonstrations", "verifier" or
+        "reward".
+    ignores: run settings that have no effect under this method and are therefore refused.
+    defaults: run settings that the method changes when it is run alone.
+    core: the functions that the contract tests and the mutants examine.
     """
 
     family: str
@@ -39,11 +42,11 @@ class Paper:
 
 
 def check_fields(cfg, **allowed):
-    """UserError unless every named field of a Config lies where it may.
+    """Check the fields of a Config. UserError: a named field has a value that is not allowed.
 
-    allowed: an interval as text, "(0, inf)" or "[0, 0.5)", or a tuple of the values that are
-    accepted. A field annotated int takes whole numbers only. None is accepted where the field's
-    default is None. Booleans are not numbers; NaN lies in no interval.
+    allowed: for each field an interval as text, "(0, inf)" or "[0, 0.5)", or a tuple of the
+    accepted values. A field annotated int takes whole numbers only. None is accepted where it is
+    the field's default. Booleans are not numbers, and NaN lies in no interval.
     """
     declared = {f.name: f for f in fields(cfg)}
     for name, where in allowed.items():
@@ -67,10 +70,10 @@ def check_fields(cfg, **allowed):
 
 
 def fill_variant(cfg, variants, field="variant"):
-    """Give the fields of a Config that are None the defaults of its variant, which `field` names.
+    """Replace the fields of a Config that are None by the defaults of the chosen variant.
 
-    variants: {variant: {field: default}}. UserError: the variant is unknown, or a field was given
-    that only other variants read.
+    field: the name of the field that holds the variant. variants: {variant: {field: default}}.
+    UserError: the variant is unknown, or a field was given that only other variants read.
     """
     variant = getattr(cfg, field)
     if variant not in variants:
@@ -88,26 +91,26 @@ def fill_variant(cfg, variants, field="variant"):
 
 
 def upcast(*tensors):
-    """The tensors in float32 or better (bfloat16 becomes float32, float64 stays); None stays."""
+    """The tensors in float32 or better: bfloat16 becomes float32, float64 and None stay."""
     wide = [x if x is None else x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors]
     return wide[0] if len(wide) == 1 else tuple(wide)
 
 
 def readable(x):
-    """May a check look at the values of a tensor? On CPU only, and not in compiled code.
+    """Whether a check may read the values of a tensor: on CPU only, and not in compiled code.
 
-    On CUDA it would force a host-device sync, compiled code cannot ask, and rows were validated
-    when they were loaded.
+    On CUDA the check would force a host-device sync, and compiled code cannot branch on values.
+    Rows were validated when they were loaded.
     """
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def pair(logps, ref_logps, batch):
-    """(logps, ref_logps) of pairs, checked and in float32 or better.
+    """Check that log-probs belong to pairs -> (logps, ref_logps) in float32 or better.
 
-    logps (B, 2, T), the chosen response first; ref_logps alike, or None for a loss without a
-    reference. UserError: the rows are not pairs, or a response has no scored token (checked where
-    values are `readable`).
+    logps: (B, 2, T), the chosen response first. ref_logps: the same shape, or None for a loss
+    without a reference. UserError: the rows are not pairs, or a response has no scored token (the
+    latter is checked only where values are `readable`).
     """
     if logps.dim() != 3 or logps.shape[1] != 2:
         raise UserError(
@@ -123,9 +126,9 @@ def pair(logps, ref_logps, batch):
 
 
 class DataError(UserError):
-    """A fault in a file of the user's, in one line that names file, line and column.
+    """A fault in the user's file; the message is one line that names file, line and column.
 
-    In Parquet and on the Hub the row stands in place of the line, counted from 1.
+    For Parquet and the Hub it names the row, counted from 1, instead of the line.
     """
 
 
@@ -136,11 +139,11 @@ def error_line(error):
 
 
 def printable(text, length=200):
-    """Text that is not ours, fit for a line of a terminal.
+    """Text from a file or a model in a form that is safe to print on one line of a terminal.
 
-    Everything that is not a printable character (control sequences, line breaks, marks that turn
-    the direction of writing, lone surrogates) becomes its escape, and what goes beyond `length`
-    characters is cut.
+    Every character that is not printable (control sequences, line breaks, marks that change the
+    direction of writing, lone surrogates) becomes its escape, and the text is cut after `length`
+    characters.
     """
     text = str(text)
     shown = "".join(
@@ -150,12 +153,17 @@ def printable(text, length=200):
 
 
 class Tokenizer:
-    """One face for the tokenizers of tiktoken (toy worlds, GPT-2, bytes) and of checkpoints.
+    """One interface for the tokenizers of tiktoken (toy worlds, GPT-2, bytes) and of checkpoints.
 
-    eot: the id of the token that ends a response. pad: the id of another token, which fills rows
-    up. vocab_size: ids are below it. name: for the header of a run. chat: None, or the checkpoint's
-    chat template, a function of messages and add_generation_prompt that returns text. files: None,
-    or {name: text} of the files that it was read from. `lab.hub` reads and writes them.
+    name: shown in the header of a run.
+    engine: a tiktoken.Encoding or a tokenizers.Tokenizer.
+    eot: the id of the end-of-text token, which ends a response.
+    pad: the id of the padding token, another one.
+    vocab_size: every id is below it.
+    chat: None, or the checkpoint's chat template as a function of messages and
+        add_generation_prompt that returns text.
+    files: None, or {name: text} of the files that the tokenizer was read from; `lab.hub` reads
+        and writes them.
     """
 
     def __init__(self, name, engine, eot, pad, vocab_size, chat=None, files=None):
@@ -164,11 +172,14 @@ class Tokenizer:
         self.is_tiktoken = hasattr(engine, "encode_ordinary")
 
     def __deepcopy__(self, memo):
-        return self  # it never changes: a frozen copy of a model shares it
+        return self  # a tokenizer never changes, so copies of a model share it
 
     @classmethod
     def toy(cls, words, name="toy"):
-        """256 bytes and the given words, each one token (the longest first), built in code."""
+        """A tokenizer built in code: 256 bytes and the given words, each one token.
+
+        The longest word that matches is taken first.
+        """
         import tiktoken
 
         words = sorted(set(words), key=lambda w: (-len(w), w))
@@ -183,9 +194,9 @@ class Tokenizer:
 
     @classmethod
     def text(cls):
-        """For real text without a checkpoint: GPT-2's, or bytes where that cannot be downloaded.
+        """The tokenizer of real text without a checkpoint; its `name` says which of two it is.
 
-        The name says which.
+        It is GPT-2's, or single bytes where GPT-2's cannot be downloaded.
         """
         import tiktoken
 
@@ -196,25 +207,25 @@ class Tokenizer:
 
     @classmethod
     def from_tiktoken(cls, encoding):
-        """The tokenizer of a tiktoken.Encoding; without a padding token it gets one more id."""
+        """Wrap a tiktoken.Encoding; if it has no padding token, one id is added."""
         special = encoding._special_tokens
         eot = special.get("<|end|>", special.get("<|endoftext|>"))
         pad = special.get("<|pad|>", encoding.n_vocab)
         return cls(encoding.name, encoding, eot, pad, max(encoding.n_vocab, pad + 1))
 
     def encode(self, text):
-        """Token ids of a text, without anything added. UserError: it cannot be encoded."""
+        """Token ids of a text, without special tokens. UserError: it cannot be encoded."""
         try:
             if self.is_tiktoken:
                 return self.engine.encode_ordinary(text)
             return self.engine.encode(text, add_special_tokens=False).ids
-        except Exception as error:  # `tokenizers` raises bare Exception, for tokens that it lacks
+        except Exception as error:  # `tokenizers` raises a bare Exception for unknown tokens
             raise UserError(
                 f"the tokenizer {self.name} cannot encode a text: {printable(error_line(error))}"
             ) from None
 
     def decode(self, ids):
-        """Text of token ids; end and padding tokens are left out."""
+        """Text of token ids, without end-of-text and padding tokens."""
         ids = [i for i in ids if i not in (self.eot, self.pad)]
         if self.is_tiktoken:
             return self.engine.decode([i for i in ids if i < self.engine.n_vocab], errors="replace")
@@ -226,24 +237,26 @@ class Tokenizer:
 
 @dataclass
 class Batch:
-    """The tensors of one step. Further columns of the rows are attributes: a number a row (B,), K numbers (B, K), K lists (B, K, T)."""
+    """The tensors of one step. Fields that a kind of world does not use are None.
 
-    mask: torch.Tensor  # (B, K, T) bool: scored response tokens; ones for images and tables
+    A further column of the rows is an attribute of the batch: (B,) for one number per row, (B, K)
+    for K numbers, (B, K, T) for K lists.
+    """
+
+    mask: torch.Tensor  # (B, K, T) bool: scored response tokens; ones for images
     scores: torch.Tensor  # (B, K) labels, 0 for an absent response
     tokens: torch.Tensor = None  # (N, S) packed prompt trees
-    position: torch.Tensor = None  # (N, S) counted from the tree's root
-    branch: torch.Tensor = None  # (N, S); padding is branch G-1
-    sees: torch.Tensor = None  # (N, G, G) bool: itself and its ancestors
-    source: torch.Tensor = (
-        None  # (B, K, T) flat index into N*S of the hidden state that predicts a token
-    )
-    target: torch.Tensor = None  # (B, K, T) the token
+    position: torch.Tensor = None  # (N, S) positions, counted from the tree's root
+    branch: torch.Tensor = None  # (N, S) branch of each token; padding is branch G-1
+    sees: torch.Tensor = None  # (N, G, G) bool: a branch attends to itself and its ancestors
+    source: torch.Tensor = None  # (B, K, T) flat index into N*S of the predicting hidden state
+    target: torch.Tensor = None  # (B, K, T) the response token that is predicted
     parents: torch.Tensor = None  # (B, K) the response that this one continues, -1 = the prompt
     images: torch.Tensor = None  # (B, K, C, H, W), or (B, K, D) for points
-    label: torch.Tensor = None  # (B,) class of an image, number of a table's prompt
+    label: torch.Tensor = None  # (B,) class of an image, or index of a table's prompt
     t: torch.Tensor = None  # (B,) noise level, drawn by prepare
-    noise: torch.Tensor = None  # (B, 1 or K, ...)
-    columns: dict = field(default_factory=dict)
+    noise: torch.Tensor = None  # (B, 1 or K, ...) noise, drawn by prepare
+    columns: dict = field(default_factory=dict)  # the further columns by name
 
     def __getattr__(self, name):
         columns = self.__dict__.get("columns") or {}
@@ -263,34 +276,38 @@ class Batch:
         return replace(self, **moved, columns={k: v.to(device) for k, v in self.columns.items()})
 
 
-# columns with a meaning of their own; where: the place of a row in the user's file
+# columns that do not become attributes of the batch; `where` is a row's place in the user's file
 OWN = ("prompt", "responses", "scores", "parents", "context", "ends", "reward", "tree", "where")
 
 
 @dataclass(frozen=True, eq=False)
 class Tree:
-    """The prompt tree of one row, laid out in one sequence of n tokens, the prompt first.
+    """The prompt tree of one row, laid out as one sequence of n tokens, the prompt first.
 
-    Branch 0 is the prompt, branch k + 1 the response k, with its context before it."""
+    Branch 0 is the prompt; branch k + 1 is the context of response k, followed by the response.
+    """
 
     tokens: list  # n token ids
     position: list  # n positions, counted from the root
-    branch: list  # n numbers of branches
-    sees: np.ndarray  # (K + 1, K + 1) bool: the branch itself and its ancestors
-    sources: list  # K lists: where in the sequence each response token is predicted
-    targets: list  # K lists: the response tokens
+    branch: list  # n branch numbers
+    sees: np.ndarray  # (K + 1, K + 1) bool: a branch attends to itself and its ancestors
+    sources: list  # K lists: for each response token, the place in the sequence that predicts it
+    targets: list  # K lists of response tokens
 
     def key(self):
-        """What identifies the tree, in JSON."""
+        """All fields as lists that JSON can hold; equal trees have equal keys."""
         lists = [self.tokens, list(self.position), self.branch, self.sources, self.targets]
         return [*lists, self.sees.tolist()]
 
 
 def encode(row, tokenizer):
-    """The row with its prompt tree laid out: token, position and branch of every node, and where each response token is predicted from.
+    """The row with its prompt tree (`Tree`) in the column `tree`; text becomes token ids.
 
-    Text becomes token ids. The end token is appended, and scored, to a response that nothing continues (or as `ends` says).
-    A leaf's last token predicts nothing, so it is a target but never an input. ValueError when parents do not stand before children."""
+    End-of-text is appended and scored where `ends` says so; by default it ends every response that
+    no other response continues. A leaf's last token predicts nothing, so it is a target but never
+    an input. UserError: a parent does not stand before its children, or `parents`, `context` or
+    `ends` does not have K values.
+    """
     if "tree" in row:
         return row
 
@@ -310,7 +327,8 @@ def encode(row, tokenizer):
     for k, (response, parent) in enumerate(zip(row["responses"], parents)):
         if not -1 <= parent < k:
             raise UserError(
-                f"parents {parents}: response {k} must continue an earlier response or the prompt (-1)"
+                f"parents {parents}: response {k} must continue an earlier response "
+                "or the prompt (-1)"
             )
         leaf = k not in parents
         before, response = ids(context[k]), ids(response)
@@ -333,13 +351,13 @@ def encode(row, tokenizer):
 
 
 def bucket(n):
-    """n rounded up to one of few sizes, four per octave and at most 25 % apart."""
+    """n rounded up to one of a few sizes: four per power of two, at most 25 % apart."""
     step = max(1, 1 << max(0, (n - 1).bit_length() - 3))
     return -(-n // step) * step
 
 
 def apart(tree):
-    """A tree of responses to one prompt as trees of one response each, the prompt copied."""
+    """Split the tree of one prompt into one tree per response, each with a copy of the prompt."""
     prompt = start = tree.branch.count(0)
     out, alone = [], np.ones((1, 1), dtype=bool)
     for k, (where, what) in enumerate(zip(tree.sources, tree.targets)):
@@ -353,10 +371,12 @@ def apart(tree):
 
 
 def cheaper_apart(trees, copies):
-    """Whether copies of short prompts cost less than the wider attention of the trees.
+    """Whether copying short prompts costs less than the wider attention of the trees.
 
-    The cost of a token is 256 plus the keys that it meets in blocks of 128 queries: 256 keys cost
-    as much as the rest of a token (measured at two and three layers of width 64 and 96)."""
+    The cost of a token is 256 plus the number of keys that it meets in blocks of 128 queries,
+    because 256 keys take as long as everything else that is computed for a token (measured with
+    two and three layers of width 64 and 96).
+    """
     longest = max(len(tree.tokens) for tree in copies)
     met = min(max(len(tree.tokens) for tree in trees), longest + 128)
     together, alone = (sum(len(tree.tokens) for tree in group) for group in (trees, copies))
@@ -364,9 +384,10 @@ def cheaper_apart(trees, copies):
 
 
 def first_fit(sizes, room):
-    """Places for pieces of these sizes in rows of `room`, the longest piece first.
+    """Pack pieces of these sizes into rows of length `room`, the longest piece first.
 
-    -> ([(row, offset) per piece], number of rows)."""
+    -> ([(row, offset) per piece], number of rows).
+    """
     free, places = [], [None] * len(sizes)
     for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
         row = next((n for n, left in enumerate(free) if left >= sizes[i]), len(free))
@@ -378,7 +399,7 @@ def first_fit(sizes, room):
 
 
 def branches(trees, places):
-    """Branches of the packed row that has most of them, without the one of the padding."""
+    """The largest number of branches in one packed row, without the branch of the padding."""
     used = Counter()
     for tree, (row, _) in zip(trees, places):
         used[row] += len(tree.sees)
@@ -387,7 +408,7 @@ def branches(trees, places):
 
 @dataclass(frozen=True)
 class Sizes:
-    """The least sizes of a batch of text, for compiled code (see `sizes` and `collate`)."""
+    """The minimum sizes of a batch of text, for compiled code (see `sizes` and `collate`)."""
 
     rows: int = 1  # N, packed rows
     length: int = 1  # S, tokens of a packed row
@@ -396,15 +417,16 @@ class Sizes:
     tokens: int = 1  # T, tokens of a response
 
     def grown(self, other):
-        """The larger of both, size by size: for rows that change from round to round."""
+        """The larger of both in every field, for rows that change from round to round."""
         return Sizes(*map(max, astuple(self), astuple(other)))
 
 
 def sizes(rows, batch_size, tokenizer):
-    """The Sizes that the batches of a run share, so that compiled code meets one shape.
+    """The Sizes that all batches of a run share, so that compiled code sees one shape.
 
-    rows: in the order in which they are gone through, in a circle, `batch_size` at a time. Batches
-    that are cut otherwise may need more packed rows, and then get more."""
+    rows: in the order of training, which is cyclic and takes `batch_size` rows at a time. A batch
+    that is composed differently may need more packed rows; `collate` then gives it more.
+    """
     rows = [encode(row, tokenizer) for row in rows]
     trees = [row["tree"] for row in rows]
     length, height, groups = bucket(max(len(tree.tokens) for tree in trees)), 1, 1
@@ -427,9 +449,10 @@ def collate(rows, tokenizer=None, fixed=False):
     With a tokenizer the rows are text. Without one, rows whose responses are a tensor (K, C, H, W)
     are images, and others are entries of a table.
 
-    fixed: for compiled code, which is compiled again for every shape. True rounds N, S, G and T up
-    to few sizes (`bucket`). Sizes are the least ones beside that, so that all batches of a data
-    set get one shape."""
+    fixed: for compiled code, which is compiled again for every new shape. True rounds N, S, G and
+    T up to one of a few sizes (`bucket`). A Sizes object does so, too, and sets minimum sizes, so
+    that all batches of a data set have one shape.
+    """
     count = max(len(row["responses"]) for row in rows)
     if isinstance(fixed, Sizes):
         count = max(count, fixed.responses)
@@ -457,7 +480,7 @@ def collate(rows, tokenizer=None, fixed=False):
 
 
 def _table(rows, count):
-    """{mask, target} of entries of a table: lists of tokens that need not be equally long."""
+    """{mask, target}, both (B, K, T), of entries of a table: token lists of any lengths."""
     length = max(len(response) for row in rows for response in row["responses"])
     target = torch.zeros(len(rows), count, length, dtype=torch.int64)
     mask = torch.zeros(target.shape, dtype=torch.bool)
@@ -469,16 +492,17 @@ def _table(rows, count):
 
 
 def _text(rows, count, pad, fixed):
-    """The token tensors of a Batch: prompt trees packed into rows, as many as fit.
+    """The token tensors of a Batch: each packed row holds as many prompt trees as fit.
 
-    Where copies of a short prompt are cheaper (`cheaper_apart`), a tree holds one response."""
+    Where copies of a short prompt are cheaper (`cheaper_apart`), a tree holds one response.
+    """
     least = fixed if isinstance(fixed, Sizes) else Sizes()
 
     def size(n, least):
         return max(bucket(n), least) if fixed else n
 
     trees = [row["tree"] for row in rows]
-    home = [(b, 0) for b in range(len(rows))]  # of each tree: its row, and its first response
+    home = [(b, 0) for b in range(len(rows))]  # for each tree, its row and its first response
     if not fixed and all(parent == -1 for row in rows for parent in row["parents"]):
         copies = [apart(tree) for tree in trees]
         flat = [tree for group in copies for tree in group]
@@ -517,7 +541,7 @@ def _text(rows, count, pad, fixed):
 
 
 def _stack(values, count):
-    """Tensors (k, ...) with k up to `count` as one (B, count, ...), zeros where a response is absent."""
+    """B tensors (k, ...), k <= count -> one (B, count, ...), 0 where a response is absent."""
     out = values[0].new_zeros(len(values), count, *values[0].shape[1:])
     for row, value in zip(out, values):
         row[: len(value)] = value
@@ -525,13 +549,16 @@ def _stack(values, count):
 
 
 def _column(values, count, length):
-    """A column as a tensor: (B,) of numbers, (B, K) of K numbers, (B, K, T) of K lists (zeros up to `length`), or stacked arrays."""
+    """The values of one column, one per row, as a tensor.
+
+    Numbers give (B,), K numbers (B, K), K lists (B, K, T) with zeros after their ends up to
+    `length`; tensors are stacked.
+    """
     if isinstance(values[0], torch.Tensor):
         return torch.stack(values) if len({v.shape for v in values}) == 1 else _stack(values, count)
     if isinstance(values[0], (list, tuple)) and isinstance(values[0][0], (list, tuple)):
-        out = np.zeros(
-            (len(values), count, max(length, *(len(x) for value in values for x in value)))
-        )
+        longest = max(length, *(len(x) for value in values for x in value))
+        out = np.zeros((len(values), count, longest))
         for b, value in enumerate(values):
             for k, x in enumerate(value):
                 out[b, k, : len(x)] = x
@@ -541,14 +568,17 @@ def _column(values, count, length):
             out[b, : len(value)] = value
     else:
         out = np.array(values)
-    return torch.from_numpy(out).to(
-        torch.get_default_dtype() if out.dtype.kind == "f" else torch.int64
-    )
+    dtype = torch.get_default_dtype() if out.dtype.kind == "f" else torch.int64
+    return torch.from_numpy(out).to(dtype)
 
 
 def fit_context(rows, tokenizer, context, truncate=False):
-    """(rows, number cut): every path of every row fits into `context` tokens. A longer prompt is refused with a ValueError, or, with
-    `truncate`, loses its beginning (at least half the context is kept for it) and then each response its end, without end token."""
+    """Rows whose every path fits into `context` tokens -> (rows, number of rows that were cut).
+
+    With `truncate`, a prompt that is too long loses its beginning (it keeps at least half of the
+    context), and then responses that are still too long lose their end and their end-of-text token.
+    UserError: a row is too long and `truncate` is false, or the row is a chain or a tree.
+    """
     out, cut = [], 0
     for row in rows:
         row = encode(row, tokenizer)
@@ -566,23 +596,18 @@ def fit_context(rows, tokenizer, context, truncate=False):
                     f"{context} and cannot be cut"
                 )
             cut += 1
-            prompt = (
-                row["prompt"]
-                if not isinstance(row["prompt"], str)
-                else tokenizer.encode(row["prompt"])
-            ) or [tokenizer.eot]
-            texts = [
-                tokenizer.encode(r) if isinstance(r, str) else list(r) for r in row["responses"]
-            ]
+            prompt, *texts = (
+                tokenizer.encode(x) if isinstance(x, str) else list(x)
+                for x in (row["prompt"], *row["responses"])
+            )
+            prompt = prompt or [tokenizer.eot]
             prompt = prompt[-max(context // 2, context - max(map(len, texts)) - 1) :]
             room = context - len(prompt)
             ends = row.get("ends") or [True] * len(texts)
             ends = [bool(e) and len(t) < room for t, e in zip(texts, ends)]
             bare = {k: v for k, v in row.items() if k != "tree"}
-            row = encode(
-                bare | {"prompt": prompt, "responses": [t[:room] for t in texts], "ends": ends},
-                tokenizer,
-            )
+            short = {"prompt": prompt, "responses": [t[:room] for t in texts], "ends": ends}
+            row = encode(bare | short, tokenizer)
         out.append(row)
     return out, cut
 
@@ -600,21 +625,27 @@ def label(
     prefers=None,
     lengths=None,
 ):
-    """Give `scores` to rows that carry their true `reward` (K,), as an annotator would.
+    """Give rows that carry their true `reward` (K,) the `scores` of an annotator.
 
-    K = 2: the first wins with probability sigmoid((reward difference + length_bias * length difference) / temperature) (Bradley-Terry), is
-    flipped with probability `flip`, and the preferred response comes first with scores [1, 0]. `prefers` (one probability a row) replaces
-    the sigmoid's reward part. K > 2: scores are the rewards plus Gumbel noise of that temperature (Plackett-Luce), then each pair of
-    neighbours in that order changes places with probability `flip`. temperature 0: no noise. A verifier's reward is the score itself,
-    inverted with probability `flip` (of two, the better comes first). Labels are drawn once, when the data are built."""
+    K = 2 (Bradley-Terry): the first response wins with probability sigmoid((reward difference +
+    length_bias * length difference) / temperature), the label is flipped with probability `flip`,
+    and the row gets the chosen response first, with scores [1, 0]. `prefers`, one probability per
+    row, takes the place of the sigmoid of the reward difference.
+
+    K > 2 (Plackett-Luce): the scores are the rewards plus Gumbel noise of scale `temperature`; then
+    each response changes places with the next in that order with probability `flip`.
+
+    A verifier's reward, 0 or 1, is the score itself and is inverted with probability `flip`; of two
+    responses the better one comes first.
+
+    Temperature 0 means labels without noise. lengths: the K lengths of each row, read where
+    length_bias is not 0. Labels are drawn once, when the data are built.
+    """
     out = []
     for i, row in enumerate(rows):
-        reward = torch.as_tensor(row["reward"], dtype=torch.float64)
-        biased = (
-            reward + length_bias * torch.as_tensor(lengths[i], dtype=torch.float64)
-            if length_bias
-            else reward
-        )
+        reward = biased = torch.as_tensor(row["reward"], dtype=torch.float64)
+        if length_bias:
+            biased = reward + length_bias * torch.as_tensor(lengths[i], dtype=torch.float64)
         draw = torch.rand(len(reward), dtype=torch.float64, generator=rng)
         switch = torch.rand(len(reward), dtype=torch.float64, generator=rng) < flip
         if verifier:
@@ -625,11 +656,8 @@ def label(
         if len(reward) == 2:
             z = biased[0] - biased[1]
             if prefers is not None:
-                z = (
-                    torch.logit(torch.as_tensor(prefers[i], dtype=torch.float64))
-                    + z
-                    - (reward[0] - reward[1])
-                )
+                given = torch.logit(torch.as_tensor(prefers[i], dtype=torch.float64))
+                z = given + z - (reward[0] - reward[1])
             p = torch.sigmoid(z / temperature) if temperature else (torch.sign(z) + 1) / 2
             first = (draw[0] < p) ^ switch[0]
             order = [0, 1] if first else [1, 0]
@@ -647,9 +675,11 @@ def label(
 
 
 def reorder(row, order):
-    """The row with those of its K responses, and of every column of K values, that `order` names.
+    """The row with its K responses, and every column of K values, in another order.
 
-    order: places 0 to K - 1, all of them or some. The responses must not continue each other."""
+    order: indices from 0 to K - 1; responses whose index is missing are left out. No response may
+    continue another one.
+    """
     count = len(row["responses"])
 
     def move(value):
@@ -659,7 +689,7 @@ def reorder(row, order):
             return [value[k] for k in order]
         return value
 
-    # a tree is laid out in one order
+    # the tree is left out, since it is laid out in the old order
     return {k: v if k == "prompt" else move(v) for k, v in row.items() if k != "tree"}
 
 
