@@ -1,22 +1,28 @@
-"""Speed: a training step and sampling, timed beside a peer in the same call.
+"""Speed: a training step and sampling, timed side by side with a peer in the same call.
 
-    python bench.py                    3.4M parameters, prompt 128, response 64, pairs, against plain padded rows
-    python bench.py --k 8              8 responses a prompt
-    python bench.py --against trl      TRL's DPOTrainer (pip install trl transformers)
-    python bench.py --layers 2 --dim 96 --heads 4 --vocab 400 --prompt 6 --response 28 --batch_size 32
+    python bench.py                  pairs of 128 + 2 x 64 tokens, 3.4M parameters, padded rows
+    python bench.py --k 8            8 responses per prompt
+    python bench.py --against trl    TRL's DPOTrainer (pip install trl transformers)
+    python bench.py --layers 2 --dim 96 --vocab 400 --prompt 6 --response 28 --batch_size 32
 
-A step: collate, log-probs, loss (methods/dpo.py; for K > 2 the softmax cross-entropy of the first of K), backward, clipping, AdamW. The
-GPT and its tokens are random, the reference is another random GPT whose log-probs were cached. The peer has the same weights, rows, loss
-and optimizer.
+A step consists of collate, log-probs, loss, backward, clipping and AdamW. The loss is that of
+methods/dpo.py; for K > 2 it is the softmax cross-entropy of the first of K responses. The GPT and
+its tokens are random, and the reference is another random GPT whose log-probs are cached. The peer
+has the same weights, rows, loss and optimizer:
 
-    rows    what one writes first: each response in a right-padded row behind its own copy of the prompt, causal, logits everywhere
-    trl     DPOTrainer.training_step on a LlamaForCausalLM, precomputed reference log-probs, no gradient checkpointing
+    rows    the plain way: every response stands in a right-padded row of its own, after a copy of
+            the prompt, and logits are computed at all positions
+    trl     DPOTrainer.training_step on a LlamaForCausalLM, with precomputed reference log-probs
+            and without gradient checkpointing
 
-Both take the same few steps in float32 first, and their losses must agree; then they take turns (A B A B ...), and the times are medians.
-Peak memory is measured on a step of its own, not compiled: what it holds at most, weights and optimizer state included, by the
-allocator's count (CUDA: max_memory_allocated) or the profiler's list of allocations (CPU: asked for, touched or not). tokens_s counts a
-prompt once for its K responses. MFU is the arithmetic that a step needs over the card's peak. The uncached sampler reads prompt and
-response again for each token and draws it in the same way.
+Both first take the same few steps in float32, and their losses must agree. Then they are timed in
+turns (A B A B ...), and the medians are printed.
+
+Peak memory is measured in one further step that is not compiled. It includes weights and optimizer
+state. On CUDA it is max_memory_allocated; on a CPU it is the peak of the profiler's allocations,
+which count whether or not they are touched. tokens_s counts a prompt once for its K responses. MFU
+is the arithmetic that a step needs, divided by what the card can do at its peak. The uncached
+sampler runs the model over prompt and response again for every token.
 """
 
 import contextlib
@@ -43,7 +49,7 @@ from lab.settings import pick_device, unknown
 from methods import dpo
 from nanomodel import GPT, GPTConfig, rotary
 
-# TFLOP/s in bfloat16 and float32 (data sheets, without sparsity); the first name that fits
+# TFLOP/s in bfloat16 and float32, from data sheets, without sparsity; the first match counts
 PEAK = {
     "H100 PCIe": (756, 51),
     "H100": (989, 67),
@@ -56,47 +62,37 @@ PEAK = {
 
 @dataclass
 class Settings:
-    """What is timed."""
+    """The flags of the command line: what is timed, and how."""
 
-    layers: int = 3  # of the GPT
-    dim: int = 256  # hidden size; SwiGLU is 8/3 of it
+    layers: int = 3  # layers of the GPT
+    dim: int = 256  # hidden size; the hidden layer of SwiGLU is about 8/3 of it
     heads: int = 4  # query heads
-    kv_heads: int | None = None  # key and value heads; default: as many as heads
-    vocab: int = 4096  # tokens; the last two are the end and the padding
+    kv_heads: int | None = None  # key and value heads; default: as many as query heads
+    vocab: int = 4096  # vocabulary size; the last two tokens are end-of-text and padding
     prompt: int = 128  # tokens of a prompt
-    response: int = 64  # tokens of a response, the end among them
-    k: int = 2  # responses a prompt
-    batch_size: int = 4  # prompts a step
-    steps: int = 10  # timed steps; the samplers run at most 3 times
-    against: str = "rows"  # rows, trl, none
-    device: str = "auto"  # cpu, cuda, mps; auto takes CUDA where there is one
-    dtype: str = "auto"  # float32 or bfloat16 (autocast); auto: bfloat16 on CUDA
-    compile: str = "auto"  # on, off; auto: on CUDA only. As in train.py; a peer is never compiled
+    response: int = 64  # tokens of a response, with end-of-text
+    k: int = 2  # responses per prompt
+    batch_size: int = 4  # prompts per step
+    steps: int = 10  # timed steps; each sampler runs at most 3 times
+    against: str = "rows"  # the peer: rows, trl or none
+    device: str = "auto"  # cpu, cuda or mps; auto takes CUDA where there is one
+    dtype: str = "auto"  # float32 or bfloat16 (autocast); auto is bfloat16 on CUDA
+    compile: str = "auto"  # on or off; auto is on for CUDA only. A peer is never compiled
     json: bool = False  # print one JSON line last
 
     def __post_init__(self):
-        for name in (
-            "layers",
-            "dim",
-            "heads",
-            "kv_heads",
-            "vocab",
-            "prompt",
-            "response",
-            "k",
-            "batch_size",
-            "steps",
-        ):
-            low = dict(vocab=4, k=2).get(name, 1)
-            if getattr(self, name) is not None and getattr(self, name) < low:
-                raise UserError(f"--{name} {getattr(self, name)} must be at least {low}")
-        for name, allowed in dict(
-            against="rows trl none", dtype="auto float32 bfloat16", compile="auto on off"
-        ).items():
-            if getattr(self, name) not in allowed.split():
-                raise UserError(
-                    f"--{name} {getattr(self, name)} must be one of {', '.join(allowed.split())}"
-                )
+        lowest = dict(layers=1, dim=1, heads=1, kv_heads=1, vocab=4, prompt=1, response=1)
+        lowest |= dict(k=2, batch_size=1, steps=1)
+        for name, low in lowest.items():
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise UserError(f"--{name} {value} must be at least {low}")
+        choices = dict(against=("rows", "trl", "none"), dtype=("auto", "float32", "bfloat16"))
+        choices |= dict(compile=("auto", "on", "off"))
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise UserError(f"--{name} {value} must be one of {', '.join(allowed)}")
         if self.dim % (2 * self.heads):
             raise UserError(f"--dim {self.dim} must be a multiple of twice --heads {self.heads}")
         if self.heads % (self.kv_heads or 1):
@@ -106,13 +102,17 @@ class Settings:
 
 
 def own_flags():
-    """{flag: its annotation, default and explanation}, from the source of Settings."""
+    """{name: Flag} of the fields of Settings, read from the source of this file."""
     with open(__file__, encoding="utf-8") as file:
         return fields_of(file.read(), "Settings")
 
 
 def read_flags(argv):
-    """Settings of a command line, None for --help. UserError naming the flag, and for an unknown one the nearest that exists."""
+    """The Settings of a command line, or None for --help.
+
+    UserError: a flag is unknown, is given twice, has no value or a wrong one. The message names
+    the flag, and for an unknown flag the most similar one that exists.
+    """
     own, given, words = own_flags(), {}, iter(argv)
     for word in words:
         name, equals, value = word.removeprefix("--").partition("=")
@@ -133,14 +133,14 @@ def read_flags(argv):
 
 
 class Bench:
-    """What all contenders share: rows, loss, device, precision, clock."""
+    """What all contenders share: rows, loss, device, precision and clock."""
 
     def __init__(self, s):
         self.settings, self.device = s, pick_device(s.device)
         self.cuda = self.device.type == "cuda"
         self.bf16 = s.dtype == "bfloat16" or (s.dtype == "auto" and self.cuda)
         self.compiled = s.compile == "on" or (s.compile == "auto" and self.cuda)
-        self.exact = True  # float32 as long as losses are compared
+        self.exact = True  # no autocast while losses are compared
         self.loss, self.cfg = dpo.loss if s.k == 2 else listwise, dpo.Config()
         self.tokenizer = SimpleNamespace(eot=s.vocab - 2, pad=s.vocab - 1)
         rng, scores = random.Random(0), [1.0] + [0.0] * (s.k - 1)
@@ -154,32 +154,37 @@ class Bench:
         torch.manual_seed(0)
 
     def gpt(self):
+        """A GPT with random weights on the device."""
         s = self.settings
         shape = (s.vocab, s.dim, -(-s.dim // 3) * 8, s.layers, s.heads, s.kv_heads or s.heads)
         return GPT(GPTConfig(*shape, max_position_embeddings=s.prompt + s.response)).to(self.device)
 
     def pick(self, rows, i):
-        """The rows of step i: four batches, in a circle."""
+        """The rows of step i: four batches in cyclic order."""
         size = self.settings.batch_size
         return rows[i % 4 * size : (i % 4 + 1) * size]
 
     @torch.no_grad()
     def known(self, score):
-        """score(rows of a batch) -> a value for each row, for all rows: the reference's cache."""
+        """One value per row, computed batch by batch with score(rows) -> (B, ...).
+
+        This is the cache of the reference's log-probs.
+        """
         return [value for i in range(4) for value in score(self.pick(self.rows, i)).tolist()]
 
     def autocast(self):
-        return torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.bf16 and not self.exact
-        )
+        """Autocast to bfloat16, if --dtype asks for it and losses are not being compared."""
+        enabled = self.bf16 and not self.exact
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def now(self):
-        """Seconds, once the device has done what it was given."""
+        """The time in seconds, after all queued work of the device has finished."""
         if self.device.type != "cpu":
             getattr(torch, self.device.type).synchronize()
         return time.perf_counter()
 
     def seconds(self, function, *args):
+        """The time in seconds of one call, with all the work that it queues."""
         start = self.now()
         function(*args)
         return self.now() - start
@@ -189,7 +194,11 @@ class Bench:
 
 
 class Contender:
-    """A model with its AdamW; score(i) -> loss of batch i, its gradients left behind; step(i) is a whole training step."""
+    """A model with its AdamW.
+
+    score(i) -> the loss of batch i, after its gradients were accumulated. step(i) is a whole
+    training step.
+    """
 
     def __init__(self, name, model, score):
         self.name, self.model, self.score = name, model, score
@@ -207,27 +216,34 @@ class Contender:
 
 
 def backward(losses):
+    """Backpropagate the mean of the losses (B,) -> the mean, detached."""
     losses.mean().backward()
     return losses.detach().mean()
 
 
 def listwise(logps, ref_logps, batch, cfg):
-    """-log softmax(beta * log-ratios) of the first response, DPO's loss when K = 2; shapes as in methods/dpo.py."""
+    """-log softmax over K of beta times the log-ratio, for the first response -> losses (B,), {}.
+
+    It equals DPO's loss when K = 2. Arguments and shapes are those of methods/dpo.py.
+    """
     return -(cfg.beta * (logps - ref_logps).sum(-1)).log_softmax(-1)[:, 0], {}
 
 
 def ours(bench, model, reference):
-    """nanopref: a prompt once for its responses, only response rows before the vocabulary matrix, log-probs per token."""
-    known = bench.known(
-        lambda rows: reference.logps(collate(rows, bench.tokenizer).to(bench.device))
-    )
+    """nanopref: a prompt is computed once for all its responses.
+
+    Only the hidden states that predict a response token go through the vocabulary matrix.
+    """
+
+    def ref_logps_of(rows):
+        return reference.logps(collate(rows, bench.tokenizer).to(bench.device))
+
+    known = bench.known(ref_logps_of)
     rows = [row | {"ref_logps": x} for row, x in zip(bench.rows, known)]
     plain = compiled = lambda model, batch: model.logps(batch), bench.loss
     if bench.compiled:
-        compiled = [
-            torch.compile(f, mode="reduce-overhead" if bench.cuda else "default", dynamic=False)
-            for f in plain
-        ]
+        mode = "reduce-overhead" if bench.cuda else "default"
+        compiled = [torch.compile(f, mode=mode, dynamic=False) for f in plain]
 
     def score(i):
         if bench.compiled and bench.cuda:
@@ -244,22 +260,18 @@ def ours(bench, model, reference):
 
 
 def plain_hidden(model, tokens):
-    """Hidden states (N, S, hidden) of token rows (N, S), causal, by the model's own layers."""
-    x, position = (
-        model.embed_tokens(tokens),
-        torch.arange(tokens.shape[1], device=tokens.device)[None],
-    )
+    """Hidden states (N, S, hidden) of token rows (N, S) by the model's layers, plainly causal."""
+    x = model.embed_tokens(tokens)
+    position = torch.arange(tokens.shape[1], device=tokens.device)[None]
     cos, sin = rotary(position, model.config.head_dim, model.config.rope_theta, x.dtype)
 
     def attend(attn, y):
         q, k, v = attn.project(y, cos, sin)
-        k, v = (
-            x.repeat_interleave(q.shape[1] // k.shape[1], 1) if q.shape[1] > k.shape[1] else x
-            for x in (k, v)
-        )
-        return attn.o_proj(
-            F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
-        )
+        repeat = q.shape[1] // k.shape[1]
+        if repeat > 1:
+            k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return attn.o_proj(out.transpose(1, 2).flatten(2))
 
     for layer in model.layers:
         x = layer(x, attend)
@@ -267,7 +279,7 @@ def plain_hidden(model, tokens):
 
 
 def rows_logps(bench, model, rows):
-    """(B, K): a response's summed log-prob, from one right-padded row a response."""
+    """Summed log-probs (B, K), computed from one right-padded row per response."""
     paths = [
         torch.tensor(row["prompt"] + response + [bench.tokenizer.eot])
         for row in rows
@@ -276,19 +288,17 @@ def rows_logps(bench, model, rows):
     tokens = torch.nn.utils.rnn.pad_sequence(paths, True, bench.tokenizer.pad)
     place = torch.arange(1, tokens.shape[1])
     start = torch.tensor([[len(row["prompt"])] for row in rows for _ in row["responses"]])
-    mask = ((place >= start) & (place < torch.tensor([[len(path)] for path in paths]))).to(
-        bench.device
-    )  # (B*K, S-1)
+    end = torch.tensor([[len(path)] for path in paths])
+    mask = ((place >= start) & (place < end)).to(bench.device)  # (B*K, S-1)
     tokens = tokens.to(bench.device)
     logits = model.unembed(plain_hidden(model, tokens[:, :-1])).float()  # (B*K, S-1, V)
-    logps = -F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(
-        mask.shape
-    )
+    logits, target = logits.flatten(0, 1), tokens[:, 1:].flatten()
+    logps = -F.cross_entropy(logits, target, reduction="none").view(mask.shape)
     return (logps * mask).sum(-1).view(len(rows), -1)
 
 
 def plain_rows(bench, model, reference):
-    """The ordinary loop: a padded row a response, the whole vocabulary at every position."""
+    """The plain way: one padded row per response, and logits at every position."""
     known = bench.known(lambda rows: rows_logps(bench, reference, rows))
 
     def score(i):
@@ -302,7 +312,11 @@ def plain_rows(bench, model, reference):
 
 
 def trl(bench, model, reference):
-    """TRL's trainer. It wants text: a token is written as its number, so that its tokenizer gives our tokens back."""
+    """TRL's DPOTrainer with the same weights, rows and loss.
+
+    It takes text, so each token is written as its number, and a word-level tokenizer reads the same
+    tokens back. UserError: the packages trl and transformers are not installed.
+    """
     os.environ |= {
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
@@ -331,9 +345,8 @@ def trl(bench, model, reference):
         ["".join(" " + names[i] for i in ids) for ids in (row["prompt"], *row["responses"])]
         for row in bench.rows
     ]
-    texts = datasets.Dataset.from_list(
-        [dict(zip(("prompt", "chosen", "rejected"), row)) for row in texts]
-    )
+    columns = "prompt", "chosen", "rejected"
+    texts = datasets.Dataset.from_list([dict(zip(columns, row)) for row in texts])
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(action="ignore"):
         llamas = []
         for gpt in (model, reference):
@@ -341,18 +354,18 @@ def trl(bench, model, reference):
             llamas.append(
                 transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
             )
-        options = dict(
+        config = DPOConfig(
+            folder,
             beta=bench.cfg.beta,
             precompute_ref_log_probs=True,
             gradient_checkpointing=False,
             max_length=None,
-        )
-        options |= dict(
             per_device_train_batch_size=bench.settings.batch_size,
             use_cpu=bench.device.type == "cpu",
             bf16=False,
+            report_to="none",
+            disable_tqdm=True,
         )
-        config = DPOConfig(folder, report_to="none", disable_tqdm=True, **options)
         trainer = DPOTrainer(
             llamas[0], llamas[1], config, train_dataset=texts, processing_class=tokenizer
         )
@@ -363,21 +376,22 @@ def trl(bench, model, reference):
         with bench.autocast():
             return compute_loss(*args, **kwargs)
 
+    def score(i):
+        batch = trainer.data_collator(bench.pick(examples, i))
+        return trainer.training_step(trainer.model, batch)
+
     trainer.compute_loss = autocast_loss
-    return Contender(
-        "trl",
-        trainer.model,
-        lambda i: trainer.training_step(
-            trainer.model, trainer.data_collator(bench.pick(examples, i))
-        ),
-    )
+    return Contender("trl", trainer.model, score)
 
 
 # ---------------------------------------------------------------- measuring
 
 
 def first_losses(contenders, steps=3):
-    """The first losses of each contender in float32 -> list of lists; RuntimeError unless they agree to 1e-3."""
+    """The first losses of each contender in float32, as a list of lists.
+
+    RuntimeError: they differ by more than a thousandth.
+    """
     losses = [[float(contender.step(i)) for i in range(steps)] for contender in contenders]
     for contender, values in zip(contenders, losses):
         if any(not abs(a - b) <= 1e-3 * abs(a) for a, b in zip(losses[0], values)):
@@ -388,16 +402,17 @@ def first_losses(contenders, steps=3):
 
 
 def memory(bench, contender):
-    """Bytes that a step holds at most, with weights and optimizer state; None where nobody counts (mps)."""
-    compiled, bench.compiled = bench.compiled, False  # CUDA graphs keep a pool of their own
+    """Peak memory of a step in bytes, with weights and optimizer state.
+
+    None on devices whose allocations cannot be counted (mps).
+    """
+    compiled, bench.compiled = bench.compiled, False  # CUDA graphs keep a memory pool of their own
     contender.optimizer.zero_grad(set_to_none=True)
     state = [value for values in contender.optimizer.state.values() for value in values.values()]
-    kept, peak = (
-        sum(x.numel() * x.element_size() for x in [*contender.model.parameters(), *state]),
-        None,
-    )
+    tensors = [*contender.model.parameters(), *state]
+    kept, peak = sum(x.numel() * x.element_size() for x in tensors), None
     if bench.cuda:
-        contender.step(0)  # what an operator keeps from its first call is not the step's
+        contender.step(0)  # operators allocate workspaces in their first call, which do not count
         contender.optimizer.zero_grad(set_to_none=True)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -408,28 +423,29 @@ def memory(bench, contender):
     elif bench.device.type == "cpu":
         with quiet_stderr(), torch.autograd.profiler.profile(profile_memory=True) as profile:
             contender.step(0)
-        events = sorted(
-            (e for e in profile.kineto_results.events() if e.name() == "[memory]"),
-            key=lambda e: e.start_ns(),
-        )
+        events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
+        events.sort(key=lambda e: e.start_ns())
         peak = max(itertools.accumulate(e.nbytes() for e in events))
     bench.compiled = compiled
     return peak and kept + peak
 
 
 def flops(s, model):
-    """Floating-point operations that a step needs: 6 for each weight a token meets, and 12 a head dimension for each pair of positions."""
+    """Floating-point operations that a training step needs, forward and backward.
+
+    They are 6 for each weight and token, and in each layer 12 times the hidden size for each pair
+    of positions that attend to each other.
+    """
     matrices = sum(p.numel() for p in model.layers.parameters() if p.dim() == 2)
     fed = s.prompt + s.k * (s.response - 1)  # a response's last token predicts nothing
     pairs = s.prompt * (s.prompt + 1) / 2 + s.k * (s.response - 1) * (s.prompt + s.response / 2)
-    return s.batch_size * (
-        6 * (matrices * fed + s.vocab * s.dim * s.k * s.response) + 12 * s.layers * s.dim * pairs
-    )
+    weights = matrices * fed + s.vocab * s.dim * s.k * s.response
+    return s.batch_size * (6 * weights + 12 * s.layers * s.dim * pairs)
 
 
 @contextlib.contextmanager
 def quiet_stderr():
-    """Some builds' profiler writes to the file descriptor itself."""
+    """Silence stderr as a file descriptor, since some builds' profiler writes to it directly."""
     kept = os.dup(2)
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 2)
@@ -442,23 +458,27 @@ def quiet_stderr():
 
 @torch.no_grad()
 def sample_uncached(model, prompts, k, rng, max_tokens):
-    """n prompts of one length -> (n * k, max_tokens) tokens; prompt and response are read again for each of them."""
+    """k responses of `max_tokens` tokens for each of n prompts of one length: (n k, max_tokens).
+
+    For every token the model runs over the whole prompt and response again.
+    """
     tokens = torch.tensor(prompts, device=model.device).repeat_interleave(k, 0)
     for _ in range(max_tokens):
         total = model.unembed(plain_hidden(model, tokens)[:, -1]).float().softmax(-1).cumsum(-1)
         draw = torch.rand(len(total), 1, generator=rng, device=total.device) * total[:, -1:]
-        tokens = torch.cat(
-            [tokens, torch.searchsorted(total, draw, right=True).clamp(max=total.shape[1] - 1)], 1
-        )
+        new = torch.searchsorted(total, draw, right=True).clamp(max=total.shape[1] - 1)
+        tokens = torch.cat([tokens, new], 1)
     return tokens[:, len(prompts[0]) :]
 
 
 @torch.no_grad()
 def check_sampling(model, prompts, max_tokens):
-    """RuntimeError unless greedy sampling with the cache takes, everywhere, the most likely token of the uncached model."""
-    answers = torch.tensor(
-        model.sample(prompts, 1, None, max_tokens, temperature=0), device=model.device
-    )[:, 0]
+    """Compare greedy sampling with the cache to the model without it.
+
+    RuntimeError: a sampled token is not the most likely one of the uncached model.
+    """
+    greedy = model.sample(prompts, 1, None, max_tokens, temperature=0)
+    answers = torch.tensor(greedy, device=model.device)[:, 0]  # (n, max_tokens)
     tokens = torch.cat([torch.tensor(prompts, device=model.device), answers[:, :-1]], 1)
     logits = model.unembed(plain_hidden(model, tokens)[:, -max_tokens:])
     short = logits.max(-1).values - logits.gather(-1, answers[..., None])[..., 0]
@@ -467,9 +487,9 @@ def check_sampling(model, prompts, max_tokens):
 
 
 def sampling(bench, model):
-    """Times of k responses to each prompt of a batch, with the cache and without, in turns."""
+    """Time k responses to each prompt of a batch, with and without the cache in turns -> a dict."""
     s, prompts = bench.settings, [row["prompt"] for row in bench.pick(bench.rows, 0)]
-    model.tokenizer = SimpleNamespace(eot=-1)  # never drawn: all responses take their full length
+    model.tokenizer = SimpleNamespace(eot=-1)  # never drawn, so all responses have full length
     check_sampling(model, prompts, s.response)
     rng = torch.Generator(bench.device).manual_seed(0)
     both = [
@@ -478,7 +498,7 @@ def sampling(bench, model):
     ]
     with bench.autocast():
         runs = [[bench.seconds(sample) for sample in both] for _ in range(1 + min(s.steps, 3))]
-    cached, uncached = map(statistics.median, zip(*runs[1:]))  # the first warms up
+    cached, uncached = map(statistics.median, zip(*runs[1:]))  # the first run is a warm-up
     tokens = s.batch_size * s.k * s.response
     return dict(
         sample_s=cached,
@@ -489,77 +509,69 @@ def sampling(bench, model):
 
 
 def run(s):
-    """Measure -> dict of the settings and the numbers, flat, as --json prints it."""
+    """Measure everything -> one flat dict of the settings and the numbers, as --json prints it."""
     bench = Bench(s)
     model, reference = bench.gpt(), bench.gpt()
     makers = {"rows": [ours, plain_rows], "trl": [ours, trl], "none": [ours]}[s.against]
     contenders = [make(bench, copy.deepcopy(model), reference) for make in makers]
     losses, bench.exact = first_losses(contenders), False
-    times = [
-        [bench.seconds(contender.step, i) for contender in contenders] for i in range(3 + s.steps)
-    ]
+    times = [[bench.seconds(c.step, i) for c in contenders] for i in range(3 + s.steps)]
+    times = zip(*times[3:])  # the first three steps are a warm-up
     out = asdict(s) | dict(
         params=report.count(model),
         device=str(bench.device),
         dtype="bfloat16" if bench.bf16 else "float32",
-    )
-    out |= dict(
         compile="on" if bench.compiled else "off",
         threads=torch.get_num_threads(),
         torch=torch.__version__,
+        card=torch.cuda.get_device_name() if bench.cuda else None,
+        first_loss=losses[0][0],
     )
-    out |= dict(card=torch.cuda.get_device_name() if bench.cuda else None, first_loss=losses[0][0])
-    for contender, seconds, prefix in zip(
-        contenders, zip(*times[3:]), ("", "against_")
-    ):  # the first three warm up
+    tokens = s.batch_size * (s.prompt + s.k * s.response)
+    for contender, seconds, prefix in zip(contenders, times, ("", "against_")):
         seconds, held = statistics.median(seconds), memory(bench, contender)
-        tokens = s.batch_size * (s.prompt + s.k * s.response)
-        out |= {
-            prefix + "step_s": seconds,
-            prefix + "tokens_s": tokens / seconds,
-            prefix + "peak_mb": held and held / 1e6,
-        }
-    peak = next(
-        (numbers[not bench.bf16] for card, numbers in PEAK.items() if card in (out["card"] or "")),
-        None,
-    )
+        out[prefix + "step_s"] = seconds
+        out[prefix + "tokens_s"] = tokens / seconds
+        out[prefix + "peak_mb"] = held and held / 1e6
+    peaks = [numbers for card, numbers in PEAK.items() if card in (out["card"] or "")]
+    peak = peaks[0][0 if bench.bf16 else 1] if peaks else None
     out["mfu"] = peak and flops(s, model) / out["step_s"] / peak / 1e12
     if s.against != "none":
         out["speedup"] = out["against_step_s"] / out["step_s"]
     return out | sampling(bench, model)
 
 
+HEADER = """
+{layers} layers of {dim}, vocabulary {vocab}, {millions:.2f}M parameters
+{where}, {dtype}, compile {compile}, {threads} threads, torch {torch}
+{batch_size} prompts of {prompt} tokens, {k} responses of {response}; medians of {steps} steps
+"""
+SPEEDUP = "{speedup:.2f} times the speed of {against}; the first losses agree ({first_loss:.6f})"
+SAMPLING = (
+    "sampling: cached {sample_s:.3f} s ({sample_tokens_s:.0f} tokens_s), "
+    "uncached {sample_uncached_s:.3f} s: {sample_speedup:.1f} times"
+)
+
+
 def text(out):
-    """What a person reads."""
+    """The numbers of `run` as a page of text."""
 
     def line(name, prefix):
         held, mfu = out[prefix + "peak_mb"], None if prefix else out["mfu"]
-        cells = [
-            f"{out[prefix + 'step_s']:.4f}",
-            f"{out[prefix + 'tokens_s']:.0f}",
-            f"{held:.0f} MB" if held else "-",
-        ]
-        return [name, *cells, f"{mfu:.1%}" if mfu else "-"]
+        speed = f"{out[prefix + 'step_s']:.4f}", f"{out[prefix + 'tokens_s']:.0f}"
+        return [name, *speed, f"{held:.0f} MB" if held else "-", f"{mfu:.1%}" if mfu else "-"]
 
-    where = f"{out['card'] or out['device']}, {out['dtype']}, compile {out['compile']}, {out['threads']} threads, torch {out['torch']}"
-    shape = f"{out['layers']} layers of {out['dim']}, vocabulary {out['vocab']}, {out['params'] / 1e6:.2f}M parameters"
-    data = f"{out['batch_size']} prompts of {out['prompt']} tokens, {out['k']} responses of {out['response']}; medians of {out['steps']} steps"
-    rows = [line("nanopref", "")] + ([line(out["against"], "against_")] if "speedup" in out else [])
-    parts = [
-        f"{shape}; {where}",
-        data,
-        "",
-        report.table(rows, ["", "step_s", "tokens_s", "peak memory", "MFU"]),
-    ]
-    if "speedup" in out:
-        parts.append(
-            f"{out['speedup']:.2f} times the speed of {out['against']}, the first losses agree ({out['first_loss']:.6f})"
-        )
-    sampled = f"{out['sample_s']:.3f} s ({out['sample_tokens_s']:.0f} tokens_s), uncached {out['sample_uncached_s']:.3f} s"
-    return "\n".join([*parts, f"sampling: cached {sampled}: {out['sample_speedup']:.1f} times"])
+    compared = "speedup" in out
+    rows = [line("nanopref", "")] + ([line(out["against"], "against_")] if compared else [])
+    table = report.table(rows, ["", "step_s", "tokens_s", "peak memory", "MFU"])
+    where, millions = out["card"] or out["device"], out["params"] / 1e6
+    parts = [HEADER.strip().format(**out, where=where, millions=millions), "", table]
+    parts += [SPEEDUP.format(**out)] if compared else []
+    return "\n".join([*parts, SAMPLING.format(**out)])
 
 
 def main(argv):
+    """Carry out one command line. UserError: a flag is wrong."""
     s = read_flags(argv)
     if s is None:
         print(__doc__.strip() + "\n")
@@ -573,18 +585,15 @@ def main(argv):
 
 
 def cli(argv):
-    """`main` with a user's mistake as one line on stderr -> exit status (0, 2 bad input)."""
+    """Run `main` and print a user's mistake as one line on stderr -> exit status 0, or 2 for it."""
     try:
         main(argv)
     except (ValueError, OSError, RuntimeError) as error:
         full = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
         if not full and not isinstance(error, (UserError, OSError)):
             raise
-        print(
-            "bench.py: "
-            + ("these shapes do not fit into the memory" if full else " ".join(str(error).split())),
-            file=sys.stderr,
-        )
+        what = "these shapes do not fit into the memory" if full else " ".join(str(error).split())
+        print(f"bench.py: {what}", file=sys.stderr)
         return 2
     return 0
 

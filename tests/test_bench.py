@@ -1,4 +1,4 @@
-"""bench.py compares equals: the contenders' losses and gradients, the two samplers, and what it counts are held against the plain thing."""
+"""bench.py compares equals: losses, gradients, samples and counts are checked on plain code."""
 
 import copy
 import importlib.util
@@ -90,7 +90,7 @@ def test_the_samplers_draw_the_same_tokens(kv_heads):
     assert sum(cached, []) == uncached.tolist()
 
 
-def test_a_cache_that_is_wrong_is_noticed(monkeypatch):
+def test_a_wrong_cache_is_noticed(monkeypatch):
     it, model, _ = made()
     bench.sampling(it, model)
     decode = type(model).decode
@@ -105,7 +105,7 @@ def test_a_cache_that_is_wrong_is_noticed(monkeypatch):
 
 
 @pytest.mark.parametrize("response", [1, 5])
-def test_flops_count_what_the_batch_holds(response):
+def test_flops_are_counted_over_the_tokens_and_pairs_of_a_batch(response):
     it, model, _ = made(k=3, response=response)
     s, batch = it.settings, collate(it.pick(it.rows, 0), it.tokenizer)
     real = batch.branch < batch.sees.shape[1] - 1
@@ -160,7 +160,7 @@ def test_the_last_line_is_json_with_the_numbers(capsys, changes):
         assert word in "\n".join(printed[:-1])
 
 
-def test_trl_has_the_same_losses_or_is_asked_for_in_one_line(capsys):
+def test_trl_has_the_same_losses_or_one_line_says_that_it_is_missing(capsys):
     installed = all(importlib.util.find_spec(name) for name in ("trl", "transformers"))
     assert bench.cli([*FLAGS, "--against", "trl", "--json"]) == (0 if installed else 2)
     printed = capsys.readouterr()
