@@ -1,8 +1,8 @@
-"""The models: GPT (the shape of the Llama family), Denoiser and UNet; scoring and sampling.
+"""The models: GPT (an architecture of the Llama family), Denoiser and UNet; scoring and sampling.
 
-Every model has `logps(batch)` -> log-probabilities (B, K, T) and `sample(prompts, k, rng)`.
-B prompts, K responses, T response tokens; N packed rows of S tokens with G branches each;
-V vocabulary, H heads of D dimensions; C, H, W images.
+Every model has `logps(batch)` -> log-probs (B, K, T) and `sample(prompts, k, rng)`.
+Shapes: B prompts, K responses, T response tokens; N packed rows of S tokens with G branches each;
+V vocabulary, H heads of D dimensions; images (C, H, W).
 """
 
 import math
@@ -26,23 +26,23 @@ from diffusion import (
     to_sigma,
 )
 
-LARGEST = "[1, 2147483647]"  # the interval of a size
+LARGEST = "[1, 2147483647]"  # the interval of the sizes in a config
 
 # ---------------------------------------------------------------- GPT
 
 
 @dataclass
 class GPTConfig:
-    """Shape of a GPT. The names are those of a Hugging Face Llama config.json."""
+    """The sizes of a GPT, named as in the config.json of a Hugging Face Llama."""
 
     vocab_size: int = 512
     hidden_size: int = 64
-    intermediate_size: int = 192  # SwiGLU: about 8/3 of hidden_size
+    intermediate_size: int = 192  # hidden layer of SwiGLU, usually about 8/3 of hidden_size
     num_hidden_layers: int = 2
     num_attention_heads: int = 4
-    num_key_value_heads: int = 2  # grouped-query attention when fewer than the heads
-    head_dim: int = 0  # 0: hidden_size / num_attention_heads
-    max_position_embeddings: int = 256  # the context: longest prompt + response
+    num_key_value_heads: int = 2  # fewer than num_attention_heads: grouped-query attention
+    head_dim: int = 0  # 0 means hidden_size / num_attention_heads
+    max_position_embeddings: int = 256  # the context, in tokens of prompt and response
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = True
@@ -73,7 +73,7 @@ class GPTConfig:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x), times a learned gain."""
+    """x / rms(x) times a learned gain, over the last axis."""
 
     def __init__(self, dim, eps):
         super().__init__()
@@ -92,13 +92,13 @@ def rotary(position, dim, theta, dtype):
 
 
 def rotate(x, cos, sin):
-    """Rotate the two halves of the last axis of x by the angles (Llama's layout)."""
+    """Rotate the two halves of the last axis of x (..., dim) by the angles, as Llama does."""
     left, right = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-right, left], dim=-1) * sin
 
 
 def visible(branch, sees):
-    """The attention rule, causal and sees[branch of the query, branch of the key]: (N, S, S) bool.
+    """The attention mask (N, S, S) bool: causal and sees[branch of the query, branch of the key].
 
     branch: (N, S) int. sees: (N, G, G) bool.
     """
@@ -109,18 +109,18 @@ def visible(branch, sees):
 
 
 def blocks(mask, size=128):
-    """The same rule for long rows on a CPU, in blocks of `size` queries.
+    """Split an attention mask into blocks of `size` queries, for long rows on a CPU.
 
     mask: (N, S, S) bool. Returns one (keys, part) per block: the indices of the keys that some
-    query of the block sees, and their mask (N, 1, size, keys). With 8 responses in a row, three of
-    four pairs of positions do not see each other.
+    query of the block attends to, and their mask (N, 1, size, keys). Other keys are not computed:
+    with 8 responses in a row, three quarters of all query-key pairs are masked.
     """
     parts = [(part.flatten(0, 1).any(0).nonzero()[:, 0], part) for part in mask.split(size, 1)]
     return [(keys, part[:, None, :, keys]) for keys, part in parts]
 
 
 def flex_mask(branch, sees):
-    """The same rule as a block mask of FlexAttention, which skips blocks that nobody sees."""
+    """The mask of `visible` for FlexAttention, which skips blocks that are masked entirely."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     def rule(n, h, q, k):
@@ -133,8 +133,8 @@ def flex_mask(branch, sees):
 def attention(q, k, v, mask):
     """Scaled dot-product attention: (N, H, S, D).
 
-    q: (N, H, S, D). k, v: the same with as many heads or fewer. mask: (N, S, S) bool, the `blocks`
-    of it, or a block mask of FlexAttention.
+    q: (N, H, S, D). k, v: (N, Hkv, S, D), where Hkv divides H. mask: (N, S, S) bool, its `blocks`,
+    or a block mask of FlexAttention.
     """
     if not isinstance(mask, (torch.Tensor, list)):
         from torch.nn.attention.flex_attention import flex_attention
@@ -143,7 +143,7 @@ def attention(q, k, v, mask):
             flex_attention = _compiled(flex_attention)
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
     repeat = q.shape[1] // k.shape[1]
-    if repeat > 1:  # the fused CPU kernel wants equal heads
+    if repeat > 1:  # the fused CPU kernel needs as many key heads as query heads
         k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
     if isinstance(mask, torch.Tensor):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
@@ -177,7 +177,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.heads * c.head_dim, c.hidden_size, bias=False)
 
     def project(self, x, cos, sin):
-        """Rotated queries (N, H, S, D) and keys (N, Hkv, S, D), and values like the keys.
+        """Rotated queries (N, H, S, D), rotated keys (N, Hkv, S, D) and values (N, Hkv, S, D).
 
         x: (N, S, hidden). cos, sin: (N, S, D).
         """
@@ -186,13 +186,14 @@ class Attention(nn.Module):
         k = self.k_proj(x).view(n, s, self.kv_heads, self.head_dim).transpose(1, 2)
         v = self.v_proj(x).view(n, s, self.kv_heads, self.head_dim).transpose(1, 2)
         cos, sin = cos[:, None], sin[:, None]  # (N, 1, S, D)
-        # under autocast the angles stay in float32
+        # under autocast the angles stay in float32, so q and k are cast back to the dtype of v
         return rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype), v
 
     def forward(self, x, cos, sin, mask, keep=None, rows=None):
-        """x (N, S, hidden) -> the same, or (len(rows), hidden) at some positions of N*S.
+        """Attention over x (N, S, hidden) -> (N, S, hidden), or (len(rows), hidden).
 
-        keep: a list to which (k, v) is appended.
+        rows: indices into the flattened N*S; only these positions are returned. keep: a list to
+        which (k, v) is appended.
         """
         q, k, v = self.project(x, cos, sin)
         if keep is not None:
@@ -201,11 +202,11 @@ class Attention(nn.Module):
         return self.o_proj(out if rows is None else out.flatten(0, 1)[rows])
 
     def step(self, x, cos, sin, prompt_kv, seen, own_kv, length):
-        """One new token for each of K samples of B prompts: x (B, K, hidden) -> the same.
+        """Attention of one new token in each of K samples of B prompts: x (B, K, hidden) -> same.
 
-        prompt_kv: keys and values (B, Hkv, P, D) of the prompts, which their samples share; seen:
-        (B, P) bool, False on padding. own_kv: keys and values (B, K, Hkv, T, D) of the samples
-        themselves, `length` tokens so far; this token's are written into them.
+        prompt_kv: keys and values (B, Hkv, P, D) of the prompts, shared by all samples of a prompt.
+        seen: (B, P) bool, False on padding. own_kv: keys and values (B, K, Hkv, T, D) of the
+        samples, which hold `length` tokens so far; those of the new token are written into them.
         """
         b, n, _ = x.shape
         q, k, v = self.project(x, cos, sin)  # the K samples take the place of the sequence
@@ -226,7 +227,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU."""
+    """The feed-forward layer, SwiGLU: (..., hidden) -> (..., hidden)."""
 
     def __init__(self, c):
         super().__init__()
@@ -249,10 +250,10 @@ class Block(nn.Module):
         self.mlp = MLP(c)
 
     def forward(self, x, attend, rows=None):
-        """x (N, S, hidden) -> the same; attend(self_attn, x) runs the attention.
+        """x (N, S, hidden) -> (N, S, hidden), or (len(rows), hidden).
 
-        rows: positions of the flattened N*S that alone go on after the attention, which then
-        returns (len(rows), hidden), and so does this.
+        attend(self_attn, x) runs the attention. rows: indices into the flattened N*S; only these
+        positions are computed after the attention, which then returns (len(rows), hidden).
         """
         out = attend(self.self_attn, self.input_layernorm(x))
         x = (x if rows is None else x.flatten(0, 1)[rows]) + out
@@ -261,11 +262,11 @@ class Block(nn.Module):
 
 @dataclass
 class Cache:
-    """Key-value cache of one sampling call: every prompt once, and room for its K samples."""
+    """Key-value cache of one sampling call: each prompt once, and space for its K samples."""
 
     prompt: list  # per layer (k, v), each (B, Hkv, P, D)
     own: list  # per layer (k, v), each (B, K, Hkv, T, D)
-    seen: torch.Tensor  # (B, P) bool: False on padding
+    seen: torch.Tensor  # (B, P) bool, False on padding
     start: torch.Tensor  # (B,) position of the first sampled token
     length: int = 0  # sampled tokens so far
 
@@ -273,7 +274,7 @@ class Cache:
 class GPT(nn.Module):
     """Decoder-only transformer: RMSNorm, RoPE, SwiGLU, grouped-query attention."""
 
-    chunk = 2**27  # logits held at once, in elements; beyond it they are computed in pieces
+    chunk = 2**27  # the largest number of logits held at once; more are computed in pieces
 
     def __init__(self, config, tokenizer=None):
         super().__init__()
@@ -303,9 +304,9 @@ class GPT(nn.Module):
     def hidden(self, batch, layers=None, rows=None):
         """Hidden states of a packed batch, after the last norm: (N, S, hidden).
 
-        rows: int positions (R,) of the flattened N*S; the result is (R, hidden) at these alone.
-        layers: numbers of layers (0 = the embeddings, i = after layer i, before the last norm); the
-        result is then a list of (N, S, hidden), one for each.
+        rows: indices (R,) into the flattened N*S; the result is (R, hidden), at these positions
+        only. layers: a list of layer numbers; the result is then a list of (N, S, hidden), one per
+        number. 0 stands for the embeddings and i for the output of layer i, before the last norm.
         """
         x = self.embed_tokens(batch.tokens)  # (N, S, hidden)
         cos, sin = rotary(batch.position, self.config.head_dim, self.config.rope_theta, x.dtype)
@@ -313,12 +314,12 @@ class GPT(nn.Module):
             mask = flex_mask(batch.branch, batch.sees)
         else:
             mask = visible(batch.branch, batch.sees)  # (N, S, S)
-            # the shapes of blocks depend on the data: compiled code would be compiled again
+            # no blocks in compiled code: their shapes depend on the data and force a recompilation
             if not x.is_cuda and x.shape[1] > 192 and not torch.compiler.is_compiling():
                 mask = blocks(mask)
         states = [x] if layers is not None else None
         for i, layer in enumerate(self.layers):
-            # after the last attention only these rows are needed
+            # after the last layer's attention, only the chosen rows are needed
             some = rows if i + 1 == len(self.layers) else None
             x = layer(x, lambda attn, y: attn(y, cos, sin, mask, rows=some), some)
             if layers is not None:
@@ -328,18 +329,18 @@ class GPT(nn.Module):
     def logits(self, batch):
         """Logits (B, K, T, V) over the vocabulary for every response token.
 
-        Entries outside batch.mask are those of some other position.
+        Entries outside batch.mask are arbitrary.
         """
         h = self.hidden(batch, rows=batch.source.flatten())  # (B K T, hidden)
         return self.unembed(h.view(*batch.source.shape, -1))
 
     def logps(self, batch):
-        """Log-probabilities (B, K, T) of the response tokens, in nats, 0 outside batch.mask.
+        """Log-probs (B, K, T) of the response tokens, in nats, 0 outside batch.mask.
 
-        float32 or better, under autocast too.
+        They are in float32 or better, under autocast too.
         """
         mask, source, target = batch.mask, batch.source, batch.target
-        # on CUDA and in compiled code, fixed shapes are worth the padding that they compute
+        # on CUDA and in compiled code, padding is computed as well so that shapes stay fixed
         padded = mask.is_cuda or torch.compiler.is_compiling()
         source, target = (x.flatten() if padded else x[mask] for x in (source, target))  # (R,)
         rows = self.hidden(batch, rows=source)  # (R, hidden)
@@ -357,6 +358,7 @@ class GPT(nn.Module):
         return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
 
     def _token_logps(self, rows, target):
+        """Log-probs (R,) of the tokens `target` (R,) from the hidden states `rows` (R, hidden)."""
         logits = self.unembed(rows)
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -366,10 +368,10 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def prefill(self, prompts, k, max_tokens):
-        """Read prompts (B lists of token ids) once.
+        """Run the model over the prompts (B lists of token ids) -> (Cache, logits (B, V)).
 
-        Returns a Cache with room for k samples of max_tokens tokens, and the logits (B, V) of the
-        first token.
+        The Cache has space for k samples of max_tokens tokens each. The logits are those of the
+        first sampled token.
         """
         device, size = self.device, max(map(len, prompts))
         length = torch.tensor([len(p) for p in prompts])
@@ -389,7 +391,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def decode(self, cache, tokens):
-        """Append one token to each sample: tokens (B, K) -> logits (B, K, V) of the next one.
+        """Append one token to each sample: tokens (B, K) -> logits (B, K, V) of the next token.
 
         The cache is updated in place.
         """
@@ -409,14 +411,14 @@ class GPT(nn.Module):
     def sample(self, prompts, k, rng, max_tokens=64, temperature=1.0):
         """k responses for each of B prompts: B lists of k lists of token ids.
 
-        prompts: texts or lists of token ids. A response that ended has the end token as its last
-        id; one without it was cut at `max_tokens` or at the end of the context. temperature 0 is
-        greedy. Draws from the torch.Generator `rng` alone. UserError: a prompt as long as the
+        prompts: texts or lists of token ids. A finished response ends with end-of-text; a response
+        without it was cut at `max_tokens` or at the end of the context. temperature 0 is greedy.
+        All random numbers come from the torch.Generator `rng`. UserError: a prompt fills the whole
         context.
         """
         eot, context = self.tokenizer.eot, self.config.max_position_embeddings
         ids = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
-        prompts = [p or [eot] for p in ids]  # something has to predict the first token
+        prompts = [p or [eot] for p in ids]  # an empty prompt cannot predict the first token
         rooms = [context - len(p) for p in prompts]
         if min(rooms) < 1:
             raise UserError(
@@ -431,8 +433,7 @@ class GPT(nn.Module):
             if temperature == 0:
                 token = logits.argmax(-1)
             else:
-                # one uniform number per sample against the cumulative probabilities, which is
-                # faster than multinomial at these sizes
+                # inverse transform sampling, which is faster than multinomial at these sizes
                 total = (logits.float() / temperature).softmax(-1).cumsum(-1)  # (B, K, V)
                 draw = torch.rand(len(prompts), k, 1, generator=rng, device=rng.device)
                 draw = draw.to(total.device) * total[..., -1:]
@@ -440,7 +441,7 @@ class GPT(nn.Module):
                 token = token.clamp(max=total.shape[-1] - 1)
             chosen.append(token)
             done |= token == eot
-            # on CUDA the question makes the host wait, so it is asked every eighth token
+            # on CUDA reading `done` forces a host-device sync, so it is read every eighth token
             if step + 1 == max_tokens or ((step % 8 == 7 or not done.is_cuda) and bool(done.all())):
                 break
             logits = self.decode(cache, token)
@@ -454,9 +455,10 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder):
-        """A GPT in float32 from a Llama-family checkpoint, a folder or a Hub name.
+        """A GPT in float32 from a checkpoint of the Llama family.
 
-        UserError in one line: it is not one, or it has something that this model does not have.
+        folder: a folder or a Hub name. UserError: it is not such a checkpoint, or it uses a feature
+        that this GPT does not have.
         """
         from lab.hub import load_gpt
 
@@ -473,30 +475,31 @@ class GPT(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """What every image model shares.
+    """The base class of all image models: noise prediction, log-probs and sampling.
 
-    A subclass defines forward(x, noise_level, label): x (n, *shape) of about unit variance,
-    noise_level (n,) = ln(sigma) / 4, label (n,) the class. It returns a tensor like x, which is
-    read as `prediction` (see `diffusion.mixture`). sd: standard deviation of the data.
+    A subclass defines forward(x, noise_level, label) -> (n, *shape), with x (n, *shape) of about
+    unit variance, noise_level (n,) = ln(sigma) / 4 and the classes label (n,). `prediction` says
+    what the output means (see `diffusion.mixture`). sd: standard deviation of the data. UserError:
+    an unknown prediction or schedule.
     """
 
     def __init__(self, shape, classes, prediction="eps", sd=1.0, schedule="linear"):
         super().__init__()
         self.shape, self.classes, self.prediction, self.sd = tuple(shape), classes, prediction, sd
         self.register_buffer("alpha_bar", alpha_bar(schedule).float(), persistent=False)
-        mixture(prediction, self.alpha_bar)  # refuses an unknown one
+        mixture(prediction, self.alpha_bar)  # refuses an unknown prediction
 
     @property
     def device(self):
         return self.alpha_bar.device
 
     def eps(self, x, t, label):
-        """Predicted noise (n, *shape) in x (n, *shape) at steps t (n,) or (1,); label (n,)."""
+        """The predicted noise (n, *shape) in x (n, *shape) at steps t (n,) or (1,); label (n,)."""
         level = self.alpha_bar[t].expand(len(x))
         a, sigma = spread(level, x), to_sigma(level)
-        # EDM's c_in x_edm, which for sd = 1 is x_t itself
+        # scale * x_t is EDM's input c_in x; for sd = 1 it is x_t itself
         scale = ((1 + sigma**2) / (sigma**2 + self.sd**2)).sqrt()
-        # methods take differences of nearly equal errors: no bfloat16 here
+        # no bfloat16 here, since methods take differences of nearly equal errors
         with torch.autocast(x.device.type, enabled=False):
             output = self(x if self.sd == 1 else x * spread(scale, x), sigma.log() / 4, label)
         if self.prediction == "eps":
@@ -506,9 +509,9 @@ class Denoiser(nn.Module):
     def prepare(self, batch, rng, times=None, shared=True):
         """Draw batch.t (B,) and batch.noise, and return the batch.
 
-        noise: (B, 1, *shape), or (B, K, *shape) if not shared. All models score the same draw, and
-        the responses of a row share it, so that their difference is not noise. times(n, rng) ->
-        (n,) draws the steps, by default uniformly.
+        noise: (B, 1, *shape), or (B, K, *shape) if not shared. Policy and reference score the same
+        draw, and by default the K responses of a row share it, which lowers the variance of their
+        difference. times(n, rng) -> (n,) draws the steps, by default uniformly.
         """
         B, K = batch.images.shape[:2]
         t = times(B, rng) if times else torch.randint(len(self.alpha_bar), (B,), generator=rng)
@@ -520,10 +523,10 @@ class Denoiser(nn.Module):
     def logps(self, batch, weight=None):
         """Minus the squared noise error, summed over the image: (B, K, 1), 0 outside batch.mask.
 
-        weight(t) -> (B,) multiplies it, by default 1. This is the surrogate of the variational
-        bound for log p(image | class) at the one draw (t, noise) of `prepare`. It has no factor
-        1/2, so a beta here is Diffusion-DPO's beta on means (Wallace et al. 2023) divided by twice
-        the number of dimensions.
+        weight(t) -> (B,) multiplies it, by default 1. It replaces log p(image | class) by a
+        one-sample estimate of the variational bound, at the draw (t, noise) of `prepare`. It has no
+        factor 1/2, so beta here is Diffusion-DPO's beta on means (Wallace et al. 2023) divided by
+        twice the number of dimensions.
         """
         K = batch.images.shape[1]
         a = spread(self.alpha_bar[batch.t], batch.images)
@@ -534,9 +537,9 @@ class Denoiser(nn.Module):
         return -(error if weight is None else error * spread(weight(batch.t), error)) * batch.mask
 
     def times(self, steps, last=None):
-        """A rising grid of noise steps (steps, 1) that ends at the last one.
+        """An increasing grid of noise steps (steps, 1) that ends at the last step of the schedule.
 
-        last (n,): a grid (steps, n), each column of which ends at its own step.
+        With last (n,) the grid is (steps, n), and column i ends at step last[i].
         """
         if last is None:
             last = torch.tensor([len(self.alpha_bar) - 1], device=self.device)
@@ -545,9 +548,10 @@ class Denoiser(nn.Module):
 
     @torch.no_grad()
     def sample(self, prompts, k, rng, steps=25, eta=0.0):
-        """k images for each of n class labels: (n, k, *shape), by DDIM (eta = 1: ancestral).
+        """k images for each of n class labels: (n, k, *shape), by DDIM.
 
-        Draws from the torch.Generator `rng` alone. UserError: an unknown class.
+        eta = 1 is ancestral sampling. All random numbers come from the torch.Generator `rng`.
+        UserError: an unknown class.
         """
         labels = torch.as_tensor(prompts, dtype=torch.long).reshape(-1)
         if len(labels) and not 0 <= labels.min() <= labels.max() < self.classes:
@@ -555,7 +559,7 @@ class Denoiser(nn.Module):
                 f"prompts = {labels.unique().tolist()}: expected classes 0 to {self.classes - 1}"
             )
         device, images, times = self.device, [], self.times(steps)
-        # below the first step stands the image
+        # alpha_bar is 1 at the image itself, before the first step
         levels = torch.cat([torch.ones(1, 1, device=device), self.alpha_bar[times]])
 
         def noise(shape):
@@ -575,10 +579,10 @@ class Denoiser(nn.Module):
     def invert(self, x, times, label, rounds=1, average=False):
         """DDIM inversion: the noisy images x_t (n, *shape) from which DDIM samples the images x.
 
-        times: (m, n) or (m, 1), gone through from the first row to the last. Each step asks for the
-        noise at its destination's t. rounds > 1 asks again at the provisional result: the mean of
-        two rounds (average) is ReNoise (SmPO), many rounds without the mean are the exact inverse
-        of `sample` on the same grid.
+        times: (m, n) or (m, 1), from the first noise step to the last. Each step evaluates the
+        noise prediction at the t of its destination. With rounds > 1 the prediction is evaluated
+        again at the provisional result. The average of two rounds is ReNoise (used in SmPO); many
+        rounds without averaging converge to the exact inverse of `sample` on the same grid.
         """
         levels = self.alpha_bar[times]
         for t, a, b in zip(times, torch.cat([torch.ones_like(levels[:1]), levels[:-1]]), levels):
@@ -592,11 +596,12 @@ class Denoiser(nn.Module):
 
 
 class NoiseEmbedding(nn.Module):
-    """noise_level (n,) and class (n,) -> (n, width)."""
+    """An embedding (n, width) of the noise level (n,) and the class (n,)."""
 
     def __init__(self, classes, width, frequencies=8):
         super().__init__()
-        # noise levels span about -1.2 to 1.3: from half a period over that range to a few dozen
+        # noise levels lie between about -1.2 and 1.3, which is less than half a period of the
+        # lowest frequency and about a dozen periods of the highest
         frequency = 2.0 ** torch.linspace(0, 5, frequencies)
         self.register_buffer("frequency", frequency, persistent=False)
         self.label = nn.Embedding(classes, width)
@@ -609,7 +614,7 @@ class NoiseEmbedding(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """Residual block; noise level and class enter as a scale and a shift of each channel."""
+    """Residual block; noise level and class set a scale and a shift of each channel (FiLM)."""
 
     def __init__(self, inputs, outputs, width):
         super().__init__()
@@ -626,15 +631,15 @@ class ConvBlock(nn.Module):
 
 @dataclass
 class UNetConfig:
-    """Shape of a UNet, and how its output is read (see `Denoiser`)."""
+    """The sizes of a UNet, and what its output means (see `Denoiser`)."""
 
     channels: int = 1
     size: tuple = (8, 8)  # height and width; one number stands for both
     classes: int = 10
-    width: int = 32  # channels at full resolution, twice as many at half
-    prediction: str = "v_vp"
-    schedule: str = "linear"
-    sd: float = 1.0
+    width: int = 32  # channels at full resolution; half resolution has twice as many
+    prediction: str = "v_vp"  # what the output means; see diffusion.mixture
+    schedule: str = "linear"  # noise schedule; see diffusion.alpha_bar
+    sd: float = 1.0  # standard deviation of the data
 
     def __post_init__(self):
         check_fields(
@@ -651,7 +656,7 @@ class UNetConfig:
         if len(sides) != 2 or not all(even):
             raise UserError(
                 f"size = {self.size}: expected an even height and width of 2 to 4096, "
-                "which two resolutions can halve"
+                "since the second resolution is half as large"
             )
         if self.width % 8:
             raise UserError(f"width = {self.width}: expected a multiple of 8")
@@ -688,7 +693,7 @@ class UNet(Denoiser):
 
     @classmethod
     def from_pretrained(cls, folder):
-        """A UNet from a folder that `save_pretrained` wrote. UserError: it is not one."""
+        """A UNet from a folder that `save_pretrained` wrote. UserError: it is not such a folder."""
         from lab.hub import load_unet
 
         return load_unet(folder)
