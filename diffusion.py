@@ -1,11 +1,12 @@
-"""The noise process: schedules, the three conventions of the noise level, predictions, DDIM.
+"""The noise process as pure functions: schedules, noise levels, predictions and DDIM.
 
-Pure functions. A noisy image is
+A noisy image is
 
     x_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps        eps ~ N(0, I)
 
-and alpha_bar, the share of the signal in its variance, falls from 1 (the image) to 0 (pure noise).
-`a` and `b` are values of alpha_bar, tensors that broadcast over the images: `spread(levels, x)`.
+and alpha_bar, the signal's share of the variance, falls from 1 (the image) to 0 (pure noise).
+The arguments `a` and `b` are values of alpha_bar in a shape that broadcasts over the images, as
+`spread(levels, x)` returns them.
 """
 
 import math
@@ -30,14 +31,14 @@ def spread(values, x):
 
 
 def alpha_bar(schedule="linear", steps=1000):
-    """Signal power after each of `steps` noise steps: (steps,) float64, falling.
+    """alpha_bar after each of `steps` noise steps: (steps,) float64, decreasing.
 
     schedule: "linear" (DDPM, Ho et al. 2020), "scaled_linear" (Stable Diffusion: linear in the
     square root of beta) or "cosine" (Nichol & Dhariwal 2021). UserError: any other name.
     """
     if schedule == "cosine":
         angle = (torch.arange(steps, dtype=torch.float64) / steps + 0.008) / 1.008 * math.pi / 2
-        # step 0 would be free of noise, and the logarithm of its noise level infinite
+        # without the clamp, step 0 would have no noise, and ln(sigma) would be -inf
         return (angle.cos() / angle[0].cos()).square().clamp(max=1 - 1e-5)
     if schedule == "linear":
         beta = torch.linspace(1e-4, 2e-2, steps, dtype=torch.float64)
@@ -52,7 +53,7 @@ def alpha_bar(schedule="linear", steps=1000):
 
 
 def to_sigma(a):
-    """EDM's noise level: x_t / sqrt(alpha_bar) = x0 + sigma eps (Karras et al. 2022)."""
+    """EDM's noise level sigma, with x_t / sqrt(alpha_bar) = x0 + sigma eps (Karras et al. 2022)."""
     return ((1 - a) / a).sqrt()
 
 
@@ -62,8 +63,10 @@ def from_sigma(sigma):
 
 
 def to_flow(a):
-    """Flow matching's time t, 1 at the image: x_t / (sqrt(alpha_bar) + sqrt(1 - alpha_bar)) =
-    t x0 + (1 - t) eps."""
+    """Flow matching's time t, which is 1 at the image.
+
+    x_t / (sqrt(alpha_bar) + sqrt(1 - alpha_bar)) = t x0 + (1 - t) eps
+    """
     return 1 / (1 + to_sigma(a))
 
 
@@ -99,7 +102,7 @@ def mixture(kind, a, k=0.5, sd=1.0):
     return constant[kind]
 
 
-# x_t and the prediction are two linear equations in x0 and eps: one solution serves every kind
+# x_t and the prediction are two linear equations in x0 and eps, solved once for every kind
 
 
 def to_x0(kind, output, x, a, **kwargs):
@@ -112,7 +115,7 @@ def to_x0(kind, output, x, a, **kwargs):
 
 
 def to_eps(kind, output, x, a, **kwargs):
-    """The noise that an output implies, given the noisy image x at level a: see `to_x0`."""
+    """The noise that a network's output implies, with the arguments of `to_x0`."""
     c, d = mixture(kind, a, **kwargs)
     return (a.sqrt() * output - c * x) / (d * a.sqrt() - c * (1 - a).sqrt())
 
@@ -120,8 +123,8 @@ def to_eps(kind, output, x, a, **kwargs):
 def edm(sigma, sd):
     """c_skip, c_out, c_in, c_noise of D(x) = c_skip x + c_out F(c_in x, c_noise).
 
-    Karras et al. 2022, table 1, for data of standard deviation sd; the loss weight of D's squared
-    error is 1 / c_out^2.
+    They are from Karras et al. (2022), table 1, for data of standard deviation sd. The loss weight
+    of D's squared error is 1 / c_out^2.
     """
     total = sigma**2 + sd**2
     return sd**2 / total, sigma * sd / total.sqrt(), 1 / total.sqrt(), sigma.log() / 4
@@ -133,9 +136,10 @@ def edm(sigma, sd):
 def ddim_step(x, eps, a, b, eta=0.0, z=None):
     """One step of DDIM (Song et al. 2021, eq. 12) from level a to level b, given the noise eps.
 
-    b > a steps towards the image, b < a inverts. With eta > 0 the step is random: `z`, standard
-    normal like x, gives a sample, and without z the result is (mean, standard deviation). eta = 1
-    has DDPM's posterior variance. x0 is never clipped, so densities and inversion stay exact.
+    With b > a the step goes towards the image, with b < a away from it (inversion). With eta > 0
+    the step is random: given standard normal noise z of the shape of x it returns a sample, and
+    without z it returns (mean, standard deviation). eta = 1 has DDPM's posterior variance. x0 is
+    never clipped, so that densities and inversion stay exact.
     """
     variance = eta**2 * (1 - b) / (1 - a) * (1 - a / b) if eta else 0.0
     mean = b.sqrt() * to_x0("eps", eps, x, a) + (1 - b - variance).sqrt() * eps
@@ -147,7 +151,8 @@ def ddim_step(x, eps, a, b, eta=0.0, z=None):
 def ddim_logprob(x_next, x, eps, a, b, eta):
     """log p(x_next | x) of one random DDIM step: (n,), summed over the dimensions of an image.
 
-    D3PO (Yang et al. 2023), algorithm 1. UserError: with eta = 0 the step has no density.
+    Source: D3PO (Yang et al. 2023), algorithm 1. UserError: eta = 0, since a deterministic step has
+    no density.
     """
     if eta <= 0:
         raise UserError(f"eta = {eta}: a deterministic step has no density, expected eta > 0")
