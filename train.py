@@ -1,9 +1,9 @@
-"""nanopref's command line: a run, a sweep, the claims of a paper, a question to a model.
+"""nanopref's command line: train with a method, sweep, test a paper's claims, prompt a model.
 
     python train.py --method dpo                                   a toy world, about a minute
     python train.py --method dpo,rdpo --flip 0,0.2,0.4 --seeds 3   all combinations: table and plot
     python train.py --method rdpo --claim --seeds 3                the paper's claims; exit status 1
-                                                                   if an expected one does not hold
+                                                                   if an expected claim fails
     python train.py --method dpo --init DIR --data FILE            your checkpoint and preferences
     python train.py --init OUT --prompt "..."                      ask a finished model
     python train.py --method dpo --help                            one paper and its flags
@@ -34,7 +34,11 @@ from lab.store import write_json, write_text
 
 
 def one_run(run, out, quiet=False, show=False):
-    """One alignment, and its files in `out` -> summary, a dict."""
+    """One alignment, with its files in `out` -> the summary, a dict.
+
+    quiet: print nothing. show: print one row and its batch instead of training. UserError: the
+    method's `run` returned something else than a model, a table or None.
+    """
     say = (lambda *words: None) if quiet else print
     done = finished(out)
     if done:
@@ -47,7 +51,7 @@ def one_run(run, out, quiet=False, show=False):
     result = run.module.run(lab, run.cfg)
     summary = dict(method=run.method, world=lab.world.name, seed=run.settings.seed)
     if show:
-        raise UserError(f"{run.method} trains nothing here, so there is no row to show")
+        raise UserError(f"{run.method} does not call lab.align, so there is no row to show")
     if result is None:
         return summary
     if isinstance(result, dict):
@@ -70,7 +74,7 @@ def one_run(run, out, quiet=False, show=False):
 
 
 def finished(out):
-    """The summary of a run that has ended, in a sweep that goes on; else None."""
+    """The summary of a run that an earlier call of a sweep has finished, or None."""
     path = out and os.path.join(out, "summary.json")
     if not path or not os.path.exists(path):
         return None
@@ -80,7 +84,10 @@ def finished(out):
 
 
 def evaluated(run, lab, model, out, say):
-    """Evaluate a trained model against the base model; print and write what is to be seen."""
+    """Evaluate the base model and the trained model; print the table and write the files -> dict.
+
+    The files are samples, curves and the checkpoint.
+    """
     evaluate = getattr(run.module, "evaluate", Lab.evaluate)
     before, after = (evaluate(lab, m) for m in (lab.reference, model))
     say("\n" + report.before_after(before, after))
@@ -104,9 +111,10 @@ def evaluated(run, lab, model, out, say):
 
 
 def sweep(runs, out):
-    """All combinations, each in a folder of its own; one table and one plot -> exit status.
+    """All combinations of settings, one folder per run; one table and one plot -> exit status.
 
-    A run that diverges is named, and the others go on."""
+    When a run diverges, the others go on. UserError: at the end, with the runs that diverged.
+    """
     varied = list(dict.fromkeys(name for run in runs for name in run.varied if name != "seed"))
     results, failed = [], []
     for i, run in enumerate(runs):
@@ -144,7 +152,7 @@ def sweep(runs, out):
 
 
 def claim(runs, seeds, out):
-    """The claims of one paper or of several -> exit status: 1 if an expected one does not hold."""
+    """The claims of one or several papers -> exit status 1 if an expected claim fails, else 0."""
     first = runs[0].settings
     same = {name: getattr(first, name) for name in ("device", "dtype", "compile")}
     settings = Settings(seed=seeds[0], **same)
@@ -160,7 +168,7 @@ def claim(runs, seeds, out):
 
 
 def claims_of(name, module, settings, seeds, out, quiet=False):
-    """Measure and judge the claims of one paper, and write them to `out` -> a list of dicts."""
+    """Measure and judge the claims of one paper and write them to `out` -> one dict per claim."""
     measured = flags.load_claims(module)
     head = f"{title(module)}\nclaims on seeds {', '.join(map(str, seeds))}"
     print(head, flush=True)
@@ -173,9 +181,11 @@ def claims_of(name, module, settings, seeds, out, quiet=False):
 
 
 def claims_of_all(modules, settings, seeds, out):
-    """The claims of several papers, each in a folder of its own with what it prints.
+    """The claims of several papers, one folder per paper -> one dict per claim.
 
-    One that fails does not stop the others, and what an earlier call finished is kept."""
+    The output of a paper goes to claim.txt in its folder. A paper that raises an error does not
+    stop the others, and papers that an earlier call has finished are not measured again.
+    """
     rows, start, ran = [], time.time(), 0
     for i, (name, module) in enumerate(modules.items()):
         place = os.path.join(out, name)
@@ -196,7 +206,7 @@ def claims_of_all(modules, settings, seeds, out):
         hopes = [row for row in found if row["expected"]]
         line = f"{failed}{sum(row['holds'] for row in hopes)} of {len(hopes)} expected claims hold"
         if len(found) > len(hopes):
-            line += f", {len(found) - len(hopes)} more were not expected to"
+            line += f"; {len(found) - len(hopes)} more were not expected to hold"
         left = (time.time() - start) / max(1, ran) * (len(modules) - i - 1)
         print(f"[{i + 1}/{len(modules)}] {name}: {line}; {report.clock(left)} left", flush=True)
         write_text(os.path.join(out, "claims.md"), claims.claims_markdown(rows))
@@ -207,7 +217,7 @@ def claims_of_all(modules, settings, seeds, out):
 
 
 def claims_there(place):
-    """The claims that an earlier call has written, or None."""
+    """The claims that an earlier call has written to a folder, or None."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         with open(os.path.join(place, "claim.json"), encoding="utf-8") as file:
             return json.load(file)["claims"]
@@ -218,13 +228,14 @@ def claims_there(place):
 
 
 def ask(settings, prompt):
-    """Print the answer of --init's model, or of the world's base model, to one prompt.
+    """Print the response of --init's model, or of the world's base model, to one prompt.
 
-    It goes through the checkpoint's chat template, if it has one."""
+    A checkpoint's chat template is applied to the prompt. UserError: it is not a model of text.
+    """
     lab = Lab(settings)
     if lab.world.kind != "text":
         raise UserError(
-            f"--prompt needs a model of text; {lab.world.name} is a world of {lab.world.kind}"
+            f"--prompt needs a text model, but {lab.world.name} is a world of {lab.world.kind}"
         )
     model = lab.base()
     asked = prompt
@@ -238,7 +249,7 @@ def ask(settings, prompt):
         print(
             report.visible(
                 f"{lab.world.name} does not know: {', '.join(strange)} "
-                "(the model reads them letter by letter and has never seen them)"
+                "(they never occur in its texts, so the model was not trained on them)"
             ),
             file=sys.stderr,
         )
@@ -246,7 +257,7 @@ def ask(settings, prompt):
 
 
 def unknown_words(lab, model, prompt):
-    """The words of a prompt with tokens that the toy world itself never writes."""
+    """The words of a prompt that contain tokens which never occur in the toy world's own texts."""
     world, tokenizer = lab.world, model.tokenizer
     if lab.settings.data or type(world)().tokenizer.name != tokenizer.name:
         return []
@@ -264,9 +275,10 @@ def unknown_words(lab, model, prompt):
 def main(argv):
     """Carry out one command line -> exit status.
 
-    0: done; 1: an expected claim does not hold, or a contract is broken; 2: bad input, in one line
-    on stderr; 130: interrupted."""
-    for stream in (sys.stdout, sys.stderr):  # a terminal of few letters must not stop a run
+    0: done. 1: an expected claim does not hold, or --check found a broken contract. 2: a user's
+    mistake, which is printed as one line on stderr. 130: interrupted.
+    """
+    for stream in (sys.stdout, sys.stderr):  # characters that a terminal lacks must not stop a run
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(errors="replace")
     try:

@@ -74,7 +74,7 @@ def test_the_claims_of_many_methods_go_on_after_a_failure_and_are_resumed(
     printed = capsys.readouterr()
     out = printed.out
     assert "left out: curry_dpo has no claims" in printed.err
-    assert "[1/3] dpo: 1 of 1 expected claims hold, 1 more were not expected to" in out
+    assert "[1/3] dpo: 1 of 1 expected claims hold; 1 more were not expected to hold" in out
     assert "failed, see all/irpo/error.txt" in out
     assert "no luck" in (tmp_path / "all" / "irpo" / "error.txt").read_text()
     page = (tmp_path / "all" / "dpo" / "claim.txt").read_text()
