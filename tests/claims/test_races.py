@@ -18,7 +18,10 @@ OF_END = {
     "asft": {"pull of asft": 0.1, "pull of dpo": 1.0},
     "did": {"chosen_ratio": -1.0, "rejected_ratio": -2.0},
     "three_d": {"chosen_ratio": -1.0, "rejected_ratio": -2.0},
+    "survey": {},
 }
+# what an arm with a training of its own sees
+OF_ARM = {"survey": {"chosen_ratio": -1.0, "rejected_ratio": -2.0}}
 # the fits of a claim's own, replaced by what takes no time
 SHORT = {
     "madpo": {"margins_of": lambda lab, world, rows: [1.0] * len(rows), "STEPS": 1},
@@ -32,8 +35,10 @@ SHOWN = {
     "curry_dpo": {"curriculum, fixed reference", "pooled, moving reference", "pooled"},
 }
 NAMES = ["dpo", "rdpo", "sft", "fdpo", "asft", "ld_dpo", "madpo", "did", "curry_dpo", "three_d"]
+NAMES += ["survey"]
 
 
+@pytest.mark.filterwarnings("ignore:An input array is constant")  # all series are the same
 @pytest.mark.parametrize("seeds", [1, 2])
 @pytest.mark.parametrize("name", NAMES)
 def test_every_series_and_metric_of_a_claim_is_measured(name, seeds, monkeypatch):
@@ -41,7 +46,8 @@ def test_every_series_and_metric_of_a_claim_is_measured(name, seeds, monkeypatch
         assert set(settings) <= {f.name for f in fields(Settings)}
         assert end is None or name in OF_END
         last = LAST | (OF_END[name] if end else {})
-        return {arm: [[dict(START), dict(last)] for _ in lab.seeds] for arm in arms}
+        own = {arm: OF_ARM.get(name, {}) if callable(made) else {} for arm, made in arms.items()}
+        return {arm: [[dict(START), last | own[arm]] for _ in lab.seeds] for arm in arms}
 
     monkeypatch.setattr(Lab, "race", race)
     module = importlib.import_module(f"claims.{name}")

@@ -1,4 +1,7 @@
-"""The survey's losses against its card: values, gradients, reductions, equality with the files of their own, errors; the taxonomy."""
+"""The survey's losses: values, gradients, reductions to others, equality with files of their own.
+
+Also what is refused, the taxonomy, and the measurements of the claims.
+"""
 
 import math
 import re
@@ -9,12 +12,12 @@ import torch
 import torch.nn.functional as F
 
 import lab
-from claims.survey import on_tree, picture, ranked, reward_at
+from claims.survey import in_tree, rank_correlation, report, reward_at
 from methods import asft, dpo, fdpo, ld_dpo, rdpo
 from methods.survey import FREE, TAXONOMY, VARIANTS, Config, extremes, loss, run, standardized
 from tests import builders
 from tests.builders import descending, ragged
-from toy import bandit, tree
+from toy import bandit
 
 
 def canonical(lw=-4.0, ll=-6.0):
@@ -80,11 +83,13 @@ VALUES = dict(
 )
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize("name", VALUES)
 def test_the_canonical_pair(name):
     assert value(canonical(), name).item() == pytest.approx(VALUES[name], abs=1e-6)
 
 
+@pytest.mark.paper
 def test_the_canonical_pair_where_more_than_it_counts():
     assert value(canonical(), "kto", z0=0.0).item() == pytest.approx(0.962523, abs=1e-6)
     assert value(canonical(), "kto", z0=0.3).item() == pytest.approx(0.962518, abs=1e-6)
@@ -92,7 +97,8 @@ def test_the_canonical_pair_where_more_than_it_counts():
     assert value(canonical(lw=-6.0), "dpop").item() == pytest.approx(1.005492, abs=1e-6)
     assert value(canonical(), "dpop").item() == pytest.approx(0.620957, abs=1e-6)
     assert value(canonical(), "beta_dpo", gamma=1.0).item() == pytest.approx(0.600393, abs=1e-6)
-    # a second pair that brings the mean reward to 0 (bco), and one standard deviation between the two (alpha_dpo)
+    # a second pair brings the mean reward to 0 (bco) and puts the first pair one standard
+    # deviation above the mean of both (alpha_dpo)
     logps, ref_logps, batch = canonical()
     both = (
         torch.cat([logps, 2 * ref_logps - logps]),
@@ -113,6 +119,7 @@ def test_the_canonical_pair_where_more_than_it_counts():
     )
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize(
     "name, expected",
     [
@@ -158,6 +165,7 @@ REDUCED = [  # (variant and fields, variant and fields it equals)
 ]
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize("fields, known", REDUCED)
 def test_reductions_in_value_and_gradient(fields, known):
     item = graded(seed=3)
@@ -167,6 +175,7 @@ def test_reductions_in_value_and_gradient(fields, known):
     )
 
 
+@pytest.mark.paper
 def test_reductions_in_a_limit():
     item = graded(seed=4)
     torch.testing.assert_close(
@@ -249,6 +258,7 @@ def test_cdpo_is_dpo_with_smoothed_labels_and_orpo_has_the_odds_of_asft():
     )
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize("e", [0.1, 0.3])
 def test_rdpo_is_unbiased(e):
     logps, ref_logps, batch = graded(seed=8)
@@ -261,7 +271,8 @@ def test_rdpo_is_unbiased(e):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_what_a_variant_reads(name):
-    """Those without a reference give the same for any, and none at all; the others do not feel a constant on policy and reference."""
+    """A loss without a reference gives the same for any and for none; the others do not change
+    when policy and reference change by the same constant."""
     logps, ref_logps, batch = graded(seed=9)
     here = value((logps, ref_logps, batch), name)
     assert here.shape == (5,) and here.dtype == torch.float64
@@ -304,6 +315,7 @@ def test_what_is_taken_over_the_batch_carries_no_gradient(name):
     assert (alone[1:] == 0).all() and (alone[0] != 0).any()
 
 
+@pytest.mark.paper
 def test_closed_form_gradients_of_the_canonical_pair():
     slopes = dict(
         dpo=(-0.046257, 0.046257),
@@ -388,7 +400,8 @@ def test_what_is_no_pair_is_refused():
 
 
 def settled(cfg, p):
-    """[a, c] where the expected loss is least, for two answers of which the first is preferred with probability p."""
+    """[a, c] at the least expected loss, when the first of two answers is preferred with
+    probability p."""
     ratios = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     batch, weight = (
         SimpleNamespace(mask=torch.ones(2, 2, 1, dtype=torch.bool)),
@@ -412,6 +425,7 @@ def settled(cfg, p):
     return ratios.tolist()
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize(
     "name, h",
     [
@@ -449,6 +463,7 @@ def expected_slope(name, h, p=0.8):
     return torch.autograd.grad((losses * torch.tensor([p, 1 - p])).sum(), h)[0].item()
 
 
+@pytest.mark.paper
 def test_the_hinge_turns_at_one_over_beta_and_kto_never():
     assert expected_slope("hinge", 9.9) < 0 < expected_slope("hinge", 10.1)
     for name in ("kto", "apo_zero"):
@@ -470,6 +485,7 @@ def test_the_taxonomy_holds_every_variant_once():
     )
 
 
+@pytest.mark.paper
 def test_the_slope_of_disco_pop_at_the_reference_is_positive():
     _, ref_logps, batch = graded()
     grad = gradient((ref_logps.clone().requires_grad_(), ref_logps, batch), "disco_pop")
@@ -527,38 +543,46 @@ def test_chi_po_clips_the_difference_of_the_two_links(a, c, loss_, slopes):
 
 def test_small_helpers():
     x = torch.tensor([1.0, 3.0], requires_grad=True)
-    assert (
-        standardized(x).tolist() == [-1, 1]
-        and not standardized(x).requires_grad
-        and standardized(torch.ones(3)).tolist() == [0, 0, 0]
-    )
+    assert standardized(x).tolist() == [-1, 1] and not standardized(x).requires_grad
+    assert standardized(torch.ones(3)).tolist() == [0, 0, 0]
     curve = [dict(kl=0.0, reward=0.0), dict(kl=0.4, reward=1.0), dict(kl=0.8, reward=2.0)]
-    assert reward_at(curve, 0.5) == pytest.approx(1.25) and math.isnan(reward_at(curve, 1.0))
+    assert reward_at(curve) == pytest.approx(1.25) and math.isnan(reward_at(curve, 1.0))
+    assert rank_correlation([1.0, 2.0, 3.0, math.nan], [0.0, 5.0, 7.0, 1.0]) == pytest.approx(1)
+    assert rank_correlation([1.0, 2.0, 3.0], [3.0, 2.0, 1.0]) == pytest.approx(-1)
 
 
-def test_the_bench_on_the_tree(tmp_path):
-    """A short path of two variants: where it starts, that it moves, and the table and the picture made of it."""
-    world = tree.World(7)
-    here = lab.Lab(lab.Settings(world="tree", seed=7, eval_every=10, clip=1e6), quiet=True)
-    pairs = world.drawn(400, here.rng)
-    exact = {name: [on_tree(here, world, pairs, Config(name), steps=30)] for name in ("dpo", "cpo")}
-    first, last = exact["dpo"][0][0], exact["dpo"][0][-1]
-    assert first["kl"] == pytest.approx(0, abs=1e-6) and first["dw"] == 0 and last["step"] == 30
-    assert (
-        last["reward"] > 0.3
-        and last["kl"] > 0.05
-        and last["dw"] > last["dl"]
-        and last["accuracy"] > 0.7
+def a_lab(seed=7, **settings):
+    return lab.Lab(
+        lab.Settings(world="tree", seed=seed, eval_every=10, clip=1e6, **settings), quiet=True
     )
-    text = {name: [dict(reward=1.5, kl=0.5, length=9.0, chosen_logp=-20.0)] for name in exact}
-    lines = ranked(exact, text, kl=0.1).splitlines()
-    assert (
-        len(lines) == 3
-        and "text reward" in lines[0]
-        and "1.500" in next(x for x in lines if x.startswith("cpo"))
-    )
-    picture(str(tmp_path / "survey.png"), exact, text, world)
-    assert (tmp_path / "survey.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_short_training_in_the_tree():
+    policy = in_tree(a_lab(), Config("dpo"), n=400, steps=30)
+    first, last = policy.curve[0], policy.curve[-1]
+    assert first["kl"] == pytest.approx(0, abs=1e-6) and first["chosen_ratio"] == 0
+    assert last["step"] == 30 and last["reward"] > 0.3 and last["kl"] > 0.05
+    assert last["chosen_ratio"] > last["rejected_ratio"] and last["accuracy"] > 0.7
+
+
+def test_the_pages_of_the_claims():
+    """Losses are sorted by the reward at a KL of 0.5; those that never reach it stand last."""
+    series = {}
+    for i, name in enumerate(VARIANTS):
+        kl = 0.4 if name == "cpo" else 1.0
+        ends = dict(length=3.0, accuracy=0.8, chosen_ratio=-1.0, rejected_ratio=-2.0)
+        series[name] = [[dict(kl=0.0, reward=0.0), dict(kl=kl, reward=0.1 * i) | ends]] * 2
+        ends = dict(reward=1.5, kl=0.5, length=9.0, chosen_logp=-20.0)
+        series[f"{name}, reviews"] = [[{}, ends]] * 2
+    pages = report(a_lab(), series)
+    assert set(pages) == {"survey.txt", "survey.png"}
+    lines = pages["survey.txt"].splitlines()
+    names = [line.split()[0] for line in lines[1 : 1 + len(VARIANTS)]]
+    assert names[:2] == list(VARIANTS)[:-3:-1] and names[-1] == "cpo"
+    assert sorted(names) == sorted(VARIANTS) and "1.500" in lines[1]
+    assert lines[-1].startswith("beside the figure: ")
+    left, right = pages["survey.png"].axes
+    assert len(left.lines) == len(VARIANTS) + 1 and len(right.lines) == len(VARIANTS)
 
 
 @pytest.mark.parametrize("name", ["odpo", "simpo"])
@@ -574,7 +598,9 @@ def test_run(name, tmp_path):
 
 
 def graded_pairs():
-    """Pairs with graded scores, near and far from the reference, at it, without it; refused by odpo: a rejected one that scores more."""
+    """Pairs with graded scores: near and far from the reference, at it, and without it.
+
+    odpo refuses those where a rejected response scores more than the chosen one."""
     scores = torch.tensor(
         [[2.0, 0.5], [1.0, 0.9], [0.3, -4.0], [5.0, 1.0], [0.1, 0.0]], dtype=torch.float64
     )
