@@ -327,6 +327,12 @@ def survivors(module, cases, inputs, functions=None, observe=observe_loss):
     runs = []  # (cfg, item, lines that it executes, what the original does)
     for cfg, item in [(config(**fields), item) for item in inputs() for fields in cases]:
         runs.append((cfg, item, *executed(lambda: observe(names, cfg, item), module.__file__)))
+
+    def order(run, told=None):
+        """What told the last mutant may tell the next; meta tensors are slow and come last."""
+        return run[1][0].is_meta, run is not told
+
+    runs.sort(key=order)
     made, alive = [], []
     for mutant in mutants(source, functions):
         names, cut = execute(mutant.source, module)
@@ -342,6 +348,6 @@ def survivors(module, cases, inputs, functions=None, observe=observe_loss):
         made.append(mutant)
         if told is None:
             alive.append(mutant)
-        else:  # what told this one may tell the next
-            runs.sort(key=lambda run: run is not told)
+        else:
+            runs.sort(key=lambda run: order(run, told))
     return made, alive

@@ -10,6 +10,7 @@ import inspect
 import warnings
 
 import pytest
+import torch
 
 import data
 from lab import settings
@@ -49,11 +50,15 @@ def test_no_mutant_of_the_checks_of_pairs_survives_without_a_reason():
         logps, ref_logps, batch = item
         try:
             pair = names["pair"](logps.detach(), ref_logps, batch)
+            alone = names["upcast"](logps.detach())
         except Exception as error:  # noqa: BLE001 - a mutant may do anything
             return f"{type(error).__name__}: {error}", None
         if logps.is_meta:
             return "ran", None
-        return [x.detach() for x in pair if x is not None], [x is None for x in pair]
+        kinds = [type(x) for x in (pair, *pair, alone)]
+        if kinds[0] is not tuple or kinds[-1] is not torch.Tensor:
+            return f"returned {kinds}", None
+        return [x for x in (*pair, alone) if x is not None], kinds
 
     def inputs():
         logps, _, batch = builders.ragged()
