@@ -1,14 +1,14 @@
 """TEMPLATE - The Title of Your Paper (2026), arXiv:0000.00000
 
-Say in three to eight sentences what the paper does: which problem it sees in what came before, what
-it changes, and what follows from that. This template is the hinge loss on pairs, as in SLiC: a pair
-stops teaching once its margin exceeds delta.
+Say in three to eight sentences what the paper does: which problem of earlier methods it addresses,
+what it changes, and what follows from that. This template is the hinge loss on pairs, as in SLiC: a
+pair has no gradient once its margin exceeds delta.
 
     z = beta [ log pi(y_w) / pi_ref(y_w) - log pi(y_l) / pi_ref(y_l) ]
     loss = max(0, delta - z)                                                    (eq. N of the paper)
 
 Differences from the paper
-1. One sentence for each choice that the paper makes otherwise, or leaves open.
+1. One sentence for each choice that differs from the paper's, or that the paper leaves open.
 
     python train.py --method methods/_template.py               the margin stops near delta
     python train.py --method methods/_template.py --delta 4     a larger margin costs more KL
@@ -36,7 +36,7 @@ PAPER = Paper(
 @dataclass(frozen=True)
 class Config:
     beta: float = 0.1  # strength of the pull to the reference
-    delta: float = 1.0  # margin from which on a pair teaches nothing
+    delta: float = 1.0  # margin beyond which a pair has no gradient
 
     def __post_init__(self):
         check_fields(self, beta="(0, inf)", delta="(0, inf)")
@@ -44,7 +44,7 @@ class Config:
 
 # The mathematics. B rows, K = 2 responses, T tokens; `batch` has mask (B, K, T), scores (B, K), and
 # whatever columns `run` adds to the rows. Return one loss per row, and detached numbers to log.
-# Sum or average over T in plain sight: that is the question that people get wrong most.
+# Sum or average over T explicitly, since a wrong choice here is the most frequent mistake.
 def loss(logps, ref_logps, batch, cfg):
     """logps, ref_logps (B, 2, T), chosen first, 0 outside batch.mask -> losses (B,), metrics."""
     logps, ref_logps = pair(logps, ref_logps, batch)  # refuses what is not a pair; float32
