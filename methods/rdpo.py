@@ -14,7 +14,7 @@ larger beta, early stopping or generalization across pairs keeps a policy that c
 diverging.
 
 Differences from the paper
-1. The second form is computed, in which nothing cancels as epsilon nears 1/2.
+1. The second form is computed, since the first loses digits as epsilon approaches 1/2.
 
     python train.py --method rdpo                    30 % of the labels are flipped
     python train.py --method dpo,rdpo --flip 0.3     at the same beta, rDPO has the larger KL
@@ -38,7 +38,7 @@ PAPER = Paper(
 @dataclass(frozen=True)
 class Config:
     beta: float = 0.1  # strength of the pull to the reference; 0.1 in the paper (app. B)
-    epsilon: float = 0.3  # assumed flip rate; too low is safe, too high diverges
+    epsilon: float = 0.3  # assumed flip rate; one above the true rate makes the loss diverge
 
     def __post_init__(self):
         check_fields(self, beta="(0, inf)", epsilon="[0, 0.5)")
