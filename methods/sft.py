@@ -1,22 +1,24 @@
 """SFT - Supervised fine-tuning on chosen responses, Preferred-FT in DPO (2023), arXiv:2305.18290
 
-The baseline of every preference method (DPO, sec. 6). The chosen response of a pair, or the one
-with the best score of a list, is imitated like a demonstration. There is no reference model.
+SFT is the baseline of every preference method (DPO, sec. 6). The policy is trained by maximum
+likelihood on the chosen response of a pair, or on the response of a list with the best score.
+There is no reference model.
 
     loss = -1/|y| sum_t log pi(y_t | x, y_<t)                                 y: the chosen response
 
-If pairs are sampled from pi_ref and have one length, the optimum is the winners' distribution,
-2 pi_ref(y) E_{y' ~ pi_ref}[ p(y beats y') ]: no response becomes more than twice as likely (K
-times in lists of K). Otherwise shorter responses gain more, since each counts 1/|y|.
+If pairs are sampled from pi_ref and all responses have the same length, the optimum is the
+distribution of the chosen responses, 2 pi_ref(y) E_{y' ~ pi_ref}[ p(y beats y') ]. No response
+becomes more than twice as likely (K times in lists of K). If lengths differ, shorter responses
+gain more, since the log-prob of each is divided by |y|.
 
 Differences from the paper
-1. Lists are used as well as pairs; of equal scores the first one counts.
-2. Single answers (prompt, completion, label) are imitated when their label is good.
-3. The mean is over the tokens of each response first, so all responses weigh the same.
+1. Lists are used as well as pairs; if best scores tie, the first response is used.
+2. Single answers (prompt, completion, label) are used if their label is good.
+3. The loss is averaged over the tokens of each response first, so all responses weigh the same.
 4. On images the loss is the noise error of the chosen image.
 
     python train.py --method sft             the true reward rises a little
-    python train.py --method sft --k 8       the best of eight samples is imitated
+    python train.py --method sft --k 8       SFT on the best of eight samples
 """
 
 from dataclasses import dataclass
@@ -43,8 +45,8 @@ def loss(logps, ref_logps, batch, cfg):
     if readable(batch.mask) and not batch.mask.flatten(1).any(1).all():
         raise UserError("a row has no response with a scored token")
     means = upcast(logps).sum(-1) / batch.mask.sum(-1).clamp(min=1)  # (B, K): MEAN over tokens
-    scores = batch.scores.masked_fill(~batch.mask.any(-1), -torch.inf)  # an absent one never wins
-    best = scores.argmax(1, keepdim=True)  # (B, 1), the first of equal scores
+    scores = batch.scores.masked_fill(~batch.mask.any(-1), -torch.inf)  # absent responses lose
+    best = scores.argmax(1, keepdim=True)  # (B, 1), the first response with the best score
     losses = -means.gather(1, best).squeeze(1)
     return losses, {}
 
