@@ -1,18 +1,18 @@
 """LD-DPO - Length Desensitization in Direct Preference Optimization (2024), arXiv:2409.06411
 
-DPO's log-prob is a sum over tokens, so a longer response has the larger part in an update, and the
+DPO's log-prob is a sum over tokens, so a longer response contributes more to the gradient, and the
 paper argues that this makes policies verbose. LD-DPO splits the longer response of a pair at the
-public length l, the length of the shorter one, and multiplies the log-probs beyond it by alpha in
-[0, 1]. With alpha = 1 it is DPO, with alpha = 0 the longer response is truncated:
+public length l, which is the length of the shorter response, and multiplies the log-probs beyond l
+by alpha in [0, 1]. alpha = 1 is DPO, and alpha = 0 truncates the longer response:
 
     log p(y) = sum_{t <= l} log pi(y_t) + alpha sum_{t > l} log pi(y_t),    l = min(|y_w|, |y_l|)
     z = beta [ log p(y_w) / p_ref(y_w) - log p(y_l) / p_ref(y_l) ]
     loss = -log sigmoid(z)
 
-The public part is the first l positions, not a common prefix. The end-of-text token counts.
+The public part is the first l positions, not a common prefix. End-of-text counts as a token.
 
 Differences from the paper
-1. Public sources disagree on whether the reference is split, so `on_reference` decides it.
+1. Public sources disagree on whether the reference is split, so `on_reference` selects it.
 
     python train.py --method ld_dpo --alpha 0,1              alpha 0 writes shorter responses
     python train.py --method ld_dpo --on_reference false     much shorter, whatever the labels say
@@ -36,7 +36,7 @@ PAPER = Paper(
 @dataclass(frozen=True)
 class Config:
     beta: float = 0.1  # strength of the pull to the reference, as in DPO
-    alpha: float = 0.5  # weight of what lies beyond the public length; tuned for each model
+    alpha: float = 0.5  # weight of the tokens beyond the public length; tuned for each model
     on_reference: bool = True  # split the reference as well, so that training starts at ln 2
 
     def __post_init__(self):
