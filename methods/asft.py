@@ -1,23 +1,23 @@
 """ASFT - Aligned Supervised Fine-Tuning through Absolute Likelihood (2024), arXiv:2409.10571
 
-In probabilities, DPO lowers the rejected response faster than it raises the chosen one,
-so both may fall. ASFT gives each response its own target: two binary cross-entropies on the
-length-normalized probability p, added to SFT, without a reference model.
+DPO lowers the probability of the rejected response faster than it raises that of the chosen one,
+so both may fall. ASFT gives each response a target of its own, without a reference model: to SFT
+it adds two binary cross-entropies on the length-normalized probability p.
 
     s(y) = 1/|y| sum_t log pi(y_t | x, y_<t)      p = exp(s)      o = log( p / (1 - p) )
     loss = -s(y_w) + weight [ -log sigmoid(o(y_w)) - log sigmoid(-o(y_l)) ]
          = -(1 + weight) s(y_w) - weight log(1 - p(y_l))
 
-The second form is SFT plus unlikelihood: the gradient in s_w is constant, the one in s_l fades
-with p_l.
+The second form is SFT plus unlikelihood training. Its gradient in s(y_w) is constant, and its
+gradient in s(y_l) vanishes as p(y_l) goes to 0.
 
 Differences from the paper
-1. We had no access to it: formulas and weight are those of arXiv:2502.01237.
+1. We had no access to the paper; the formulas and the weight are those of arXiv:2502.01237.
 2. `beta` (a temperature of o) and `supervised` come from that study.
-3. s_l (and s_w, if beta is not 1) is clamped at -1e-6, where the loss would be infinite.
-4. Images are refused: minus a noise error is not a log-probability.
+3. s(y_l), and with beta != 1 also s(y_w), is clamped at -1e-6, since the loss is infinite at 0.
+4. Images are refused, since minus a noise error is not a log-prob.
 
-Anchored SFT (arXiv:2509.23753) is another method.
+Anchored SFT (arXiv:2509.23753) is a different method.
 
     python train.py --method asft                      the chosen log-prob ends above DPO's
     python train.py --method asft --weight 0,1,10      0 is SFT
@@ -43,23 +43,26 @@ LARGEST = -1e-6  # s is clamped here: log(1 - exp(s)) is -inf at 0
 
 @dataclass(frozen=True)
 class Config:
-    weight: float = 1.0  # of the two cross-entropies (lambda in the paper); 0 is SFT
+    weight: float = 1.0  # weight of the two cross-entropies (lambda in the paper); 0 is SFT
     beta: float = 1.0  # temperature of the log-odds; 1 is ASFT
-    supervised: bool = True  # false: without -s(y_w), for a model that had an SFT stage
+    supervised: bool = True  # add -s(y_w); false for a model that has been through SFT
 
     def __post_init__(self):
         check_fields(self, weight="[0, inf)", beta="(0, inf)")
         if self.weight == 0 and (self.beta != 1 or not self.supervised):
-            raise UserError("weight = 0 leaves SFT alone: beta must be 1 and supervised true")
+            raise UserError("weight = 0 is plain SFT: beta must be 1 and supervised true")
 
 
 def log1mexp(s):
-    """log(1 - exp(s)) for s < 0, exact to the last digits near 0 and far from it."""
+    """log(1 - exp(s)) for s < 0, accurate both near 0 and far from it."""
     return torch.where(s > -math.log(2), torch.log(-torch.expm1(s)), torch.log1p(-torch.exp(s)))
 
 
 def loss(logps, ref_logps, batch, cfg):
-    """logps (B, 2, T), chosen first, 0 outside batch.mask -> losses (B,), metrics; no reference."""
+    """logps (B, 2, T), chosen first, 0 outside batch.mask -> losses (B,), metrics.
+
+    There is no reference, so ref_logps is not read.
+    """
     logps, _ = pair(logps, None, batch)
     if readable(logps) and (logps > 0).any():
         raise UserError(f"log-prob {logps.max():g} is positive: ASFT needs probabilities")
