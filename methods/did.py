@@ -1,11 +1,11 @@
 """DID - Differential Information: An Information-Theoretic Perspective on Preference Optimization
 (2025), arXiv:2505.23761
 
-Seen as a Bayesian update, moving from pi_ref to pi is evidence with likelihood pi / pi_ref; the
-normalized ratio q is the differential information distribution (DID). Let y_w come from pi_ref and
-y_l from another policy pi_l, and let the source be the label. If q_{ref/l} is q_{*/ref} to the
-power beta, normalized, then DPO with the same beta ends at the target pi*. That condition gives
-the rejected responses' best sampler:
+If the step from pi_ref to pi is a Bayesian update, its evidence has likelihood pi / pi_ref. This
+ratio, normalized over responses, is the differential information distribution (DID) q_{pi/ref}.
+Let chosen responses be sampled from pi_ref and rejected ones from another policy pi_l. If q_{ref/l}
+is proportional to q_{*/ref} to the power beta, then the optimum of DPO with the same beta is the
+target policy pi*. This condition yields the best sampler pi_l of rejected responses:
 
     q_{pi/ref}(y) = [pi(y) / pi_ref(y)] / sum_y' [pi(y') / pi_ref(y')]
     pi_l(y) ~ pi_ref(y) [pi_ref(y) / pi*(y)]^beta                  (Theorem 3.3, solved for pi_l)
@@ -14,7 +14,7 @@ the rejected responses' best sampler:
 
 Differences from the paper
 1. The target is pi* ~ pi_ref exp(r / goal), with the true reward r.
-2. `run` picks y_l from k - 1 samples of pi_ref by pi_l / pi_ref, which is exact as k grows.
+2. `run` resamples y_l from k - 1 samples of pi_ref, which becomes exact as k grows.
 3. DPO-PG and the entropy estimate are left out: we had no access to their definitions.
 
     python train.py --method did                 the true reward rises, the chosen log-prob falls
@@ -30,7 +30,7 @@ from data import Paper, UserError, check_fields, pair, reorder
 PAPER = Paper(
     "pairs",
     worlds=("text", "images", "table"),
-    needs="reward",  # it draws its own pairs
+    needs="reward",  # `run` makes its own pairs
     defaults=dict(world="reviews", k=8, label_temperature=0.0),
 )
 
@@ -38,7 +38,7 @@ PAPER = Paper(
 @dataclass(frozen=True)
 class Config:
     beta: float = 0.5  # power of the sampler and strength of the pull to the reference
-    goal: float = 0.25  # the target is pi_ref exp(r / goal): a small value is a far target
+    goal: float = 0.25  # the target is pi_ref exp(r / goal); a smaller goal is farther away
 
     def __post_init__(self):
         check_fields(self, beta="(0, inf)", goal="(0, inf)")
@@ -54,21 +54,26 @@ def loss(logps, ref_logps, batch, cfg):
 
 
 def did(log_p, log_ref):
-    """Log of the differential information distribution of log_p against log_ref, (..., R)."""
+    """Log-probs (..., R) of the differential information distribution of log_p against log_ref.
+
+    log_p, log_ref: log-probs (..., R) of all R responses.
+    """
     return (log_p - log_ref).log_softmax(-1)
 
 
 def rejected_sampler(log_ref, log_target, beta):
     """Log-probs (..., R) of the best sampler of rejected responses. UserError: beta <= 0."""
     if not 0 < beta < float("inf"):
-        raise UserError(f"beta = {beta}: expected a number in (0, inf); at 0 labels carry nothing")
+        raise UserError(f"beta = {beta}: expected a number in (0, inf); with 0 labels are random")
     return (log_ref + beta * (log_ref - log_target)).log_softmax(-1)
 
 
 def source_pairs(rows, cfg, rng):
-    """Rows of k scored samples of pi_ref -> pairs: the first sample, and one of the others.
+    """Rows of k scored samples of pi_ref -> pairs of the first sample and one of the others.
 
-    The rejected response is drawn with weights exp(-beta score / goal). UserError: k < 3."""
+    The rejected response is drawn with weights exp(-beta score / goal), which are proportional to
+    pi_l / pi_ref. UserError: k < 3.
+    """
     pairs = []
     for row in rows:
         if len(row["responses"]) < 3:
@@ -82,7 +87,7 @@ def source_pairs(rows, cfg, rng):
 
 def run(lab, cfg):
     if lab.k < 3:
-        raise UserError(f"--k {lab.k} leaves no choice of the rejected response: at least 3")
+        raise UserError(f"--k {lab.k} is too few to choose a rejected response from: at least 3")
     policy = lab.base()
     data = lab.rows(source_pairs(lab.preferences(policy), cfg, lab.rng("sources")))
     return lab.align(policy, data, loss, cfg)
