@@ -1,23 +1,23 @@
 """f-DPO - Beyond Reverse KL: Generalizing Direct Preference Optimization with Diverse Divergence
 Constraints (2023), arXiv:2309.16240
 
-DPO's reverse KL removes the probability of whatever the reward dislikes; other f-divergences keep
-more of it. If f' is unbounded below at 0, the reward is still a function of u = pi / pi_ref,
-r = beta f'(u) + a constant of the prompt, so DPO's loss needs one change: f'(u) in place of log u.
-With rho = log u and s(rho) = f'(exp(rho)), up to a constant:
+Under DPO's reverse KL the policy gives up responses of low reward; other f-divergences keep more
+of their probability. If f' is unbounded below at 0, the reward is still a function of the ratio
+u = pi / pi_ref, namely r = beta f'(u) + a constant of the prompt. DPO's loss then needs one
+change: f'(u) replaces log u. With rho = log u and s(rho) = f'(exp(rho)), up to a constant:
 
     z = beta [ s(rho_w) - s(rho_l) ]
     loss = -log sigmoid(z)
 
-Forward KL and alpha push hard on responses that the policy has already lowered, and hardly on
-those that it has raised. Jensen-Shannon is half as stiff at the reference, so its beta counts
-half. Total variation and chi-squared do not qualify: their f'(0) is finite.
+Forward KL and alpha have large gradients at responses that the policy has made less likely, and
+small ones at those that it has made more likely. Jensen-Shannon has slope 1/2 at the reference, so
+it needs twice DPO's beta. Total variation and chi-squared are excluded, since f'(0) is finite.
 
 Differences from the paper
 1. Exponents are clamped at 40, since larger ones overflow the gradient norm in float32.
-2. alpha is the paper's order; TRL since 0.29 calls 1 - alpha by that name.
+2. alpha is the order as in the paper; since version 0.29, TRL's alpha is 1 - alpha.
 
-    python train.py --method fdpo --divergence rkl,js,fkl            fkl moves less
+    python train.py --method fdpo --divergence rkl,js,fkl            fkl moves the least
     python train.py --method fdpo --divergence alpha --alpha 0.3     between rkl and fkl
 """
 
@@ -36,14 +36,14 @@ PAPER = Paper(
 )
 
 VARIANTS = dict(rkl=dict(), fkl=dict(), js=dict(), alpha=dict(alpha=0.5))
-LARGEST = 40.0  # exponent: a gradient norm sums squares, and exp(44) squared overflows float32
+LARGEST = 40.0  # of an exponent: a gradient norm sums squares, and exp(45) squared overflows
 
 
 @dataclass(frozen=True)
 class Config:
     beta: float = 0.1  # strength of the pull to the reference; js needs twice as much
     divergence: str = "js"  # rkl (DPO), fkl, js or alpha
-    alpha: float | None = None  # order of alpha: 0 is rkl, 1 is fkl
+    alpha: float | None = None  # order of the alpha-divergence; 0 is rkl, 1 is fkl
 
     def __post_init__(self):
         fill_variant(self, VARIANTS, "divergence")
@@ -51,7 +51,7 @@ class Config:
 
     @property
     def order(self):
-        """The a in exp(-a rho), the slope of s; 0 where s has no such exponent."""
+        """The a in ds/drho = exp(-a rho); 0 where the slope of s is bounded."""
         return {"rkl": 0.0, "fkl": 1.0, "js": 0.0}.get(self.divergence, self.alpha)
 
 
@@ -66,12 +66,18 @@ def forward_kl(rho, alpha):
 
 
 def jensen_shannon(rho, alpha):
-    """Twice the usual one: f(u) = u log u - (u + 1) log((u + 1) / 2), ds/drho = sigmoid(-rho)."""
+    """f(u) = u log u - (u + 1) log((u + 1) / 2), ds/drho = sigmoid(-rho).
+
+    This is twice the usual Jensen-Shannon divergence.
+    """
     return F.logsigmoid(rho)
 
 
 def alpha_divergence(rho, alpha):
-    """f(u) = (u^(1 - alpha) - (1 - alpha) u - alpha) / (alpha^2 - alpha), ds = exp(-alpha rho)."""
+    """f(u) = (u^(1 - alpha) - (1 - alpha) u - alpha) / (alpha^2 - alpha).
+
+    ds/drho = exp(-alpha rho)
+    """
     return -torch.expm1((-alpha * rho).clamp(max=LARGEST)) / alpha if alpha else rho
 
 
@@ -83,7 +89,7 @@ def loss(logps, ref_logps, batch, cfg):
     logps, ref_logps = pair(logps, ref_logps, batch)
     chosen, rejected = (logps - ref_logps).sum(-1).unbind(1)  # (B,) log-ratios: SUM over tokens
     s = DIVERGENCES[cfg.divergence]
-    z = cfg.beta * (s(chosen, cfg.alpha) - s(rejected, cfg.alpha))  # (B,) implicit margin
+    z = cfg.beta * (s(chosen, cfg.alpha) - s(rejected, cfg.alpha))  # (B,) margin of the reward
     losses = -F.logsigmoid(z)
     clamped = -cfg.order * torch.stack([chosen, rejected]) > LARGEST
     return losses, {
