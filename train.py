@@ -28,7 +28,7 @@ from lab import Lab, Settings, claims, contract, flags, folder, manual, report
 from lab.align import Stop
 from lab.loop import Diverged
 from lab.settings import title
-from lab.store import write_json, write_text
+from lab.store import open_cache, write_json, write_text
 
 # ---------------------------------------------------------------- a run
 
@@ -291,6 +291,7 @@ def main(argv):
             return 0
         runs = flags.combinations(given, chosen)
         flags.refuse_idle_actions(given, runs)
+        open_cache()
         if "prompt" in given:
             ask(runs[0].settings, given["prompt"])
             return 0

@@ -12,7 +12,7 @@ import sys
 import torch
 
 from data import UserError
-from lab.store import write_json
+from lab.store import clear_half_written, write_json
 
 MARK = "run.json"
 
@@ -42,7 +42,7 @@ def folder(run, flags, label, resumed=None):
     former = aside(out)
     with contextlib.ExitStack() as held:
         held.enter_context(locked(out))
-        clear(out)
+        clear_half_written(out)
         try:
             if not resumed:
                 write_run(out, run, flags)
@@ -134,15 +134,6 @@ def trained(out):
         if any(n in work or "-checkpoint-" in n for n in names):
             return True
     return False
-
-
-def clear(out):
-    """Remove the half-written files of a run that was killed."""
-    for place, _, names in os.walk(out):
-        for name in names:
-            if name.startswith(".writing-"):
-                with contextlib.suppress(OSError):
-                    os.unlink(os.path.join(place, name))
 
 
 # ---------------------------------------------------------------- run.json

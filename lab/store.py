@@ -1,6 +1,7 @@
 """Values on disk: files written in one step, tensors, JSON, and the cache.
 
 Nothing here unpickles or executes anything: tensors are safetensors, everything else is JSON.
+A value carries the checksums of its bytes; one that does not fit them is made anew.
 """
 
 import contextlib
@@ -10,7 +11,9 @@ import inspect
 import json
 import math
 import os
+import re
 import subprocess
+import sys
 import tempfile
 import time
 
@@ -56,7 +59,9 @@ def write_text(path, text):
 
 
 def save_tensors(path, tensors, metadata=None):
-    """Write {name: tensor} as safetensors in one step; tied or strided tensors are copied."""
+    """Write {name: tensor} as safetensors in one step -> the sha256 of the file's bytes.
+
+    Tied or strided tensors are copied."""
     from safetensors.torch import save
 
     copies = {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}
@@ -67,6 +72,7 @@ def save_tensors(path, tensors, metadata=None):
             file.write(data)
 
     write_beside(path, write)
+    return hashlib.sha256(data).hexdigest()
 
 
 def load_tensors(path):
@@ -119,40 +125,99 @@ def unpack(value, tensors):
     return [unpack(v, tensors) for v in value] if isinstance(value, list) else value
 
 
+SEALED = re.compile(rb'\{"sha256": "([0-9a-f]{64})", ')  # how the JSON of a value begins
+
+
 def save_value(path, value):
     """Write a value as `path`.json, and its tensors (if any) as safetensors beside it.
 
-    The JSON comes last and makes the value whole."""
+    The JSON comes last and makes the value whole. It begins with the sha256 of what follows, and
+    holds that of the tensors."""
     tensors = {}
-    packed, name = pack(value, tensors), None
+    packed, name, checksum = pack(value, tensors), None, None
     if tensors:  # a name of its own: the file that an older JSON points to must not change under it
         name = f"{os.path.basename(path)}.{os.getpid()}-{time.monotonic_ns()}.safetensors"
-        save_tensors(os.path.join(os.path.dirname(path), name), tensors)
+        checksum = save_tensors(os.path.join(os.path.dirname(path), name), tensors)
+    body = json.dumps({"tensors": name, "tensors_sha256": checksum, "value": packed})
     old = _tensor_file(path)
-    write_text(path + ".json", json.dumps({"tensors": name, "value": packed}))
+    write_text(path + ".json", f'{{"sha256": "{_sha256(body.encode())}", {body[1:]}')
     if old and old != name:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             os.unlink(os.path.join(os.path.dirname(path), old))
 
 
-def _tensor_file(path):
-    with contextlib.suppress(OSError, json.JSONDecodeError, KeyError, TypeError):
-        with open(path + ".json", encoding="utf-8") as file:
-            return os.path.basename(json.load(file)["tensors"] or "")
-
-
 def load_value(path):
-    """The value written by `save_value`, or None when there is none (or it is damaged)."""
+    """The value written by `save_value`, or None when there is none.
+
+    None, too, and a line on stderr, when its files do not have the checksums they had."""
     try:
+        with open(path + ".json", "rb") as file:
+            data = file.read()
+        return _unsealed(path, data)
+    except FileNotFoundError as error:
+        if error.filename == path + ".json":
+            return None
+        with contextlib.suppress(OSError), open(path + ".json", "rb") as file:
+            if file.read() != data:  # another run has just written the same value
+                return load_value(path)
+    except (OSError, ValueError):
+        pass
+    print(f"{path}.json is damaged: its value is made anew", file=sys.stderr)
+    return None
+
+
+def _unsealed(path, data):
+    """The value in the JSON `data` of `path`; ValueError: it is damaged."""
+    from safetensors.torch import load
+
+    found = SEALED.match(data)
+    body = b"{" + data[found.end() :] if found else b""
+    if not found or _sha256(body) != found[1].decode():
+        raise ValueError
+    kept, tensors = json.loads(body), {}
+    if kept["tensors"]:
+        with open(os.path.join(os.path.dirname(path), kept["tensors"]), "rb") as file:
+            stored = file.read()
+        if _sha256(stored) != kept["tensors_sha256"]:
+            raise ValueError
+        tensors = load(stored)
+    return unpack(kept["value"], tensors)
+
+
+def _sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def _tensor_file(path):
+    """The name of the file with the tensors of a value, or None."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         with open(path + ".json", encoding="utf-8") as file:
-            packed = json.load(file)
-        name = packed["tensors"]
-        tensors = {}
-        if name:
-            tensors = load_tensors(os.path.join(os.path.dirname(path), os.path.basename(name)))
-        return unpack(packed["value"], tensors)
-    except (OSError, ValueError, KeyError):
-        return None
+            return os.path.basename(json.load(file)["tensors"])
+
+
+def open_cache():
+    """Make the cache's folder, and clear it of what killed runs left half-written there.
+
+    UserError: it cannot be written."""
+    try:
+        os.makedirs(CACHE, exist_ok=True)
+        with tempfile.TemporaryFile(dir=CACHE):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"the cache {CACHE} cannot be written ({error.strerror}); "
+            "the environment variable NANOPREF_CACHE names another folder"
+        ) from None
+    clear_half_written(CACHE, age=86400.0)  # other runs write there now
+
+
+def clear_half_written(folder, age=0.0):
+    """Remove what `write_beside` left in a folder and below it, if it is `age` seconds old."""
+    for place, _, names in os.walk(folder):
+        for path in (os.path.join(place, n) for n in names if n.startswith(".writing-")):
+            with contextlib.suppress(OSError):
+                if not age or time.time() - os.path.getmtime(path) > age:
+                    os.unlink(path)
 
 
 def digest(*parts):
