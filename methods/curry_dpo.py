@@ -1,21 +1,21 @@
 """Curry-DPO - Enhancing Alignment using Curriculum Learning & Ranked Preferences (2024),
 arXiv:2403.07230
 
-Preference data often hold K > 2 rated responses to a prompt, of which DPO uses one pair. With
-R1 the best, K - 1 pairs share the chosen response: (R1, RK) is the easiest, (R1, R2) the hardest.
+Preference data often have K > 2 rated responses per prompt, of which DPO uses one pair. If R1 is
+the best response, K - 1 pairs share it as chosen: (R1, RK) is the easiest, (R1, R2) the hardest.
 Curry-DPO trains on them from easy to hard, one round per difficulty. Each round starts from the
-policy rho that the previous one ended with, and rho is also its reference:
+policy rho with which the previous round ended, and rho is also its reference:
 
     z = beta [ log pi(y_w) / rho(y_w) - log pi(y_l) / rho(y_l) ]
     loss = -log sigmoid(z)
 
-A moving reference acts like a smaller beta: each exact round on all pairs adds r / beta to the
-logits, so M rounds are one DPO with beta / M. Compare with that DPO as well.
+A moving reference acts like a smaller beta: each round that is trained to its optimum on all pairs
+adds r / beta to the logits, so M rounds amount to one run of DPO with beta / M.
 
 Differences from the paper
-1. The training details are not public: rounds have fresh optimizers and equal steps.
-2. Pairs of equal ratings or of equal responses are left out.
-3. The fields `reference`, `order` and `pairs` are controls.
+1. Training details are not public; here each round has a new optimizer and equally many steps.
+2. Pairs with equal ratings or identical responses are left out.
+3. The fields `reference`, `order` and `pairs` are for ablations.
 
     python train.py --method curry_dpo                       the true reward rises in every round
     python train.py --method curry_dpo --order hard_easy     the rounds in the opposite order
@@ -38,10 +38,10 @@ PAPER = Paper(
 @dataclass(frozen=True)
 class Config:
     beta: float = 0.1  # strength of the pull to the round's reference, as in DPO
-    reference: str = "previous"  # the policy when the round began; sft: the base model
-    order: str = "easy_hard"  # of the rounds; hard_easy; pooled: all pairs in every round
-    pairs: str = "star"  # the best against each other one; single: against the worst (pooled only)
-    rounds: int = 3  # as many as difficulties, k - 1, unless pooled
+    reference: str = "previous"  # previous: the policy as the round begins; sft: the base model
+    order: str = "easy_hard"  # easy_hard or hard_easy; pooled: all pairs in every round
+    pairs: str = "star"  # star: best against all others; single: against the worst (pooled only)
+    rounds: int = 3  # one per difficulty, which makes k - 1; any number if pooled
 
     def __post_init__(self):
         check_fields(
@@ -53,7 +53,7 @@ class Config:
             rounds="[1, inf)",
         )
         if self.pairs == "single" and self.order != "pooled":
-            raise UserError(f"order = {self.order}: pairs = single need order = pooled")
+            raise UserError(f"order = {self.order}: pairs = single needs order = pooled")
 
 
 def loss(logps, ref_logps, batch, cfg):
@@ -66,9 +66,11 @@ def loss(logps, ref_logps, batch, cfg):
 
 
 def star(row):
-    """[(rank of the rejected response, pair)] of a row: the best against each other, worst first.
+    """The pairs of a row, as [(rank of the rejected response, pair)], worst rejected first.
 
-    UserError: all ratings are equal, or the responses continue each other."""
+    The chosen response is always the best one. UserError: all ratings are equal, or the responses
+    continue each other.
+    """
     if any(parent >= 0 for parent in row.get("parents", ())):
         raise UserError(f"the responses to {row['prompt']!r} continue each other: not pairs")
     scores, pairs = row["scores"], []
@@ -87,8 +89,9 @@ def star(row):
 def curriculum(rows, cfg):
     """Rows of K rated responses -> a list of pairs for each round.
 
-    UserError: a round has no pairs, or there are not as many rounds as difficulties."""
-    rows = [row for row in rows if len(set(row["scores"])) > 1]  # ties teach nothing
+    UserError: a round has no pairs, or the number of rounds is not that of the difficulties.
+    """
+    rows = [row for row in rows if len(set(row["scores"])) > 1]  # drop rows of ties
     hardest = max((len(row["scores"]) for row in rows), default=0) - 1
     pairs = [each for row in rows for each in star(row)]
     if cfg.order == "pooled":
