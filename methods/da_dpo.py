@@ -1,25 +1,26 @@
 """DA-DPO - Cost-efficient Difficulty-aware Preference Optimization for Reducing MLLM Hallucinations
 (2026), arXiv:2601.00623
 
-Most multimodal preference pairs are easy: the rejected response is plainly wrong. DPO keeps
-raising their margins, while fine-grained pairs hardly move. DA-DPO measures the gap of a pair
-once, with two frozen estimators, a contrastive one (CLIP) and a generative one. The
-larger the gap, the larger the pair's beta, and the earlier its margin saturates:
+Most multimodal preference pairs are easy, since the rejected response is plainly wrong. DPO keeps
+raising their margins, while the margins of fine-grained pairs hardly change. DA-DPO measures once
+how far the two responses of a pair are apart, with two frozen estimators, a contrastive one (CLIP)
+and a generative one. The larger this gap, the larger the pair's beta, and the sooner it saturates:
 
     g = a_c Phi((c - mean c) / std c) + a_m Phi((m - mean m) / std m)                gaps c and m
     z = beta alpha (1 + g) [ log pi(y_w) / pi_ref(y_w) - log pi(y_l) / pi_ref(y_l) ]
     loss = -log sigmoid(z)
 
-An easy pair has a larger gradient than under DPO at first, a smaller one later.
+An easy pair has a larger gradient than under DPO at first, and a smaller one later.
 
 Differences from the paper
-1. The code of the gaps is unpublished; normalizer and vote are our reading.
-2. m is that of the reference, summed.
-3. Without image-text similarity, c is how much log p(y) depends on its prompt.
-4. reach scales g; matched keeps the mean beta of DPO.
+1. The code of the gaps is unpublished; Phi and the weights a_c, a_m are our reading of the text.
+2. The generative score is the summed log-prob under the reference.
+3. In worlds without an image-text similarity, the contrastive score is log p(y) with its own
+   prompt minus log p(y) with another row's prompt.
+4. The fields `reach`, which scales g, and `matched` are ours.
 
     python train.py --method da_dpo                  fewer captions hallucinate
-    python train.py --method da_dpo --matched true   at the mean beta of DPO
+    python train.py --method da_dpo --matched true   with the mean beta of DPO
 """
 
 from dataclasses import dataclass, replace
@@ -43,8 +44,8 @@ class Config:
     alpha: float = 1.0  # scale of all betas; db_alpha in the released code
     reach: float = 1.0  # weight of the gap g
     gap: str = "normalised"  # g: normalised gaps, or absolute or signed gaps of normalised scores
-    contrastive: float | None = None  # vote a_c; default: the accuracies of the two, relatively
-    matched: bool = False  # divide alpha by the mean of 1 + reach g over the pairs
+    contrastive: float | None = None  # weight a_c; default: in proportion to the two accuracies
+    matched: bool = False  # scale all betas so that their mean is beta alpha
 
     def __post_init__(self):
         gaps = ("normalised", "absolute", "signed")
@@ -52,7 +53,7 @@ class Config:
         check_fields(self, gap=gaps, contrastive="[0, 1]")
         if self.gap == "signed" and self.reach > 1:
             raise UserError(
-                f"reach = {self.reach} makes some betas negative with gap = signed; at most 1 fits"
+                f"reach = {self.reach} with gap = signed makes some betas negative: at most 1"
             )
 
 
@@ -67,7 +68,8 @@ def pair_beta(quality, cfg):
 def loss(logps, ref_logps, batch, cfg):
     """logps, ref_logps (B, 2, T), chosen first, 0 outside batch.mask -> losses (B,), metrics.
 
-    The column quality (B, 2) holds the normalised scores of the estimators, chosen first."""
+    The column quality (B, 2) holds the normalised scores of both responses, chosen first.
+    """
     logps, ref_logps = pair(logps, ref_logps, batch)
     chosen, rejected = (logps - ref_logps).sum(-1).unbind(1)  # (B,) log-ratios: SUM over tokens
     delta = chosen - rejected  # (B,)
@@ -78,7 +80,7 @@ def loss(logps, ref_logps, batch, cfg):
 
 
 def normalised(values):
-    """Phi((v - mean) / std), by a Gaussian fitted to all values; 1/2 where they are all equal."""
+    """Phi((v - mean) / std) of the values v, in (0, 1); 1/2 if all values are equal."""
     spread = values.std(correction=0)
     if not spread > 1e-12 * (1 + values.abs().max()):
         return torch.full_like(values, 0.5)
@@ -86,19 +88,22 @@ def normalised(values):
 
 
 def accuracy(scores):
-    """Share of the pairs, scores (N, 2), that an estimator ranks as labelled; ties count half."""
+    """The share of pairs, with scores (N, 2), ranked as they are labelled; ties count half."""
     return (torch.sign(scores[:, 0] - scores[:, 1]) / 2 + 0.5).mean().item()
 
 
 def vote(contrastive, generative, cfg):
-    """The column quality (N, 2) from the scores of both estimators, (N, 2) float64 each."""
+    """The column quality (N, 2) from the scores of both estimators, each (N, 2) float64.
+
+    UserError: a score is not finite.
+    """
     for name, scores in dict(contrastive=contrastive, generative=generative).items():
         if not scores.isfinite().all():
             raise UserError(f"the {name} estimator has no finite score for some response")
     right = accuracy(contrastive), accuracy(generative)
     share = right[0] / sum(right) if sum(right) else 0.5
     share = share if cfg.contrastive is None else cfg.contrastive
-    if cfg.gap == "normalised":  # the gap itself, against 0
+    if cfg.gap == "normalised":  # the quality of chosen is the normalised gap, of rejected 0
         gaps = [normalised(x[:, 0] - x[:, 1]) for x in (contrastive, generative)]
         contrastive, generative = (torch.stack([g, 0 * g], 1) for g in gaps)
     else:
@@ -124,7 +129,7 @@ def estimates(lab, model, rows):
 
 
 def balanced(cfg, quality):
-    """The Config for these pairs: with matched, their mean beta is beta alpha."""
+    """The Config for these pairs; with `matched`, their mean beta becomes beta alpha."""
     if not cfg.matched:
         return cfg
     mean = pair_beta(quality, cfg).mean().item()
