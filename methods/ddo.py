@@ -1,24 +1,24 @@
 """DDO - Direct Discriminative Optimization: Your Likelihood-Based Visual Generative Model is
 Secretly a GAN Discriminator (2025), arXiv:2503.01103
 
-Maximum likelihood with too small a model covers every mode and spills mass between them. A GAN's
-discriminator would see the difference: against samples of p_ref its optimum is
-sigmoid(log p_data / p_ref). Direct Discriminative Optimization writes this discriminator as
+A model that is too small and trained by maximum likelihood covers every mode of the data, but also
+puts probability between the modes. A GAN's discriminator would see this: against samples of p_ref
+its optimum is sigmoid(log p_data / p_ref). DDO writes this discriminator as
 sigmoid(log p / p_ref) with the likelihood model p itself, so training the discriminator trains the
-model. There are no preferences: real data are told from the reference's own samples, each in its
-own sigmoid, and the best model becomes the next reference.
+model. There are no preferences: real data and samples of the reference are two classes, and the
+best model becomes the reference of the next round.
 
     r(x) = log p(x) - log p_ref(x)
-    loss = -log sigmoid( beta r(real) ) - alpha log sigmoid( -beta r(own sample) )        (eq. 13)
+    loss = -log sigmoid( beta r(real) ) - alpha log sigmoid( -beta r(sample) )            (eq. 13)
 
 On images log p is minus the weighted noise error at one draw of noise (eq. 14-16).
 
 Differences from the paper
-1. A real response and an own sample for the same prompt or class make one row and share its noise.
-2. There is no classifier-free guidance, so there are no rows without a label.
-3. Weights are not averaged.
-4. alpha and beta stay the same in all rounds.
-5. The best round has the smallest Frechet distance where the world has one, else it is the last.
+1. A real response and a sample for the same prompt or class make one row and share their noise.
+2. There is no classifier-free guidance, so every row has a label.
+3. There is no moving average of the weights.
+4. alpha and beta are the same in all rounds.
+5. The best round is that of the smallest Frechet distance where the world has one, else the last.
 
     python train.py --method ddo                      told_apart rises above one half
     python train.py --method ddo --rounds 4           more self-play rounds in the same steps
@@ -45,11 +45,11 @@ PAPER = Paper(
 
 @dataclass(frozen=True)
 class Config:
-    beta: float = 1.0  # scale of the log-ratio (sec. 3.3), about 1 / dimensions of an image
-    alpha: float = 0.8  # weight of the own samples (sec. 3.3); mass collapses if it is too large
-    rounds: int = 2  # of self-play; the steps are divided among them
-    p_mean: float | None = None  # images: noise with ln sigma ~ N(p_mean, p_std^2), EDM's weight
-    p_std: float | None = None  # given together with p_mean, or not at all
+    beta: float = 1.0  # scale of the log-ratio (sec. 3.3); images: about 1 / number of dimensions
+    alpha: float = 0.8  # weight of the samples (sec. 3.3); the model collapses if it is too large
+    rounds: int = 2  # rounds of self-play, which share the steps
+    p_mean: float | None = None  # images: draw ln sigma from N(p_mean, p_std^2), with EDM's weight
+    p_std: float | None = None  # standard deviation of ln sigma; needs p_mean
 
     def __post_init__(self):
         check_fields(self, beta="(0, inf)", alpha="[0, inf)", rounds="[1, inf)")
@@ -64,7 +64,7 @@ def loss(logps, ref_logps, batch, cfg):
     real, fake = (logps - ref_logps).sum(-1).unbind(1)  # (B,) log-ratios r: SUM over tokens (eq. 1)
     losses = -F.logsigmoid(cfg.beta * real) - cfg.alpha * F.logsigmoid(-cfg.beta * fake)  # eq. 13
     right = torch.cat([real, -fake])
-    told_apart = ((right > 0).to(right.dtype) + 0.5 * (right == 0)).mean()  # accuracy
+    told_apart = ((right > 0).to(right.dtype) + 0.5 * (right == 0)).mean()  # ties count half
     ratios = {"real_ratio": real.detach().mean(), "fake_ratio": fake.detach().mean()}
     return losses, ratios | {"told_apart": told_apart}
 
@@ -76,13 +76,13 @@ def run(lab, cfg):
         steps = lab.steps * (round + 1) // cfg.rounds - lab.steps * round // cfg.rounds
         policy = one_round(lab, copy.deepcopy(best), cfg, steps, round)
         distance = frechet(lab, policy)
-        if distance <= shortest:
+        if distance <= shortest:  # without distances, both are 0 and the last round wins
             best, shortest = policy, distance
     return best
 
 
 def one_round(lab, policy, cfg, steps, round=0):
-    """Train a policy, in place and with a fresh optimizer, against samples of what it is now."""
+    """Train a policy, in place and with a new optimizer, against samples of its current weights."""
     how = edm_noise(lab, cfg, policy)
 
     def data(reference, _):
@@ -97,7 +97,7 @@ def one_round(lab, policy, cfg, steps, round=0):
 
 
 def real_and_fake(real, fake):
-    """Rows of one real response, rows of one sample for the same prompt -> rows of both."""
+    """Join rows of one real response and rows of one sample for the same prompt -> pairs."""
     rows = []
     for a, b in zip(real, fake, strict=True):
         both = [a["responses"], b["responses"]]
@@ -109,7 +109,10 @@ def real_and_fake(real, fake):
 
 
 def edm_noise(lab, cfg, model):
-    """The options of `lab.align` that draw and weigh noise as EDM does; {} if p_mean is None."""
+    """Options of `lab.align` that draw and weight noise as EDM does; {} if p_mean is None.
+
+    UserError: p_mean is given in a world that is not of images.
+    """
     if cfg.p_mean is None:
         return {}
     if lab.world.kind != "images":
@@ -121,11 +124,11 @@ def edm_noise(lab, cfg, model):
     between = (levels[1:] + levels[:-1]) / 2
 
     def times(n, rng):
-        """The n steps whose ln sigma is nearest to the draws."""
+        """The n steps (n,) whose ln sigma is nearest to n draws."""
         return torch.bucketize(cfg.p_mean + cfg.p_std * torch.randn(n, generator=rng), between)
 
     def weight(t):
-        """1 / c_out^2 of the error in the image, which is sigma times the error in the noise."""
+        """EDM's weight 1 / c_out^2 times sigma^2, since the image's error is sigma times eps's."""
         return 1 + (to_sigma(model.alpha_bar[t]) / model.sd) ** 2
 
     def prepare(policy, batch):
@@ -138,7 +141,7 @@ def edm_noise(lab, cfg, model):
 
 
 def frechet(lab, policy):
-    """Frechet distance of samples to the data where the world has one, else 0: keep every round."""
+    """Frechet distance of samples to the data; 0 where the world has none."""
     if lab.world.frechet is None:
         return 0.0
     return lab.stage("frechet", lambda: lab.world.measure(policy, lab)["frechet"])
