@@ -15,11 +15,11 @@ a penalty on the KL that acts only outside a trust region of radius delta:
 A round samples groups of K responses from pi_old and takes one pass over them.
 
 Differences from the paper
-1. The default delta is ten times the paper's: a step of a small model moves farther.
-2. The penalty is the paper's square; the official code has half its gradient.
+1. The default delta is ten times the paper's, since one step moves a small model farther.
+2. The penalty is the square, as in the paper; the official code has half its gradient.
 
     python train.py --method disco                       the success rate rises
-    python train.py --method disco,grpo --seeds 3        beside GRPO, at equal rollouts
+    python train.py --method disco,grpo --seeds 3        beside GRPO, with as many rollouts
 """
 
 from dataclasses import dataclass
@@ -45,7 +45,7 @@ class Config:
     tau: float | None = None  # disco: temperature of the logsumexp [1 with l_ratio, 10 with log_l]
     delta: float | None = None  # radius of the trust region, nats per token [0.001]; paper: 1e-4
     beta: float | None = None  # weight of the penalty outside the trust region [1000]
-    estimator: str | None = None  # of the KL: k1 (log-ratio) or k3 (never negative) [k1]
+    estimator: str | None = None  # estimator of the KL: k1 (log-ratio) or k3 (never negative) [k1]
 
     def __post_init__(self):
         fill_variant(self, VARIANTS)
@@ -62,7 +62,7 @@ class Config:
 
 
 def check_verified(batch):
-    """UserError unless all scores are 0 or 1 and every row has a response with a scored token.
+    """Check that scores are 0 or 1 and that every row has a scored token; else UserError.
 
     CPU only: on CUDA this check would force a host-device sync, and rows were validated when
     they were loaded. An absent response has no scored token and a score of 0.
@@ -70,19 +70,22 @@ def check_verified(batch):
     if batch.mask.device.type != "cpu":
         return
     if not ((batch.scores == 0) | (batch.scores == 1)).all():
-        raise UserError("a score is neither 0 nor 1: a verifier says right or wrong")
+        raise UserError("a score is neither 0 nor 1, but DisCO needs the rewards of a verifier")
     present = batch.mask.any(-1)
     if (batch.scores.bool() & ~present).any() or not present.any(1).all():
         raise UserError("a response has no scored token")
 
 
 def mean_of(x, where):
-    """Mean (B,) of x (B, K) over the responses `where` (B, K) is true; 0 if there are none."""
+    """Mean (B,) of x (B, K) over the responses for which `where` (B, K) is true; 0 if none."""
     return (x * where).sum(1) / where.sum(1).clamp(min=1)
 
 
 def gap(s, right, wrong, tau=None):
-    """J (B,) of scores s (B, K): disco, or disco_b with tau = None. 0 unless a group is mixed."""
+    """J (B,) of scores s (B, K), with tau = None that of disco_b.
+
+    right, wrong: (B, K) bool. J is 0 for a group whose responses are all right or all wrong.
+    """
     mixed = right.any(1) & wrong.any(1)
     if tau is None:
         rest = mean_of(s, wrong)
@@ -108,13 +111,13 @@ def loss(logps, ref_logps, batch, cfg):
     kl = kl.sum() / batch.mask.sum()  # one number: the mean over all tokens of the batch
     penalty = cfg.beta * (kl - cfg.delta).clamp(min=0).square()
     losses = penalty - gap(s, right, wrong, cfg.tau)
-    mixed = right.any(1) & wrong.any(1)  # groups that teach something
+    mixed = right.any(1) & wrong.any(1)  # the groups with a gradient
     metrics = {"round_kl": kl.detach(), "mixed": mixed.to(kl.dtype).mean()}
     return losses, metrics | {"hinge": (kl > cfg.delta).to(kl.dtype)}
 
 
 def questions(lab):
-    """How many questions a round asks: --prompts, or those of four optimizer steps."""
+    """The number of questions per round: --prompts, by default those of four optimizer steps."""
     return lab.settings.prompts or 4 * lab.batch_size
 
 
