@@ -3,9 +3,9 @@ arXiv:2402.03300
 
 Group relative policy optimization is PPO without a value network: the policy samples K responses
 to each question, and the mean reward of this group is the baseline. Two successors are variants
-of the same loss. Dr. GRPO (arXiv:2503.20783) drops two divisions that bias GRPO, by the standard
-deviation of the group and by the length of the response. DAPO (arXiv:2503.14476) averages over
-all tokens of the batch and clips high ratios less. With rho = pi / pi_old for each token,
+of the same loss. Dr. GRPO (arXiv:2503.20783) drops two divisions that bias GRPO, one by the
+standard deviation of the group and one by the length of the response. DAPO (arXiv:2503.14476)
+averages over all tokens of the batch and clips high ratios less. With rho = pi / pi_old per token,
 
     A   = (r - mean r) / std r over the group                            (dr_grpo: r - mean r)
     J_t = min( rho_t A, clip(rho_t, 1 - epsilon, 1 + epsilon_high) A )
@@ -14,8 +14,9 @@ all tokens of the batch and clips high ratios less. With rho = pi / pi_old for e
     loss = -sum of J_t over all tokens of the batch / their number                      (dapo)
 
 Differences from the papers
-1. There is no KL penalty to a reference model in GRPO (the two successors have none).
-2. DAPO does not resample groups that are all right or all wrong, nor does it penalize length.
+1. The KL penalty of GRPO to a reference model is left out; the two successors have none.
+2. DAPO's dynamic sampling, which replaces groups without a gradient, is left out.
+3. DAPO's penalty on length is left out.
 
     python train.py --method grpo                                the success rate rises
     python train.py --method grpo --variant grpo,dr_grpo,dapo    the three side by side
@@ -43,8 +44,8 @@ VARIANTS = dict(
 @dataclass(frozen=True)
 class Config:
     variant: str = "grpo"  # grpo, dr_grpo or dapo
-    epsilon: float | None = None  # clipping of the ratio [0.2]
-    epsilon_high: float | None = None  # dapo: clipping from above [0.28]
+    epsilon: float | None = None  # the ratio is clipped to 1 - epsilon and 1 + epsilon [0.2]
+    epsilon_high: float | None = None  # dapo: the ratio is clipped to 1 + epsilon_high [0.28]
     normaliser: float | None = None  # dr_grpo: the constant that divides sums over tokens [48]
 
     def __post_init__(self):
@@ -53,9 +54,9 @@ class Config:
 
 
 def advantages(rewards, present, scale):
-    """Rewards (B, K) minus the mean of their group, with `scale` in its standard deviations.
+    """Rewards minus the mean of their group, and with `scale` divided by its deviation: (B, K).
 
-    present (B, K): an absent response is not part of its group, and its advantage means nothing.
+    present (B, K) bool: an absent response is not part of its group, and its advantage is unused.
     """
     count = present.sum(1, keepdim=True).clamp(min=1)
     centered = rewards - (rewards * present).sum(1, keepdim=True) / count
@@ -81,13 +82,13 @@ def loss(logps, ref_logps, batch, cfg):
     else:
         divisor = length.clamp(min=1) if cfg.variant == "grpo" else cfg.normaliser
         losses = -(J.sum(-1) / divisor).sum(1) / present.sum(1).clamp(min=1)
-    mixed = (A.squeeze(-1) * present != 0).any(1)  # groups that teach something
+    mixed = (A.squeeze(-1) * present != 0).any(1)  # the groups with a gradient
     metrics = {"round_kl": -(change.detach().sum() / tokens), "mixed": mixed.to(logps.dtype).mean()}
     return losses, metrics
 
 
 def questions(lab):
-    """How many questions a round asks: --prompts, or those of four optimizer steps."""
+    """The number of questions per round: --prompts, by default those of four optimizer steps."""
     return lab.settings.prompts or 4 * lab.batch_size
 
 
