@@ -1,21 +1,22 @@
 """ADPO - Anchored Direct Preference Optimization (2025), arXiv:2510.18913
 
 A list of responses has a target distribution q, from hard labels, rewards, their ranks or a
-teacher. Fitting the policy to q directly lets noise in q drag it anywhere. ADPO fits in anchored
-coordinates: the log-ratios to an anchor, divided by a temperature tau, are the logits of a softmax
-over the list, which is fitted to q by cross-entropy:
+teacher. If the policy is fitted to q directly, noise in q can move it arbitrarily far. ADPO fits in
+anchored coordinates: the log-ratios to an anchor, divided by a temperature tau, are the logits of a
+softmax over the list, which is fitted to q by cross-entropy:
 
     u_i = log pi(y_i) / pi_anchor(y_i) / tau
     loss = -sum_i q_i log softmax(u)_i                                      gradient: softmax(u) - q
 
-The optimum is pi_anchor q^tau: a larger tau means smaller steps to a farther optimum. A pair with
-q = (1, 0) is DPO at beta = 1 / tau. Without an anchor, q = softmax(teacher / tau) is distillation.
+The optimum is proportional to pi_anchor q^tau, so a larger tau has smaller gradients and an optimum
+farther from the anchor. A pair with q = (1, 0) is DPO at beta = 1 / tau. Without an anchor,
+q = softmax(teacher / tau) is distillation.
 
 Differences from the paper
-1. Its versions differ; this is the sixth.
-2. Adaptive tau, clipping and an anchor that moves by its KL are left out.
-3. Equal scores share a hard target, and compete under Plackett-Luce (target = order).
-4. kde is our reading of the rank smoothing, whose formula is unpublished.
+1. The versions of the paper differ; this is the sixth.
+2. Adaptive tau, clipping and an anchor that is updated at a threshold of the KL are left out.
+3. Equal scores share a hard target, and compete with each other under target = order.
+4. The target kde is our reading of the rank smoothing, whose formula is unpublished.
 
     python train.py --method adpo                    the reward rises
     python train.py --method adpo --anchor round     more reward, more KL
@@ -50,10 +51,10 @@ class Config:
     target: str = "zscore"  # q: hard, raw, zscore, kde, given (the column q), order (Plackett-Luce)
     beta_r: float | None = None  # temperature of the targets raw, zscore and kde
     smoothing: float | None = None  # share of a hard target that goes to the other responses
-    reduce: str = "sum"  # over the tokens of a response: sum or mean
+    reduce: str = "sum"  # sum or mean over the tokens of a response
     anchor: str = "fixed"  # fixed: the base model; round: the policy at each round; ema; uniform
-    rounds: int | None = None  # rounds of anchor = round, each with lists of its own
-    decay: float | None = None  # of the moving average of anchor = ema
+    rounds: int | None = None  # number of rounds for anchor = round, each with lists of its own
+    decay: float | None = None  # decay of the moving average for anchor = ema
 
     def __post_init__(self):
         fill_variant(self, TARGETS, "target")
@@ -63,9 +64,10 @@ class Config:
 
 
 def check_scored(logps, batch, cfg):
-    """UserError unless every list has a scored token, finite scores and, if given, a target q.
+    """Check that lists have a scored token, finite scores and a valid column q; else UserError.
 
-    Values are checked on CPU only: on CUDA that would force a host-device sync."""
+    Values are checked on CPU only: on CUDA this check would force a host-device sync.
+    """
     if cfg.target == "given" and not hasattr(batch, "q"):
         raise UserError("target = given reads the column q, and the rows have none")
     if logps.device.type != "cpu":
@@ -84,7 +86,7 @@ def check_scored(logps, batch, cfg):
 
 
 def deviation(scores, present):
-    """Unbiased standard deviation (B, 1) of the scores (B, K) of each list; 0 for a single one."""
+    """Unbiased standard deviation (B, 1) of the scores (B, K) of each list; 0 for one score."""
     n = present.sum(1, keepdim=True)
     mean = scores.sum(1, keepdim=True) / n
     return (((scores - mean) * present).square().sum(1, keepdim=True) / (n - 1).clamp(min=1)).sqrt()
@@ -106,7 +108,7 @@ def targets(batch, present, cfg):
     if cfg.target == "given":
         return batch.q.detach()
     scores = upcast(batch.scores.detach())
-    if cfg.target == "hard":  # equal scores share
+    if cfg.target == "hard":  # responses that tie for the best share the target
         best = scores == scores.masked_fill(~present, -torch.inf).amax(1, keepdim=True)
         best, others = ((x & present).to(scores.dtype) for x in (best, ~best))
         best, others = (x / x.sum(1, keepdim=True).clamp(min=1) for x in (best, others))
@@ -122,16 +124,18 @@ def targets(batch, present, cfg):
 def loss(logps, ref_logps, batch, cfg):
     """logps, ref_logps (B, K, T), 0 outside batch.mask -> losses (B,), metrics.
 
-    ref_logps None is the uniform anchor. Reads batch.scores (B, K), or the column q (B, K)."""
+    ref_logps = None is the uniform anchor. The target is made from batch.scores (B, K), or is the
+    column q (B, K).
+    """
     check_scored(logps, batch, cfg)
     logps, ref_logps = upcast(logps, ref_logps)
     ratio = logps if ref_logps is None else logps - ref_logps
     present = batch.mask.any(-1)  # (B, K)
     count = batch.mask.sum(-1).clamp(min=1) if cfg.reduce == "mean" else 1
     u = (ratio.sum(-1) / count / cfg.tau).masked_fill(~present, -torch.inf)  # (B, K)
-    if cfg.target == "order":  # each against itself and all that are not better, ties included
+    if cfg.target == "order":  # each response against all with no higher score, itself included
         rest = (batch.scores[:, None, :] <= batch.scores[:, :, None]) & present[:, None, :]
-        rival = present & (rest.sum(2) > 1)  # the last one has none
+        rival = present & (rest.sum(2) > 1)  # the last response has no rival
         rest = torch.where(rest, u[:, None, :], -torch.inf).logsumexp(2)
         return torch.where(rival, rest - u, 0.0).sum(1) / rival.sum(1).clamp(min=1), {}
     log_p = u.log_softmax(1).masked_fill(~present, 0.0)  # over the list, not the vocabulary
@@ -141,7 +145,7 @@ def loss(logps, ref_logps, batch, cfg):
 
 
 class Averaging(torch.optim.AdamW):
-    """AdamW that keeps a moving average of every parameter in its state, and so in checkpoints."""
+    """AdamW with a moving average of every parameter in its state, which checkpoints thus hold."""
 
     def __init__(self, params, decay, **kwargs):
         super().__init__(params, **kwargs)
@@ -149,7 +153,7 @@ class Averaging(torch.optim.AdamW):
 
     def step(self, closure=None):
         params = [p for group in self.param_groups for p in group["params"]]
-        # AdamW initializes a parameter whose state is empty, so the average is put aside
+        # AdamW initializes a parameter only if its state is empty, so the averages are taken out
         averages = [self.state[p].pop("average", p.detach().clone()) for p in params]
         super().step(closure)
         for p, average in zip(params, averages):
@@ -157,7 +161,7 @@ class Averaging(torch.optim.AdamW):
 
 
 def moving_average(lab, policy, decay):
-    """(reference, optimizer) for align: an anchor whose weights are the optimizer's averages."""
+    """The options (reference, optimizer) of `lab.align` for a moving average as the anchor."""
     anchor, made = copy.deepcopy(policy).requires_grad_(False).eval(), []
 
     def optimizer(params):
@@ -176,7 +180,8 @@ def moving_average(lab, policy, decay):
 def run(lab, cfg):
     """Sample lists from the base model (or take the world's, or --data), then fit the targets.
 
-    With anchor = round the policy samples new lists every round and becomes their anchor."""
+    With anchor = round, the policy samples new lists in every round and is their anchor.
+    """
     given = lab.world.given(None) if lab.world.given is not None else None
     if cfg.target == "given" and not (given and "q" in given[0]):
         raise UserError(
@@ -189,15 +194,15 @@ def run(lab, cfg):
     every = -(-lab.steps // rounds) or 1
     if not n or lab.steps and -(-lab.steps // every) < rounds:
         raise UserError(
-            f"rounds = {rounds} do not fit into {lab.steps} steps or the prompts there are: "
-            f"{n} for each"
+            f"rounds = {rounds} is too many for {lab.steps} steps or for the prompts, "
+            f"which are {n} per round"
         )
     policy = lab.base()
 
     def draw(policy, round=0):
         if lab.world.lists is not None:
             return lab.rows(lab.world.lists(n, lab.rng("lists", round), lab.settings.k))
-        if given:  # every round has a part of the file
+        if given:  # every round takes a part of the file
             return lab.preferences(policy)[round * n : (round + 1) * n]
         return lab.preferences(policy, n=n)
 
