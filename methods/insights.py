@@ -1,10 +1,10 @@
 """INSIGHTS - Insights into Alignment: Evaluating DPO and its Variants Across Multiple Tasks (2024),
 arXiv:2404.14723
 
-This is a comparison and not a loss of its own: DPO, IPO, KTO and CPO are trained on the same pairs,
-few or many, each from three models (`scenario`). Does a method still need SFT on demonstrations
-before it? Let a and c be the log-ratios of chosen and rejected to the model that the run starts
-from, n_w and n_l their lengths, and h = a - c:
+The paper compares losses: DPO, IPO, KTO and CPO are trained on the same pairs, each from three
+models (`scenario`), to see whether a method still needs SFT on demonstrations first. Let a and c be
+the log-ratios of chosen and rejected to the model that the run starts from, n_w and n_l their
+lengths, and h = a - c:
 
     dpo   -log sigmoid( beta h )
     ipo   ( h - 1 / (2 tau) )^2                                ipo_mean: h = a / n_w - c / n_l
@@ -18,8 +18,9 @@ writes a good response may never learn to. cpo and nll raise the likelihood itse
 Differences from the paper
 1. We had no access to its equations; the losses are those of the methods' own papers and code.
 2. kto's z is z0, or the mean log-ratio of the other side, at least 0 and without gradient.
-3. base is the world's model, sft adds SFT on the better of two samples, instruct on the best of 8.
-4. Tasks are worlds.
+3. The scenario base is the world's model; sft adds SFT on the better of two samples, and instruct
+   adds SFT on the best of eight.
+4. Worlds take the place of the paper's tasks.
 
     python train.py --method insights --variant dpo,ipo,kto,cpo --scenario sft,base,instruct
 """
@@ -45,17 +46,17 @@ VARIANTS = dict(
     cpo=dict(beta=0.1, lam=1.0),
     nll=dict(),
 )
-FREE = ("cpo", "nll")  # no reference is made or run
-SCENARIOS = dict(base=None, sft=2, instruct=8)  # demonstrations are the best of so many samples
+FREE = ("cpo", "nll")  # variants without a reference
+SCENARIOS = dict(base=None, sft=2, instruct=8)  # a demonstration is the best of so many samples
 
 
 @dataclass(frozen=True)
 class Config:
-    variant: str = "dpo"  # dpo, ipo, kto, cpo, nll
-    scenario: str = "sft"  # the model to start from: base, sft, instruct
+    variant: str = "dpo"  # dpo, ipo, kto, cpo or nll
+    scenario: str = "sft"  # the model to start from: base, sft or instruct
     beta: float | None = None  # dpo, kto: pull to the reference; cpo: scale of the difference [0.1]
     tau: float | None = None  # ipo: strength of the pull to the reference [0.1]
-    ipo_mean: bool | None = None  # ipo: mean over tokens as in TRL, or IPO's own sum [true]
+    ipo_mean: bool | None = None  # ipo: mean over tokens as in TRL; false: the paper's sum [true]
     z0: float | None = None  # kto: reference point [mean log-ratio of the other side]
     lambda_d: float | None = None  # kto: weight of the chosen (desirable) responses [1]
     lambda_u: float | None = None  # kto: weight of the rejected (undesirable) responses [1]
@@ -66,14 +67,15 @@ class Config:
         check_fields(self, scenario=tuple(SCENARIOS), beta="(0, inf)", tau="(0, inf)")
         check_fields(self, z0="[0, inf)", lambda_d="[0, inf)", lambda_u="[0, inf)", lam="[0, inf)")
         if self.lambda_d == 0 == self.lambda_u:
-            raise UserError("lambda_d = 0 and lambda_u = 0 leave nothing to learn")
+            raise UserError("lambda_d = 0 and lambda_u = 0 make the loss 0")
 
 
 def prospects(a, c, present, cfg):
     """KTO's losses (B,) of chosen and rejected with log-ratios a and c (B,).
 
-    A side that is not present (B, 2) counts 0. The metric is the mean slope of the value function:
-    1 at the reference point, 0 where nothing is learned any more."""
+    A response that is absent, according to present (B, 2), has loss 0. The metric is the mean slope
+    of the value function: 1 at the reference point, and near 0 where the loss is saturated.
+    """
     other = torch.stack([c, a]).detach().sum(1) / present.sum(0).flip(0).clamp(min=1)
     good, bad = other.clamp(min=0) if cfg.z0 is None else (cfg.z0, cfg.z0)
     s = torch.sigmoid(cfg.beta * torch.stack([good - a, c - bad], 1)) * present  # (B, 2)
@@ -84,9 +86,10 @@ def prospects(a, c, present, cfg):
 def loss(logps, ref_logps, batch, cfg):
     """logps, ref_logps (B, 2, T), chosen first, 0 outside batch.mask -> losses (B,), metrics.
 
-    cpo and nll do not read ref_logps. kto takes pairs of which one side is absent."""
+    cpo and nll do not read ref_logps. kto accepts pairs in which one response is absent.
+    """
     if cfg.variant in FREE:
-        ref_logps = torch.zeros_like(logps)  # log-ratios are log-probs then
+        ref_logps = torch.zeros_like(logps)  # makes log-ratios equal to log-probs
     if cfg.variant == "kto":
         either = SimpleNamespace(mask=batch.mask.flatten(1))
         logps, ref_logps = pair(logps, ref_logps, either)
@@ -108,16 +111,22 @@ def loss(logps, ref_logps, batch, cfg):
 
 
 def demonstrations(row):
-    """The pair of a list's best and worst response, of which nll reads the first."""
+    """The pair of a list's best and worst response, of which nll reads only the first.
+
+    UserError: the row is a tree of steps.
+    """
     if any(parent >= 0 for parent in row.get("parents", ())):
-        raise UserError("the responses continue each other; a pair is of whole responses")
+        raise UserError("the responses continue each other, but a pair needs whole responses")
     best, worst = (row["scores"].index(find(row["scores"])) for find in (max, min))
     names = [name for name in ("responses", "scores", "ends", "context") if name in row]
     return {"prompt": row["prompt"]} | {name: [row[name][best], row[name][worst]] for name in names}
 
 
 def begun(lab, policy, scenario, n=1024):
-    """The model that a scenario starts from: SFT, in place, on the best of some of its samples."""
+    """The model that a scenario starts from: the policy after SFT, in place, on demonstrations.
+
+    A demonstration is the best of some samples of the policy, for each of n prompts.
+    """
     if scenario == "base":
         return policy
     lists = lab.preferences(policy, k=SCENARIOS[scenario], n=n, key=("demonstrations",))
@@ -128,7 +137,7 @@ def begun(lab, policy, scenario, n=1024):
 def run(lab, cfg):
     if cfg.scenario == "instruct" and lab.settings.data:
         raise UserError(
-            "scenario = instruct: a file has no best of eight samples; "
+            "scenario = instruct samples from a world, which --data replaces; "
             "use scenario = base with an instruction-tuned --init"
         )
     policy = lab.base()
