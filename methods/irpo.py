@@ -1,21 +1,24 @@
 """IRPO - In-context Ranking Preference Optimization (2025), arXiv:2504.15477
 
-A language model ranks a list of items in its context, and feedback is sparse: a few items are
-marked relevant, in grades. IRPO gives every item i a term "i beats the rest", weighted as in NDCG
-by its relevance y_i and label rank k_i, so the order among relevant items is learned too:
+A language model ranks a list of items in its context, and feedback is sparse: a few items have a
+graded relevance, and the others have none. IRPO gives every item i a term "i beats the rest",
+weighted as in NDCG by its relevance y_i and label rank k_i, so the order among relevant items is
+learned too:
 
     r_i = mean_t log pi(e_i,t | x, earlier items) / pi_ref(same)                  score of item i
     z_i = -log sum_{j in J_i} exp(beta (r_j - r_i))                               competitors J_i
     loss = -mean_i w_i log sigmoid(z_i)               w_i = (2^y_i - 1) / log2(1 + k_i)
 
-With all others as J_i, free scores reach softmax(beta r) = w / sum w. Items with w = 0 are pushed
-away without bound. (Iterative Reasoning Preference Optimization is another IRPO.)
+If J_i holds all other items and the scores are free parameters, the optimum is softmax(beta r) =
+w / sum w. Items with w = 0 are pushed down without bound. Iterative Reasoning Preference
+Optimization is a different method with the same abbreviation.
 
 Differences from the paper
-1. The paper's J_i is inner = incl; the default is the released code's.
-2. The policy writes no lists itself.
-3. A batch is averaged, where the code sums.
-4. Log-probs are shifted by one, and self terms vanish for any beta.
+1. The paper's J_i is inner = incl; the default is that of the released code.
+2. The policy does not generate lists.
+3. Losses are averaged over a batch; the released code sums them.
+4. The released code scores a token with the logits at its own position; we use those before it.
+5. In the released code an item still competes with itself if beta is small; here it never does.
 
     python train.py --method irpo                    held-out NDCG rises
     python train.py --method irpo --inner excl       listwise softmax
@@ -38,7 +41,7 @@ PAPER = Paper(
 @dataclass(frozen=True)
 class Config:
     beta: float = 1.0  # scale of the log-ratios; 1 in the released scripts
-    inner: str = "code"  # competitors: excl, the others; incl, all; code, the mean of the others
+    inner: str = "code"  # sum over J_i: excl, others; incl, all items; code, mean over the others
     reduce: str = "mean"  # over the items of a list: mean (released code) or sum
     weights: str = "ndcg"  # ndcg; position: 1 / log2(1 + k); reciprocal: (2^y - 1) / k
 
@@ -53,25 +56,26 @@ class Config:
 
 
 def check_lists(batch):
-    """UserError unless every row has 2 or more items, with relevance >= 0 and ranks 1 to n.
+    """Check that rows have 2 or more items, relevance >= 0 and ranks 1 to n; else UserError.
 
     An item without a scored token is absent, and has neither relevance nor rank. CPU only: on CUDA
-    this check would force a host-device sync."""
+    this check would force a host-device sync.
+    """
     if batch.mask.device.type != "cpu":
         return
     present = batch.mask.any(-1)
     if (present.sum(1) < 2).any():
-        raise UserError("a list needs at least 2 items with something to score")
-    wrong = ~((batch.scores >= 0) & (batch.scores < 64))  # NaN is neither
+        raise UserError("a list needs at least 2 items with a scored token")
+    wrong = ~((batch.scores >= 0) & (batch.scores < 64))  # true for NaN
     if wrong.any():
         raise UserError(
-            f"relevance {batch.scores[wrong][0]:g}: the gain 2^y - 1 wants scores of 0 to 63"
+            f"relevance {batch.scores[wrong][0]:g}: the gain 2^y - 1 needs scores from 0 to 63"
         )
     ranks = getattr(batch, "rank", None)
     if ((batch.scores != 0) & ~present).any() or (
         ranks is not None and ((ranks != 0) & ~present).any()
     ):
-        raise UserError("an item has no scored token but a relevance or a rank")
+        raise UserError("an item has no scored token, but it has a relevance or a rank")
     if ranks is not None:
         places = torch.arange(1, ranks.shape[1] + 1)
         wanted = torch.where(places <= present.sum(1, keepdim=True), places, 0)
@@ -80,9 +84,10 @@ def check_lists(batch):
 
 
 def label_ranks(batch):
-    """k (B, K), 1 = best: the column rank, else by score, with ties in the order of the list.
+    """Label ranks k (B, K), 1 = best: the column rank, or by default the order of the scores.
 
-    Absent items come last, or have rank 0 in the column."""
+    Ties keep the order of the list. Absent items come last, or have rank 0 in the column.
+    """
     if getattr(batch, "rank", None) is not None:
         return batch.rank
     scores = batch.scores.masked_fill(~batch.mask.any(-1), -torch.inf)
@@ -90,7 +95,7 @@ def label_ranks(batch):
 
 
 def relevance_weights(batch, cfg):
-    """w (B, K), from the relevance and the label ranks; 0 for an absent item."""
+    """Weights w (B, K) from the relevance and the label ranks; 0 for an absent item."""
     y, k = batch.scores, label_ranks(batch).clamp(min=1)
     gain = torch.ones_like(y) if cfg.weights == "position" else 2**y - 1
     discount = k if cfg.weights == "reciprocal" else torch.log2(1 + k.to(y.dtype))
@@ -100,7 +105,8 @@ def relevance_weights(batch, cfg):
 def loss(logps, ref_logps, batch, cfg):
     """logps, ref_logps (B, K, T), 0 outside batch.mask -> losses (B,), metrics.
 
-    batch.scores (B, K) are relevances >= 0; the column rank (B, K) is optional."""
+    batch.scores (B, K) are relevances >= 0; the column rank (B, K) is optional.
+    """
     check_lists(batch)
     logps, ref_logps = upcast(logps, ref_logps)
     present = batch.mask.any(-1)  # (B, K)
@@ -113,11 +119,11 @@ def loss(logps, ref_logps, batch, cfg):
         out = out | torch.eye(r.shape[1], dtype=torch.bool, device=r.device)
     z = -against.masked_fill(out, -torch.inf).logsumexp(2)  # (B, K) item i beats the rest
     if cfg.inner == "code":
-        z = z + (n - 1).to(r.dtype).log()[:, None]  # the mean in place of the sum
+        z = z + (n - 1).to(r.dtype).log()[:, None]  # turns the sum into a mean
     losses = -(w * F.logsigmoid(z)).sum(1)
     if cfg.reduce == "mean":
         losses = losses / n
-    # how far the policy's order is from the label's, over the items that count
+    # 1 - sigmoid(z), averaged with the weights w: 0 once every relevant item beats the rest
     disagreement = (w * torch.sigmoid(-z).detach()).sum()
     return losses, {"disagreement": disagreement / w.sum().clamp(min=torch.finfo(w.dtype).tiny)}
 
@@ -125,7 +131,8 @@ def loss(logps, ref_logps, batch, cfg):
 def graded(rows):
     """Sampled lists with sparse relevance: 2 for the best response, 1 for the next, else 0.
 
-    Scores that are all 0 or 1 already (pairs, a verifier) stay as they are."""
+    Scores that are all 0 or 1 already (pairs, a verifier) are kept.
+    """
     out = []
     for row in rows:
         scores = row["scores"]
