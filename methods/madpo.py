@@ -1,11 +1,11 @@
 """MADPO - Margin Adaptive DPO: Leveraging Reward Model for Granular Control in Preference
 Optimization (2025), arXiv:2510.05342
 
-With one beta, DPO fits easy pairs too far and hard ones too little. MADPO first fits
-a reward model r to the same pairs and freezes it. The DPO loss of a pair is then multiplied by a
-weight w(h) of the margin h = r(y_w) - r(y_l), negative where the reward model disagrees with the
-label. In expectation over labels, a pair with |h| < tau is learned as if its margin were c(h) h.
-Beyond tau the cut leaves little damping.
+With one beta for all pairs, DPO overfits easy pairs and underfits hard ones. MADPO first fits a
+reward model r to the same pairs and freezes it. The DPO loss of a pair is then multiplied by a
+weight w(h) of the margin h = r(y_w) - r(y_l), which is negative where the reward model disagrees
+with the label. Averaged over labels, a pair with |h| < tau is fitted as if its margin were c(h) h.
+Beyond tau, where w is 1 for negative h, margins are hardly damped.
 
     c(h) = c_min + (c_max - c_min) sigmoid(-lam (|h| - tau) - log((c_max - 1) / (1 - c_min)))
     w(h) = sigmoid(c(h) h) / sigmoid(h)  for h > -tau,  else 1
@@ -13,8 +13,8 @@ Beyond tau the cut leaves little damping.
     loss = -w(h) log sigmoid(z)
 
 Differences from the paper
-1. The weight and its cut are those of the published code.
-2. Weight decay and fixed steps replace early stopping of the reward model.
+1. The weight, and the value 1 for h <= -tau, are those of the published code.
+2. The reward model is trained for fixed steps with weight decay, not with early stopping.
 
     python train.py --method madpo                   the true reward rises
     python train.py --method madpo --c_max 2,4       a larger c_max has the larger KL
@@ -41,13 +41,13 @@ PAPER = Paper(
 @dataclass(frozen=True)
 class Config:
     beta: float = 0.1  # strength of the pull to the reference, as in DPO
-    c_max: float = 4.0  # stretch of margins near 0, above 1; the paper sweeps 2, 3, 4
-    c_min: float | None = None  # stretch of the largest margins, below 1; default 1 / c_max
-    tau: float = 6.9068  # margin that is kept as it is; log(0.999 / 0.001) in the paper
+    c_max: float = 4.0  # factor on margins near 0, above 1; the paper sweeps 2, 3, 4
+    c_min: float | None = None  # factor on the largest margins, below 1; default 1 / c_max
+    tau: float = 6.9068  # margin on which the factor is 1; log(0.999 / 0.001) in the paper
     lam: float = 1.0  # steepness of the change from c_max to c_min
     reward_steps: int = 300  # training steps of the reward model
-    reward_lr: float = 1e-3  # its learning rate
-    reward_decay: float = 0.01  # its weight decay: overfitted margins exceed tau
+    reward_lr: float = 1e-3  # learning rate of the reward model
+    reward_decay: float = 0.01  # weight decay of the reward model; overfitting gives margins > tau
 
     def __post_init__(self):
         check_fields(self, beta="(0, inf)", c_max="(1, inf)", tau="(0, inf)", lam="(0, inf)")
@@ -58,14 +58,14 @@ class Config:
 
 
 def stretch(h, cfg):
-    """c(h): the factor by which a margin h is stretched, c_max to c_min, 1 at |h| = tau."""
+    """The factor c(h) on a margin h (B,): between c_max and c_min, and 1 at |h| = tau."""
     odds = math.log(cfg.c_max - 1) - math.log(1 - cfg.c_min)
     fall = torch.sigmoid(-(cfg.lam * (h.abs() - cfg.tau) + odds))
     return cfg.c_min + (cfg.c_max - cfg.c_min) * fall
 
 
 def margin_weights(h, cfg):
-    """w(h) of margins in the direction of the label, without gradient."""
+    """Weights w(h) (B,) of margins h (B,), chosen minus rejected, without gradient."""
     h = h.detach()
     weight = torch.exp(F.logsigmoid(stretch(h, cfg) * h) - F.logsigmoid(h))
     return torch.where(h > -cfg.tau, weight, 1.0)
@@ -74,11 +74,12 @@ def margin_weights(h, cfg):
 def loss(logps, ref_logps, batch, cfg):
     """logps, ref_logps (B, 2, T), chosen first, 0 outside batch.mask -> losses (B,), metrics.
 
-    The column `margin` (B,) holds the reward model's margins, chosen minus rejected."""
+    The column margin (B,) holds the reward model's margins, chosen minus rejected.
+    """
     logps, ref_logps = pair(logps, ref_logps, batch)
     chosen, rejected = (logps - ref_logps).sum(-1).unbind(1)  # (B,) log-ratios: SUM over tokens
     z = cfg.beta * (chosen - rejected)  # (B,) margin of the implicit reward
-    w = margin_weights(batch.margin.to(z.dtype), cfg)  # (B,) not normalized over the batch
+    w = margin_weights(batch.margin.to(z.dtype), cfg)  # (B,), not normalized over the batch
     losses = -w * F.logsigmoid(z)
     agreement = (batch.margin > 0).to(z.dtype).mean()
     return losses, {"weight": (w * torch.sigmoid(-z)).detach().mean(), "agreement": agreement}
@@ -94,7 +95,7 @@ class RewardModel(nn.Module):
         nn.init.zeros_(self.head.weight)  # all rewards begin at 0
 
     def forward(self, batch):
-        """-> rewards (B, K)."""
+        """Rewards (B, K) of the responses of a Batch."""
         last = batch.mask.sum(-1, keepdim=True).clamp(min=1) - 1  # (B, K, 1) last scored token
         source = batch.source.gather(2, last)  # the state that predicts it
         return self.head(self.base.hidden(batch, rows=source.flatten())).view(last.shape[:2])
@@ -109,12 +110,12 @@ class RewardTable(nn.Module):
         nn.init.zeros_(self.table.logits)
 
     def forward(self, batch):
-        """-> rewards (B, K)."""
+        """Rewards (B, K) of the responses of a Batch."""
         return self.table.logps(batch).sum(-1)
 
 
 def reward_margins(lab, policy, rows, cfg):
-    """Fit a reward model to pairs by Bradley-Terry -> its margin of every pair, a list."""
+    """Fit a Bradley-Terry reward model to pairs -> a list of its margins, one per pair."""
     model = (RewardTable if lab.world.kind == "table" else RewardModel)(policy)
     order = torch.randperm(len(rows), generator=lab.rng("reward model")).tolist()
     size = lab.batch_size
@@ -135,7 +136,7 @@ def reward_margins(lab, policy, rows, cfg):
 
     try:
         lab.fit(model, batches, bradley_terry, steps=cfg.reward_steps, optimizer=adamw)
-    except UserError as error:  # it diverged
+    except UserError as error:  # the reward model diverged
         raise type(error)(str(error).replace("--lr", "--reward_lr")) from None
     with torch.no_grad():
         parts = [lab.collate(rows[i : i + size]) for i in range(0, len(rows), size)]
