@@ -1,10 +1,10 @@
 """RLHF - Training Language Models to Follow Instructions with Human Feedback (2022),
 arXiv:2203.02155
 
-What DPO replaces: a reward model r is fitted to the pairs under the Bradley-Terry model, then
-the policy maximizes the reward minus beta times the KL from the reference. The policy gradient
+RLHF is what DPO replaces: a reward model r is fitted to the pairs under the Bradley-Terry model,
+then the policy maximizes the reward minus beta times the KL from the reference. The policy gradient
 is REINFORCE with a leave-one-out baseline over K samples (RLOO, arXiv:2402.14740). It needs no
-value network and, since every step samples afresh, no clipping; its paper finds it at least as
+value network and, since every step draws new samples, no clipping; its paper finds it at least as
 good as PPO. The true reward is never used.
 
     loss of r = -log sigmoid( r(x, y_w) - r(x, y_l) )                              (DPO, eq. 2)
@@ -20,7 +20,7 @@ Differences from the paper
 2. Policy and reward model take --steps steps each; the prompts are those of the pairs.
 
     python train.py --method rlhf                 the true reward rises, reviews become short
-    python train.py --method dpo,rlhf --seeds 3   what DPO replaces, beside DPO
+    python train.py --method dpo,rlhf --seeds 3   DPO and what it replaces, side by side
 """
 
 import copy
@@ -58,7 +58,7 @@ class RewardModel(nn.Module):
         nn.init.zeros_(self.head.weight)  # all rewards begin at 0
 
     def forward(self, batch):
-        """-> rewards (B, K)."""
+        """Rewards (B, K) of the responses of a Batch."""
         last = batch.mask.sum(-1, keepdim=True).clamp(min=1) - 1  # (B, K, 1) last scored token
         source = batch.source.gather(2, last)  # the state that predicts it
         return self.head(self.base.hidden(batch, rows=source.flatten())).view(last.shape[:2])
@@ -73,20 +73,22 @@ class RewardTable(nn.Module):
         nn.init.zeros_(self.table.logits)
 
     def forward(self, batch):
-        """-> rewards (B, K)."""
+        """Rewards (B, K) of the responses of a Batch."""
         return self.table.logps(batch).sum(-1)
 
 
 def bradley_terry(rewards):
-    """rewards (B, 2), chosen first -> losses (B,), metrics."""
+    """Bradley-Terry: rewards (B, 2), chosen first -> losses (B,), metrics."""
     chosen, rejected = upcast(rewards).unbind(1)
     right = (chosen > rejected).to(chosen.dtype).mean()
     return -F.logsigmoid(chosen - rejected), {"reward_accuracy": right}  # DPO, eq. 2
 
 
 def loss(logps, ref_logps, batch, cfg):
-    """logps, ref_logps (B, K, T), 0 outside batch.mask; batch.scores (B, K) of the reward model
-    -> losses (B,), metrics."""
+    """logps, ref_logps (B, K, T), 0 outside batch.mask -> losses (B,), metrics.
+
+    batch.scores (B, K) are the rewards of the reward model.
+    """
     logps, ref_logps = upcast(logps, ref_logps)
     K = logps.shape[1]
     if K < 2:
@@ -96,13 +98,13 @@ def loss(logps, ref_logps, batch, cfg):
     kl = log_pi.detach() - ref_logps.sum(-1)  # (B, K): its mean over samples estimates the KL
     R = batch.scores.to(kl.dtype) - cfg.beta * kl  # DPO, eq. 3; 0 for an absent sample
     others = (R.sum(1, keepdim=True) - R) / (n - 1).clamp(min=1)
-    A = (R - others) * (n > 1)  # (B, K): a lone sample has nothing to be compared with
+    A = (R - others) * (n > 1)  # (B, K): a single sample has no baseline and no advantage
     losses = -(A * log_pi).sum(1) / n[:, 0]
     return losses, {"model_reward": batch.scores.sum() / n.sum(), "sample_kl": kl.sum() / n.sum()}
 
 
 def fit_reward(lab, policy, pairs):
-    """A reward model fitted to pairs, `lab.steps` steps of `lab.batch_size` pairs."""
+    """A reward model that is fitted to pairs in `lab.steps` steps of `lab.batch_size` pairs."""
     model = (RewardTable if lab.world.kind == "table" else RewardModel)(policy)
 
     def batches(step):
@@ -114,7 +116,7 @@ def fit_reward(lab, policy, pairs):
 
 
 def rollout(lab, policy, round, prompts, score):
-    """One batch of --k samples for each of the next prompts, with scores = score(rows)."""
+    """Rows of --k samples for each of the next `lab.batch_size` prompts, scored by score(rows)."""
     first = round * lab.batch_size
     asked = [prompts[i % len(prompts)] for i in range(first, first + lab.batch_size)]
     rows = lab.sample(policy, asked, lab.k)
