@@ -1,23 +1,23 @@
 """Survey - A Survey of Direct Preference Optimization (2025), arXiv:2503.11701
 
 The survey sorts some two hundred papers by the part of the DPO loss that they change. TAXONOMY, at
-the end of this file, is its figure as data; `loss` has 36 of the losses, each one line over the
-same few numbers of a pair (chosen response w, rejected one l), so that all run on the same pairs:
+the end of this file, is its figure as data. `loss` has 36 of these losses, one line each, written
+in the same few quantities of a pair, so that all of them run on the same pairs:
 
     a = log pi(y_w) / pi_ref(y_w),   c = log pi(y_l) / pi_ref(y_l),   h = a - c       (sums)
     lw, ll = log pi(y_w), log pi(y_l),   nw, nl = their tokens,   z = beta h         (DPO: z)
 
 Differences from the papers
-1. No state between steps: averages over training are batch means (bco, alpha_dpo) or given numbers
-   (beta_dpo, which also keeps all pairs; kto's z0, by default the other side's mean, at least 0).
-2. r_dpo adds alpha (nw - nl), as derived in its paper; one repository has a minus, which lengthens.
-3. The gamma of simpo and alpha_dpo is the margin before beta; alpha_div's alpha is that of fdpo.
-4. sppo is the sum of two squares, as in TRL: twice the authors' loss.
-5. orpo imitates the response alone, not the prompt.
+1. A loss has no state: running averages become batch means (bco, alpha_dpo), or a given number
+   (beta_dpo, which does not filter pairs); kto's z0 is the mean of the other side, at least 0.
+2. r_dpo adds alpha (nw - nl), as derived in its paper; one repository subtracts it.
+3. gamma of simpo and alpha_dpo is a margin before beta is applied; alpha of alpha_div is fdpo's.
+4. sppo is the sum of two squares, as in TRL, which is twice the authors' loss.
+5. orpo's SFT term covers the response, not the prompt.
 6. Exponents are clamped at 80 (fkl, alpha_div, chi_po, disco_pop).
-7. Left out: losses over whole distributions (TDPO, TIS-DPO, WPO, MallowsPO) or random tokens
-   (SamPO), with other rewards (MODPO), other ways to run DPO (SPIN, TR-DPO), and losses that could
-   not be checked against code (exponential GPO, DPO-RK).
+7. Left out are losses that need whole distributions (TDPO, TIS-DPO, WPO, MallowsPO), random tokens
+   (SamPO) or other rewards (MODPO), other ways to run DPO (SPIN, TR-DPO), and losses that could not
+   be checked against code (exponential GPO, DPO-RK).
 
     python train.py --method survey --variant dpo,ipo,simpo,kto     at one beta the KLs differ
 """
@@ -75,7 +75,7 @@ VARIANTS = dict(  # the fields that each variant reads, with their defaults
     dpo_nll=dict(beta=0.1, lam=1.0),
 )
 FREE = ("simpo", "cpo", "orpo", "simper", "rrhf", "slic")  # variants without a reference
-RANGES = dict(  # where a variant is stricter, or laxer, than the others
+RANGES = dict(  # variants whose fields have other intervals than in Config
     exo=dict(epsilon="(0, 0.5)"),
     alpha_div=dict(alpha="(0, 1]"),
     ld_dpo=dict(alpha="[0, 1]"),
@@ -86,9 +86,9 @@ RANGES = dict(  # where a variant is stricter, or laxer, than the others
 
 @dataclass(frozen=True)
 class Config:
-    variant: str = "dpo"  # a name of VARIANTS, which also has the defaults of the other fields
+    variant: str = "dpo"  # a key of VARIANTS, which also has the defaults of the other fields
     beta: float | None = None  # strength of the pull to the reference, or scale of the margin
-    tau: float | None = None  # ipo: as beta; dr_dpo: temperature over the batch; disco_pop: blend
+    tau: float | None = None  # ipo: as beta; dr_dpo: temperature over the batch; disco_pop: gate
     epsilon: float | None = None  # cdpo, rdpo: share of flipped labels; exo: label smoothing
     alpha: float | None = None  # weight of a correction; alpha_div: order; ld_dpo: tail weight
     lam: float | None = None  # cpo, orpo, dpo_nll, slic, dpop: weight of the second term
@@ -104,30 +104,35 @@ class Config:
 
 
 def log1mexp(s):
-    """log(1 - exp(s)) for s < 0, exact to the last digits near 0 and far from it."""
+    """log(1 - exp(s)) for s < 0, accurate both near 0 and far from it."""
     return torch.where(s > -math.log(2), torch.log(-torch.expm1(s)), torch.log1p(-torch.exp(s)))
 
 
 def log_odds(s):
-    """log(p / (1 - p)) of p = exp(s), for ORPO; s is clamped just below 0, where p is 1."""
+    """log(p / (1 - p)) of p = exp(s), for ORPO; s is clamped below 0, where p is 1."""
     return s - log1mexp(s.clamp(max=-1e-6))
 
 
 def kto(a, c, cfg):
-    """KTO's loss of chosen and rejected log-ratios a and c (B,), each against its own reference
-    point, which carries no gradient."""
+    """KTO's losses (B,) of the chosen and rejected log-ratios a and c (B,).
+
+    Each has a reference point of its own, which has no gradient.
+    """
     good, bad = (x.mean().detach().clamp(min=0) if cfg.z0 is None else cfg.z0 for x in (c, a))
     return torch.sigmoid(cfg.beta * (good - a)) + torch.sigmoid(cfg.beta * (c - bad))
 
 
 def standardized(x):
-    """x (B,) minus its batch mean, in standard deviations of the batch, without gradient."""
+    """x (B,) minus its batch mean, divided by its standard deviation, without gradient."""
     x = x.detach() - x.detach().mean()
     return x / x.square().mean().sqrt().clamp(min=1e-6)
 
 
 def discounted(ratio, mask, alpha):
-    """LD-DPO's h (B,) of log-ratios (B, 2, T): tokens beyond the shorter response count alpha."""
+    """LD-DPO's h (B,) of log-ratios (B, 2, T).
+
+    alpha is the weight of the tokens beyond the length of the shorter response.
+    """
     tail = mask.cumsum(-1) > mask.sum(-1).amin(1)[:, None, None]
     a, c = torch.where(tail, alpha * ratio, ratio).sum(-1).unbind(1)
     return a - c
@@ -136,7 +141,8 @@ def discounted(ratio, mask, alpha):
 def loss(logps, ref_logps, batch, cfg):
     """logps, ref_logps (B, 2, T), chosen first, 0 outside batch.mask -> losses (B,), metrics.
 
-    FREE do not read ref_logps. odpo reads batch.scores (B, 2); UserError: they do not differ.
+    The variants in FREE do not read ref_logps. odpo reads batch.scores (B, 2). UserError: chosen
+    does not score higher.
     """
     ref_logps = None if cfg.variant in FREE else ref_logps
     logps, ref_logps = pair(logps, ref_logps, batch)
@@ -147,7 +153,7 @@ def loss(logps, ref_logps, batch, cfg):
     lam, gamma = cfg.lam, cfg.gamma
     log_s, s, exp = F.logsigmoid, torch.sigmoid, lambda x: x.clamp(max=80.0).exp()
 
-    # all that the losses below are made of, (B,) each
+    # the quantities of which the losses below are made, each (B,)
     n = len(logps)  # pairs
     lw, ll = logps.sum(-1).unbind(1)  # log-probs: SUM over tokens
     nw, nl = batch.mask.sum(-1).unbind(1)  # lengths
@@ -157,7 +163,7 @@ def loss(logps, ref_logps, batch, cfg):
         a, c = lw - rw, ll - rl  # log-ratios
         h, mean_h = a - c, a / nw - c / nl
         z = h if beta is None else beta * h  # the margin of DPO
-        middle = (a + c).detach().mean() / 2  # bco: the mean reward, divided by beta
+        middle = (a + c).detach().mean() / 2  # bco: the mean reward of the batch, without beta
 
     losses = {
         # noise and distinguishability of the labels (3.1.1)
@@ -220,22 +226,20 @@ def extremes(row):
     UserError: the row is a tree of steps.
     """
     if any(parent >= 0 for parent in row.get("parents", ())):
-        raise UserError(
-            f"the responses to {row['prompt']!r} continue each other, a pair has whole responses"
-        )
+        raise UserError(f"the responses to {row['prompt']!r} continue each other: not pairs")
     order = [row["scores"].index(find(row["scores"])) for find in (max, min)]
     columns = [k for k in ("responses", "scores", "ends", "context") if k in row]
     return {"prompt": row["prompt"]} | {k: [row[k][i] for i in order] for k in columns}
 
 
 def widest_pairs(lab, policy):
-    """Pairs with graded scores, which odpo needs: the best and the worst of four samples."""
+    """Pairs of the best and the worst of four samples, with the graded scores that odpo needs."""
     rows = lab.preferences(policy, k=4)
     return lab.rows(extremes(row) for row in rows if max(row["scores"]) > min(row["scores"]))
 
 
 def check_alpha(lab, data, variant):
-    """UserError where alpha would do nothing: scores 1 apart (odpo), or responses of one length."""
+    """UserError: alpha does nothing, as scores are 1 apart (odpo) or responses have one length."""
     gaps = {row["scores"][0] - row["scores"][1] for row in data}
     lengths = {len(y) for row in data for y in row["responses"]}
     flat = variant == "odpo" and gaps <= {1}
