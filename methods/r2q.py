@@ -1,24 +1,25 @@
 """r2q - From r to Q*: Your Language Model is Secretly a Q-Function (2024), arXiv:2404.12358
 
-DPO is derived for whole responses. In the token MDP a state s is the prompt with the tokens so far,
-an action a the next token, and states form a tree. There DPO's loss is inverse Q-learning: the
-logits are Q* up to a constant of the state, and a token's log-ratio is its advantage:
+DPO is derived for whole responses. In the token-level MDP, a state s is the prompt with the tokens
+so far and an action a is the next token, so states form a tree. In this MDP DPO is inverse
+Q-learning: the logits are Q* up to a constant of the state, and beta times a token's log-ratio is
+its advantage:
 
     Q(s,a) = r(s,a) + beta log pi_ref(a|s) + V(s')                                          (eq. 7)
     A(s,a) = beta log pi(a|s) / pi_ref(a|s) = r(s,a) + V(s') - V(s)                        (eq. 10)
     loss = -log sigmoid(sum_t A(y_w,t) - sum_t A(y_l,t))                                    (eq. 9)
 
-The token rewards A locate errors, and beam search on the policy follows its own value function.
-Under the reference, sum_t A has mean -beta KL(pi_ref || pi) (eq. 16): after SFT on the chosen
-responses the chosen reward falls.
+The token rewards A show where a response goes wrong, and beam search over the policy's log-probs
+follows its own value function. Over samples of the reference, sum_t A has mean
+-beta KL(pi_ref || pi) (eq. 16), so after SFT on the chosen responses their reward falls.
 
 Differences from the paper
-1. Proxy tuning follows eq. 14; eq. 15 drops the reference.
+1. Proxy tuning follows eq. 14, since eq. 15 omits the reference.
 2. Beam scores are not divided by length.
-3. A truncated response counts as one that ended.
+3. A truncated response is treated as one that ended.
 
     python train.py --method r2q                        wrong steps get low token rewards
-    python train.py --method r2q --reference chosen     SFT on the chosen first
+    python train.py --method r2q --reference chosen     first SFT on the chosen responses
 """
 
 import copy
@@ -43,7 +44,7 @@ REFERENCES = dict(base={}, chosen=dict(sft_steps=100))
 class Config:
     beta: float = 0.1  # strength of the pull to the reference; 0.1 in the paper (app. G)
     reference: str = "base"  # base, or chosen: the base model after SFT on the chosen responses
-    sft_steps: int | None = None  # steps of that SFT
+    sft_steps: int | None = None  # steps of SFT for reference = chosen [100]
 
     def __post_init__(self):
         fill_variant(self, REFERENCES, "reference")
@@ -51,7 +52,7 @@ class Config:
 
 
 def token_rewards(logps, ref_logps, cfg):
-    """A (eq. 10) of every token, shaped like the log-probs, in float32 or better."""
+    """A (eq. 10) of every token, in the shape of the log-probs and in float32 or better."""
     logps, ref_logps = upcast(logps, ref_logps)
     return cfg.beta * (logps - ref_logps)
 
@@ -60,7 +61,7 @@ def loss(logps, ref_logps, batch, cfg):
     """logps, ref_logps (B, 2, T), chosen first, 0 outside batch.mask -> losses (B,), metrics."""
     logps, ref_logps = pair(logps, ref_logps, batch)
     advantage = token_rewards(logps, ref_logps, cfg)  # (B, 2, T)
-    # the SUM telescopes to R - V(s_0), and V(s_0) cancels between the responses to one prompt
+    # the SUM over tokens telescopes to R - V(s_0), and V(s_0) cancels between two responses
     chosen, rejected = advantage.sum(-1).unbind(1)  # (B,)
     losses = -F.logsigmoid(chosen - rejected)  # eq. 9
     chosen, rejected = chosen.detach().mean(), rejected.detach().mean()
@@ -68,7 +69,7 @@ def loss(logps, ref_logps, batch, cfg):
 
 
 def sft_loss(logps, ref_logps, batch, cfg):
-    """Mean negative log-prob of the tokens of the chosen response: losses (B,), no metrics."""
+    """SFT on the chosen response: its mean negative log-prob per token -> losses (B,), {}."""
     return -logps[:, 0].sum(-1) / batch.mask[:, 0].sum(-1), {}
 
 
@@ -78,7 +79,7 @@ def proxy_tune(base, policy, reference, power=1.0):
 
 
 def next_logps(model, prompt, written):
-    """Log-probs (n, V), float64, of the token after each of n beginnings (n, t) of a response."""
+    """Log-probs (n, V), float64, of the next token after each of n partial responses (n, t)."""
     if isinstance(model, Table):
         prefix = torch.zeros(len(written), dtype=torch.long)
         for token in written.unbind(1):
@@ -91,23 +92,25 @@ def next_logps(model, prompt, written):
 
 @torch.no_grad()
 def beam_search(model, prompt, width, length, end=None):
-    """The response with the largest SUM of log-probs (eq. 13) in a beam -> (token ids, that sum).
+    """Beam search for the largest SUM of log-probs (eq. 13) -> (token ids, that sum).
 
-    width 1 is greedy search. A beam that has written `end` stays and competes with the others."""
+    width 1 is greedy search. A beam that ended with the token `end` keeps its sum and competes
+    with the others. UserError: width < 1.
+    """
     if width < 1:
         raise UserError(f"width = {width} must be at least 1")
     written = torch.zeros(1, 0, dtype=torch.long)
     score, done = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.bool)
     for _ in range(length):
         logps = next_logps(model, prompt, written)
-        if end is not None:  # a finished beam only ends again, at no cost
+        if end is not None:  # a finished beam repeats `end` with log-prob 0
             logps[done] = torch.where(torch.arange(logps.shape[1]) == end, 0.0, -torch.inf).double()
         total = (score[:, None] + logps).flatten()
         score, place = total.topk(min(width, len(total)))
         parent, token = place // logps.shape[1], place % logps.shape[1]
         written = torch.cat([written[parent], token[:, None]], 1)
         done = token == (-1 if end is None else end)
-        if done[0]:  # sums only fall, so nothing overtakes the best beam once it has ended
+        if done[0]:  # sums never rise, so no other beam can overtake a finished best beam
             break
     ids = written[0].tolist()
     return (ids[: ids.index(end)] if end in ids else ids), score[0].item()
@@ -125,7 +128,7 @@ def beam_rewards(lab, model, prompts, widths=(1, 5)):
 
 
 def token_credit(lab, policy, reference, rows, cfg):
-    """Token rewards of the first response of each row, the end token's last: a list of lists."""
+    """Token rewards of the first response of each row, end-of-text included: a list of lists."""
     ours, theirs = (lab.logps(model, rows) for model in (policy, reference))
     return [
         token_rewards(torch.tensor(a[0]), torch.tensor(b[0]), cfg).tolist()
@@ -134,7 +137,7 @@ def token_credit(lab, policy, reference, rows, cfg):
 
 
 def show_credit(world, prompt, response, values):
-    """The rewards of the tokens of a response (ids), as text, with the steps a verifier rejects."""
+    """A response (token ids) as text with the reward of each token and the steps that are wrong."""
     pieces = [printable(world.tokenizer.decode([i])) for i in response]
     lines = [f"token rewards of a rejected response to {printable(prompt)}"]
     lines.append(" ".join(f"{piece}[{value:+.2f}]" for piece, value in zip(pieces, values)))
@@ -146,9 +149,10 @@ def show_credit(world, prompt, response, values):
 
 
 def run(lab, cfg):
-    """Sample pairs from the base model (or read --data), then align it, after SFT if asked.
+    """DPO on pairs from the base model (or --data), after SFT if reference = chosen.
 
-    Prints the token rewards of a rejected response and the true reward of beam search."""
+    Prints the token rewards of a rejected response and the true reward of beam search.
+    """
     policy = lab.base()
     data = lab.preferences(policy, k=2)
     if cfg.reference == "chosen":
