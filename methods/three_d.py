@@ -1,25 +1,25 @@
 """3D-Properties - Identifying Challenges in DPO and Charting a Path Forward (2024),
 arXiv:2406.07327
 
-As a function of likelihoods DPO's loss is log(1 + a (pi_l / pi_w)^beta), a constant. The rejected
-likelihood Drops drastically, since its slope is pi_w / pi_l times the chosen one's. What remains
-is a Degradation to suppressing responses. Where y_w and y_l share features both fall, and
-probability is Dispersed to responses outside the pairs. On-policy pairs suffer less. Two remedies
-slow the fall of the rejected likelihood:
+As a function of likelihoods, DPO's loss is log(1 + a (pi_l / pi_w)^beta) with a constant a. The
+rejected likelihood Drops drastically, since the slope in pi_l is pi_w / pi_l times that in pi_w.
+Learning then Degrades to suppressing rejected responses. Where y_w and y_l share features, both
+likelihoods fall, and their probability is Dispersed to responses outside the pairs. On-policy pairs
+suffer less. Two remedies slow the fall of the rejected likelihood:
 
     flex:  z = beta log pi(y_w) / pi_ref(y_w) - beta_rejected log pi(y_l) / pi_ref(y_l)
            loss = -log sigmoid(z)                                                        (B.2.1)
     sft:   loss = -log sigmoid(z) - gamma log pi(y_w),  z as in DPO                        (eq. 7)
 
-The gradient in log-probs does not explode: there both sides of DPO are equal (B.1).
+The gradient in log-probs does not explode: it is equally large for both responses (B.1).
 
 Differences from the paper
-1. The SFT term has the sign of the paper's text and gradient, which eq. 7 prints reversed.
+1. The SFT term has the sign of the paper's text and gradient; eq. 7 prints the opposite sign.
 2. The loss is a mean over the batch, not a sum.
 3. The paper does not give gamma.
 
     python train.py --method three_d --variant flex,sft,dpo     dpo lowers both log-probs most
-    python train.py --method three_d --init OUT                 measures any finished run
+    python train.py --method three_d --init OUT                 measures a finished run
 """
 
 from dataclasses import dataclass
@@ -42,8 +42,8 @@ VARIANTS = dict(flex=dict(beta_rejected=0.05), sft=dict(gamma=0.02), dpo=dict())
 @dataclass(frozen=True)
 class Config:
     variant: str = "flex"  # flex: a smaller beta on the rejected side; sft: an SFT term; dpo
-    beta: float = 0.1  # strength of the pull to the reference, in flex of the chosen side
-    beta_rejected: float | None = None  # flex: that of the rejected side; 0.08 in the paper
+    beta: float = 0.1  # strength of the pull to the reference; flex: beta of the chosen side
+    beta_rejected: float | None = None  # flex: beta of the rejected side; 0.08 in the paper
     gamma: float | None = None  # sft: weight of the SFT term, a sum over tokens
 
     def __post_init__(self):
@@ -80,7 +80,7 @@ def run(lab, cfg):
 
 
 def log_ratios(lab, model, rows):
-    """log pi(y) - log pi_ref(y) of all responses of rows with one K, (rows, K) float64."""
+    """log pi(y) - log pi_ref(y) (rows, K), float64, of rows with equally many responses."""
     columns = [lab.logps(each, rows) for each in (model, lab.reference)]
     sums = [[[sum(tokens) for tokens in row] for row in column] for column in columns]
     ours, theirs = torch.tensor(sums, dtype=torch.float64)
@@ -88,10 +88,11 @@ def log_ratios(lab, model, rows):
 
 
 def measure(lab, model):
-    """The three properties on pairs of the reference's samples (with --data: of the file), in nats.
+    """The three properties on pairs of samples of the reference, or with --data on the file's.
 
-    chosen_ratio, rejected_ratio: by how much a response's log-prob rose; both_fell: the share of
-    pairs where both fell; own_ratio: the ratio of the model's own samples, an estimate of the KL.
+    chosen_ratio, rejected_ratio: the mean log-ratios, in nats. both_fell: the share of pairs whose
+    log-ratios are both negative. own_ratio: the mean log-ratio of samples of the model, which
+    estimates its KL.
     """
     rows = lab.preferences(lab.reference, k=2, n=lab.settings.eval_size, key=("measure",))
     ratio = log_ratios(lab, model, rows)
