@@ -1,9 +1,9 @@
 """TPO - Tree Preference Optimization: Aligning Large Language Models with Multi-branch & Multi-step
 Preference Trees (2024), arXiv:2410.12854
 
-Solutions of a problem share their first steps and differ in quality. TPO trains on the whole
-ranked list, weighs its pairs as learning to rank does, and each step of a pair by the similarity of
-the two steps (Adaptive Step Reward). With the log-ratio g_ik of step k of response i, scores v in
+Solutions of one problem share their first steps and differ in quality. TPO trains on the whole
+ranked list of solutions. It weights pairs as in learning to rank, and the steps of a pair by their
+similarity (Adaptive Step Reward). With the log-ratio g_ik of step k of response i, scores v in
 [0, 1], ranks tau and mean hidden states u:
 
     w_ij,k = 1 + cos(u_ik, u_jk)
@@ -11,14 +11,16 @@ the two steps (Adaptive Step Reward). With the log-ratio g_ik of step k of respo
     lam_ij = |2^v_i - 2^v_j| |1 / log(1 + tau_i) - 1 / log(1 + tau_j)|
     loss = -sum_{v_i > v_j} lam_ij log sigmoid(RM_ij) / sum lam
 
-A row is a tree of steps, whose leaves are responses. Shared steps cancel.
+A row is a tree of steps: every path from the root to a leaf is a response, and the steps that two
+responses share cancel.
 
 Differences from the paper
-1. We had no access to its equations; this is LiPO's loss with the released step weights.
-2. The released outer loss inverts the ranking and is left out.
-3. Steps beyond the shortest response join its last step.
+1. We had no access to the paper's equations; the loss is LiPO's lambda loss with the step weights
+   of the released code.
+2. The outer loss of the released code inverts the ranking and is left out.
+3. If responses differ in their number of steps, surplus steps are merged into the last one.
 4. w and lam have no gradient.
-5. We divide by sum lam.
+5. The loss is divided by sum lam.
 
     python train.py --method tpo                     more correct sums
 """
@@ -42,7 +44,7 @@ PAPER = Paper(
 class Config:
     beta: float = 0.5  # scale of the step rewards; 0.5 in the released code
     tau: str = "model"  # ranks in lam: model, by the current rewards; label, by v; none: lam = 1
-    asr: bool = True  # adaptive step reward: weigh the steps of a pair; false: w = 1
+    asr: bool = True  # adaptive step reward: weight the steps of a pair; false: w = 1
     reduce: str = "sum"  # over the tokens of a step: sum or mean (released code)
     divide: bool = True  # divide the loss of a list by sum lam, so that lam does not set its scale
 
@@ -56,9 +58,10 @@ class Config:
 
 
 def paths(batch):
-    """Trees (columns `parents`, or none: flat lists) as masks on (B, K, K) and leaf (B, K).
+    """The trees of a batch as masks on (B, K, K) and leaf (B, K); without `parents`, flat lists.
 
-    on[b, i, k]: node k is on the path to node i. leaf: a response ends at this node."""
+    on[b, i, k]: node k is on the path to node i. leaf[b, k]: node k is the last step of a response.
+    """
     present = batch.mask.any(-1)
     parents = getattr(batch, "parents", None)
     parents = torch.full_like(present, -1, dtype=torch.long) if parents is None else parents
@@ -71,35 +74,40 @@ def paths(batch):
 
 
 def check_trees(batch):
-    """UserError unless every tree has 2 or more responses, scores in [0, 1] and no empty step.
+    """Check that trees have 2 or more responses, scores in [0, 1], no empty step; else UserError.
 
-    CPU only: on CUDA this check would force a host-device sync."""
+    CPU only: on CUDA this check would force a host-device sync.
+    """
     if batch.mask.device.type != "cpu":
         return
     on, leaf = paths(batch)
     if (leaf.sum(1) < 2).any():
-        raise UserError("a list needs at least 2 responses with something to score")
-    if not ((batch.scores >= 0) & (batch.scores <= 1)).all():  # NaN is neither
+        raise UserError("a list needs at least 2 responses with a scored token")
+    if not ((batch.scores >= 0) & (batch.scores <= 1)).all():  # true for NaN
         raise UserError(
-            "scores must be between 0 and 1: the gain 2^v of larger ones drowns the rest"
+            "scores must be between 0 and 1, since larger ones would dominate the gain 2^v"
         )
     if (on & leaf[..., None] & ~batch.mask.any(-1)[:, None]).any():
         raise UserError("a step without a scored token lies on the path of a response")
 
 
 def step_places(on, leaf):
-    """(B, i, K, D): node k is part of step d of response i.
+    """(B, i, K, D) bool: node k belongs to step d of response i.
 
-    Steps beyond the shortest response of the tree are merged into its last one."""
+    Nodes beyond the depth of the shortest response of the tree belong to the step at that depth.
+    D equals K, and the steps beyond that depth are empty.
+    """
     depth = on.sum(-1) - 1  # (B, K)
     last = depth.masked_fill(~leaf, on.shape[1]).amin(1, keepdim=True)
     return on[..., None] & F.one_hot(torch.minimum(depth, last), on.shape[1])[:, None]
 
 
 def step_weights(batch, parts):
-    """w (B, i, j, D) of the steps of a pair, without gradient.
+    """Weights w (B, i, j, D) of the steps of all pairs (i, j), without gradient.
 
-    The column states (B, K, H) holds hidden states, summed over the tokens of a node."""
+    parts: see `step_places`. The column states (B, K, H) holds the sum of the hidden states of the
+    tokens of a node.
+    """
     states = upcast(batch.states.detach())
     u = torch.einsum("bikd,bkh->bidh", parts.to(states.dtype), states)
     u = F.normalize(u, dim=-1)  # a sum has the direction of the mean
@@ -107,10 +115,11 @@ def step_weights(batch, parts):
 
 
 def pair_weights(rewards, scores, leaf, cfg):
-    """lam (B, i, j); 0 unless response i has the higher score.
+    """Weights lam (B, i, j) of all pairs; 0 unless response i has the higher score.
 
-    Only the order of the rewards is read, so nothing passes a gradient on. Rewards that tie, as
-    all do at the start, rank by score; what still ties has the mean rank."""
+    Only the order of the rewards is used, so they get no gradient. Equal rewards, as all are at the
+    start, are ranked by score; responses that still tie have their mean rank.
+    """
     better = (scores[:, :, None] > scores[:, None, :]) & leaf[:, :, None] & leaf[:, None, :]
     if cfg.tau == "none":
         return better.to(rewards.dtype)
@@ -127,7 +136,8 @@ def pair_weights(rewards, scores, leaf, cfg):
 def loss(logps, ref_logps, batch, cfg):
     """logps, ref_logps (B, K, T) of the nodes, 0 outside batch.mask -> losses (B,), metrics.
 
-    batch.scores (B, K) in [0, 1] count at the leaves; asr reads the column states (B, K, H)."""
+    batch.scores (B, K) in [0, 1] are read at the leaves; asr reads the column states (B, K, H).
+    """
     check_trees(batch)
     logps, ref_logps = upcast(logps, ref_logps)
     on, leaf = paths(batch)
@@ -151,14 +161,17 @@ def loss(logps, ref_logps, batch, cfg):
 
 
 def prepare(policy, batch):
-    """The batch with the column states (B, K, H): what predicts the tokens of a node, summed."""
+    """The batch with the column states (B, K, H), summed over the tokens of a node."""
     states = policy.hidden(batch).flatten(0, 1)[batch.source]  # (B, K, T, H)
     batch.columns["states"] = (states * batch.mask[..., None]).sum(2)
     return batch
 
 
 def tree(prompt, chains, scores):
-    """Responses as (steps of token ids, ended) -> a row in which equal beginnings are one node."""
+    """Make a row of responses (steps of token ids, ended), in which equal first steps are one node.
+
+    scores: one number per response.
+    """
     nodes, values = {}, {}
     for (steps, ended), score in zip(chains, scores):
         parent = -1
@@ -177,7 +190,7 @@ def tree(prompt, chains, scores):
 
 
 def split_steps(ids, tokenizer):
-    """Token ids cut after every separator of steps; at least one step, which may be empty."""
+    """Split token ids after every separator of steps -> at least one step, which may be empty."""
     steps = [[]]
     for i in ids:
         steps[-1].append(i)
@@ -187,15 +200,17 @@ def split_steps(ids, tokenizer):
 
 
 def grown(lab, policy):
-    """Trees of --k responses: a correct one, k - 2 that continue a random prefix of it, one free.
+    """Trees of --k responses: a correct one, k - 2 samples after random prefixes of it, one sample.
 
-    Scores: 1 for a correct response, else 0.9 times its share of steps before the first error."""
+    The score of a correct response is 1, and otherwise 0.9 times the share of its steps before the
+    first error.
+    """
     world, tokenizer = lab.world, lab.world.tokenizer
     rng = random.Random(int(torch.randint(2**62, (), generator=lab.rng("trees"))))
     prompts = world.prompts(lab.prompts, lab.rng("prompts"))
     texts = [world.demonstrate(prompt, rng) for prompt in prompts]
     chains = [[(split_steps(tokenizer.encode(text), tokenizer), True)] for text in texts]
-    begun = []  # (number of the prompt, steps that are given)
+    begun = []  # (index of the prompt, steps that are given)
     for n, [(steps, _)] in enumerate(chains):
         cuts = [*(rng.randrange(1, len(steps)) for _ in range(lab.k - 2)), 0]
         begun += [(n, steps[:cut]) for cut in cuts]
@@ -212,12 +227,12 @@ def grown(lab, policy):
     rows = []
     for prompt, group in zip(prompts, chains):
         rows.append(tree(prompt, group, [score(prompt, sum(steps, [])) for steps, _ in group]))
-    # a pair needs two leaves
+    # keep trees with at least two leaves, since a pair needs two
     return [row for row in rows if len(row["parents"]) > len(set(row["parents"]) - {-1}) + 1]
 
 
 def run(lab, cfg):
-    """Grow trees of steps with a verifier, or sample lists of one-step responses, then align."""
+    """Sample trees of steps that a verifier scores, or else lists of responses, then align."""
     flip, world = lab.settings.flip, lab.world
     if world.verify_steps is not None and flip:
         raise UserError(f"--flip {flip} does nothing in {world.name}: a verifier grades the steps")
