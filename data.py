@@ -691,21 +691,3 @@ def reorder(row, order):
 
     # the tree is left out, since it is laid out in the old order
     return {k: v if k == "prompt" else move(v) for k, v in row.items() if k != "tree"}
-
-
-def write_text(path, text):
-    from lab.store import write_text
-
-    write_text(path, text)
-
-
-def write_beside(path, write):
-    from lab.store import write_beside
-
-    write_beside(path, write)
-
-
-def interval(values):
-    from lab.evaluate import interval
-
-    return interval(values)

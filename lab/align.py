@@ -49,7 +49,6 @@ def align(
         raise UserError("there are no rows to align on: every row was left out, or none was given")
     with lab.verb("align") as stage:
         if stage.done:
-            lab.curve = stage.value["curve"]
             return restore(policy, stage.value)
         feed = Feed(lab, policy, data, reference, prepare, score, steps, every)
         run_score = lab.compile(feed.score)

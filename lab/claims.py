@@ -131,11 +131,8 @@ def run(name, module, lab, command, say=print):
 
     -> the judged claims, a list of dicts."""
     start = time.time()
-    if hasattr(module, "CLAIMS"):
-        series = module.measure(lab)
-        rows = judge(module.CLAIMS, series)
-    else:
-        series, rows = {}, module.claim(lab)
+    series = module.measure(lab)
+    rows = judge(module.CLAIMS, series)
     about = {"paper": name, "command": command, "commit": commit(), "seeds": lab.seeds}
     about["seconds"] = round(time.time() - start, 1)
     rows = [about | row for row in rows]
@@ -209,25 +206,3 @@ def claims_markdown(rows):
         cells += [number(ours), row["relation"], number(baseline), number(difference) + spread]
         out.append(f"| {' | '.join([*cells, number(row['margin']), verdict(row)])} |")
     return "\n".join(out[1:]) + "\n"
-
-
-# ---------------------------------------------------------------- claims of the first form
-
-
-def compare(
-    lab, name, metric, ours, baseline, at_kl=None, margin=0.0, expected=True, smaller=False
-):
-    """A judged claim from values, for a file with `claim(lab)`: until all have `measure`."""
-    stated = claim(
-        name, metric, "a", "<" if smaller else ">", "b", at_kl, margin, expected=expected
-    )
-    (row,) = judge([stated], {"a": list(ours), "b": list(baseline)})
-    return row
-
-
-def exact(lab, name, value, target, tol, expected=True):
-    """A judged claim that a computed value equals a known one within `tol`."""
-    text = f"{name}: {value:.6g}, expected {target:.6g}"
-    stated = claim(text, None, "a", "<", "b", expected=expected)
-    (row,) = judge([stated], {"a": [abs(value - target)], "b": [tol]})
-    return row

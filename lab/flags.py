@@ -152,29 +152,7 @@ def paper_of(tree):
             call = node.value
             named = {k.arg: literal(k.value) for k in call.keywords}
             return Paper(*map(literal, call.args), **named)
-    return former_paper(tree)
-
-
-def former_paper(tree):
-    """A Paper from the constants that a method file had instead of PAPER."""
-    found = {}
-    for node in tree.body:
-        if isinstance(node, ast.Assign):
-            targets, values = node.targets, [node.value]
-            if isinstance(targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple):
-                targets, values = targets[0].elts, node.value.elts
-            for target, value in zip(targets, values):
-                with contextlib.suppress(ValueError):
-                    found[getattr(target, "id", "")] = literal(value)
-    if "FAMILY" not in found:
-        return None
-    return Paper(
-        found["FAMILY"],
-        worlds=found["KINDS"],
-        needs=found.get("NEEDS", "pairs or lists"),
-        ignores=found.get("UNUSED", ()),
-        defaults=found["DEFAULTS"],
-    )
+    return None
 
 
 def declared(name):
@@ -530,9 +508,7 @@ def claims_path(module):
     path = os.path.join(folder, name[:-3] + "_claims.py")
     if folder == os.path.join(HERE, "methods"):
         path = os.path.join(HERE, "claims", name)
-    if not os.path.isfile(path):
-        return module.__file__ if hasattr(module, "claim") else None
-    return path
+    return path if os.path.isfile(path) else None
 
 
 def load_claims(module):
@@ -542,7 +518,7 @@ def load_claims(module):
         raise UserError(f"{name} has no claims (there is no claims/{name}.py or {name}_claims.py)")
     measured = load_file("method", path)
     for needed in ("measure", "CLAIMS"):
-        if not hasattr(measured, needed) and not hasattr(measured, "claim"):
+        if not hasattr(measured, needed):
             raise UserError(f"{path} has no {needed}")
     return measured
 

@@ -15,7 +15,7 @@ import data as data_module
 import diffusion
 import nanomodel
 from data import UserError, collate, fit_context, label
-from lab import align, claims, evaluate, loop, store
+from lab import align, evaluate, loop, store
 from lab.align import frozen
 from lab.hub import load_pretrained
 from lab.settings import make_world, pick_device, refuse_idle
@@ -63,7 +63,6 @@ class Lab:
         self.current, self.stages, self.children, self.round, self.races = None, 0, {}, None, 0
         self.step = 0  # of the alignment at hand: the key of what `prepare` draws
         self.seconds, self.reference, self.context, self.started = {}, None, None, time.time()
-        self.curve = []  # of the last training, until every claim reads policy.curve
 
     # ---------------------------------------------------------------- stages and random numbers
 
@@ -419,7 +418,6 @@ class Lab:
 
     align = align.align
     fit = loop.fit
-    compare, exact = claims.compare, claims.exact  # until every claim has `measure`
 
     def race(self, arms, data=None, watch=None, end=None, **settings):
         """Align several arms on the same rows, labels, order and noise -> {arm: [curve per seed]}.

@@ -51,7 +51,6 @@ def fit(
     every = lab.eval_every or max(1, steps // 5)
     with lab.verb("fit") as stage:
         if stage.done:
-            lab.curve = stage.value["curve"]
             return restore(model, stage.value)
         params = [p for p in model.parameters() if p.requires_grad]
         make = optimizer or adamw(lab, lab.lr if lr is None else lr)
@@ -101,7 +100,7 @@ def fit(
                 if interrupted:
                     raise KeyboardInterrupt
         log.close()
-        model.curve = lab.curve = curve
+        model.curve = curve
         if stage.path:
             stage.value = kept(model)
     return model

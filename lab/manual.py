@@ -40,8 +40,7 @@ def page(intro, chosen):
 
 def paper_help(method):
     """--method NAME --help: that paper alone, with its flags and what it changes."""
-    head = method.doc.split("Differences from the paper")[0]
-    head = head.split("What this file does differently")[0].rstrip()
+    head = method.doc.split("Differences from the paper")[0].rstrip()
     paper, parts = method.paper, [head]
     if method.flags:
         rows = explained(method.flags)
