@@ -136,7 +136,7 @@ class Feed:
         return batch, self.ref_logps(batch)
 
     def ref_logps(self, batch):
-        """Log-probs of the reference (B, K, T), from the cache or computed now; None without one."""
+        """Log-probs of the reference (B, K, T), cached or computed now; None without one."""
         if self.kind is None:
             return None
         found = batch.columns.pop("ref_logps", None)

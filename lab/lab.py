@@ -320,8 +320,8 @@ class Lab:
 
         k: responses per prompt (default --k). n: prompts (default --prompts). ties: keep pairs that
         a verifier scores alike. key: ask again for other prompts and samples; inside a data
-        function of `align` the round is added to it. With --data they are the file's training rows (k = 2:
-        the best and the worst response of each). Pairs have the chosen response first.
+        function of `align` the round is added to it. With --data they are the file's training rows
+        (k = 2: the best and the worst response of each). Pairs have the chosen response first.
         UserError: no pair has different scores.
         """
         settings, world = self.settings, self.world

@@ -1,19 +1,31 @@
 """Fixtures of the tests that run whole commands."""
 
+import sys
+
 import pytest
 
-from lab import Lab, report, store
+from lab import Lab, report, settings, store
 
 draw_curves = report.curves
 
 
 @pytest.fixture
 def own_folder(tmp_path, monkeypatch):
-    """An empty cache, an empty current folder, and no curves.png, which takes most of a short run."""
+    """An empty cache and current folder, and no curves.png, which takes most of a short run."""
     monkeypatch.setattr(store, "CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(Lab, "memory", {})
     monkeypatch.setattr(report, "curves", lambda *about: None)
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def forget():
+    """Files of other tests are not known by their names."""
+    before = list(sys.path)
+    yield
+    sys.path[:] = before
+    for name in list(settings.loaded):
+        del sys.modules[name], settings.loaded[name]
 
 
 @pytest.fixture

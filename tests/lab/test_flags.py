@@ -19,6 +19,7 @@ from tests.lab.commands import (
 pytestmark = pytest.mark.usefixtures("own_folder")
 
 
+@pytest.mark.usefixtures("forget")
 def test_every_printed_command_is_one_that_is_understood(tmp_path, monkeypatch):
     """Those of the README and of the docstrings; what stands behind two spaces explains them."""
     shutil.copy(f"{store.HERE}/methods/_template.py", tmp_path / "my_method.py")  # as README has it

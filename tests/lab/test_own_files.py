@@ -46,16 +46,6 @@ CLAIMS = [claim("In the bandit, the reward rises", "reward", "ours", ">", "base"
 '''
 
 
-@pytest.fixture
-def forget():
-    """Files of other tests are not known by their names."""
-    before = list(sys.path)
-    yield
-    sys.path[:] = before
-    for name in list(settings.loaded):
-        del sys.modules[name], settings.loaded[name]
-
-
 def own_method(folder, **changes):
     """A copy of the template as my_method.py, with parts replaced."""
     folder.mkdir(parents=True, exist_ok=True)
