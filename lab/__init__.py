@@ -1,8 +1,10 @@
-"""The machine room: how a run works. Nobody has to read it to change a paper.
+"""How a run works: the Lab, the training loop, settings and reports.
 
-from lab import Lab, Settings
+Nobody has to read this folder to change a paper. From Python:
 
-lab = Lab(Settings(world="reviews"))
+    from lab import Lab, Settings
+
+    lab = Lab(Settings(world="reviews"))
 """
 
 from lab.lab import Lab
