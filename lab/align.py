@@ -11,7 +11,7 @@ from lab.loop import fit, kept, restore
 
 
 class Stop(Exception):
-    """Ends a run early on purpose (--show)."""
+    """Ends a run early on purpose, after --show has printed a row."""
 
 
 def align(
@@ -28,15 +28,20 @@ def align(
     optimizer=None,
     watch=None,
 ):
-    """Train the policy in place on preferences and return it; `policy.curve` is what `watch` saw.
+    """Train the policy in place on preferences and return it.
 
-    data: rows, or a function (policy, round) -> rows that is called every `every` steps, with one
-    optimizer through all rounds. loss(logps, ref_logps, batch, cfg) -> losses (B,), metrics.
-    reference: "start" (a frozen copy of the policy at this call), "round" (at each call of data), a
-    model, a function (policy, step) -> model, or None (none is made or run, ref_logps is None).
-    prepare(policy, batch) -> batch draws what two scores must share. score(model, batch) -> logps,
-    by default model.logps(batch). watch(policy, step) -> {name: number}, by default the true reward
-    and the KL from the base model.
+    data: rows, or a function (policy, round) -> rows that is called every `every` steps; one
+        optimizer serves all rounds.
+    loss(logps, ref_logps, batch, cfg) -> losses (B,), metrics.
+    reference: "start" (a frozen copy of the policy at this call), "round" (a copy at each call of
+        data), a model, a function (policy, step) -> model, or None (ref_logps is None).
+    prepare(policy, batch) -> batch draws random numbers that policy and reference must share.
+    score(model, batch) -> logps, by default model.logps(batch).
+    steps: by default those of the Lab.
+    optimizer(params) -> a torch Optimizer, by default AdamW.
+    watch(policy, step) -> {name: number}, by default the true reward and the KL from the base
+        model. Its results become `policy.curve`.
+    UserError: an argument does not fit, there are no rows, or the loss breaks its contract.
     """
     steps = lab.steps if steps is None else steps
     if isinstance(reference, str) and reference not in ("start", "round"):
@@ -77,28 +82,30 @@ def align(
 class Feed:
     """The batches of an alignment, each with its reference log-probs.
 
-    Rows are gone through in a circle, in an order that depends on the seed and the round alone."""
+    Rows are taken in cyclic order, shuffled once per round in a way that depends only on the seed
+    and the round.
+    """
 
     def __init__(self, lab, policy, data, reference, prepare, score, steps, every):
         self.lab, self.policy, self.data, self.every = lab, policy, data, every
         self.fixed = not callable(data)
         self.share = steps if self.fixed else every  # optimizer steps on one set of rows
         self.moving = callable(reference) and not isinstance(reference, torch.nn.Module)
-        # reference log-probs are computed once where nothing about them can change
+        # reference log-probs are cached if the rows are text and every score is that of logps
         self.cached = lab.world.kind == "text" and not (prepare or score or self.moving)
         self.kind = reference
         self.reference = frozen(policy) if reference == "start" else reference
         self.prepare = prepare or (self.draw_noise if lab.world.kind == "images" else None)
         self.score = score or logps_of
         self.rows, self.order, self.round = None, None, -1
-        self.sizes = None  # of compiled code, which is compiled again for every shape
+        self.sizes = None  # Sizes for compiled code, which is recompiled for every new shape
 
     def draw_noise(self, policy, batch):
         """One draw of t and noise for all K responses of a row."""
         return policy.prepare(batch, self.lab.rng("noise", self.lab.step))
 
     def begin(self, round, rows):
-        """Start on a set of rows."""
+        """Start a round on a set of rows. UserError: there are none."""
         lab = self.lab
         if not len(rows):
             raise UserError(f"there are no rows to align on in round {round}")
@@ -115,7 +122,7 @@ class Feed:
         self.rows, self.order, self.round = rows, order, round
 
     def batch(self, step):
-        """(batch, ref_logps) of one step."""
+        """(batch, ref_logps) of one step, with new rows when a round begins."""
         lab, self.lab.step = self.lab, step
         round, within = (0, step) if self.fixed else divmod(step, self.every)
         if round != self.round:
@@ -147,7 +154,7 @@ class Feed:
             return self.score(model, batch)
 
     def save(self):
-        """What a checkpoint must hold of the rows and the reference."""
+        """The state of the rows and the reference that a checkpoint must hold."""
         rows, state = None, None
         if not self.fixed:
             rows = [
@@ -160,7 +167,7 @@ class Feed:
         return {"round": self.round, "rows": rows, "reference": state, "sizes": least}
 
     def load(self, state):
-        """Go on with what `save` kept."""
+        """Restore what `save` returned."""
         if state["reference"] is not None:
             self.reference = frozen(self.policy)
             self.reference.load_state_dict(state["reference"])
@@ -170,7 +177,7 @@ class Feed:
 
 
 def logps_of(model, batch):
-    """The default `score`."""
+    """The default `score`: log-probs (B, K, T)."""
     return model.logps(batch)
 
 
