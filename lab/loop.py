@@ -1,4 +1,4 @@
-"""The training loop: schedule, batch, loss, backward, clip, step, log, look, checkpoint."""
+"""The training loop: schedule, batch, loss, backward, clip, step, log, evaluate, checkpoint."""
 
 import contextlib
 import json
@@ -34,15 +34,18 @@ def fit(
     title="training",
     record=True,
 ):
-    """Train any nn.Module in place and return it; `model.curve` is what `watch` saw.
+    """Train any nn.Module in place and return it.
 
-    batches: a function step -> batch, or a sequence that is gone through in a circle.
-    loss(model, batch) -> losses of any shape, whose mean is minimised, and {name: detached tensor}.
-    optimizer(params) -> a torch Optimizer; by default AdamW with learning rate `lr`.
+    batches: a function step -> batch, or a sequence that is taken in cyclic order.
+    loss(model, batch) -> losses of any shape, whose mean is minimized, and {name: detached tensor}.
+    optimizer(params) -> a torch Optimizer, by default AdamW with learning rate `lr`.
+    warmup, decay: the learning rate rises linearly over `warmup` steps and then is constant, or
+        with `decay` follows a cosine down to 10 %.
     watch(model, step) -> {name: number}, called at step 0, every `lab.eval_every` steps and at the
-    end. The learning rate rises linearly over `warmup` steps, then stays, or follows a cosine down
-    to 10 % with `decay`. state: (save, load), what else a checkpoint must hold. record: write the
-    metrics of every step to metrics.jsonl. Diverged: a NaN; the last good checkpoint is kept.
+        end. Its results become `model.curve`.
+    state: (save, load), two functions for what a checkpoint must hold besides the model.
+    record: write the metrics of every step to metrics.jsonl.
+    Diverged: a loss or a metric is not finite; the last good checkpoint is kept.
     """
     get = batches if callable(batches) else lambda step: batches[step % len(batches)]
     steps = lab.steps if steps is None else steps
@@ -61,7 +64,7 @@ def fit(
         step, curve = log.resume(model, optimizer, state)
         with interruptible() as interrupted:
             while True:
-                # look
+                # evaluate
                 seen = curve and curve[-1]["step"] == step
                 if watch and not seen and (step % every == 0 or step == steps):
                     log.write()
@@ -107,7 +110,7 @@ def fit(
 
 
 def adamw(lab, lr):
-    """AdamW without weight decay, as a function of the parameters."""
+    """The default optimizer, AdamW without weight decay -> a function of the parameters."""
 
     def make(params):
         fused = lab.device.type != "mps"
@@ -131,7 +134,7 @@ class Log:
         self.pause = lab.checkpoint_every
 
     def resume(self, model, optimizer, state):
-        """Load the checkpoint of an interrupted run, if there is one -> (step, curve)."""
+        """Load the checkpoint of an interrupted run, or start at step 0 -> (step, curve)."""
         found = load_value(self.path) if self.path else None
         if found is None:
             if self.file and self.first_fit and os.path.exists(self.file):
@@ -152,13 +155,14 @@ class Log:
         return found["step"], found["curve"]
 
     def add(self, step, metrics):
-        """Keep the metrics of one step, as tensors: nothing is read from the device yet."""
+        """Keep the metrics of one step as tensors, which does not wait for the device."""
         self.pending.append((step, metrics))
 
     def write(self):
-        """Read the pending metrics (the only host-device sync of the loop) and write them down.
+        """Write the pending metrics to metrics.jsonl, the only host-device sync of the loop.
 
-        Diverged: one of them is not finite."""
+        Diverged: one of them is not finite.
+        """
         lines, wrong = [], None
         for step, metrics in self.pending:
             values = {name: float(value) for name, value in metrics.items()}
@@ -185,12 +189,12 @@ class Log:
             raise Diverged(wrong)
 
     def due(self):
-        """Is it time for a checkpoint? At most a twentieth of the time goes into writing them."""
+        """Whether it is time for a checkpoint; writing them takes at most 5 % of the time."""
         pause = max(self.pause, 20 * self.cost)
         return self.path is not None and time.time() - self.saved >= pause
 
     def checkpoint(self, step, curve, model, optimizer, state):
-        """Write all that `resume` needs, in one step."""
+        """Write everything that `resume` needs in one file operation."""
         if not self.path:
             return
         self.write()
@@ -202,14 +206,14 @@ class Log:
         self.saved, self.cost = time.time(), time.time() - start
 
     def close(self):
-        """The training has ended: no checkpoint is needed any more."""
+        """Remove the checkpoint, since the training has ended."""
         self.bar.close()
         if self.path:
             remove_value(self.path)
 
 
 def kept(model):
-    """What a finished training leaves on disk."""
+    """The weights and the curve of a trained model, as a finished stage stores them."""
     weights = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
     return {"weights": weights, "curve": model.curve}
 
@@ -222,10 +226,10 @@ def restore(model, value):
 
 
 def load_optimizer(optimizer, state):
-    """Load an optimizer state that went through JSON, where the keys of dicts are texts.
+    """Load an optimizer state from a checkpoint, in which all keys of dicts are strings.
 
-    torch casts every tensor but `step` to the dtype of its parameter, which breaks an optimizer
-    that keeps indices or bytes. The tensors are put back as they were saved.
+    torch casts every tensor but `step` to the dtype of its parameter, which breaks optimizers that
+    keep indices or bytes. So the tensors are put back with the dtypes that they were saved with.
     """
     state = state | {"state": {int(k): v for k, v in state["state"].items()}}
     optimizer.load_state_dict(state)
@@ -238,7 +242,7 @@ def load_optimizer(optimizer, state):
 
 @contextlib.contextmanager
 def interruptible():
-    """A list that becomes true at the first Ctrl-C; a second Ctrl-C interrupts at once."""
+    """Yield a list that becomes non-empty at the first Ctrl-C; a second one interrupts at once."""
     hit = []
 
     def note(number, frame):
