@@ -1,4 +1,4 @@
-"""The Lab: all that a method needs besides its mathematics."""
+"""The Lab: everything that a method needs besides its mathematics."""
 
 import contextlib
 import copy
@@ -28,21 +28,25 @@ class Stage:
 
     number: int = 0
     path: str | None = None
-    done: bool = False  # value was read back from an earlier try
+    done: bool = False  # the value was read back from an earlier, interrupted run
     value: object = None
-    fits: int = 0  # trainings inside it so far
+    fits: int = 0  # number of trainings inside the stage so far
 
 
 class Lab:
-    """Everything a method needs besides its mathematics.
+    """Everything that a method needs besides its mathematics.
 
-    settings: the run settings. out: the folder of the run, None writes nothing. seeds: how many
-    seeds a claim runs, from settings.seed on. world: a World object in place of --world.
-    Each call of a verb is a numbered stage, kept in `<out>/stages` until the run has ended.
+    settings: the run settings.
+    out: the folder of the run; None writes nothing.
+    quiet: print nothing. show: print one row instead of training.
+    seeds: the number of seeds of a claim, counted from settings.seed.
+    world: a World object, which replaces --world.
+
+    Each call of a verb is a numbered stage, stored in `<out>/stages` until the run has ended.
     """
 
-    checkpoint_every = 5.0  # seconds between two checkpoints, at least
-    memory = {}  # what `cached` holds, for all Labs of this process
+    checkpoint_every = 5.0  # least number of seconds between two checkpoints
+    memory = {}  # the values of `cached`, for all Labs of this process
 
     def __init__(self, settings, out=None, quiet=False, show=False, seeds=1, world=None):
         self.settings, self.out, self.quiet, self.show = settings, out, quiet, show
@@ -61,14 +65,14 @@ class Lab:
             given = getattr(settings, name)
             setattr(self, name, chosen.get(name) if given is None else given)
         self.current, self.stages, self.children, self.round, self.races = None, 0, {}, None, 0
-        self.step = 0  # of the alignment at hand: the key of what `prepare` draws
+        self.step = 0  # step of the current alignment, which is the key of what `prepare` draws
         self.seconds, self.reference, self.context, self.started = {}, None, None, time.time()
 
     # ---------------------------------------------------------------- stages and random numbers
 
     @contextlib.contextmanager
     def verb(self, name, keep=True):
-        """The Stage of one verb call. A verb inside a verb belongs to the outer one."""
+        """The Stage of one verb call; a verb that another verb calls belongs to the outer Stage."""
         if self.current is not None:
             inner = Stage(self.current.number)
             yield inner
@@ -93,28 +97,30 @@ class Lab:
         self.seconds[name] = self.seconds.get(name, 0.0) + found["seconds"]
 
     def stage(self, name, function):
-        """A paper's own loop, resumable as a whole.
+        """The value of function(), stored so that a resumed run does not compute it again.
 
-        function() -> numbers, texts, tensors, and lists and dicts of them."""
+        function() -> numbers, texts, tensors, or lists and dicts of them.
+        """
         with self.verb(name) as stage:
             if not stage.done:
                 stage.value = function()
         return stage.value
 
     def rng(self, name, *key):
-        """A torch.Generator that depends on the seed, the name and the key alone.
+        """A torch.Generator that depends only on the seed, the name and the key.
 
-        The same name and key give the same numbers again, however many verbs ran before; a key
-        (a round, a step) asks for fresh ones."""
+        The same name and key always give the same numbers, however many verbs ran before. Pass a
+        key, such as the round or the step, to get other numbers.
+        """
         return generator(self.settings.seed, name, *key)
 
     def eval_rng(self, name):
-        """A generator for evaluations: the same for every method and seed of one base model."""
+        """A torch.Generator for evaluations, equal for all methods and seeds of one base model."""
         return generator(self.settings.base_seed, name)
 
     @contextlib.contextmanager
     def in_round(self, round):
-        """What is sampled inside depends on the round, too."""
+        """A context in which samples depend on the round as well."""
         before, self.round = self.round, round
         try:
             yield
@@ -122,7 +128,10 @@ class Lab:
             self.round = before
 
     def cached(self, key, function):
-        """`function()`, or what it gave under the same key before: in this process or on disk."""
+        """`function()`, or its stored value if it was called under this key before.
+
+        Values are stored in this process and on disk.
+        """
         about = [torch.__version__, torch.get_num_threads(), str(self.device), self.bf16]
         key = digest(key, *about)
         if key not in Lab.memory:
@@ -135,9 +144,10 @@ class Lab:
         return Lab.memory[key]
 
     def at(self, world=None, **settings):
-        """A Lab with other settings, in a folder of its own inside this one; the cache is shared.
+        """A Lab with other settings, which writes into a folder inside this Lab's.
 
-        world: the name of a world, or a World object."""
+        world: the name of a world, or a World object. The cache is shared.
+        """
         given = None if world is None or isinstance(world, str) else world
         about = ({} if world is None else {"world": given.name if given else world}) | settings
         name = "-".join(f"{k}{v}" for k, v in about.items()).replace(os.sep, "_") or "run"
@@ -145,7 +155,7 @@ class Lab:
         return self.child(name + (f"-{count}" if count > 1 else ""), world, settings)
 
     def child(self, folder, world, settings):
-        """A Lab with other settings, in this folder inside the Lab's own."""
+        """A Lab with other settings, which writes into `folder` inside this Lab's folder."""
         named = {"world": world} if isinstance(world, str) else {}
         given = self.given if world is None else None if named else world
         out = self.out and os.path.join(self.out, folder)
@@ -155,10 +165,11 @@ class Lab:
     # ---------------------------------------------------------------- models
 
     def base(self, stage="sft"):
-        """The world's model before alignment, a fresh copy at each call.
+        """The base model, that is, the world's model before alignment; a new copy at each call.
 
-        It is --init, or trained on the world's demonstrations and cached by the hash of everything
-        that made it. stage="raw" gives random weights. Random numbers depend on --base_seed alone.
+        It is the model of --init, or it is trained on the world's demonstrations and cached under a
+        hash of everything that it depends on. stage="raw" gives random weights. Random numbers
+        depend only on --base_seed.
         """
         settings, world = self.settings, self.world
         if settings.init:
@@ -190,15 +201,16 @@ class Lab:
         return model
 
     def finished(self):
-        """The model of --init, the folder of a finished run; nothing is trained.
+        """The model of --init, which is the folder of a finished run; nothing is trained.
 
         `reference` becomes the model that the run began with. UserError: the folder has no
-        run.json, or the run was made in another world or with other data."""
+        run.json, or the run used another world or other data.
+        """
         folder, model = self.settings.init, self.base()
         path = os.path.join(folder, "run.json")
         if not os.path.exists(path):
             raise UserError(
-                f"--init {folder} has no run.json, so where it began is not known; "
+                f"--init {folder} has no run.json, so its base model is not known; "
                 "--steps trains from it"
             )
         with open(path, encoding="utf-8") as file:
@@ -211,11 +223,11 @@ class Lab:
         self.reference = self.at(**{name: made[name] for name in origin}).base()
         self.steps = 0
         if not self.quiet:
-            print(f"{folder} is measured, nothing is trained")
+            print(f"{folder} is measured; nothing is trained")
         return model
 
     def pretrain(self, model, recipe):
-        """Train the base model on the world's demonstrations, by maximum likelihood -> weights."""
+        """Train a base model by maximum likelihood on the world's demonstrations -> its weights."""
         world, size, seed = self.world, recipe["batch_size"], self.settings.base_seed
         n = recipe.get("demonstrations", recipe["steps"] * size)
         rows = self.encode(world.demonstrations(n, generator("demonstrations", seed)))
@@ -237,20 +249,21 @@ class Lab:
         return {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
 
     def source(self):
-        """The source of what makes a base model and its samples, for cache keys."""
+        """The source code that base models and samples depend on, for cache keys."""
         made_by = [sys.modules[c.__module__] for c in type(self.world).__mro__[:-1]]
         return source(data_module, diffusion, nanomodel, loop, sys.modules[__name__], *made_by)
 
     # ---------------------------------------------------------------- data
 
     def encode(self, rows):
-        """Rows made ready for the model: text is laid out as prompt trees that fit the context.
+        """Rows in the form that `collate` reads: text is laid out as prompt trees.
 
-        UserError: a row is longer than the context and --truncate is not set."""
+        UserError: a row is longer than the context and --truncate is not set.
+        """
         if self.world.kind != "text":
             return rows
         if self.context is None:
-            raise UserError("the context is that of the model: call lab.base() first")
+            raise UserError("the context length is the model's: call lab.base() first")
         limit, cut = self.context, self.settings.truncate
         rows, shortened = fit_context(rows, self.world.tokenizer, limit, cut)
         if shortened and not self.quiet:
@@ -263,13 +276,15 @@ class Lab:
         return collate(rows, tokenizer, fixed=fixed).to(self.device)
 
     def sample(self, policy, prompts, k, rng=None):
-        """k samples per prompt -> rows without scores: token ids and `ends`, images, or entries.
+        """k samples per prompt -> rows without scores.
 
-        rng: a torch.Generator, by default that of the name "sample" and the round."""
+        Responses are token ids (with the column `ends`), images (k, C, H, W), or entries of a
+        table. rng: a torch.Generator, by default that of the name "sample" and the round.
+        """
         rng, rows, chunk = rng or self.rng("sample", self.round), [], max(1, 1024 // k)
         kind, options = self.world.kind, {}
         if kind == "text":
-            if self.device.type != "cpu":  # drawn where the logits are: no sync for each token
+            if self.device.type != "cpu":  # draw on the logits' device, without a sync per token
                 rng = torch.Generator(self.device).manual_seed(rng.initial_seed())
             options = dict(max_tokens=self.max_response, temperature=self.settings.temperature)
             if self.settings.truncate:
@@ -293,15 +308,16 @@ class Lab:
         return self.world.tokenizer.encode(text) if isinstance(text, str) else list(text)
 
     def text(self, response):
-        """A response or prompt as text (text worlds); otherwise what it is already."""
+        """A response or prompt as text; in worlds that are not of text it is returned unchanged."""
         if self.world.kind != "text" or isinstance(response, str):
             return response
         return self.world.tokenizer.decode(response)
 
     def truth(self, rows):
-        """The true reward of every response -> list of lists of numbers.
+        """The true reward of every response -> for each row a list of K numbers.
 
-        UserError: the world has no true reward."""
+        UserError: the world has no true reward.
+        """
         world = self.world
         if world.reward is None:
             raise UserError(
@@ -318,11 +334,12 @@ class Lab:
     def preferences(self, policy, k=None, n=None, ties=False, key=()):
         """Rows with labels: k samples per prompt from the policy, labelled by the world.
 
-        k: responses per prompt (default --k). n: prompts (default --prompts). ties: keep pairs that
-        a verifier scores alike. key: ask again for other prompts and samples; inside a data
-        function of `align` the round is added to it. With --data they are the file's training rows
-        (k = 2: the best and the worst response of each). Pairs have the chosen response first.
-        UserError: no pair has different scores.
+        k: responses per prompt (default --k). n: number of prompts (default --prompts).
+        ties: keep pairs to which a verifier gives equal scores.
+        key: another key gives other prompts and samples. Inside a data function of `align` the
+            round is added to it.
+        Pairs have the chosen response first. With --data the rows are the file's training rows, and
+        for k = 2 the best and the worst response of each. UserError: no pair has different scores.
         """
         settings, world = self.settings, self.world
         if world.given is not None:
@@ -339,15 +356,15 @@ class Lab:
         rows = stage.value
         if not rows:
             raise UserError(
-                f"none of {n} prompts gave a pair of different scores in {world.name}; "
-                "more --prompts may"
+                f"none of {n} prompts gave a pair with different scores in {world.name}; "
+                "more --prompts may help"
             )
         if not self.quiet and self.current is None:
             self.say_counts(rows, k, n)
         return self.encode(rows)
 
     def draw_preferences(self, policy, k, n, ties, key):
-        """Sample, score and label n prompts -> rows."""
+        """Sample responses to n prompts, score and label them -> rows."""
         settings, world = self.settings, self.world
         prompts = world.prompts(n, self.rng("prompts", *key))
         rows = self.sample(policy, prompts, k, self.rng("responses", *key))
@@ -362,7 +379,7 @@ class Lab:
         return [row for row in rows if ties or k > 2 or row["scores"][0] != row["scores"][1]]
 
     def say_counts(self, rows, k, n):
-        """Print how many rows were left out or teach nothing."""
+        """Print how many rows were left out, and how many hold the same response k times."""
         if len(rows) < n:
             print(f"{n - len(rows)} of {n} pairs had equal scores and were left out")
         if self.world.kind == "text":
@@ -371,17 +388,17 @@ class Lab:
                 print(f"{same} of {len(rows)} rows hold the same response {k} times")
 
     def rows(self, dicts):
-        """Rows made by the method itself, without the labeller."""
+        """Rows that the method made itself; without `scores` they get zeros."""
         return self.encode([{"scores": [0.0] * len(row["responses"])} | row for row in dicts])
 
     # ---------------------------------------------------------------- scoring
 
     def autocast(self):
-        """bfloat16 where the run uses it."""
+        """Autocast to bfloat16, if the run uses it."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def compile(self, function):
-        """torch.compile of a function where the run compiles; otherwise the function itself."""
+        """The compiled function if --compile is on, otherwise the function itself."""
         if not self.compiled:
             return function
         mode = "reduce-overhead" if self.device.type == "cuda" else "default"
@@ -402,7 +419,7 @@ class Lab:
         return out
 
     def cached_logps(self, model, rows):
-        """`score_rows`, from the cache where the model is known by its fingerprint."""
+        """`score_rows`, cached if the model has a fingerprint."""
         fingerprint = getattr(model, "fingerprint", None)
         if not fingerprint:
             return self.score_rows(model, rows)
@@ -411,7 +428,7 @@ class Lab:
         return self.cached(key, lambda: self.score_rows(model, rows))
 
     def logps(self, model, rows):
-        """Score rows once, without gradient -> a column: for each row K lists of T log-probs."""
+        """Log-probs of rows as a column, without gradient: for each row K lists of T numbers."""
         return self.stage("logps", lambda: self.score_rows(model, self.encode(rows)))
 
     # ---------------------------------------------------------------- training and evaluation
@@ -422,10 +439,12 @@ class Lab:
     def race(self, arms, data=None, watch=None, end=None, **settings):
         """Align several arms on the same rows, labels, order and noise -> {arm: [curve per seed]}.
 
-        arms: {name: arm}; an arm is (loss, cfg), (loss, cfg, options of `align`), or a function
-        (lab) -> model with a `run` of its own. data(lab, base) -> rows, by default pairs sampled
-        from the base model. watch as in `align`. end(lab, policy) -> {name: number} is added to the
-        last point of a curve. settings: run settings, and world, for all arms (see `at`).
+        arms: {name: arm}. An arm is (loss, cfg), (loss, cfg, options of `align`), or a function
+            (lab) -> model for a method with a `run` of its own.
+        data(lab, base) -> rows, by default pairs sampled from the base model.
+        watch: as in `align`.
+        end(lab, policy) -> {name: number}, which is added to the last point of a curve.
+        settings: run settings for all arms, and `world` (see `at`).
         """
         curves = {name: [] for name in arms}
         world = settings.pop("world", None)
@@ -457,16 +476,18 @@ class Lab:
         return self.preferences(base, k=2)
 
     def evaluate(self, policy):
-        """{name: number or [low, high]} of a model, as far as the world has them.
+        """The evaluation of a model, {name: number or [low, high]}; see docs/metrics.md.
 
-        True reward, win rate over the base model, KL from it, length, diversity, accuracy on
-        held-out pairs with clean labels, raw log-probs of chosen and rejected, and what the world
-        measures itself. The prompts and random numbers are the same for every model."""
+        It has the true reward, win rate over the base model, KL from it, length, diversity,
+        accuracy on held-out pairs with clean labels, raw log-probs of chosen and rejected, and the
+        world's own measurements, as far as they apply. Prompts and random numbers are the same for
+        every model.
+        """
         return self.stage("evaluate", lambda: evaluate.evaluate(self, policy))
 
 
 def folder_stamp(folder):
-    """What tells one state of a checkpoint folder from another: path, files, sizes and times."""
+    """A value that changes when a checkpoint folder does: path, file names, sizes and times."""
     if not os.path.isdir(folder):
         return [folder]
     names = sorted(os.listdir(folder))
