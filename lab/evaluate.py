@@ -1,4 +1,4 @@
-"""What is measured: the metrics of a training step, a quick look, and the evaluation of a model."""
+"""Metrics of a training step, of a quick look during training, and the evaluation of a model."""
 
 import math
 
@@ -9,11 +9,12 @@ import torch
 
 
 def paths(values, parents):
-    """Sums over the path from the prompt to each response, its own value included.
+    """Sums over the path from the prompt to each response, its own value included: (B, K).
 
-    values, parents (B, K), a parent of -1 is the prompt -> (B, K)."""
+    values, parents: (B, K); a parent of -1 is the prompt.
+    """
     for _ in range((values.shape[1] - 1).bit_length()):
-        # each pass doubles the stretch of the path that a sum covers
+        # each pass doubles the part of the path that a sum covers
         up, ended = parents.clamp(min=0), parents < 0
         values = values + values.gather(1, up).masked_fill(ended, 0.0)
         parents = parents.gather(1, up).masked_fill(ended, -1)
@@ -21,12 +22,13 @@ def paths(values, parents):
 
 
 def common_metrics(logps, ref_logps, batch):
-    """The metrics of every method, from the best and the worst scored response of each row.
+    """The metrics of every method, from the responses of each row with the best and worst score.
 
-    margin: difference of their log-ratios in nats, without beta. accuracy: share of rows with a
-    positive margin, ties counting half. chosen_logp, rejected_logp: the raw log-probs in nats.
-    Without a reference the margin compares the log-probs themselves. In a tree of steps a response
-    is a path to a leaf; in a chain, which has one leaf, it is a node.
+    margin: the difference of their log-ratios in nats, without beta; without a reference, of their
+        log-probs.
+    accuracy: the share of rows with a positive margin; ties count half.
+    chosen_logp, rejected_logp: the raw log-probs in nats.
+    In a tree of steps a response is a path to a leaf; in a chain, which has one leaf, it is a node.
     """
     present, parents = batch.mask.any(-1), batch.parents
     total = (logps * batch.mask).sum(-1)  # (B, K)
@@ -56,7 +58,8 @@ def sequence_kl(lab, policy, reference, rows):
     """KL(policy || reference) of whole responses in nats, one value per sampled response.
 
     It is the sum over tokens of the exact KL between the two next-token distributions, at the
-    prefixes that the policy sampled and at its sampling temperature (1 for greedy samples)."""
+    prefixes that the policy sampled and at its sampling temperature (1 for greedy samples).
+    """
     temperature = lab.settings.temperature or 1.0
     logits = reference.config.vocab_size * max(2, lab.max_response) * len(rows[0]["responses"])
     size, out = max(1, min(64, 2**27 // logits)), []  # rows at a time: at most 2^27 logits
@@ -77,7 +80,7 @@ def eval_prompts(lab, n):
 
 
 def of_base(lab, name, look):
-    """`look()`, which depends on the base model and the world alone, from the cache."""
+    """`look()`, cached; its value must depend only on the base model, the world and settings."""
     settings, fingerprint = lab.settings, getattr(lab.reference, "fingerprint", None)
     key = [name, fingerprint, lab.world.key(), settings.eval_size, settings.base_seed]
     key += [settings.temperature, lab.max_response]
@@ -87,8 +90,9 @@ def of_base(lab, name, look):
 def eval_pairs(lab):
     """Held-out rows with clean labels.
 
-    With --data they are the file's. Otherwise pairs are sampled from the base model and ordered by
-    the true reward; ties are left out."""
+    With --data they are the file's. Otherwise pairs are sampled from the base model and labelled by
+    the true reward; ties are left out.
+    """
     world, settings = lab.world, lab.settings
     if world.reward is None:
         return lab.encode(world.held_out[: settings.eval_size])
@@ -107,9 +111,10 @@ def eval_pairs(lab):
 
 
 def answers(row, logps):
-    """{index: log-prob} of what a row compares: the paths of a tree, the items of a chain or list.
+    """{index: log-prob} of the responses of a row: the paths of a tree, the items of a list.
 
-    logps: K lists of token log-probs."""
+    logps: K lists of token log-probs. A chain, which has one leaf, counts as a list.
+    """
     total = [sum(x) for x in logps]
     parents = row.get("parents") or [-1] * len(logps)
     leaves = sorted(set(range(len(total))) - set(parents))
@@ -123,7 +128,8 @@ def pair_stats(lab, policy):
     """Accuracy of the implicit reward on held-out rows, and the raw log-probs in nats.
 
     The implicit reward is the log-ratio to the base model. All pairs of a row with different scores
-    are compared, ties count half, and a row counts once."""
+    are compared, and ties count half. Every row has the same weight.
+    """
     rows = eval_pairs(lab)
     if not rows:
         return {}
@@ -200,11 +206,11 @@ def evaluate_text(lab, policy):
 
 @torch.no_grad()
 def glance(lab, policy):
-    """A quick look during training: true reward, KL and the length of a text, on half the prompts
-    of an evaluation.
+    """A quick evaluation during training: true reward, KL and length of text.
 
-    In a world without a true reward it is the accuracy on held-out pairs, and only where
-    --eval_every asks for looks."""
+    It uses half as many prompts as an evaluation. In a world without a true reward it returns the
+    accuracy on held-out pairs, and only if --eval_every is given.
+    """
     world = lab.world
     if world.kind == "table":
         return {"reward": policy.expect(world.rewards()), "kl": policy.kl(lab.reference)}
@@ -226,7 +232,7 @@ def glance(lab, policy):
 
 
 def interval(values):
-    """95 % interval of the mean of a few values by Student's t, as [low, high]."""
+    """95 % confidence interval of the mean of a few values by Student's t, as [low, high]."""
     values = np.asarray(values, dtype=float)
     if len(values) < 2:
         return [math.nan, math.nan]
@@ -237,7 +243,10 @@ def interval(values):
 
 
 def wilson(wins, n):
-    """95 % interval of a share by Wilson's score, as [low, high]; ties may count half."""
+    """95 % confidence interval of a share by Wilson's score, as [low, high].
+
+    wins: how many of n; ties may count half.
+    """
     if not n:
         return [math.nan, math.nan]
     z, p = 1.959964, wins / n
