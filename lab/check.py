@@ -1,6 +1,6 @@
-"""What a loss must be, checked in the first step of every run.
+"""The contract of a loss, checked in the first step of every run.
 
-What is wrong is said in one line that says what to change.
+A violation is a UserError of one line that says what to change.
 """
 
 import torch
@@ -11,7 +11,7 @@ PAIR = "end `loss` with `return losses, metrics` (metrics may be {})"
 
 
 def unpack(returned):
-    """(losses, metrics) of what a loss returned; UserError when it is not that pair."""
+    """Check that a loss returned (losses, metrics) -> that pair. UserError: it did not."""
     if not isinstance(returned, tuple) or len(returned) != 2:
         what = type(returned).__name__
         what = f"{len(returned)} values" if isinstance(returned, tuple) else f"one {what}"
@@ -20,10 +20,11 @@ def unpack(returned):
 
 
 def first_step(losses, metrics, logps, batch):
-    """UserError, in one line, unless this is what a loss must return for this batch.
+    """Check what a loss returned for a batch. UserError: it breaks the contract.
 
-    losses (B,), finite, with a gradient in logps (B, K, T); metrics {name: detached number}.
-    It reads values from the device, so it is called once, in the first step, before `backward`.
+    losses must be (B,), finite, with a gradient in logps (B, K, T); metrics must be {name: detached
+    number}. The check waits for the device, so it is called once, in the first step, before
+    `backward`.
     """
     wanted = (len(batch.mask),)
     if not isinstance(losses, torch.Tensor):
@@ -54,11 +55,11 @@ def first_step(losses, metrics, logps, batch):
 
 
 def shape_line(shape, rows):
-    """What to change in a loss whose losses have this shape; rows: (B, K, T)."""
+    """The message for losses of a wrong shape, which says what to change; rows: (B, K, T)."""
     B, K, T = rows
     line = f"the losses have shape {shape}, expected ({B},), one loss per row: "
     if shape == ():
-        return line + "leave out the last .mean() or .sum(), the loop takes the mean over the rows"
+        return line + "leave out the last .mean() or .sum(), since the loop averages over the rows"
     if shape == (B, T):
         return line + "sum (or average) over the tokens before the loss, with .sum(-1)"
     if shape == (B, K):
@@ -69,7 +70,7 @@ def shape_line(shape, rows):
 
 
 def check_metrics(metrics):
-    """UserError unless metrics is {name: a number or a detached tensor of one number}."""
+    """Check that metrics is {name: a number or a detached tensor of one number}; else UserError."""
     if not isinstance(metrics, dict):
         raise UserError(f"the metrics are a {type(metrics).__name__}, not a dict: {PAIR}")
     for name, value in metrics.items():
