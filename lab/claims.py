@@ -1,9 +1,13 @@
-"""Claims: a sentence, what was measured for it, and whether it holds.
+"""Claims: sentences of a paper, the measurements behind them, and whether they hold.
 
-A file claims/NAME.py has `measure(lab)` -> {series: a number, or a list with one entry per seed},
-where an entry is a number, {metric: number}, or a curve (a list of looks, as `policy.curve`), and
-`CLAIMS`, a list of `claim(...)`. It may have `report(lab, series)` -> {file name: text or Figure of
-matplotlib}, which is written into the folder of the claim.
+A file claims/NAME.py has two parts:
+
+    measure(lab)    -> {series: a number, or a list with one entry per seed}. An entry is a number,
+                    {metric: number}, or a curve (a list of dicts like `policy.curve`)
+    CLAIMS          a list of claim(...)
+
+It may have report(lab, series) -> {file name: text or matplotlib Figure}; these files are written
+into the folder of the claim.
 """
 
 import dataclasses
@@ -49,11 +53,14 @@ def claim(
 ):
     """State a claim: `metric` of `ours` is above (">") or below ("<") that of `baseline`.
 
-    ours, baseline: names of series of `measure`; the baseline may be a number. metric: a key of the
-    series' dicts, or of the last point of its curves; None where a series holds plain numbers.
-    at_kl: read curves off at this KL in nats; "shared" is the largest KL that all of them reach.
-    margin: what the mean difference must exceed. kind: primary (the headline of the abstract),
-    mechanism or control. expected: False for what is not expected to hold.
+    ours, baseline: names of series of `measure`; the baseline may be a number.
+    metric: a key of the series' dicts, or of the last point of its curves; None if a series holds
+        plain numbers.
+    at_kl: compare curves at this KL in nats; "shared" is the largest KL that all of them reach.
+    margin: the mean difference must exceed it.
+    kind: primary (the headline of the abstract), mechanism or control.
+    expected: False for a claim that is not expected to hold.
+    UserError: an unknown relation or kind.
     """
     if relation not in (">", "<"):
         raise UserError(f'relation {relation!r}: expected ">" or "<"')
@@ -66,9 +73,10 @@ def claim(
 
 
 def at_kl(curve, metric, kl):
-    """The metric of a curve where it first reaches `kl` nats, by linear interpolation.
+    """The metric of a curve at its first point with a KL of `kl` nats, by linear interpolation.
 
-    UserError: the curve never reaches it."""
+    UserError: the curve never reaches this KL.
+    """
     for a, b in zip(curve, curve[1:]):
         if min(a["kl"], b["kl"]) <= kl <= max(a["kl"], b["kl"]):
             share = 0.0 if a["kl"] == b["kl"] else (kl - a["kl"]) / (b["kl"] - a["kl"])
@@ -78,7 +86,7 @@ def at_kl(curve, metric, kl):
 
 
 def entries(series, name):
-    """The entries of a series, one per seed; a number stands for itself."""
+    """The entries of a series, one per seed; for a number, the number itself."""
     if not isinstance(name, str):
         return [name]
     if name not in series:
@@ -97,10 +105,12 @@ def read(entry, metric, kl):
 
 
 def judge(claims, series):
-    """The claims with their values -> a list of dicts, one per claim, as they go to claim.json.
+    """Judge claims on the measured series -> a list of dicts, one per claim, as in claim.json.
 
-    A claim holds when every seed agrees in sign and the mean difference exceeds the margin. From
-    five seeds on, the paired 95 % interval of the difference must exclude 0 instead."""
+    A claim holds if the difference has the claimed sign on every seed and its mean exceeds the
+    margin. With five or more seeds, the paired 95 % interval of the difference must exclude 0
+    instead of the sign on every seed.
+    """
     rows = []
     for c in claims:
         ours, baseline = entries(series, c.ours), entries(series, c.baseline)
@@ -127,9 +137,10 @@ def judge(claims, series):
 
 
 def run(name, module, lab, command, say=print):
-    """Measure and judge the claims of one paper, and write claim.json and claim.md to `lab.out`.
+    """Measure and judge the claims of one paper -> a list of dicts, one per claim.
 
-    -> the judged claims, a list of dicts."""
+    claim.json, claim.md and the files of `report` are written to `lab.out`.
+    """
     start = time.time()
     series = module.measure(lab)
     rows = judge(module.CLAIMS, series)
@@ -160,12 +171,12 @@ def verdict(row):
 
 
 def sentence(row):
-    """The text of a claim, with the KL at which it was read."""
+    """The text of a claim, with the KL at which curves were compared."""
     return row["text"] + (f" (at a KL of {row['at_kl']:.2f})" if row["at_kl"] is not None else "")
 
 
 def values(row):
-    """ours, baseline, difference and interval of a claim, as printed."""
+    """(ours, baseline, difference, interval) of a claim, averaged over seeds."""
     ours, baseline = (float(np.mean(row[side])) for side in ("ours", "baseline"))
     interval = [math.nan if x is None else x for x in row["interval"]]
     return ours, baseline, row["difference"], interval
@@ -183,7 +194,7 @@ def claims_table(rows):
 
 
 def claims_markdown(rows):
-    """Claims as Markdown: a section per paper with its command, time and commit."""
+    """Claims as Markdown, with one section per paper that has its command, time and commit."""
     out, paper = [], None
     for row in rows:
         if row["paper"] != paper:
