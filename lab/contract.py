@@ -1,8 +1,11 @@
-"""python train.py --check NAME: does a method keep the contract? One plain line per rule.
+"""python train.py --check NAME: whether a method keeps the contract, with one line per rule.
 
-The loss is called with the log-probs of a real first step of its own `run`, in a small world, and
-with variations of them. `ok`: the rule holds. `look`: it may be what the paper wants, or a slip.
-`WRONG`: the contract is broken, and the exit status is 1.
+The loss is called with the log-probs of the first step of the method's own `run`, in a small world,
+and with variations of them. A line begins with one of three words:
+
+    ok       the rule holds
+    look     this may be intended by the paper, or it may be a mistake
+    WRONG    the contract is broken, and the exit status is 1
 """
 
 import ast
@@ -27,7 +30,7 @@ class Caught(Exception):
 
 
 def check(run):
-    """Print one line per rule -> exit status: 0, or 1 when one of them is broken."""
+    """Print one line per rule -> exit status 1 if a rule is broken, else 0."""
     lines = form(run)
     settings = small(run)
     print(f"{run.module.__file__} on the world {settings.world}")
@@ -45,7 +48,7 @@ def check(run):
 
 
 def small(run):
-    """Settings of a first step that takes seconds: an exact table where the method can use one."""
+    """Settings under which a run takes seconds: on an exact table, if the method can use one."""
     paper, given = run.paper, run.settings
     world = given.world
     easy = paper.needs in ("pairs or lists", "demonstrations", "reward")
@@ -59,7 +62,7 @@ def small(run):
 
 
 def form(run):
-    """What can be read off the file: docstring, comments, signatures."""
+    """The rules that the file itself shows: docstring, comments, signatures and imports."""
     module, lines = run.module, []
     found = re.match(TITLE, (module.__doc__ or "").replace("\n", " "))
     wanted = 'the docstring begins with "NAME - Title (year), arXiv:NNNN.NNNNN"'
@@ -88,12 +91,12 @@ def form(run):
 
 
 class Probe(Lab):
-    """A Lab whose `align` ends at the first call of the loss, and remembers it."""
+    """A Lab that stores the first call of the loss and then ends the run."""
 
     call = None  # (loss, logps, ref_logps, batch, cfg)
 
     def note(self, loss):
-        """A loss that is never carried out."""
+        """A function that takes the place of the loss, stores its arguments and ends the run."""
 
         def noted(*arguments):
             self.call = loss, *arguments
@@ -106,7 +109,7 @@ class Probe(Lab):
 
 
 def first_call(run, settings):
-    """(loss, its arguments) at the first call in `run`; None when it is never called."""
+    """(loss, *arguments) of the first call of the loss in `run`; None if it is never called."""
     lab, loss = Probe(settings, quiet=True), run.module.loss
     run.module.loss = lab.note(loss)  # for a `run` that calls it by itself, under lab.fit
     try:
@@ -121,7 +124,7 @@ def first_call(run, settings):
 
 
 def of_loss(loss, logps, ref_logps, batch, cfg):
-    """The rules of a loss, on the arguments of a first step."""
+    """The rules of a loss, checked on the arguments of a first step."""
     lines = []
     if ref_logps is not None and ref_logps.requires_grad:
         lines.append(("WRONG", "the reference has a gradient: score it under torch.no_grad()"))
@@ -160,7 +163,7 @@ def of_loss(loss, logps, ref_logps, batch, cfg):
 
 
 def extreme(value, x, ref, batch):
-    """Finite at log-ratios of 10,000 in either direction?"""
+    """Whether the loss is finite at log-ratios of 10,000 in either direction."""
     line = "the loss is finite at log-ratios of 10,000"
     for sign in (1.0, -1.0):
         far = torch.zeros_like(x)
@@ -173,7 +176,7 @@ def extreme(value, x, ref, batch):
 
 
 def of_reference(value, x, ref, batch, losses, slope):
-    """Does the reference matter?"""
+    """Whether the loss depends on the reference."""
     if ref is None:
         return [("ok", "the loss has no reference")]
     moved = ref + torch.linspace(0.1, 0.5, ref.shape[1])[:, None].to(ref) * batch.mask
@@ -184,7 +187,7 @@ def of_reference(value, x, ref, batch, losses, slope):
 
 
 def signs(slope, batch):
-    """Does a gradient step raise the best response and lower the worst one?"""
+    """Whether a gradient step raises the best response and lowers the worst one."""
     present = batch.mask.any(-1)
     best = batch.scores.masked_fill(~present, -torch.inf).argmax(1, keepdim=True)
     worst = batch.scores.masked_fill(~present, torch.inf).argmin(1, keepdim=True)
@@ -202,8 +205,8 @@ def signs(slope, batch):
 
 
 def length(value, x, ref, batch):
-    """Does a response cut into twice as many tokens, with the same total, have the same loss?"""
-    # away from the reference, where every log-ratio is 0 whatever is done with it
+    """Whether the loss stays the same when every token is split into two of half its log-prob."""
+    # moved away from the reference, where all log-ratios are 0 and a mean equals a sum
     x = x - torch.linspace(0.1, 0.5, x.shape[1])[:, None].to(x) * batch.mask
     losses = value(x, ref, batch)[0]
 
@@ -225,7 +228,7 @@ def length(value, x, ref, batch):
 
 
 def of_run(run, settings):
-    """What `run` returns."""
+    """Whether `run` returns a model, a table or None."""
     try:
         result = run.module.run(Lab(settings, quiet=True), run.cfg)
     except UserError as error:
