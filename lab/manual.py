@@ -1,4 +1,4 @@
-"""What --help and --list print."""
+"""The text of --help and --list."""
 
 import textwrap
 
@@ -28,18 +28,18 @@ def explained(flags):
 
 
 def page(intro, chosen):
-    """--help: the actions and the run settings, or the papers that --method names."""
+    """The text of --help: actions and run settings, or the help of the papers in --method."""
     if chosen:
         return "\n\n".join(paper_help(method) for method in chosen)
     parts = [intro.strip(), "\nWhat to do", lines_of(list(ACTIONS.items()))]
-    parts += ["\nRun settings [default; none: the world's own]"]
+    parts += ["\nRun settings [default; without one, the world's own]"]
     parts += [lines_of(explained(settings_flags()))]
     parts += ["\nA paper's own flags: python train.py --method NAME --help; names: --list"]
     return "\n".join(parts)
 
 
 def paper_help(method):
-    """--method NAME --help: that paper alone, with its flags and what it changes."""
+    """The text of --method NAME --help: one paper, its flags, and the settings that it changes."""
     head = method.doc.split("Differences from the paper")[0].rstrip()
     paper, parts = method.paper, [head]
     if method.flags:
@@ -47,18 +47,19 @@ def paper_help(method):
         parts += [f"\nFlags of {method.name} [default]", lines_of(rows)]
     else:
         parts += [f"\n{method.name} has no flags of its own."]
-    runs = f"\nIt runs on worlds of {' and '.join(paper.worlds)}; it needs {paper.needs}."
+    kinds = ", ".join(paper.worlds)
+    runs = f"\nKinds of world that it runs on: {kinds}. It needs {paper.needs}."
     parts += [runs]
     if paper.defaults:
         changed = "  ".join(f"--{name} {value}" for name, value in paper.defaults.items())
-        parts += [f"Run alone it sets: {changed}"]
+        parts += [f"Settings that it changes when run alone: {changed}"]
     if paper.ignores:
-        parts += [f"Refused here, since they do nothing: --{', --'.join(paper.ignores)}"]
+        parts += [f"Settings that it refuses, as they do nothing: --{', --'.join(paper.ignores)}"]
     return "\n".join([*parts, "The run settings: python train.py --help"])
 
 
 def listing():
-    """--list: methods by family, and worlds; a file that cannot be read says why."""
+    """The text of --list: methods by family, and worlds; for a file that is broken, the reason."""
     rows = []
     for method in sorted(catalogue(), key=lambda m: (m.problem != "", family(m), m.name)):
         kinds = "/".join(method.paper.worlds) if not method.problem else ""
@@ -74,4 +75,5 @@ def listing():
 
 
 def family(method):
+    """The family of a method, or "" if its file cannot be read."""
     return method.paper.family if method.paper and not method.problem else ""
