@@ -1,10 +1,10 @@
 """The process in which a checkpoint's chat template is rendered, and nothing else.
 
-A template is a program out of somebody else's file. It runs in Jinja's sandbox, and in a process
-that can be ended. `lab.hub.ChatTemplate` starts `python -I render.py` and sends JSON objects, one
-per line: first the template, then one conversation after the other. Each is answered by one line,
+A template is a program from somebody else's file, so it runs in Jinja's sandbox, in a process that
+can be killed. `lab.hub.ChatTemplate` starts `python -I render.py` and sends JSON objects, one per
+line: first the template, then one conversation after the other. Each is answered by one line,
 {"text": ...} or {"error": ...}. The process may use MEMORY bytes, and SECONDS of CPU time per
-answer, where the operating system can limit them; elsewhere (Windows) the waiting side ends it.
+answer, if the operating system can limit them; elsewhere (Windows) the parent process kills it.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ LENGTH = 10**6  # characters of a rendered text
 
 
 def limit_memory():
-    """From now on, memory beyond MEMORY is a MemoryError, where the system knows such limits."""
+    """Make memory beyond MEMORY raise MemoryError, on systems that have such limits."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
@@ -26,17 +26,17 @@ def limit_memory():
 
 
 def limit_time(seconds):
-    """The system ends this process after `seconds` more of CPU time; 0 takes the limit away.
+    """Let the system kill this process after `seconds` more of CPU time; 0 removes the limit.
 
-    A handler in Python would not run within a single long operation such as 9 ** 9 ** 9, and a
-    template might catch what it raises.
+    A signal handler in Python would not run during a single long operation such as 9 ** 9 ** 9, and
+    a template might catch the exception that it raises.
     """
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def compiled(text, names):
-    """The template of `text`, with what templates of chat models expect to find.
+    """The Jinja template of `text`, with the names that templates of chat models expect.
 
     names: {name: value} of the special tokens, such as bos_token.
     """
@@ -72,18 +72,18 @@ def answer(function):
             reply = {"error": f"writes more than {LENGTH} characters"}
     except MemoryError:
         reply = {"error": f"needs more than {MEMORY >> 20} MB"}
-    except Exception as error:  # whatever foreign code raises is its message
+    except Exception as error:  # a template may raise anything
         reply = {"error": f"fails: {str(error)[:1000] or type(error).__name__}"}
     limit_time(0)
     return json.dumps(reply)
 
 
 def main():
-    """Answer lines until there are no more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
+    """Answer the lines on stdin until it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent process
     first = json.loads(sys.stdin.readline())
     sys.path[:] = first["path"]
-    import jinja2.sandbox  # noqa: F401 - before the memory is limited
+    import jinja2.sandbox  # noqa: F401 - imported before the memory is limited
 
     limit_memory()
     template = None
