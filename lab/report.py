@@ -1,4 +1,4 @@
-"""What a person sees: the progress bar, tables, samples and pictures."""
+"""Output for people: the progress bar, tables, samples and pictures."""
 
 import json
 import math
@@ -18,9 +18,10 @@ from lab.store import write_beside
 
 
 class Progress:
-    """One line: how far a loop is, what it sees, and the time left.
+    """A progress line: the step, the loss, margin and accuracy, and the time left.
 
-    Where the output is not a terminal, it prints a line at every tenth of the steps."""
+    If stderr is not a terminal, a line is printed after every tenth of the steps.
+    """
 
     def __init__(self, title, steps, first=0, quiet=False):
         self.title, self.steps, self.first = title, steps, first
@@ -28,7 +29,7 @@ class Progress:
         self.start, self.tty, self.tenth = time.time(), sys.stderr.isatty(), -1
 
     def show(self, step, values):
-        """Say what was seen in `step`."""
+        """Show the values {name: number} of `step`."""
         if self.quiet:
             return
         spent = time.time() - self.start
@@ -58,7 +59,7 @@ def clock(seconds):
 
 
 def header(lab, name, module, cfg, model):
-    """The first lines of a run."""
+    """The first lines that a run prints: title, world, model, device and settings."""
     line = title(module) if module else name
     config = ""
     if cfg:
@@ -83,7 +84,7 @@ def count(model):
 
 
 def number(value, interval=None):
-    """A number in few digits, with half the width of its interval [low, high]; "-" for None."""
+    """A number in a few digits, with half the width of its interval [low, high]; "-" for None."""
     if value is None:
         return "-"
     value = 0.0 if abs(value) < 1e-12 else value
@@ -97,7 +98,7 @@ def number(value, interval=None):
 
 
 def table(rows, head):
-    """Lines of a plain table: numbers to the right, texts to the left."""
+    """A plain-text table; columns of numbers are aligned right, columns of text left."""
 
     def is_text(cell):
         return not cell[:1].isdigit() and cell[:1] not in ("-", "+", "")
@@ -114,7 +115,7 @@ def table(rows, head):
 
 
 def before_after(before, after):
-    """The table of a run."""
+    """The table of a run, from two evaluations {name: value}."""
     names = [name for name in after if not name.endswith("_interval")]
     rows = [
         [name, *(number(side.get(name), side.get(name + "_interval")) for side in (before, after))]
@@ -124,9 +125,10 @@ def before_after(before, after):
 
 
 def visible(text):
-    """Text that a terminal may show: control characters, except line ends, are replaced.
+    """Text that is safe to print: control characters except line ends are replaced.
 
-    An untrained model of bytes writes anything, and a terminal obeys control characters."""
+    An untrained model of bytes may write any character, and a terminal executes control sequences.
+    """
     return "".join(c if c == "\n" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
@@ -151,14 +153,15 @@ def side_by_side(lab, policy, n=4):
 def pictures(lab, policy, k=8):
     """k images of every class from the base model and from the policy, from the same noise.
 
-    -> two tensors (classes, k, C, H, W)."""
+    -> two tensors (classes, k, C, H, W).
+    """
     prompts = list(range(policy.classes))
     models = (lab.reference, policy)
     return [model.sample(prompts, k, lab.eval_rng("samples")).cpu() for model in models]
 
 
 def show(lab, row, batch):
-    """Print one row as the model sees it (--show): its tokens, what they see, what is scored."""
+    """Print one row as the model sees it (--show): its tokens, the mask, and what is scored."""
     scores = [round(float(score), 3) for score in row["scores"]]
     print(f"one row of the first batch: {batch.mask.shape[1]} responses, scores {scores}")
     if lab.world.kind != "text":
@@ -194,7 +197,7 @@ def show(lab, row, batch):
 
 
 def figure(path, draw, size=(10, 6)):
-    """Make a picture with matplotlib and write it in one step; `draw(figure)` fills it."""
+    """Draw a matplotlib Figure with `draw(figure)` and write it to `path` in one step."""
     from matplotlib.figure import Figure
 
     fig = Figure(figsize=size, layout="constrained")
@@ -208,7 +211,7 @@ def write_figure(path, fig, dpi=110):
 
 
 def write_picture(out, fig):
-    """Write the Figure of World.picture as samples.png into `out`; None: nothing is written."""
+    """Write the Figure of World.picture as samples.png into `out`; do nothing if it is None."""
     if fig is not None:
         write_figure(os.path.join(out, "samples.png"), fig, dpi=150)
 
@@ -279,10 +282,11 @@ def curves(lab, model, title):
 
 
 def sweep_table(results, varied):
-    """One line per setting: the mean over seeds with its 95 % interval.
+    """The table of a sweep: one line per setting, with means over seeds and their 95 % intervals.
 
-    The interval of a single seed is over its samples. Methods alone are ranked by reward.
-    results: list of (settings dict, after dict)."""
+    results: a list of (settings dict, evaluation dict). The interval of a single seed is that of
+    its evaluation. If only the method varies, methods are ranked by reward.
+    """
     groups = {}
     for settings, after in results:
         groups.setdefault(tuple(settings[name] for name in varied), []).append(after)
@@ -299,19 +303,18 @@ def sweep_table(results, varied):
         cells = []
         for name in names:
             values = [after[name] for after in group if name in after]
-            spread = (
-                interval(values) if len(values) > 1 else group[0].get(name + "_interval")
-            )  # over seeds, else that of the run
+            spread = interval(values) if len(values) > 1 else group[0].get(name + "_interval")
             cells.append(number(float(np.mean(values)), spread) if values else "-")
         rows.append([*key, len(group), *cells])
     return table(rows, [*varied, "seeds", *names])
 
 
 def sweep_plot(path, results, varied):
-    """One picture of a sweep, with 95 % bars -> whether there was anything to draw.
+    """The plot of a sweep, with 95 % error bars -> whether there was anything to draw.
 
-    The reward (or the accuracy) stands against a numeric setting, with a line per method, or
-    against the KL where no numeric setting varies."""
+    It shows the reward (or the accuracy) against a numeric setting, with one line per method, or
+    against the KL if no numeric setting varies.
+    """
     metric = "reward" if "reward" in results[0][1] else "accuracy"
     if metric not in results[0][1]:
         return False
@@ -342,7 +345,7 @@ def sweep_plot(path, results, varied):
                     else afters[0].get(metric + "_interval", [math.nan, math.nan])
                 )
                 bars.append((high - low) / 2 if math.isfinite(low) else 0.0)
-            mark = "osD^v"[i // 10 % 5]  # ten colours, then the next mark
+            mark = "osD^v"[i // 10 % 5]  # there are ten colors, so every ten lines change the mark
             ax.errorbar(
                 xs,
                 ys,
