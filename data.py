@@ -677,9 +677,11 @@ def label(
 def reorder(row, order):
     """The row with its K responses, and every column of K values, in another order.
 
-    order: indices from 0 to K - 1; responses whose index is missing are left out. No response may
-    continue another one.
+    order: indices from 0 to K - 1; responses whose index is missing are left out. UserError: the
+    responses continue each other.
     """
+    if any(parent >= 0 for parent in row.get("parents", ())):
+        raise UserError(f"the responses to {row['prompt']!r} continue each other: not pairs")
     count = len(row["responses"])
 
     def move(value):
@@ -691,3 +693,8 @@ def reorder(row, order):
 
     # the tree is left out, since it is laid out in the old order
     return {k: v if k == "prompt" else move(v) for k, v in row.items() if k != "tree"}
+
+
+def extremes(row):
+    """The pair of the best and the worst response of a row, with their scores."""
+    return reorder(row, [row["scores"].index(find(row["scores"])) for find in (max, min)])

@@ -171,9 +171,8 @@ def picture(series, world):
 
 def report(lab, series):
     """The table of all losses with the survey's taxonomy, and the picture."""
-    taxonomy = "\n".join(f"{branch}: {papers}" for branch, papers in TAXONOMY.items())
     return {
-        "survey.txt": ranked(series) + "\n\n" + taxonomy,
+        "survey.txt": ranked(series) + "\n" + TAXONOMY.rstrip(),
         "survey.png": picture(series, tree.World(lab.seeds[0])),
     }
 

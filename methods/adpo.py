@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 import torch
 
-from data import Paper, UserError, check_fields, fill_variant, upcast
+from data import Paper, UserError, check_fields, fill_variant, readable, upcast
 
 PAPER = Paper(
     "lists",
@@ -66,11 +66,11 @@ class Config:
 def check_scored(logps, batch, cfg):
     """Check that lists have a scored token, finite scores and a valid column q; else UserError.
 
-    Values are checked on CPU only: on CUDA this check would force a host-device sync.
+    Values are checked where they are `readable`.
     """
     if cfg.target == "given" and not hasattr(batch, "q"):
         raise UserError("target = given reads the column q, and the rows have none")
-    if logps.device.type != "cpu":
+    if not readable(logps):
         return
     present = batch.mask.any(-1)
     if not present.any(1).all() or not batch.scores.isfinite().all():

@@ -71,8 +71,6 @@ def star(row):
     The chosen response is always the best one. UserError: all ratings are equal, or the responses
     continue each other.
     """
-    if any(parent >= 0 for parent in row.get("parents", ())):
-        raise UserError(f"the responses to {row['prompt']!r} continue each other: not pairs")
     scores, pairs = row["scores"], []
     if len(set(scores)) < 2:
         raise UserError(f"the responses to {row['prompt']!r} have fewer than 2 distinct ratings")

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 import torch
 
-from data import Paper, UserError, check_fields, fill_variant, upcast
+from data import Paper, UserError, check_fields, fill_variant, readable, upcast
 
 PAPER = Paper(
     "online",
@@ -64,10 +64,9 @@ class Config:
 def check_verified(batch):
     """Check that scores are 0 or 1 and that every row has a scored token; else UserError.
 
-    CPU only: on CUDA this check would force a host-device sync, and rows were validated when
-    they were loaded. An absent response has no scored token and a score of 0.
+    Checked where values are `readable`. An absent response has no scored token and a score of 0.
     """
-    if batch.mask.device.type != "cpu":
+    if not readable(batch.mask):
         return
     if not ((batch.scores == 0) | (batch.scores == 1)).all():
         raise UserError("a score is neither 0 nor 1, but DisCO needs the rewards of a verifier")

@@ -31,7 +31,7 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
-from data import Paper, UserError, check_fields, fill_variant, pair
+from data import Paper, UserError, check_fields, extremes, fill_variant, pair
 
 PAPER = Paper(
     "pairs",
@@ -110,18 +110,6 @@ def loss(logps, ref_logps, batch, cfg):
     return losses, {}
 
 
-def demonstrations(row):
-    """The pair of a list's best and worst response, of which nll reads only the first.
-
-    UserError: the row is a tree of steps.
-    """
-    if any(parent >= 0 for parent in row.get("parents", ())):
-        raise UserError("the responses continue each other, but a pair needs whole responses")
-    best, worst = (row["scores"].index(find(row["scores"])) for find in (max, min))
-    names = [name for name in ("responses", "scores", "ends", "context") if name in row]
-    return {"prompt": row["prompt"]} | {name: [row[name][best], row[name][worst]] for name in names}
-
-
 def begun(lab, policy, scenario, n=1024):
     """The model that a scenario starts from: the policy after SFT, in place, on demonstrations.
 
@@ -130,7 +118,8 @@ def begun(lab, policy, scenario, n=1024):
     if scenario == "base":
         return policy
     lists = lab.preferences(policy, k=SCENARIOS[scenario], n=n, key=("demonstrations",))
-    shown = [demonstrations(row) for row in lists if max(row["scores"]) > min(row["scores"])]
+    # a pair of the best and the worst, of which nll reads the best
+    shown = [extremes(row) for row in lists if max(row["scores"]) > min(row["scores"])]
     return lab.align(policy, lab.rows(shown), loss, Config("nll"), reference=None)
 
 

@@ -1,7 +1,7 @@
 """Survey - A Survey of Direct Preference Optimization (2025), arXiv:2503.11701
 
 The survey sorts some two hundred papers by the part of the DPO loss that they change. TAXONOMY, at
-the end of this file, is its figure as data. `loss` has 36 of these losses, one line each, written
+the end of this file, is its figure as text. `loss` has 36 of these losses, one line each, written
 in the same few quantities of a pair, so that all of them run on the same pairs:
 
     a = log pi(y_w) / pi_ref(y_w),   c = log pi(y_l) / pi_ref(y_l),   h = a - c       (sums)
@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from data import Paper, UserError, check_fields, fill_variant, pair
+from data import Paper, UserError, check_fields, extremes, fill_variant, pair, readable
 
 PAPER = Paper(
     "pairs",
@@ -36,30 +36,22 @@ PAPER = Paper(
     ignores=("k",),
     defaults=dict(world="reviews"),
 )
-VARIANTS = dict(  # the fields that each variant reads, with their defaults
-    dpo=dict(beta=0.1),
+# the fields that each variant reads, with their defaults
+BETA_ALONE = "dpo npo bco nca cal_dpo aot hinge sppo fkl js apo_zero apo_down".split()
+VARIANTS = dict.fromkeys(BETA_ALONE, dict(beta=0.1)) | dict(
     ipo=dict(tau=0.1),
     ipo_mean=dict(tau=0.1),
-    npo=dict(beta=0.1),
     kto=dict(beta=0.1, z0=None),
-    bco=dict(beta=0.1),
-    nca=dict(beta=0.1),
-    cal_dpo=dict(beta=0.1),
-    aot=dict(beta=0.1),
     rdpo=dict(beta=0.1, epsilon=0.1),
     cdpo=dict(beta=0.1, epsilon=0.1),
     dr_dpo=dict(beta=0.1, tau=1.0),
     odpo=dict(beta=0.1, alpha=1.0),
     beta_dpo=dict(beta=0.1, alpha=0.6, gamma=0.0),
     alpha_dpo=dict(beta=2.5, alpha=0.2, gamma=0.6),
-    hinge=dict(beta=0.1),
-    sppo=dict(beta=0.1),
     simpo=dict(beta=2.0, gamma=0.5),
     cpo=dict(beta=0.1, lam=1.0),
     orpo=dict(lam=0.1),
     simper=dict(),
-    fkl=dict(beta=0.1),
-    js=dict(beta=0.1),
     alpha_div=dict(beta=0.1, alpha=0.5),
     exo=dict(beta=0.1, epsilon=0.001),
     chi_po=dict(beta=0.1, gamma=1.0),
@@ -67,8 +59,6 @@ VARIANTS = dict(  # the fields that each variant reads, with their defaults
     r_dpo=dict(beta=0.1, alpha=0.1),
     ln_dpo=dict(beta=1.0),
     ld_dpo=dict(beta=0.1, alpha=0.5),
-    apo_zero=dict(beta=0.1),
-    apo_down=dict(beta=0.1),
     dpop=dict(beta=0.1, lam=5.0),
     slic=dict(gamma=3.0, lam=0.1),
     disco_pop=dict(beta=0.05, tau=0.05),
@@ -103,14 +93,9 @@ class Config:
         check_fields(self, **ranges | RANGES.get(self.variant, {}))
 
 
-def log1mexp(s):
-    """log(1 - exp(s)) for s < 0, accurate both near 0 and far from it."""
-    return torch.where(s > -math.log(2), torch.log(-torch.expm1(s)), torch.log1p(-torch.exp(s)))
-
-
 def log_odds(s):
     """log(p / (1 - p)) of p = exp(s), for ORPO; s is clamped below 0, where p is 1."""
-    return s - log1mexp(s.clamp(max=-1e-6))
+    return s - (-torch.expm1(s.clamp(max=-1e-6))).log()
 
 
 def kto(a, c, cfg):
@@ -123,8 +108,8 @@ def kto(a, c, cfg):
 
 
 def standardized(x):
-    """x (B,) minus its batch mean, divided by its standard deviation, without gradient."""
-    x = x.detach() - x.detach().mean()
+    """x (B,) minus its batch mean, divided by its standard deviation."""
+    x = x - x.mean()
     return x / x.square().mean().sqrt().clamp(min=1e-6)
 
 
@@ -144,9 +129,8 @@ def loss(logps, ref_logps, batch, cfg):
     The variants in FREE do not read ref_logps. odpo reads batch.scores (B, 2). UserError: chosen
     does not score higher.
     """
-    ref_logps = None if cfg.variant in FREE else ref_logps
     logps, ref_logps = pair(logps, ref_logps, batch)
-    if cfg.variant == "odpo" and logps.device.type == "cpu":
+    if cfg.variant == "odpo" and readable(batch.scores):
         if not (batch.scores[:, 0] > batch.scores[:, 1]).all():
             raise UserError("odpo: a chosen response does not score more than the rejected one")
     beta, tau, epsilon, alpha = cfg.beta, cfg.tau, cfg.epsilon, cfg.alpha
@@ -154,7 +138,7 @@ def loss(logps, ref_logps, batch, cfg):
     log_s, s, exp = F.logsigmoid, torch.sigmoid, lambda x: x.clamp(max=80.0).exp()
 
     # the quantities of which the losses below are made, each (B,)
-    n = len(logps)  # pairs
+    B = logps.shape[0]
     lw, ll = logps.sum(-1).unbind(1)  # log-probs: SUM over tokens
     nw, nl = batch.mask.sum(-1).unbind(1)  # lengths
     mw, ml = lw / nw, ll / nl  # log-probs: MEAN over tokens
@@ -169,12 +153,14 @@ def loss(logps, ref_logps, batch, cfg):
         # noise and distinguishability of the labels (3.1.1)
         "rdpo": lambda: -log_s(z) - epsilon / (1 - 2 * epsilon) * z,
         "cdpo": lambda: -log_s(z) + epsilon * z,
-        "dr_dpo": lambda: (-tau * ((log_s(z) / tau).logsumexp(0) - math.log(n))).expand(n),
+        "dr_dpo": lambda: (-tau * ((log_s(z) / tau).logsumexp(0) - math.log(B))).expand(B),
         "odpo": lambda: -log_s(z - alpha * (batch.scores[:, 0] - batch.scores[:, 1]).log()),
         "beta_dpo": lambda: (
             -log_s((beta + beta * alpha * (h.detach().mean() - gamma)).clamp(min=1e-3) * h)
         ),
-        "alpha_dpo": lambda: -log_s(beta * (mw - ml - gamma - alpha * standardized(mean_h))),
+        "alpha_dpo": lambda: (
+            -log_s(beta * (mw - ml - gamma - alpha * standardized(mean_h.detach())))
+        ),
         # the shape of the loss: points and pairs (3.1.2)
         "dpo": lambda: -log_s(z),
         "ipo": lambda: (h - 1 / (2 * tau)).square(),
@@ -220,18 +206,6 @@ def loss(logps, ref_logps, batch, cfg):
     return losses[cfg.variant](), {}
 
 
-def extremes(row):
-    """The pair of the best and the worst response of a list, with their scores.
-
-    UserError: the row is a tree of steps.
-    """
-    if any(parent >= 0 for parent in row.get("parents", ())):
-        raise UserError(f"the responses to {row['prompt']!r} continue each other: not pairs")
-    order = [row["scores"].index(find(row["scores"])) for find in (max, min)]
-    columns = [k for k in ("responses", "scores", "ends", "context") if k in row]
-    return {"prompt": row["prompt"]} | {k: [row[k][i] for i in order] for k in columns}
-
-
 def widest_pairs(lab, policy):
     """Pairs of the best and the worst of four samples, with the graded scores that odpo needs."""
     rows = lab.preferences(policy, k=4)
@@ -256,55 +230,39 @@ def run(lab, cfg):
     return lab.align(policy, data, loss, cfg, reference=reference)
 
 
-TAXONOMY = {  # the survey's figure: branch (section): papers [the variant of this file]
-    "heterogeneity (3.1.1)": "MinMax-DPO, MallowsPO, GRPO, GDPO",
-    "distinguishability (3.1.1)": (
-        "ODPO [odpo], MPO, DPO-rc, alpha-DPO [alpha_dpo], GDPO, beta-DPO [beta_dpo], fDPO, "
-        "Curri-DPO, Ada-DPO, sDPO, Sr-DPO, GaPO, Ma et al."
-    ),
-    "noise (3.1.1)": (
-        "rDPO [rdpo], PerpCorrect, ROPO, SPA, Zhang et al., Im and Li, Gao et al., Wu et al. "
-        "[dr_dpo]"
-    ),
-    "point-wise (3.1.2)": (
-        "KTO [kto], BCO [bco], Cal-DPO [cal_dpo], DRO, AOT [aot], ULMA, NCA [nca], GPO"
-    ),
-    "pair-wise (3.1.2)": (
-        "DPO [dpo], IPO [ipo ipo_mean], DPO-RK, DPO-D, BMC, IOPO, PMPO, SAPO, D2O, NPO [npo], "
-        "SimNPO"
-    ),
-    "list-wise (3.1.2)": "Panacea, LiPO, LIRE, OPO, DRPO, mDPO, RPO, TODO",
-    "token (3.1.3)": "Rafailov et al., TDPO, TIS-DPO, SparsePO, RTO, SePO, EPO, D2PO",
-    "step (3.1.3)": "Step-DPO, SCDPO, CPO, MCTS-DPO, TPO, RDPO, DAPO",
-    "sentence (3.1.3)": "DPO, MAPO, EURUS, IRPO, FACTALIGN",
-    "turn (3.1.3)": "M-DPO, ETO, SDPO, AgentQ, DMPO",
-    "offline (3.2.1)": "DPO, CPO, ORPO, ULMA, PAFT, Curri-DPO, sDPO, Linear Alignment, ICDPO",
-    "online (3.2.1)": (
-        "OAIF, OFS-DPO, Yuan et al., BPO, RS-DPO, RSO [hinge], ROPO, Shi et al., OPTUNE, "
-        "Iterative RPO, DPO-ST, Xie et al., APO, Xiong et al., COMAL, Xu et al., SeRA, CREAM, "
-        "D2PO, DLMA, XPO, SELM, ETO, VPO, COPO, HyPO, MPO, AIPO, Tang et al."
-    ),
-    "active (3.2.1)": "APL, divAPO, ADPO, Das et al.",
-    "multi-objective (3.2.2)": "MODPO, SPO, MOSLIM, HPO, CPO, DRDO",
-    "self-play (3.2.2)": "SPIN, SPPO [sppo], SPO, BoNBoN, Nash-MD, DNO, IPO-MD, SRPO, DNPO",
-    "dynamic reference (3.3.1)": "Curri-DPO, MPO, M-DPO, Gorbatovski et al.",
-    "no reference (3.3.1)": (
-        "ORPO [orpo], SimPO [simpo], SimPER [simper], Liu et al., Xu et al. [cpo]"
-    ),
-    "diversity (3.3.2)": "f-DPO [fkl js alpha_div], Slocum et al.",
-    "generalization (3.3.2)": (
-        "DPO-Kernels, FlipGuard, FPO, GPO, EXO [exo], SPO, QDPO, Huang et al. [chi_po]"
-    ),
-    "safety (3.3.3)": "SafeDPO, SACPO, C-DPO, ADPO, Lee et al., Zhang et al.",
-    "distribution shift (3.4.1)": "NS-DPO, SRPO, SELM, e-DPO, Lin et al., Tajwar et al.",
-    "length (3.4.1)": (
-        "RRHF [rrhf], R-DPO [r_dpo], SimPO, SamPO, DMPO, LIFT, LN-DPO [ln_dpo], LD-DPO "
-        "[ld_dpo], D2PO, LongPO, Singhal et al., Richardson et al."
-    ),
-    "likelihood collapse (3.4.2)": (
-        "APO [apo_zero apo_down], DPO-Positive [dpop], e-DPO, Flex-DPO, Rafailov et al., Feng "
-        "et al., Yuan et al., Razin et al., Shi et al."
-    ),
-    "alignment tax (3.4.2)": "PAFT, Lin et al., Thakkar et al., Lu et al., Chen et al.",
-    "beside the figure": "cDPO [cdpo], SLiC-HF [slic], DiscoPOP [disco_pop], DPO+NLL [dpo_nll]",
-}
+# the survey's figure: branch (section): papers [the variant of this file]
+TAXONOMY = """
+heterogeneity (3.1.1): MinMax-DPO, MallowsPO, GRPO, GDPO
+distinguishability (3.1.1): ODPO [odpo], MPO, DPO-rc, alpha-DPO [alpha_dpo], GDPO, beta-DPO
+    [beta_dpo], fDPO, Curri-DPO, Ada-DPO, sDPO, Sr-DPO, GaPO, Ma et al.
+noise (3.1.1): rDPO [rdpo], PerpCorrect, ROPO, SPA, Zhang et al., Im and Li, Gao et al., Wu et al.
+    [dr_dpo]
+point-wise (3.1.2): KTO [kto], BCO [bco], Cal-DPO [cal_dpo], DRO, AOT [aot], ULMA, NCA [nca], GPO
+pair-wise (3.1.2): DPO [dpo], IPO [ipo ipo_mean], DPO-RK, DPO-D, BMC, IOPO, PMPO, SAPO, D2O, NPO
+    [npo], SimNPO
+list-wise (3.1.2): Panacea, LiPO, LIRE, OPO, DRPO, mDPO, RPO, TODO
+token (3.1.3): Rafailov et al., TDPO, TIS-DPO, SparsePO, RTO, SePO, EPO, D2PO
+step (3.1.3): Step-DPO, SCDPO, CPO, MCTS-DPO, TPO, RDPO, DAPO
+sentence (3.1.3): DPO, MAPO, EURUS, IRPO, FACTALIGN
+turn (3.1.3): M-DPO, ETO, SDPO, AgentQ, DMPO
+offline (3.2.1): DPO, CPO, ORPO, ULMA, PAFT, Curri-DPO, sDPO, Linear Alignment, ICDPO
+online (3.2.1): OAIF, OFS-DPO, Yuan et al., BPO, RS-DPO, RSO [hinge], ROPO, Shi et al., OPTUNE,
+    Iterative RPO, DPO-ST, Xie et al., APO, Xiong et al., COMAL, Xu et al., SeRA, CREAM, D2PO,
+    DLMA, XPO, SELM, ETO, VPO, COPO, HyPO, MPO, AIPO, Tang et al.
+active (3.2.1): APL, divAPO, ADPO, Das et al.
+multi-objective (3.2.2): MODPO, SPO, MOSLIM, HPO, CPO, DRDO
+self-play (3.2.2): SPIN, SPPO [sppo], SPO, BoNBoN, Nash-MD, DNO, IPO-MD, SRPO, DNPO
+dynamic reference (3.3.1): Curri-DPO, MPO, M-DPO, Gorbatovski et al.
+no reference (3.3.1): ORPO [orpo], SimPO [simpo], SimPER [simper], Liu et al., Xu et al. [cpo]
+diversity (3.3.2): f-DPO [fkl js alpha_div], Slocum et al.
+generalization (3.3.2): DPO-Kernels, FlipGuard, FPO, GPO, EXO [exo], SPO, QDPO, Huang et al.
+    [chi_po]
+safety (3.3.3): SafeDPO, SACPO, C-DPO, ADPO, Lee et al., Zhang et al.
+distribution shift (3.4.1): NS-DPO, SRPO, SELM, e-DPO, Lin et al., Tajwar et al.
+length (3.4.1): RRHF [rrhf], R-DPO [r_dpo], SimPO, SamPO, DMPO, LIFT, LN-DPO [ln_dpo], LD-DPO
+    [ld_dpo], D2PO, LongPO, Singhal et al., Richardson et al.
+likelihood collapse (3.4.2): APO [apo_zero apo_down], DPO-Positive [dpop], e-DPO, Flex-DPO,
+    Rafailov et al., Feng et al., Yuan et al., Razin et al., Shi et al.
+alignment tax (3.4.2): PAFT, Lin et al., Thakkar et al., Lu et al., Chen et al.
+beside the figure: cDPO [cdpo], SLiC-HF [slic], DiscoPOP [disco_pop], DPO+NLL [dpo_nll]
+"""

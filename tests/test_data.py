@@ -13,9 +13,11 @@ import torch
 from data import (
     Batch,
     Tokenizer,
+    UserError,
     bucket,
     collate,
     encode,
+    extremes,
     fit_context,
     label,
     printable,
@@ -532,3 +534,12 @@ def test_reorder_moves_columns_of_k_values_and_nothing_else():
         and moved["name"] == "ab"
         and moved["x"].tolist() == [0, 1]
     )
+
+
+def test_the_extremes_of_a_list_keep_what_belongs_to_a_response():
+    row = dict(prompt="p", responses=["a", "b", "c"], scores=[0.1, 0.9, -1.0])
+    row |= dict(context=["x", "y", "z"], parents=[-1, -1, -1])
+    pair = dict(prompt="p", responses=["b", "c"], scores=[0.9, -1.0], context=["y", "z"])
+    assert extremes(row) == pair | {"parents": [-1, -1]}
+    with pytest.raises(UserError, match="continue each other"):
+        extremes(row | {"parents": [-1, 0, 0]})

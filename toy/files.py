@@ -21,7 +21,7 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from data import OWN, Batch, DataError, error_line, printable, reorder
+from data import OWN, Batch, DataError, error_line, extremes, printable, reorder
 from nanomodel import GPT, GPTConfig
 from toy import world
 
@@ -534,9 +534,6 @@ class World(world.World):
 
 def as_pair(row):
     """The best and the worst response of a list as a pair, chosen first; a tree stays as it is."""
-    scores = row["scores"]
-    if len(scores) <= 2 or row.get("parents"):
+    if len(row["scores"]) <= 2 or row.get("parents"):
         return row
-    places = range(len(scores))
-    best, worst = max(places, key=scores.__getitem__), min(places, key=scores.__getitem__)
-    return reorder(row, [best, worst]) | {"scores": [1.0, 0.0]}
+    return extremes(row) | {"scores": [1.0, 0.0]}
