@@ -40,16 +40,16 @@ ACTIONS = dict(
     method="the paper to run (see --list), or a file of your own; several with commas, or all",
     claim="measure the paper's claims, instead of one run",
     seeds="run this many seeds: seed, seed + 1, ...",
-    resume="go on with the interrupted run in this folder",
-    prompt="ask the model of --init (or the world's base model), print its answer",
+    resume="continue the interrupted run in this folder",
+    prompt="print the response of the model of --init (or of the world's base model)",
     show="print one row as the model sees it, and stop before the first step",
     check="test whether a method keeps the contract: --check my_method",
     list="the methods by family, and the worlds",
     help="this text; with --method NAME: that paper and its flags",
 )
 BARE = ("claim", "show", "list", "help")  # actions that take no value
-TEXTS = ("data", "init", "out", "world", "prompt", "resume", "check")  # a comma is a comma there
-ALIASES = dict(  # names that people know from elsewhere; they are suggested, not accepted
+TEXTS = ("data", "init", "out", "world", "prompt", "resume", "check")  # commas make no list here
+ALIASES = dict(  # names of other libraries, for "did you mean"; they are not accepted
     batch_size="bs batchsize batch per_device_train_batch_size train_batch_size",
     check="test verify validate",
     clip="max_grad_norm grad_clip gradient_clip clip_grad",
@@ -87,8 +87,11 @@ class Flag:
     text: str  # the comment beside it, or above it
 
     def meaning(self):
-        """Two fields of one name mean the same if annotation, default and the first clause of the
-        comment (up to the first comma, semicolon, colon, parenthesis or full stop) are equal."""
+        """A value that is equal for two fields of one name if they mean the same.
+
+        It has the annotation, the default and the first clause of the comment, which ends at a
+        comma, semicolon, colon, parenthesis or full stop.
+        """
         clause = re.split(r"[,;:(.]", self.text)[0]
         return self.kind, self.default, " ".join(clause.lower().split())
 
@@ -300,7 +303,7 @@ def chosen_methods(argv):
 
 
 def no_such_flag(name, known, chosen):
-    """A line about a flag that is not known: whose it is, or what was meant."""
+    """The message for an unknown flag: the methods that have it, or the most similar flag."""
     owners = [m.name for m in catalogue() if name in m.flags]
     if owners:
         mine = ", ".join(m.name for m in chosen)
@@ -316,7 +319,7 @@ def no_such_flag(name, known, chosen):
 
 
 def convert(name, text, kind):
-    """A flag's text as the type of its field; UserError naming flag and value."""
+    """The text of a flag as a value of its field's type. UserError: it is not of that type."""
     parts = [part.strip() for part in kind.split("|")]
     for part in parts:
         with contextlib.suppress(ValueError):
@@ -334,7 +337,7 @@ def convert(name, text, kind):
 
 
 def values(name, text, kind):
-    """The values of a flag: one, or several between commas, each different."""
+    """The values of a flag, separated by commas. UserError: a value occurs twice."""
     found = [convert(name, part.strip(), kind) for part in text.split(",")]
     if len(set(found)) < len(found):
         raise UserError(f"--{name} {text} names a value twice")
@@ -344,7 +347,8 @@ def values(name, text, kind):
 def owned(flags, method, chosen):
     """{field: (flag as given, text)}: the flags that set a Config field of this method.
 
-    UserError: a bare flag that several chosen methods own with different meanings."""
+    UserError: a bare flag has different meanings in several of the chosen methods.
+    """
     found = {}
     for name in method.flags:
         exact = f"{method.name}.{name}"
@@ -354,7 +358,7 @@ def owned(flags, method, chosen):
             owners = [m for m in chosen if name in m.flags]
             if len({m.flags[name].meaning() for m in owners}) > 1:
                 each = "; ".join(f"--{m.name}.{name}: {m.flags[name].text}" for m in owners)
-                raise UserError(f"--{name} means different things, name one of them: {each}")
+                raise UserError(f"--{name} has several meanings here; use one of these: {each}")
         given = name if name in flags else exact
         if given in flags:
             found[name] = given, flags[given]
@@ -375,9 +379,10 @@ def seeds_of(flags, grid):
 
 
 def defaults_of(paper, grid):
-    """The run settings that a method changes when it runs alone.
+    """The run settings that a method changes when it is the only one.
 
-    With --data there are none; those that do nothing in the world of --world are left out."""
+    There are none with --data. Settings that do nothing in the world of --world are left out.
+    """
     defaults = dict(paper.defaults)
     if "data" in grid:
         return {}
@@ -389,7 +394,7 @@ def defaults_of(paper, grid):
 
 
 def combinations(flags, chosen):
-    """The runs that the flags ask for, all combinations of their lists; every value is checked."""
+    """The runs of a command line: all combinations of the values of its flags, checked."""
     run, grid = settings_flags(), {}
     for name, text in flags.items():
         if name in run:
@@ -424,7 +429,7 @@ def combinations(flags, chosen):
 
 
 def refuse_idle_actions(flags, runs):
-    """UserError for flags that would do nothing beside the action that they are given with."""
+    """Refuse flags that have no effect together with the action. UserError: there are some."""
     if "prompt" not in flags and runs[0].method is None:
         raise UserError("--method is needed (see --list)")
     model = {"init", "world", "data", "device", "dtype", "base_seed", "base_steps"}
@@ -447,7 +452,7 @@ def refuse_idle_actions(flags, runs):
                 f"it takes --{', --'.join(sorted(one_seed))}"
             )
         if idle_flags:
-            raise UserError(f"--{', --'.join(idle_flags)} does nothing beside --{action}")
+            raise UserError(f"--{', --'.join(idle_flags)} does nothing together with --{action}")
         if action != "claim" and len(runs) > 1:
             raise UserError(f"--{action} takes one value for each flag, and one method")
         if action == "claim" and len({r.settings.seed for r in runs}) * len(
@@ -457,13 +462,14 @@ def refuse_idle_actions(flags, runs):
         break
     greedy = float(flags.get("temperature", "0")) == 0
     if "prompt" in flags and "seed" in flags and greedy:
-        raise UserError("--seed does nothing beside a greedy --prompt; --temperature 1 samples")
+        raise UserError("--seed does nothing with a greedy --prompt; --temperature 1 samples")
 
 
 def fitting(runs, flags):
-    """The runs whose methods can use their worlds; with --method all the others are left out.
+    """The runs whose methods can use their worlds; with --method all, other runs are left out.
 
-    UserError, before anything is trained: a setting, a device or a world that does not fit."""
+    UserError, before anything is trained: a setting, a device or a world does not fit.
+    """
     kept, made, left = [], {}, set()
     for run in runs:
         s = run.settings
@@ -474,7 +480,7 @@ def fitting(runs, flags):
             made[key] = make_world(s, start), start
         world, start = made[key]
         refuse_idle(s, world, start)
-        # a table is exact: nothing is sampled for an evaluation, nothing is autocast
+        # evaluations of a table are exact, without samples and without autocast
         exact = {"eval_size", "base_seed", "dtype"} if world.kind == "table" else set()
         if exact & set(flags):
             names = ", --".join(sorted(exact & set(flags)))
@@ -494,7 +500,7 @@ def fitting(runs, flags):
 
 
 def label(runs, flags):
-    """METHOD-WORLD, for the default folder of a run, a sweep or a claim."""
+    """METHOD-WORLD, the name of the default folder of a run, a sweep or a claim."""
     settings = runs[0].settings
     place = os.path.basename((settings.data or settings.world or "reviews").rstrip("/" + os.sep))
     place = "claim" if "claim" in flags else place.removesuffix(".py")
@@ -524,7 +530,7 @@ def load_claims(module):
 
 
 def refuse_method(method, paper, world, settings):
-    """UserError when a method cannot use a world, with the methods that can."""
+    """Check that a method can use a world; else UserError, which names the methods that can."""
 
     def able(fits):
         papers = [(m.name, m.paper) for m in catalogue() if not m.problem]
@@ -535,21 +541,22 @@ def refuse_method(method, paper, world, settings):
 
     if world.kind not in paper.worlds:
         raise UserError(
-            f"{method} needs a world of {' or '.join(paper.worlds)}, {world.name} is one of "
+            f"{method} needs a world of {' or '.join(paper.worlds)}, but {world.name} is one of "
             f"{world.kind}; {able(lambda p: world.kind in p.worlds and has(p.needs))}"
         )
     if not has(paper.needs):
         raise UserError(
-            f"{method} needs a world with a {paper.needs}, {world.name} has none; "
+            f"{method} needs a world with a {paper.needs}, but {world.name} has none; "
             f"{able(lambda p: world.kind in p.worlds and has(p.needs))}"
         )
     if paper.needs != "demonstrations" and world.single:
         raise UserError(
-            f"{world.name} has single answers (completion/label), {method} needs {paper.needs}; "
+            f"{world.name} has single answers (completion/label), "
+            f"but {method} needs {paper.needs}; "
             f"{able(lambda p: p.needs == 'demonstrations')}"
         )
     if paper.family == "lists" and world.lists is not None:
-        # the lists are given and graded by the truth; only their length is a choice
+        # these lists are graded by the true reward, so there is no noise on labels
         noise = ("flip", "label_temperature", "length_bias")
         changed = [n for n in noise if getattr(settings, n) != getattr(Settings, n)]
         if changed:
