@@ -1,4 +1,4 @@
-"""The folder of a run: made, replaced under --overwrite, resumed, locked while it is written."""
+"""The folder of a run: how it is made, replaced by --overwrite, resumed and locked."""
 
 import contextlib
 import dataclasses
@@ -18,7 +18,7 @@ MARK = "run.json"
 
 
 def versions():
-    """What a run depends on besides its settings and its files."""
+    """The versions and the number of threads, which may change the last bits of the weights."""
     import numpy
 
     return {
@@ -31,12 +31,12 @@ def versions():
 
 @contextlib.contextmanager
 def folder(run, flags, label, resumed=None):
-    """The folder of a run, as a context: it yields the path, and tidies up after what went wrong.
+    """A context that makes and locks the folder of a run, yields its path, and cleans up.
 
-    run: its settings and Config; flags: the command line, kept for --resume; label: METHOD-WORLD
-    for the default path; resumed: the folder of an interrupted run, which goes on in place. A run
-    that ends in an error before anything was trained leaves no folder. Under --overwrite the former
-    run is given back unless the new one has ended.
+    run: the settings and the Config. flags: the command line, stored for --resume.
+    label: METHOD-WORLD, for the default path. resumed: the folder of an interrupted run, which is
+    continued in place. A run that fails before anything was trained leaves no folder. With
+    --overwrite the former run is restored if the new one fails.
     """
     out = resumed or new_folder(run.settings, label)
     former = aside(out)
@@ -68,7 +68,7 @@ def folder(run, flags, label, resumed=None):
 
 
 def new_folder(settings, label):
-    """The path of a new run, made and writable; UserError when it must not or cannot be used."""
+    """Make the folder of a new run -> its path. UserError: it must not be used, or cannot be."""
     out = settings.out
     if out is None:
         number = 1
@@ -107,14 +107,15 @@ def new_folder(settings, label):
 
 
 def aside(out):
-    """Where the former content of --out waits, under --overwrite, until the new run has ended."""
+    """The path to which --overwrite moves the former run until the new one has ended."""
     return f"{os.path.abspath(out)}.replaced-{os.getpid()}"
 
 
 def give_back(out, former):
-    """Undo a run that failed: the former run returns to `out` -> where the failed one is, or None.
+    """Undo a failed run: the former run returns to `out` -> the failed run's new path, or None.
 
-    What the failed run has trained is kept, beside the former run if there was one."""
+    If the failed run has trained something it is kept, next to the former run if there was one.
+    """
     left = out
     if not trained(out):
         shutil.rmtree(out, ignore_errors=True)
@@ -128,7 +129,7 @@ def give_back(out, former):
 
 
 def trained(out):
-    """Has anything been trained or measured in this folder or in one inside it?"""
+    """Whether anything has been trained or measured in this folder or in a folder inside it."""
     work = ("metrics.jsonl", "summary.json", "claim.json", "claims.json")
     for _, _, names in os.walk(out):
         if any(n in work or "-checkpoint-" in n for n in names):
@@ -140,7 +141,7 @@ def trained(out):
 
 
 def write_run(out, run, flags):
-    """run.json: what --resume needs, and what a reader wants to know."""
+    """Write run.json: flags, settings, Config, versions, and hashes of the files that are read."""
     paths = {n: flags[n] for n in ("data", "init", "world") if os.path.exists(flags.get(n, ""))}
     flags = flags | {name: os.path.abspath(path) for name, path in paths.items()}
     methods = flags.get("method", "").split(",")
@@ -162,7 +163,8 @@ def write_run(out, run, flags):
 def read_run(out):
     """The command line of an interrupted run, as a list of arguments.
 
-    UserError: it is not a run, or a file that it reads has changed since."""
+    UserError: the folder is not a run, or a file that it reads has changed since.
+    """
     try:
         with open(os.path.join(out, MARK), encoding="utf-8") as file:
             kept = json.load(file)
@@ -195,7 +197,7 @@ def stamp(path):
 
 @contextlib.contextmanager
 def locked(out):
-    """Hold the folder's lock; UserError when another run holds it. A killed run releases it."""
+    """Hold the lock of a folder; a killed run releases it. UserError: another run holds it."""
     path = os.path.join(out, ".lock")
     with open(path, "a+b") as file:
         try:
@@ -208,7 +210,7 @@ def locked(out):
 
 
 def lock(file):
-    """Lock an open file for this process without waiting; OSError when another process has it."""
+    """Lock an open file for this process without waiting. OSError: another process holds it."""
     try:
         import fcntl
     except ImportError:  # Windows
