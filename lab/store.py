@@ -28,9 +28,10 @@ CACHE = os.environ.get("NANOPREF_CACHE") or os.path.join(HERE, ".cache")
 
 
 def write_beside(path, write):
-    """Call `write(temporary_path)` in the folder of `path`, then rename.
+    """Call `write(temporary_path)` in the folder of `path`, then rename the file to `path`.
 
-    Readers see the old file or the new one, never half of one."""
+    So readers see the old file or the new one, never a part of it.
+    """
     folder = os.path.dirname(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=folder, prefix=".writing-")
@@ -76,7 +77,7 @@ def save_tensors(path, tensors, metadata=None):
 
 
 def load_tensors(path):
-    """{name: tensor} of one safetensors file; UserError when it is not one."""
+    """{name: tensor} of one safetensors file. UserError: it is not a safetensors file."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -87,7 +88,7 @@ def load_tensors(path):
 
 
 def write_json(path, value):
-    """Write JSON in one step; NaN becomes null."""
+    """Write JSON in one step; NaN and infinity become null."""
 
     def clean(x):
         if isinstance(x, float) and not math.isfinite(x):
@@ -103,7 +104,7 @@ def write_json(path, value):
 
 
 def pack(value, tensors):
-    """A copy of nested dicts, lists, numbers and texts for JSON; tensors go into `tensors`."""
+    """A copy of nested dicts and lists that JSON can hold; tensors are moved into `tensors`."""
     if isinstance(value, torch.Tensor):
         tensors[str(len(tensors))] = value
         return {"__tensor__": str(len(tensors) - 1)}
@@ -117,7 +118,7 @@ def pack(value, tensors):
 
 
 def unpack(value, tensors):
-    """The value that `pack` took apart."""
+    """The inverse of `pack`."""
     if isinstance(value, dict):
         if "__tensor__" in value:
             return tensors[value["__tensor__"]]
@@ -240,12 +241,12 @@ def remove_value(path):
 
 
 def generator(*key):
-    """A torch.Generator on the CPU whose stream depends on the key alone."""
+    """A torch.Generator on the CPU whose random numbers depend only on the key."""
     return torch.Generator().manual_seed(int(digest(*key)[:15], 16))
 
 
 def commit():
-    """The commit of this code, with a + when files differ from it; "" where there is none."""
+    """The git commit of this code, with a + if files differ from it; "" without a repository."""
     git = ["git", "-C", HERE]
     questions = ["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
