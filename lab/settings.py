@@ -1,4 +1,4 @@
-"""Run settings, and the device, the model and the world that they name."""
+"""Run settings, and the device and the world that they name."""
 
 import contextlib
 import difflib
@@ -22,9 +22,10 @@ from lab.store import HERE
 
 @dataclass
 class Settings:
-    """What a run does, apart from the paper's own hyper-parameters. None: the world's default.
+    """The settings of a run, besides a paper's own hyper-parameters. None: the world's default.
 
-    The comment beside a field, or above it, is what --help prints.
+    The comment beside a field, or above it, is its text in --help. UserError: a value is out of
+    range.
     """
 
     # a toy world (see --list), or a file of your own, path/to/my_world.py [the method's, reviews]
@@ -37,28 +38,28 @@ class Settings:
     batch_size: int | None = None  # rows (prompts with their responses) per step
     lr: float | None = None  # peak learning rate of alignment
     warmup: int = 20  # steps of linear warm-up, at most a fifth of all steps
-    clip: float = 1.0  # largest gradient norm, for each parameter group by itself
-    prompts: int | None = None  # training prompts (toy worlds), or at most so many rows of --data
-    k: int | None = None  # responses sampled per prompt, where the method leaves the choice
+    clip: float = 1.0  # largest gradient norm of each parameter group
+    prompts: int | None = None  # number of training prompts (toy worlds), or of rows of --data
+    k: int | None = None  # responses sampled per prompt, if the method leaves the choice
     seed: int = 0  # seed of sampling, labels and the order of the data
     base_seed: int = 0  # seed of the base model; it does not depend on --seed
     base_steps: int | None = None  # supervised steps of the base model
     temperature: float = 1.0  # temperature of sampling
-    # temperature of the labels: 0 always prefers the response with more reward
+    # temperature of the labels; 0 always prefers the response with more reward
     label_temperature: float = 1.0
     flip: float = 0.0  # share of labels that are flipped, 0 to 1
     length_bias: float = 0.0  # reward that the labels add for each token of length
     device: str = "auto"  # cpu, cuda, mps; auto: cuda or mps where there is one
     dtype: str = "auto"  # float32 or bfloat16 (autocast); auto: bfloat16 on CUDA
     compile: str = "auto"  # on or off; auto: on CUDA only
-    eval_every: int | None = None  # steps between two looks at the policy during training
-    eval_size: int = 256  # prompts and held-out pairs of an evaluation, at most
+    eval_every: int | None = None  # steps between two quick evaluations during training
+    eval_size: int = 256  # largest number of prompts and held-out pairs of an evaluation
     context: int | None = None  # context length of a model trained from scratch on --data
-    max_response: int | None = None  # tokens sampled per response, at most
+    max_response: int | None = None  # largest number of tokens sampled per response
     # cut prompts and responses that do not fit into the context, instead of refusing them
     truncate: bool = False
-    data_limit: float = 1.0  # GiB that --data may have once it is unpacked
-    image_size: int | None = None  # side of the images of an .npz [halved when it is over 16]
+    data_limit: float = 1.0  # largest size of --data in GiB, after unpacking
+    image_size: int | None = None  # height and width of images of an .npz [halved if over 16]
     out: str | None = None  # the folder to write [out/METHOD-WORLD-N]
     overwrite: bool = False  # replace the run in the --out folder
 
@@ -106,7 +107,7 @@ class Settings:
 
 
 def pick_device(name):
-    """The torch device of --device; UserError when this machine does not have it."""
+    """The torch device of --device. UserError: this machine does not have it."""
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -170,7 +171,7 @@ def world_module(name):
 
 
 def idle(settings, world):
-    """Names of the settings that were changed and would do nothing in this world."""
+    """Names of the settings that were changed although they have no effect in this world."""
     names = []
     if settings.data and world.kind == "text":
         names += ["flip", "label_temperature", "length_bias", "image_size", "k"]
@@ -186,7 +187,7 @@ def idle(settings, world):
 
 
 def refuse_idle(settings, world, start):
-    """UserError for settings that would do nothing in this world, or an --init of another kind."""
+    """Refuse settings without effect in this world, and an --init of another kind (UserError)."""
     fits = {"text": nanomodel.GPT, "images": nanomodel.UNet}.get(world.kind, ())
     if start is not None and not isinstance(start, fits):
         raise UserError(
@@ -219,12 +220,12 @@ loaded = {}  # {module name: path} of the files that `load_file` has imported
 
 
 def is_file(name):
-    """Is this value of --method or --world a path, and not one of our names?"""
+    """Whether this value of --method or --world is a path and not one of our names."""
     return name.endswith(".py") or "/" in name or os.sep in name
 
 
 def file_path(kind, name):
-    """The absolute path of a user's own method or world; UserError when it is not a Python file."""
+    """The absolute path of a user's own method or world. UserError: it is not a Python file."""
     path = os.path.abspath(name)
     if not os.path.isfile(path) and os.path.isfile(path + ".py"):
         path += ".py"
@@ -239,7 +240,8 @@ def file_path(kind, name):
 def load_file(kind, name):
     """Import a user's own method or world under the name of its file -> the module.
 
-    Its folder is put last on the import path, so that the file may import its neighbours.
+    Its folder is put last on the import path, so that the file may import others next to it.
+    UserError: the file cannot be imported, or its name is that of another module.
     """
     path = file_path(kind, name)
     stem, folder = os.path.basename(path)[:-3], os.path.dirname(path)
@@ -269,7 +271,7 @@ def load_file(kind, name):
 
 @contextlib.contextmanager
 def readable(path):
-    """Turn whatever stops the import of the file at `path` into a UserError with its line."""
+    """Turn any error in the import of the file at `path` into a UserError with the line."""
     try:
         yield
     except Exception as error:  # noqa: BLE001 - a file may raise anything while it is imported
@@ -291,7 +293,7 @@ def title(module):
 
 
 def unknown(kind, name, known):
-    """A line about a name that does not exist, with the nearest one that does."""
+    """The message for an unknown name, with the most similar name that is known."""
     near = difflib.get_close_matches(name.lower(), known, 1, 0.5)
     end = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
     return f"unknown {kind} {name!r}{end}"
