@@ -1,9 +1,9 @@
 """Checkpoints and tokenizers of others: Llama and UNet folders, tokenizer.json, chat templates.
 
-Everything here comes out of files that somebody else wrote. Weights are safetensors and all else is
-JSON, so nothing is unpickled. The one thing that is executed, a chat template, runs in a process of
-its own (`lab/render.py`). Whatever is wrong with a file is a UserError of one line that names the
-file; what the message takes out of the file goes through `printable`.
+These files were written by somebody else. Weights are safetensors and everything else is JSON, so
+nothing is unpickled. Only a chat template is executed, in a process of its own (`lab/render.py`).
+An error in a file is a UserError of one line that names the file, and text that is quoted from the
+file goes through `printable`.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from nanomodel import GPT, GPTConfig, UNet, UNetConfig
 
 
 def load_pretrained(folder):
-    """The model of a checkpoint folder or Hub name, a GPT or a UNet, as its config.json says."""
+    """The GPT or UNet of a checkpoint (a folder or a Hub name). UserError: it is neither."""
     folder = find(folder)
     config = read_object(os.path.join(folder, "config.json"))
     loaders = {"llama": load_gpt, "unet": load_unet}
@@ -40,7 +40,10 @@ def load_pretrained(folder):
 
 
 def find(folder):
-    """The path of a checkpoint folder; one that is a Hub name, owner/name, is fetched first."""
+    """The path of a checkpoint folder; for a Hub name, owner/name, it is downloaded first.
+
+    UserError: there is no such folder or Hub name.
+    """
     folder = str(folder)
     if os.path.isdir(folder):
         return folder
@@ -57,7 +60,7 @@ def find(folder):
 
 
 def read_text(path):
-    """The text of a file, or None where there is no such file."""
+    """The text of a file, or None if there is no such file. UserError: it is not readable text."""
     try:
         with open(path, encoding="utf-8") as file:
             return file.read()
@@ -68,7 +71,11 @@ def read_text(path):
 
 
 def read_object(path, default=None):
-    """The JSON object in a file, as a dict. UserError: none there, unless there is a default."""
+    """The JSON object in a file, as a dict.
+
+    default: the value if there is no such file. UserError: there is no file and no default, or the
+    file does not hold a JSON object.
+    """
     text = read_text(path)
     if text is None:
         if default is not None:
@@ -90,15 +97,15 @@ def reason(error):
 
 
 def shown(value):
-    """A value out of a JSON file in an error message."""
+    """A value from a JSON file, safe to print in an error message."""
     return printable(json.dumps(value, ensure_ascii=False))
 
 
 class Weights:
-    """The weights in a folder's safetensors files, sharded or not.
+    """The weights in the safetensors files of a folder, sharded or not.
 
-    Opening reads the headers alone: `shapes` is {name: shape}. `read` gives the tensors.
-    `prefix` is cut off the names.
+    The constructor reads only the headers: `shapes` is {name: shape}. `read` returns the tensors.
+    prefix: removed from the names. UserError: a file is missing, damaged or of another dtype.
     """
 
     def __init__(self, folder, prefix=""):
@@ -141,7 +148,7 @@ class Weights:
             raise UserError(f"{path} is not a readable safetensors file: {reason(error)}") from None
 
     def check(self, shapes):
-        """UserError naming the first of {name: shape} that is missing or of another shape."""
+        """Compare with {name: shape}. UserError: a weight is missing or has another shape."""
         for name, shape in shapes.items():
             if name not in self.shapes:
                 raise UserError(f"{self.folder}: weight {name} is missing")
@@ -178,7 +185,10 @@ class Weights:
 
 
 def described(kind, found, folder, what):
-    """The config `kind` (a dataclass) with the fields in `found`; `what` names it in errors."""
+    """The config `kind` (a dataclass) with its fields from the dict `found`.
+
+    what: the name of the model in the message. UserError: a value does not fit.
+    """
     try:
         return kind(**{f.name: found[f.name] for f in fields(kind) if f.name in found})
     except UserError as error:
@@ -195,7 +205,7 @@ def built(kind, config):
 
 # ---------------------------------------------------------------- Llama folders
 
-LLAMA = dict(  # what a Llama config.json leaves out
+LLAMA = dict(  # default values of fields that a Llama config.json may omit
     rms_norm_eps=1e-6,
     max_position_embeddings=2048,
     rope_theta=10000.0,
@@ -211,9 +221,10 @@ NEEDED = (
 
 
 def load_gpt(folder):
-    """A GPT from a Llama-family checkpoint, a folder or Hub name, in float32, with its tokenizer.
+    """A GPT in float32, with its tokenizer, from a checkpoint of the Llama family.
 
-    UserError in one line: it is not one, or something that this model does not have.
+    folder: a folder or a Hub name. UserError: it is not such a checkpoint, or it uses a feature
+    that this GPT does not have.
     """
     folder = find(folder)
     found = read_object(os.path.join(folder, "config.json"))
@@ -300,7 +311,7 @@ def save_gpt(model, folder):
 
 
 def load_unet(folder):
-    """A UNet from the folder that `save_unet` wrote. UserError in one line: it is not one."""
+    """A UNet from a folder that `save_unet` wrote. UserError: it is not such a folder."""
     folder = find(folder)
     found = read_object(os.path.join(folder, "config.json"))
     if found.get("model_type") != "unet":
@@ -333,7 +344,7 @@ def save_unet(model, folder):
 
 # ---------------------------------------------------------------- tokenizers
 
-# tiktoken writes GPT-2's pattern in a spelling that means something else to the other library
+# tiktoken's spelling of GPT-2's pattern means something else to the `tokenizers` library
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 TOKENIZER_FILES = ("tokenizer.json", "chat_template.jinja", "tokenizer_config.json")
 
@@ -380,11 +391,11 @@ def load_tokenizer(folder):
             f"{folder}: end-of-text token {shown(eot)}, expected a token id from 0 to {size - 1}"
         )
     pad = identity("pad_token")
-    if pad is None or pad == eot:  # the end must be learnt, so padding is another token
+    if pad is None or pad == eot:  # end-of-text is scored, so padding must be another token
         pad = 0 if eot else 1
     own = settings.get("nanopref_tokenizer")
     own = printable(own, 40) if isinstance(own, str) and own else None
-    # tiktoken reads "<|end|>" in a text as text, a chat template means the token
+    # tiktoken encodes "<|end|>" as ordinary text, while a chat template means the special token
     engine.encode_special_tokens = bool(own)
     name, chat = own or "tokenizer.json", chat_template(folder)
     return Tokenizer(name, engine, eot, pad, size, chat=chat, files=files)
@@ -393,7 +404,7 @@ def load_tokenizer(folder):
 def save_tokenizer(tokenizer, folder):
     """Write tokenizer.json and tokenizer_config.json, readable by `tokenizers` and `transformers`.
 
-    The files of a tokenizer that came from a checkpoint are written as they were.
+    If the tokenizer came from a checkpoint, its files are copied unchanged.
     """
     for name, text in (tokenizer.files or huggingface(tokenizer)).items():
         write_text(os.path.join(folder, name), text)
@@ -401,13 +412,13 @@ def save_tokenizer(tokenizer, folder):
 
 def huggingface(tokenizer):
     """{file name: text} of a tiktoken tokenizer in Hugging Face's layout."""
-    # byte-level BPE writes every byte as a printable letter
+    # byte-level BPE represents every byte by a printable character
     letters = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letter = {byte: chr(byte) for byte in letters}
     letter |= {byte: chr(256 + i) for i, byte in enumerate(sorted({*range(256)} - {*letters}))}
     ranks = tokenizer.engine._mergeable_ranks
     vocab = {"".join(letter[byte] for byte in token): i for token, i in ranks.items()}
-    # tiktoken merges any two neighbours that make a token, the lowest rank first
+    # tiktoken merges adjacent tokens whose union is a token, the lowest rank first
     halves = (
         (token[:i], token[i:])
         for token in sorted(vocab, key=vocab.get)
@@ -450,9 +461,10 @@ def huggingface(tokenizer):
 
 
 def chat_template(folder):
-    """The ChatTemplate of a checkpoint folder, or None where it has none.
+    """The ChatTemplate of a checkpoint folder, or None if it has none.
 
-    It stands in chat_template.jinja or else in tokenizer_config.json. UserError: it is not text.
+    It is read from chat_template.jinja, or else from tokenizer_config.json. UserError: it is not
+    text.
     """
     settings = read_object(os.path.join(folder, "tokenizer_config.json"), {})
     text = read_text(os.path.join(folder, "chat_template.jinja"))
@@ -476,9 +488,9 @@ class ChatTemplate:
     """A checkpoint's chat template as a function: messages, add_generation_prompt -> text.
 
     Templates are rendered in a process of their own (`lab/render.py`), which is started at the
-    first call and kept for the next ones. UserError in one line: the template fails, takes too
-    long, needs too much memory or writes too much. Where the system cannot limit memory and CPU
-    time (Windows), the process is ended after `patience` seconds of waiting, and that is all.
+    first call and reused by later ones. UserError: the template fails, takes too long, needs too
+    much memory or writes too much. On systems that cannot limit memory and CPU time (Windows), the
+    only limit is that the process is killed after `patience` seconds.
     """
 
     patience = render.SECONDS + 15.0  # a busy machine takes seconds to start a process
@@ -498,35 +510,35 @@ class ChatTemplate:
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         self.process, self.replies = subprocess.Popen(command, **pipes), queue.Queue()
         self.end = weakref.finalize(self, end, self.process)
-        # pipes cannot be waited for with a time limit on every system, queues can
+        # a queue can be read with a time limit on every system, a pipe cannot
         threading.Thread(
             target=forward, args=(self.process.stdout, self.replies), daemon=True
         ).start()
 
     def _ask(self, question):
-        """The text that the process answers to one question."""
+        """Send one question to the process -> the text of its answer. UserError: it has none."""
         try:
-            with contextlib.suppress(OSError):  # it has ended: the queue says so
+            with contextlib.suppress(OSError):  # the process has ended, which the queue reports
                 self.process.stdin.write(json.dumps(question, default=str).encode() + b"\n")
                 self.process.stdin.flush()
             line = self.replies.get(timeout=self.patience)
             reply = json.loads(line) if line else {"error": self._why()}
             if "error" not in reply:
-                reply["text"].encode()  # half characters cannot be printed or encoded
+                reply["text"].encode()  # raises for a lone surrogate, which cannot be printed
                 return reply["text"]
             what = reply["error"].splitlines()[0]
         except queue.Empty:
             what = f"takes longer than {self.patience:g} seconds"
         except UnicodeEncodeError:
             what = "writes half a character (a lone surrogate)"
-        except BaseException:  # Ctrl-C: the answer would be taken for that of the next question
+        except BaseException:  # after Ctrl-C, the next question would get this question's answer
             self._stop()
             raise
         self._stop()
         raise UserError(f"{self.folder}: its chat template {printable(what)}")
 
     def _why(self):
-        """Why the process has ended by itself."""
+        """Why the process has ended, for a message."""
         if self.process.wait() == -getattr(signal, "SIGPROF", 0):
             return f"takes longer than {render.SECONDS:g} seconds"
         return f"ends its process (it may use {render.MEMORY >> 20} MB)"
@@ -545,7 +557,7 @@ def forward(stream, replies):
 
 
 def end(process):
-    """End a process and close its pipes."""
+    """Kill a process and close its pipes."""
     process.kill()
     process.wait()
     with contextlib.suppress(OSError):
