@@ -3,13 +3,13 @@
     {"prompt": "2 + 2 is", "chosen": " 4", "rejected": " 5"}
 
 A row has a prompt and responses that a person or a model compared; FORMATS names the columns. There
-is no true reward, so accuracy on held-out pairs with the file's own labels and the KL are what can
-be measured: nothing here shows whether a policy games its labels. Without a checkpoint the base
-model is a small GPT that is trained on the preferred responses.
+is no true reward. What can be measured is the KL and the accuracy on held-out pairs with the file's
+own labels, so nothing here shows whether a policy exploits errors of the labels. Without a
+checkpoint the base model is a small GPT that is trained on the chosen responses.
 
-Rows are read one by one. A fault of the file is one line that names file, line and column, and
-nothing in a file is unpickled or executed. What is odd in a conversation but no fault of the file
-(two equal responses, say) drops the row, and the reason is counted.
+Rows are read one by one. An error in the file is reported in one line that names file, line and
+column, and nothing in a file is unpickled or executed. Rows that are valid but useless, such as two
+identical responses, are dropped and counted by reason.
 """
 
 import gzip
@@ -34,13 +34,13 @@ TURN, HUMAN = "\n\nAssistant:", "\n\nHuman:"  # who speaks in an Anthropic HH tr
 RESERVED = {"ref_logps", "to", *OWN, *(field.name for field in fields(Batch))}
 BLANK = b" \t\r\n\xef\xbb\xbf"  # what a line without a record may hold
 LIMIT = 2**30  # bytes of a file, once it is unpacked
-LARGEST_ID = 2**31 - 1  # of a token, where the vocabulary is not known
+LARGEST_ID = 2**31 - 1  # the largest token id if the vocabulary is not known
 
 
 def plain_chat(messages, add_generation_prompt):
-    """Chat without a template: one line "role: content" per message.
+    """The chat template of models without one: a line "role: content" per message.
 
-    "assistant:" follows when an answer is to come.
+    With add_generation_prompt, "assistant:" is appended.
     """
     text = "".join(f"{m['role']}: {m['content']}\n" for m in messages)
     return text + "assistant:" * bool(add_generation_prompt)
@@ -51,19 +51,21 @@ def read_preferences(source, chat_template=None, seed=None, vocab_size=None, lim
 
     source: JSON Lines (also gzipped), Parquet, or "owner/name" or "owner/name:split" on the Hub.
     Its columns are one of FORMATS (see ACCEPTED). A text is a string, a list of messages {"role",
-    "content"} or, beside a prompt, a list of token ids. Without a prompt column the prompt is what
-    stands before the last assistant turn. Pairs and graded lists of two come out with the preferred
-    response first; completion/label gives one response with score 1.0 or 0.0. Graded lists may have
-    `parents`, `context` and `ends`. Further columns of numbers, one per row or one per response,
-    are kept where every row has them; a name that the Batch uses and other columns are left out.
+    "content"} or, if there is a prompt column, a list of token ids. Without a prompt column, the
+    prompt is everything before the last assistant turn. Pairs and graded lists of two are returned
+    with the chosen response first; completion/label gives one response with score 1.0 or 0.0.
+    Graded lists may have `parents`, `context` and `ends`. Further columns of numbers, one per row
+    or one per response, are kept if every row has them and the Batch does not use their name.
 
-    chat_template: function of messages and add_generation_prompt -> text; None: `plain_chat`. What
-    it writes after the last message is cut off, since the end token closes a response.
-    seed: shuffles the rows; None keeps their order. vocab_size: token ids must be below it.
-    limit: bytes that the file may have once it is unpacked.
+    chat_template: a function of messages and add_generation_prompt -> text; None: `plain_chat`.
+        The text that it writes after the last message is cut off, since end-of-text closes a
+        response.
+    seed: shuffles the rows; None keeps their order.
+    vocab_size: token ids must be below it.
+    limit: the largest size of the file in bytes, after unpacking.
 
-    rows: dicts as in docs/data.md, with their place as column `where`. counts: {reason: rows
-    dropped for it}. DataError: anything else that is wrong, or no row is left.
+    rows: dicts as in docs/data.md, with their place in the column `where`. counts: {reason: number
+    of rows dropped}. DataError: the file has any other error, or no row is left.
     """
     reader = _Reader(chat_template or plain_chat, vocab_size)
     rows, counts, shared = [], {}, None
@@ -196,7 +198,7 @@ class _Reader:
             raise DataError(f"{at} sums to {total:g} where probabilities sum to 1")
 
     def drop(self, row):
-        """The reason for which a row with several responses says nothing; None: it is kept."""
+        """The reason to drop a row of several responses that compares nothing; None: keep it."""
         if len(row["responses"]) == 1:
             return None
         if len(set(row["scores"])) == 1:
@@ -207,7 +209,7 @@ class _Reader:
         return None
 
     def preferred_first(self, row):
-        """The row; of two responses that do not continue each other, the preferred one first."""
+        """The row with the chosen response first, if it is a pair."""
         scores = row["scores"]
         if len(scores) == 2 and "parents" not in row and scores[1] > scores[0]:
             return reorder(row, [1, 0])
@@ -226,7 +228,7 @@ class _Reader:
         else:
             texts = [self.text(text, at(column)) for text, column in zip(texts, columns)]
         repeated = chat and isinstance(prompt, str) and texts[0][0]["role"] != "assistant"
-        if prompt is None or repeated:  # the prompt is inside
+        if prompt is None or repeated:  # the responses contain the prompt
             apart = _apart(texts, chat)
             if isinstance(apart, str):
                 return apart
@@ -257,7 +259,7 @@ class _Reader:
             closing = self.template(marked, False).rpartition(mark)[2]
         except RecursionError:
             raise
-        except Exception as error:  # a template is foreign code: whatever it raises is its message
+        except Exception as error:  # a template may raise anything
             message = printable(error_line(error))
             raise DataError(f"{at} is refused by the chat template: {message}") from None
         if not full.startswith(head):
@@ -268,7 +270,7 @@ class _Reader:
         return head, self.text(full[len(head) :].removesuffix(closing), at)
 
     def text(self, value, at, empty=False):
-        """value, if it is text or a list of token ids."""
+        """The value unchanged, if it is text or a list of token ids; else DataError."""
         ids = isinstance(value, list) and all(type(token) is int for token in value)
         if not (isinstance(value, str) or ids):
             raise DataError(f"{at} holds {_kind(value)} where text belongs")
@@ -287,10 +289,10 @@ class _Reader:
 
 
 def _apart(texts, chat):
-    """(prompt, responses) of conversations that hold their prompt, or the reason to drop the row.
+    """(prompt, responses) of conversations that contain the prompt, or the reason to drop the row.
 
-    The prompt is empty where there is none. Such conversations are logs of what happened: what is
-    odd in them is no fault of the file.
+    The prompt is empty if there is none. Such conversations are logs, so a row that does not fit is
+    dropped instead of being an error of the file.
     """
     if chat:
         heads, tails = [text[:-1] for text in texts], [text[-1:] for text in texts]
@@ -311,7 +313,7 @@ def _apart(texts, chat):
 
 
 def _chat(value, role, at):
-    """Messages without their null fields; a text is one message of `role`."""
+    """Messages without their null fields; a string becomes one message of `role`."""
     messages = [{"role": role, "content": value}] if isinstance(value, str) else value
     good = isinstance(messages, list) and messages
     good = good and all(isinstance(message, dict) for message in messages)
@@ -328,7 +330,10 @@ def _chat(value, role, at):
 
 
 def _list(value, at, count=None, good=None, what=None):
-    """value, if it is a list of `count` entries for which good(k, entry) holds."""
+    """The value unchanged, if it is a list of `count` entries with good(k, entry); else DataError.
+
+    what: the expected kind of entry, for the message.
+    """
     if not isinstance(value, list):
         raise DataError(f"{at} holds {_kind(value)} where a list belongs")
     if count is not None and len(value) != count:
@@ -344,7 +349,7 @@ def _finite(k, value):
 
 
 def _kind(value):
-    """What a value is, in words."""
+    """The kind of a value in words, for a message."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return "a number"
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
@@ -353,7 +358,7 @@ def _kind(value):
 
 
 def _shown(value):
-    """A value for a message: text and numbers as they are, anything else in words."""
+    """A value for a message: text and numbers are quoted, anything else is described."""
     if isinstance(value, str):
         return f"'{printable(value, 40)}'"
     plain = isinstance(value, (int, float, type(None)))
@@ -458,14 +463,15 @@ def split(rows, seed, fraction=0.1):
 
 
 class World(world.World):
-    """The world of one file. `train` and `held_out` are its rows.
+    """The world of one file; `train` and `held_out` are its rows.
 
-    source, limit: as `read_preferences` takes them.
-    tokenizer: the checkpoint's, or one for text; token ids in the file must be its own.
-    context: tokens that the base model's context holds. seed: picks the held-out prompts.
-    from_checkpoint: whether alignment starts from a checkpoint, which takes smaller steps than a
-        model that has just been trained.
-    DataError: as `read_preferences`, or there is one prompt only.
+    source, limit: see `read_preferences`.
+    tokenizer: the checkpoint's, or one for text. Token ids in the file must be below its size.
+    context: the context length of the base model in tokens.
+    seed: chooses the held-out prompts.
+    from_checkpoint: whether alignment starts from a checkpoint; its default learning rate is
+        smaller than that of a small GPT.
+    DataError: as in `read_preferences`, or there is only one prompt.
     """
 
     kind = "text"
@@ -480,19 +486,19 @@ class World(world.World):
         self.context = context
         self.train, self.held_out = split(rows, seed)
         if not self.held_out:
-            raise DataError(f"{printable(source)}: one prompt only, so no held-out pairs")
+            raise DataError(f"{printable(source)}: only one prompt, so there are no held-out pairs")
         self.single = len(rows[0]["responses"]) == 1
         lr = 5e-6 if from_checkpoint else 3e-4
         self.align = dict(steps=100, batch_size=8, lr=lr, prompts=len(self.train))
 
     def key(self):
-        """All that makes this world's base model: the rows, the tokenizer and the context."""
+        """Everything that the base model depends on: the rows, the tokenizer and the context."""
         rows = json.dumps([[row["prompt"], row["responses"], row["scores"]] for row in self.train])
         hashed = hashlib.sha256(rows.encode()).hexdigest()
         return [self.name, self.tokenizer.name, self.context, hashed]
 
     def model(self):
-        """A small GPT: four layers of width 128, as many tokens as the tokenizer has."""
+        """A new GPT with four layers of width 128 and the vocabulary of the tokenizer."""
         config = GPTConfig(
             vocab_size=self.tokenizer.vocab_size,
             hidden_size=128,
@@ -505,9 +511,9 @@ class World(world.World):
         return GPT(config, self.tokenizer)
 
     def demonstrations(self, n, rng):
-        """n rows with the best response of each training row, in a circle.
+        """n rows with the best response of each training row, in cyclic order.
 
-        Of single responses only the good ones are taken. DataError: there is none.
+        Single answers are used only if their label is good. DataError: no label is good.
         """
         best = []
         for row in self.train:
@@ -525,15 +531,15 @@ class World(world.World):
         return [row["prompt"] for row in self.held_out][:n]
 
     def given(self, k):
-        """The training rows; with k = 2 the best and the worst response of each list.
+        """The training rows; for k = 2, lists are reduced to their best and worst response.
 
-        Chains and trees stay as they are.
+        Chains and trees are unchanged.
         """
         return [as_pair(row) for row in self.train] if k == 2 else self.train
 
 
 def as_pair(row):
-    """The best and the worst response of a list as a pair, chosen first; a tree stays as it is."""
+    """The best and the worst response of a list as a pair, chosen first; trees are unchanged."""
     if len(row["scores"]) <= 2 or row.get("parents"):
         return row
     return extremes(row) | {"scores": [1.0, 0.0]}
