@@ -44,14 +44,7 @@ def align(
     UserError: an argument does not fit, there are no rows, or the loss breaks its contract.
     """
     steps = lab.steps if steps is None else steps
-    if isinstance(reference, str) and reference not in ("start", "round"):
-        raise UserError(
-            f'reference {reference!r}: expected "start", "round", a model, a function or None'
-        )
-    if callable(data) and not every:
-        raise UserError("data is a function: align needs every=, the steps between two calls")
-    if not callable(data) and not len(data):
-        raise UserError("there are no rows to align on: every row was left out, or none was given")
+    check_call(data, reference, every)
     with lab.verb("align") as stage:
         if stage.done:
             return restore(policy, stage.value)
@@ -77,6 +70,18 @@ def align(
         if stage.path:
             stage.value = kept(policy)
     return policy
+
+
+def check_call(data, reference, every):
+    """UserError for arguments of `align` that mean nothing."""
+    if isinstance(reference, str) and reference not in ("start", "round"):
+        raise UserError(
+            f'reference {reference!r}: expected "start", "round", a model, a function or None'
+        )
+    if callable(data) and not every:
+        raise UserError("data is a function: align needs every=, the steps between two calls")
+    if not callable(data) and not len(data):
+        raise UserError("there are no rows to align on: every row was left out, or none was given")
 
 
 class Feed:

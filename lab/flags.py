@@ -7,6 +7,7 @@ breaks nothing but itself.
 
 import ast
 import contextlib
+import dataclasses
 import io
 import itertools
 import math
@@ -22,6 +23,7 @@ import torch
 from data import Paper, UserError
 from lab.folder import read_run
 from lab.hub import load_pretrained
+from lab.rehearsal import rehearse
 from lab.settings import (
     Settings,
     file_path,
@@ -453,6 +455,8 @@ def refuse_idle_actions(flags, runs):
             )
         if idle_flags:
             raise UserError(f"--{', --'.join(idle_flags)} does nothing together with --{action}")
+        if action == "show" and runs[0].settings.steps == 0:
+            raise UserError("--steps 0 trains nothing, so there is no row to --show")
         if action != "claim" and len(runs) > 1:
             raise UserError(f"--{action} takes one value for each flag, and one method")
         if action == "claim" and len({r.settings.seed for r in runs}) * len(
@@ -470,7 +474,7 @@ def fitting(runs, flags):
 
     UserError, before anything is trained: a setting, a device or a world does not fit.
     """
-    kept, made, left = [], {}, set()
+    kept, made, left, rehearsed = [], {}, set(), set()
     for run in runs:
         s = run.settings
         pick_device(s.device)
@@ -485,14 +489,23 @@ def fitting(runs, flags):
         if exact & set(flags):
             names = ", --".join(sorted(exact & set(flags)))
             raise UserError(f"--{names} would do nothing in {world.name}")
+        steps = world.align.get("steps", 0) if s.steps is None else s.steps
+        if "warmup" in flags and s.warmup > max(1, steps // 5):
+            raise UserError(
+                f"--warmup {s.warmup}: at most a fifth of the steps is used, {steps // 5} of {steps}"
+            )
         try:
             refuse_method(run.method, run.paper, world, s)
+            seen = (run.method, str(run.cfg), str(dataclasses.replace(s, seed=0)))
+            if seen not in rehearsed:  # seeds change nothing of what is checked
+                rehearse(run, world, start)
+            rehearsed.add(seen)
             kept.append(run)
         except UserError as error:
             if flags["method"].lower() != "all":
-                raise
+                raise UserError(f"{run.name()}: {error}" if run.varied else str(error)) from None
             if run.method not in left:
-                print(f"left out: {error}", file=sys.stderr)
+                print(f"left out: {run.method}: {error}", file=sys.stderr)
             left.add(run.method)
     if not kept:
         raise UserError("no method can use this world")

@@ -40,7 +40,7 @@ class Lab:
     out: the folder of the run; None writes nothing.
     quiet: print nothing. show: print one row instead of training.
     seeds: the number of seeds of a claim, counted from settings.seed.
-    world: a World object, which replaces --world.
+    world: a World object, which replaces --world. start: the model of --init, if it is loaded.
 
     Each call of a verb is a numbered stage, stored in `<out>/stages` until the run has ended.
     """
@@ -48,14 +48,17 @@ class Lab:
     checkpoint_every = 5.0  # least number of seconds between two checkpoints
     memory = {}  # the values of `cached`, for all Labs of this process
 
-    def __init__(self, settings, out=None, quiet=False, show=False, seeds=1, world=None):
+    def __init__(
+        self, settings, out=None, quiet=False, show=False, seeds=1, world=None, start=None
+    ):
         self.settings, self.out, self.quiet, self.show = settings, out, quiet, show
         self.seeds = list(range(settings.seed, settings.seed + seeds))
         self.device = pick_device(settings.device)
         on_cuda = self.device.type == "cuda"
         self.bf16 = settings.dtype == "bfloat16" or (settings.dtype == "auto" and on_cuda)
         self.compiled = settings.compile == "on" or (settings.compile == "auto" and on_cuda)
-        self.start = load_pretrained(settings.init).to(self.device) if settings.init else None
+        start = load_pretrained(settings.init) if settings.init and start is None else start
+        self.start = start if start is None else start.to(self.device)
         self.world = make_world(settings, self.start) if world is None else world
         refuse_idle(settings, self.world, self.start)
         # a World object without a key of its own cannot be told from another one in the cache

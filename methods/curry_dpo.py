@@ -84,6 +84,13 @@ def star(row):
     return pairs
 
 
+def check_rounds(k, cfg):
+    """UserError unless k responses make as many difficulties as there are rounds."""
+    if cfg.order != "pooled" and cfg.rounds != k - 1:
+        made = f"{k} responses make {k - 1} difficult{'y' if k == 2 else 'ies'}"
+        raise UserError(f"rounds = {cfg.rounds}, but {made}: --rounds {k - 1}, or order = pooled")
+
+
 def curriculum(rows, cfg):
     """Rows of K rated responses -> a list of pairs for each round.
 
@@ -95,10 +102,8 @@ def curriculum(rows, cfg):
     if cfg.order == "pooled":
         kept = [two for rank, two in pairs if cfg.pairs == "star" or rank == hardest]
         rounds = [kept] * cfg.rounds
-    elif rows and cfg.rounds != hardest:
-        made = f"{hardest + 1} responses make {hardest} difficult{'y' if hardest == 1 else 'ies'}"
-        raise UserError(f"rounds = {cfg.rounds}, but {made}: --rounds {hardest}, or order = pooled")
     else:
+        check_rounds(hardest + 1 if rows else cfg.rounds + 1, cfg)
         ranks = range(hardest, 0, -1) if cfg.order == "easy_hard" else range(1, hardest + 1)
         rounds = [[two for r, two in pairs if r == rank] for rank in ranks]
     if not rows or not all(rounds):
@@ -107,10 +112,12 @@ def curriculum(rows, cfg):
 
 
 def run(lab, cfg):
-    policy, curve = lab.base(), []
-    rounds = curriculum(lab.preferences(policy), cfg)
     if 0 < lab.steps < cfg.rounds:
         raise UserError(f"--steps {lab.steps} is too few for rounds = {cfg.rounds}")
+    if lab.world.given is None:
+        check_rounds(lab.k, cfg)
+    policy, curve = lab.base(), []
+    rounds = curriculum(lab.preferences(policy), cfg)
     reference = lab.base() if cfg.reference == "sft" else "start"  # "start": a frozen copy
     ends = [round(lab.steps * i / cfg.rounds) for i in range(cfg.rounds + 1)]
     for first, last, pairs in zip(ends, ends[1:], rounds):

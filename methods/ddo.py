@@ -70,6 +70,11 @@ def loss(logps, ref_logps, batch, cfg):
 
 
 def run(lab, cfg):
+    if cfg.p_mean is not None and lab.world.kind != "images":
+        raise UserError(
+            f"p_mean and p_std are noise levels of images; "
+            f"{lab.world.name} is a world of {lab.world.kind}"
+        )
     best = lab.base()
     shortest = frechet(lab, best)
     for round in range(cfg.rounds):
@@ -109,17 +114,9 @@ def real_and_fake(real, fake):
 
 
 def edm_noise(lab, cfg, model):
-    """Options of `lab.align` that draw and weight noise as EDM does; {} if p_mean is None.
-
-    UserError: p_mean is given in a world that is not of images.
-    """
+    """Options of `lab.align` that draw and weight noise as EDM does; {} if p_mean is None."""
     if cfg.p_mean is None:
         return {}
-    if lab.world.kind != "images":
-        raise UserError(
-            f"p_mean and p_std are noise levels of images; "
-            f"{lab.world.name} is a world of {lab.world.kind}"
-        )
     levels = to_sigma(model.alpha_bar).log().cpu()
     between = (levels[1:] + levels[:-1]) / 2
 

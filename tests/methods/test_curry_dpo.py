@@ -169,7 +169,7 @@ def test_a_file_of_pairs_has_one_round_and_contexts_count(tmp_path):
             data=str(tmp_path / f"{n}.jsonl"),
             base_steps=0,
             batch_size=4,
-            steps=2,
+            steps=3,
             context=64,
             eval_size=2,
         )

@@ -1,0 +1,128 @@
+"""What is refused before anything is trained: no base model, no folder, one line."""
+
+import os
+
+import pytest
+import torch
+
+import train
+from lab import Lab
+from tests.lab.commands import FILE, PAIRS, TINY, refused, rows_file, small
+
+pytestmark = pytest.mark.usefixtures("own_folder")
+
+LISTS = [
+    {"prompt": f"q {i}", "responses": ["a", "bb", "ccc"], "scores": [1, 2, 3]} for i in range(12)
+]
+
+
+@pytest.fixture
+def untrained(monkeypatch):
+    """No base model can be trained: that would be a traceback."""
+    small(monkeypatch)
+    monkeypatch.setattr(Lab, "pretrain", None)
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        ("--method did --k 2", ["--k 2", "3"]),
+        ("--method adpo --target given", ["given", "--data", "column q"]),
+        ("--method adpo --anchor round --rounds 300 --steps 5", ["rounds = 300", "5 steps"]),
+        ("--method tpo --flip 0.2", ["--flip 0.2", "arithmetic"]),
+        ("--method curry_dpo --k 5", ["rounds = 3", "5 responses"]),
+        ("--method curry_dpo --steps 2", ["--steps 2", "rounds = 3"]),
+        ("--method curry_dpo --k 4,5", ["k 5: rounds = 3"]),
+        ("--method ddo --world reviews --p_mean 0.1 --p_std 1", ["p_mean", "reviews"]),
+        ("--method dpo --warmup 30 --steps 100", ["--warmup 30", "20 of 100"]),
+        ("--method dpo --show --steps 0", ["--steps 0", "--show"]),
+    ],
+)
+def test_settings_that_a_method_cannot_use(tmp_path, capsys, untrained, argv, words):
+    refused(capsys, argv.split(), *words)
+    assert os.listdir(tmp_path) in ([], ["cache"])
+
+
+@pytest.mark.parametrize(
+    "argv, rows, words",
+    [
+        ("--method curry_dpo", LISTS, ["rounds = 3", "3 responses"]),
+        (
+            "--method irpo",
+            [*LISTS[1:], LISTS[0] | {"scores": [1, 2, 500]}],
+            ["rows.jsonl:12: ", "500", "scores"],
+        ),
+        (
+            "--method irpo",
+            [LISTS[0] | {"scores": [1, 2, -1]}, *LISTS[1:]],
+            ["rows.jsonl:1: ", "-1", "scores"],
+        ),
+        ("--method insights --scenario instruct", PAIRS, ["scenario = instruct"]),
+        ("--method dpo", [*PAIRS[1:], PAIRS[0] | {"chosen": "yes " * 300}], ["rows.jsonl:20: "]),
+        ("--method dpo", [PAIRS[0] | {"prompt": "yes " * 300}, *PAIRS[1:]], ["rows.jsonl:1: "]),
+        (
+            "--method adpo --target given",
+            [row | {"q": [0.7, 0.7, 0.0]} for row in LISTS],
+            ["rows.jsonl:1: column 'q' sums to 1.4"],
+        ),
+        (
+            "--method dpo",
+            [*PAIRS, PAIRS[0] | {"prompt": [1], "chosen": [2, 999999], "rejected": [3]}],
+            ["rows.jsonl:21: column 'chosen' holds 999999"],
+        ),
+    ],
+)
+def test_rows_that_a_method_cannot_use(tmp_path, capsys, untrained, argv, rows, words):
+    """Every row is checked, also those that a few steps never visit."""
+    path = rows_file(tmp_path / "rows.jsonl", rows)
+    refused(capsys, [*argv.split(), "--data", path, "--context", "64"], *words)
+    assert set(os.listdir(tmp_path)) <= {"cache", "rows.jsonl"}
+
+
+def test_a_refused_run_under_overwrite_leaves_the_former_run_as_it_is(tmp_path, capsys):
+    argv = ["--method", "curry_dpo", "--world", "bandit", "--steps", "6", "--out", "run"]
+    assert train.main(argv) == 0
+    before = sorted(os.listdir("run"))
+    refused(capsys, [*argv, "--k", "5", "--overwrite"], "5 responses")
+    assert sorted(os.listdir("run")) == before and "run" in os.listdir()
+    assert not list(tmp_path.glob("run.*"))
+
+
+def test_a_sweep_is_rehearsed_once_for_all_its_seeds(tmp_path, monkeypatch):
+    import methods.dpo
+
+    calls, run = [], methods.dpo.run
+    monkeypatch.setattr(methods.dpo, "run", lambda lab, cfg: calls.append(lab) or run(lab, cfg))
+    argv = ["--method", "dpo", "--world", "bandit", "--steps", "2", "--seeds", "3", "--out", "s"]
+    assert train.main(argv) == 0
+    assert len(calls) == 4
+
+
+def test_a_rehearsal_changes_nothing(tmp_path, capsys, monkeypatch):
+    """The global generator, the output and the current folder are as they were."""
+    small(monkeypatch)
+    path = rows_file(tmp_path / "rows.jsonl", PAIRS)
+    seen = []
+    monkeypatch.setattr(
+        train, "one_run", lambda *about, **more: seen.append(torch.random.get_rng_state())
+    )
+    torch.manual_seed(5)
+    state = torch.random.get_rng_state()
+    argv = ["--method", "dpo", "--data", path, "--context", "64", *FILE, "--out", "run"]
+    capsys.readouterr()
+    assert train.main(argv) == 0
+    assert torch.equal(seen[0], state) and capsys.readouterr().out == ""
+    assert set(os.listdir("run")) <= {"run.json"}
+
+
+def test_rows_that_are_wrong_in_a_file_are_left_out_of_all_methods(tmp_path, capsys, monkeypatch):
+    """`--method all` names the methods that cannot use a file, and runs the others."""
+    small(monkeypatch)
+    path = rows_file(tmp_path / "rows.jsonl", [row | {"scores": [1, 2, 500]} for row in LISTS])
+    ran = []
+    monkeypatch.setattr(train, "sweep", lambda runs, out: ran.extend(r.method for r in runs) or 0)
+    argv = ["--method", "all", "--data", path, "--context", "64", *TINY[:4], "--out", "s"]
+    assert train.main(argv) == 0
+    error = capsys.readouterr().err
+    assert "left out: irpo: " in error and "left out: curry_dpo: " in error
+    assert "dpo" in ran and "irpo" not in ran
