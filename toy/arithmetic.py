@@ -5,16 +5,16 @@
 The prompt ends with the first "=". Each step of the response adds the two digits of a place and the
 carry of the step before, and the answer stands after the colon. The difficulty of a sum is the
 number of digits of the longer number, 1 to 5. Demonstrations write every zero, so that each step
-takes the same seven tokens. They contain more wrong steps the longer the sum, so a base model that
-is trained on them writes right and wrong responses at every difficulty.
+takes the same seven tokens. Longer sums have a larger share of wrong steps, so a base model that is
+trained on them writes right and wrong responses at every difficulty.
 
-The reward is 1 for the right answer reached without a wrong step, else 0. Any chain of right steps
-counts: the operands in any order, zeros written or left out (3+0+1=04, 1+3=4), an answer with
-leading zeros, a last step for the carry alone, spaces, and steps that are separated by "," or ";"
-or a line break. A step is right if it follows from the sum and from the carry as the step before
-wrote it, so an error is counted once, where it is made. Every place of the longer number must be
-there: a place that is left out is a wrong step. A bare answer therefore earns nothing. What can be
-gamed is `verify`, which looks at the answer alone: two errors that cancel pass it.
+The reward is 1 for a right answer without a wrong step, else 0. Any form of right steps counts:
+operands in any order, zeros written or left out (3+0+1=04, 1+3=4), an answer with leading zeros, a
+last step for the carry alone, spaces, and steps that are separated by "," or ";" or a line break.
+A step is right if it follows from the sum and from the carry that the step before wrote, so an
+error counts once, in the step that makes it. A missing place of the longer number is a wrong step,
+so an answer without steps earns nothing. `verify` can be gamed, since it checks only the answer:
+two errors that cancel pass it.
 """
 
 import re
@@ -26,8 +26,8 @@ from data import UserError, printable
 from nanomodel import GPT, GPTConfig
 from toy import world
 
-DIGITS = 5  # the longest numbers
-SLIP = 0.012  # share of wrong steps in demonstrations: this times the squared number of digits
+DIGITS = 5  # digits of the longest numbers
+SLIP = 0.012  # the share of wrong steps in demonstrations is this times the squared digits
 NUMBERS = re.compile(r"([0-9]+)\+([0-9]+)=")
 STEP = re.compile(r"([0-9](?:\+[0-9]){0,2})=([0-9]{1,2})")
 
@@ -41,7 +41,7 @@ def numbers(prompt):
 
 
 class World(world.World):
-    """The world of this file. Two worlds of this class are the same."""
+    """The world of this file. All worlds of this class are equal."""
 
     name, kind, verifier = "arithmetic", "text", True
     max_prompt, max_response = 2 * DIGITS + 2, 48  # tokens
@@ -53,7 +53,7 @@ class World(world.World):
         self.tokenizer = data.Tokenizer.toy(["+0=", "+1="])
 
     def model(self):
-        """A fresh GPT: two layers of width 96, about 0.25M parameters."""
+        """A new GPT with two layers of width 96, about 0.25M parameters."""
         config = GPTConfig(
             vocab_size=self.tokenizer.vocab_size,
             hidden_size=96,
@@ -63,19 +63,19 @@ class World(world.World):
             num_key_value_heads=2,
             max_position_embeddings=self.max_prompt + self.max_response,
             rope_theta=1000.0,  # a sum has at most 60 tokens
-            # 17 of 260 rows are used; tied, the input's width would go into ruling out the others
+            # only 17 of 260 tokens are used; tied embeddings would spend capacity on the others
             tie_word_embeddings=False,
         )
         model = GPT(config, self.tokenizer)
-        # the usual std of 0.02 suits a width of 768; scaled to this width, the model learns to
-        # carry in half the steps
+        # the usual std of 0.02 suits a width of 768; rescaled to this width, the model learns to
+        # carry in half as many steps
         with torch.no_grad():
             for weight in model.layers.parameters():
                 weight *= (768 / weight.shape[1]) ** 0.5 if weight.dim() == 2 else 1
         return model
 
     def prompts(self, n, rng, digits=None):
-        """n sums of a difficulty of `digits`; None: all difficulties alike.
+        """n sums of difficulty `digits`, or with None of all difficulties equally often.
 
         UserError: digits outside 1 to 5.
         """
@@ -94,8 +94,8 @@ class World(world.World):
     def demonstrate(self, prompt, rng, slip=0.0):
         """One worked sum (text), each step wrong with probability `slip`; rng: a random.Random.
 
-        In a wrong step the carry is forgotten, or the result is one off. Half of the wrong results
-        are carried on; after the other half the sum goes on as if the step had been right.
+        In a wrong step the carry is forgotten, or the result is one off. After half of the wrong
+        steps the sum continues with the wrong result, after the other half with the right one.
         """
         a, b = numbers(prompt)
         steps, answer, carry = [], "", 0
@@ -114,7 +114,7 @@ class World(world.World):
         return ",".join(steps) + ":" + (str(carry) if carry else "") + answer
 
     def demonstrations(self, n, rng):
-        """n rows with one worked sum each, wrong steps included."""
+        """n rows with one worked sum each, some of which have wrong steps."""
         prompts = self.prompts(n, rng)
         rng, rows = world.python_rng(rng), []
         for prompt in prompts:
@@ -123,7 +123,7 @@ class World(world.World):
         return rows
 
     def difficulty(self, prompt):
-        """Digits of the longer number."""
+        """The number of digits of the longer number."""
         return len(str(max(numbers(prompt))))
 
     def _parts(self, response):
@@ -139,7 +139,7 @@ class World(world.World):
         return bool(re.fullmatch("[0-9]+", answer)) and digits == str(sum(numbers(prompt)))
 
     def verify_steps(self, prompt, response):
-        """A bool per step, in the order written, then False for every place that is left out."""
+        """A bool per step, in the order of the response, then False for every missing place."""
         a, b = numbers(prompt)
         work = self._parts(response)[0]
         steps, marks, carry = re.split("[,;\n]", work) if work else [], [], 0
@@ -154,9 +154,9 @@ class World(world.World):
         return marks + [False] * (self.difficulty(prompt) - len(steps))
 
     def reward(self, prompts, responses):
-        """The truth of n responses (text or token ids) to n prompts (text), (n,) float64.
+        """The true reward of n responses (text or token ids) to n prompts (text), (n,) float64.
 
-        1 for the right answer without a wrong step, else 0.
+        It is 1 for a right answer without a wrong step, else 0.
         """
         right = [
             self.verify(prompt, response) and all(self.verify_steps(prompt, response))
