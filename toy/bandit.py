@@ -1,4 +1,4 @@
-"""A bandit of 27 responses: the smallest world that has what a language model has.
+"""A bandit of 27 responses: the smallest world with the structure of a language model.
 
     prompt 0    response [0, 2, 0]    reward 1.4
 
@@ -8,17 +8,18 @@ There is one prompt. A response is three tokens of {0, 1, 2}, and its reward is
 
 so it depends on the whole response, which a policy writes token by token. The reference is a tree
 of softmaxes whose logits are drawn from N(0, 0.7^2). Reward, KL and the optimum of an objective are
-sums over the 27 responses (toy/exact.py), so a theorem can be checked to the last digit. The reward
-is the truth itself and cannot be gamed; a policy can only move too far from the reference.
+sums over the 27 responses (toy/exact.py), so a theorem can be checked up to rounding errors. The
+reward cannot be gamed; a policy can only move too far from the reference.
 """
 
 from toy import exact
 
 
 class World(exact.World):
-    """The bandit of this file. Other arguments give any other table, as `exact.World` says.
+    """The bandit of this file. The arguments are those of `exact.World` and may define any table.
 
-    Without `rewards`, r(y) is as above, with the last symbol for 2 and the last token for y_3.
+    Without `rewards`, r(y) is as above; the last symbol takes the place of 2, and the last token
+    that of y_3.
     """
 
     name = "bandit"
