@@ -3,10 +3,10 @@
     prompt 7    response: an image (1, 8, 8) of numbers from -1 (black) to 1 (white)
 
 The images are scikit-learn's 1,797 real digits, or those of an .npz file (`World.from_npz`). The
-reward asks for a digit that a fixed classifier recognizes, and for thick strokes up to a page that
-is half white; it lies between -8 and 0. Neither part knows what handwriting looks like, so the
-reward can be gamed: blobs that the classifier is sure of and extra ink are both rewarded. What that
-costs shows in the Frechet distance between samples and data, which the reward does not contain.
+reward is high for a digit that a fixed classifier recognizes, and for thick strokes until half of
+the image is white; it lies between -8 and 0. Neither term measures how real the handwriting looks,
+so the reward can be gamed by blobs that the classifier is sure of and by extra ink. The Frechet
+distance between samples and data, which is not part of the reward, shows this.
 """
 
 import hashlib
@@ -20,20 +20,20 @@ from data import UserError, printable
 from nanomodel import UNet, UNetConfig
 from toy import world
 
-FLOOR = -5.0  # least log-probability that counts: an image of another class costs no more
-INK = 3.0  # what the mean pixel is worth, up to an image that is half white
-SAMPLE = 5000  # images that the classifier is fitted to, at most
-CLASSES, NUMBERS = 256, 4096  # classes, and numbers of an image (C * H * W), at most
-LIMIT = 2**30  # bytes of an .npz file, once it is unpacked
+FLOOR = -5.0  # lower bound of the log-probability in the reward
+INK = 3.0  # weight of the mean pixel in the reward, up to an image that is half white
+SAMPLE = 5000  # largest number of images to which the classifier is fitted
+CLASSES, NUMBERS = 256, 4096  # largest number of classes, and of values in an image (C * H * W)
+LIMIT = 2**30  # largest size of an .npz file in bytes, after unpacking
 
 
 class World(world.World):
     """The world of labelled images: `images` (N, C, H, W) in [-1, 1] and `labels` (N,).
 
     images: (N, H, W) or (N, H, W, 1 or 3) numbers, 0 = black, the largest = white; None: digits.
-    labels: (N,) ints, every class from 0 on. size: pixels a side (or height and width) to shrink to
-    by averaging; both sides must be even. UserError, in one line: they do not fit this, each other
-    or the model.
+    labels: (N,) ints from 0 on, with every class in use.
+    size: the side (or height and width) to which images are shrunk by averaging; it must be even.
+    UserError: the arrays do not have this form, or do not fit each other or the model.
     """
 
     name, kind = "digits", "images"
@@ -59,7 +59,7 @@ class World(world.World):
                 f"{NUMBERS} numbers: --image_size shrinks it"
             )
         white, parts = np.float64(images.max()), []
-        for start in range(0, len(images), 1024):  # in pieces, since float64 takes 8 times a byte
+        for start in range(0, len(images), 1024):  # in pieces, as float64 needs much more memory
             pixels = torch.from_numpy(images[start : start + 1024] / white * 2 - 1).float()
             pixels = pixels.view(*pixels.shape[:3], channels).permute(0, 3, 1, 2)
             parts.append(F.adaptive_avg_pool2d(pixels, self.config.size))
@@ -72,9 +72,9 @@ class World(world.World):
     def from_npz(cls, path, size=None, limit=LIMIT):
         """The world of an .npz file with the arrays `images` and `labels`.
 
-        Sides of more than 16 pixels are halved (28 to 14) unless `size` is given. limit: bytes that
-        the arrays may have once they are unpacked. UserError, in one line that names the file: it
-        is not an archive, it holds pickled objects, an array is missing or does not fit.
+        Sides of more than 16 pixels are halved (28 to 14) unless `size` is given. limit: the
+        largest size of the arrays in bytes, after unpacking. UserError, which names the file: it is
+        not an archive, it holds pickled objects, or an array is missing or does not fit.
         """
         try:
             arrays = read_arrays(path, ("images", "labels"), limit)
@@ -82,15 +82,15 @@ class World(world.World):
             if size is None and min(shape, default=0) > 16:
                 size = [side // 2 for side in shape]
             return cls(arrays["images"], arrays["labels"], size)
-        except Exception as error:  # a broken archive raises many kinds
+        except Exception as error:  # a damaged archive raises many types
             message = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{printable(path)}: {printable(message)}") from None
 
     def _classifier(self):
         """Weights (classes, D) and biases (classes,) of a softmax regression on the pixels.
 
-        It is fitted to SAMPLE images, drawn at random, and to one more of each class that the
-        draw has missed.
+        It is fitted to SAMPLE random images, and to one image of each class that is not among
+        them.
         """
         from sklearn.linear_model import LogisticRegression
 
@@ -100,12 +100,12 @@ class World(world.World):
             few = torch.cat([few, rest[self.labels[rest] == c][:1]])
         pixels = self.images[few].flatten(1).double().numpy()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a fit that is stopped early is as fixed a truth
+            warnings.simplefilter("ignore")  # the fit need not converge, it only has to be fixed
             fitted = LogisticRegression(C=0.1, max_iter=1000).fit(pixels, self.labels[few].numpy())
         weight, bias = torch.from_numpy(fitted.coef_), torch.from_numpy(fitted.intercept_)
         if len(weight) > 1:
             return weight, bias
-        # of two classes scikit-learn keeps one logit
+        # for two classes scikit-learn stores only one logit
         return torch.cat([0 * weight, weight]), torch.cat([0 * bias, bias])
 
     def key(self):
@@ -114,11 +114,11 @@ class World(world.World):
         return hashlib.sha256(arrays).hexdigest()
 
     def model(self):
-        """A fresh UNet of about 0.2M parameters."""
+        """A new UNet with about 0.2M parameters."""
         return UNet(self.config)
 
     def prompts(self, n, rng):
-        """n class labels, uniform."""
+        """n class labels, uniformly drawn."""
         return torch.randint(self.config.classes, (n,), generator=rng).tolist()
 
     def demonstrations(self, n, rng):
@@ -134,10 +134,10 @@ class World(world.World):
         return (shown(images).flatten(1) @ self.weight.T + self.bias).log_softmax(1)
 
     def reward(self, prompts, responses):
-        """The truth of n images, (n,) float64 between -8 and 0.
+        """The true reward of n images, (n,) float64 between -8 and 0.
 
-        It is log p(prompt | image), not counted below -5, plus three times the mean pixel, not
-        counted above 0. responses: a tensor (n, C, H, W) or a list of images (C, H, W).
+        It is log p(prompt | image), clamped at -5 from below, plus three times the mean pixel,
+        clamped at 0 from above. responses: a tensor (n, C, H, W) or a list of images (C, H, W).
         """
         images = responses if isinstance(responses, torch.Tensor) else torch.stack(list(responses))
         label = torch.as_tensor(prompts).view(-1, 1)
@@ -149,7 +149,7 @@ class World(world.World):
         """Frechet distance in pixel space between images (n, C, H, W) and the data.
 
         With means m, m' and covariances S, S' it is |m - m'|^2 + tr(S + S' - 2 (S S')^(1/2)). It is
-        infinite when an image is not finite.
+        infinite if an image is not finite.
         """
         if not images.isfinite().all():
             return float("inf")
@@ -164,7 +164,7 @@ class World(world.World):
     def measure(self, policy, lab):
         """{frechet, agreement} of at most 2,000 samples, in the data's class proportions.
 
-        agreement: the share of samples that the classifier reads as the class asked for.
+        agreement: the share of samples that the classifier assigns to the class of the prompt.
         """
         rng = lab.rng("measure")
         label = self.labels[torch.randperm(len(self.labels), generator=rng)[:2000]]
@@ -186,7 +186,7 @@ class World(world.World):
 
 
 def check_arrays(images, labels):
-    """The number of classes of NumPy arrays; UserError, in one line, where they do not fit."""
+    """The number of classes of NumPy arrays. UserError: they are not images and their labels."""
     import numpy as np
 
     shape, channels = images.shape, images.shape[3] if images.ndim == 4 else 1
@@ -202,7 +202,7 @@ def check_arrays(images, labels):
         )
     if labels.shape != shape[:1] or labels.dtype.kind not in "ui":
         raise UserError(
-            f"labels {labels.shape} {labels.dtype}: expected {len(images)} ints, one an image"
+            f"labels {labels.shape} {labels.dtype}: expected {len(images)} ints, one per image"
         )
     used = np.unique(labels)
     if len(used) < 2 or used[0] != 0 or used[-1] != len(used) - 1:
@@ -215,9 +215,10 @@ def check_arrays(images, labels):
 
 
 def read_arrays(path, names, limit):
-    """{name: array} of an .npz file; UserError where one is missing or larger than `limit` bytes.
+    """{name: array} of an .npz file. UserError: one is missing, or they exceed `limit` bytes.
 
-    Nothing is unpickled. The size is the one that the archive states: no more than that is read.
+    Nothing is unpickled. The size is the one that the archive states, and no more than that is
+    read.
     """
     import numpy as np
 
@@ -238,7 +239,7 @@ def read_arrays(path, names, limit):
 
 
 def shown(images):
-    """Images as a screen shows them: float64, cut to [-1, 1], black where they are not numbers."""
+    """Images as a screen shows them: float64, clamped to [-1, 1], with black in place of NaN."""
     return images.detach().cpu().double().nan_to_num(-1.0).clamp(-1, 1)
 
 
