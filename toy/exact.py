@@ -1,9 +1,9 @@
-"""Worlds in which every response can be enumerated: optimum, KL and reward are exact.
+"""Worlds in which every response is enumerated, so that optimum, KL and reward are exact.
 
 A response is a sequence of `length` tokens out of `vocab` symbols, so there are R = vocab^length of
-them, in lexicographic order. A prompt is a number below P. `Table` is the policy, `World` the world
-around it, and `population` the optimum of an expected loss, found without sampling. All of it stays
-on the CPU. The worlds bandit, tokens, modular and tree are built on this file.
+them, in lexicographic order. A prompt is a number below P. `Table` is the policy, `World` is the
+world, and `population` finds the optimum of an expected loss without sampling. Everything stays on
+the CPU. The worlds bandit, tokens, modular and tree are built on this file.
 """
 
 import copy
@@ -17,7 +17,7 @@ from toy import world
 
 
 def prefixes(tokens, vocab):
-    """The number of the prefix that stands before each token, for tokens (..., T) -> (..., T).
+    """The index of the prefix before each token, for tokens (..., T) -> (..., T).
 
     Prefixes are numbered level by level: 0 is the empty one, and token v leads from prefix i to
     prefix i * vocab + 1 + v.
@@ -30,7 +30,7 @@ def prefixes(tokens, vocab):
 
 
 class Table(nn.Module):
-    """A policy with a softmax of its own after every prefix; it starts uniform.
+    """A policy with a separate softmax after every prefix; it starts uniform.
 
     It can represent any distribution over the responses of each prompt. Its parameters are `logits`
     (P, prefixes, vocab). A subclass that computes `logits` from other parameters passes
@@ -47,7 +47,7 @@ class Table(nn.Module):
     def logps(self, batch):
         """Log-probs (B, K, T) of the tokens batch.target (B, K, T), given the prompts batch.label.
 
-        They are 0 outside batch.mask; a batch without a mask is scored whole.
+        They are 0 outside batch.mask. In a batch without a mask, every token is scored.
         """
         prefix, label = prefixes(batch.target, self.vocab), batch.label[:, None, None]
         out = self.logits.log_softmax(-1)[label, prefix, batch.target]  # (B, K, T)
@@ -58,7 +58,7 @@ class Table(nn.Module):
     def sample(self, prompts, k, rng):
         """k responses for each prompt (a number) -> a list of k lists of token ids per prompt.
 
-        They are drawn on the CPU, with the CPU generator rng.
+        rng: a generator on the CPU, where samples are drawn.
         """
         label = torch.tensor(prompts, dtype=torch.long)[:, None].expand(-1, k)  # (n, k)
         prefix, out, probs = torch.zeros_like(label), [], self.logits.softmax(-1).cpu()
@@ -88,15 +88,15 @@ class Table(nn.Module):
 
     @torch.no_grad()
     def set_log_probs(self, log_probs):
-        """Become the distribution with these log-probs, (P, R) or (R,). Returns the table.
+        """Set the distribution to these log-probs, (P, R) or (R,), and return the table.
 
-        They need not be normalized, and -inf is allowed: such a response never occurs.
+        They need not be normalized. A response with -inf never occurs.
         """
         level = torch.as_tensor(log_probs, dtype=torch.float64)
         level, levels = level.expand(len(self.logits), self.vocab**self.length), []
         for _ in range(self.length):
             level = level.unflatten(1, (-1, self.vocab))
-            # a prefix that never occurs is followed by a uniform distribution
+            # after a prefix that never occurs, the distribution is uniform
             levels.insert(0, level.log_softmax(-1).nan_to_num(0.0, neginf=-math.inf))
             level = level.logsumexp(-1)
         self.logits.copy_(torch.cat(levels, 1))
@@ -118,7 +118,7 @@ class Table(nn.Module):
     def expect(self, f):
         """The expectation of f, mean over prompts.
 
-        f: a tensor (P, R) or (R,), or a function of all responses (R, T) that gives one.
+        f: a tensor (P, R) or (R,), or a function of all responses (R, T) that returns one.
         """
         values = f(self.sequences()) if callable(f) else f
         return (self.probs() * torch.as_tensor(values).to(self.logits.device)).sum(1).mean().item()
@@ -136,9 +136,9 @@ class Table(nn.Module):
 def population(world, pairs, loss, cfg):
     """The Table that minimizes the mean of weight * loss over weighted pairs, in float64.
 
-    world: a world of this file; its reference is the reference of the loss and the start.
-    pairs: rows with a column `weight`, as `World.pairs_all` gives them. loss(logps, ref_logps,
-    batch, cfg) -> losses, metrics, as in methods/. The optimizer is L-BFGS.
+    world: a world of this file; its reference is the reference of the loss and the initial policy.
+    pairs: rows with a column `weight`, as from `World.pairs_all`. loss(logps, ref_logps, batch,
+    cfg) -> losses, metrics, as in methods/. The optimizer is L-BFGS.
     """
     policy, batch = world.model().double(), collate(pairs)
     ref_logps, weight = policy.logps(batch).detach(), batch.weight.double()
@@ -164,11 +164,12 @@ def population(world, pairs, loss, cfg):
 class World(world.World):
     """Responses of a table with known rewards. The reference is given, so no base model is trained.
 
-    vocab, length, prompts: the shape.
-    rewards: the truth (P, R) or (R,), or a function of all responses (R, T) that gives one.
-    reference, data: the base model and what the demonstrations are drawn from; a Table, or
-        log-probs (P, R) or (R,) that need not be normalized. By default the reference is a tree of
-        softmaxes with logits from N(0, spread^2), drawn from `seed`, and data is the reference.
+    vocab, length, prompts: the number of symbols, tokens and prompts.
+    rewards: the true rewards (P, R) or (R,), or a function of all responses (R, T) that returns
+        them.
+    reference: the base model, a Table or log-probs (P, R) or (R,) that need not be normalized. By
+        default it is a tree of softmaxes with logits from N(0, spread^2), drawn from `seed`.
+    data: the distribution of the demonstrations, in the same form; by default the reference.
     """
 
     kind = "table"
@@ -193,16 +194,16 @@ class World(world.World):
         return table.requires_grad_(False)
 
     def key(self):
-        """All that makes this world: its shape, its rewards, its reference and its data."""
+        """Everything that defines this world: shape, rewards, reference and data."""
         tables = [table.logits.tolist() for table in (self.reference, self.data)]
         return [self.name, self.shape, self.truth.tolist(), *tables]
 
     def model(self):
-        """The reference, as a trainable table of its own."""
+        """A trainable copy of the reference."""
         return copy.deepcopy(self.reference).requires_grad_(True)
 
     def prompts(self, n, rng):
-        """n prompts, as numbers, uniform."""
+        """n prompts, as uniformly drawn numbers."""
         return torch.randint(self.shape[2], (n,), generator=rng).tolist()
 
     def demonstrations(self, n, rng):
@@ -212,11 +213,11 @@ class World(world.World):
         return [dict(prompt=p, responses=r, scores=[1.0]) for p, r in zip(prompts, drawn)]
 
     def rewards(self):
-        """The truth of all responses, (P, R) float64."""
+        """The true reward of all responses, (P, R) float64."""
         return self.truth
 
     def reward(self, prompts, responses):
-        """The truth of n responses (token ids) to n prompts, (n,) float64."""
+        """The true reward of n responses (token ids) to n prompts, (n,) float64."""
         vocab, length, _ = self.shape
         tokens = torch.as_tensor(responses).view(len(prompts), length)
         place = vocab ** torch.arange(length - 1, -1, -1)
@@ -227,13 +228,16 @@ class World(world.World):
         return reference.optimum(self.truth, beta)
 
     def objective(self, policy, beta, reference=None):
-        """E[r] - beta KL(policy || reference), exact (DPO, eq. 3); default: the world's."""
+        """The exact E[r] - beta KL(policy || reference) (DPO, eq. 3).
+
+        reference: by default the world's.
+        """
         return policy.expect(self.truth) - beta * policy.kl(reference or self.reference)
 
     def frontier(self, kl):
-        """The largest expected reward at a KL (in nats) from the reference.
+        """The largest expected reward at a given KL (in nats) from the reference.
 
-        It is that of reference * exp(r / beta) / Z, with beta between 0.01 and 100 by bisection.
+        It is that of reference * exp(r / beta) / Z; bisection finds beta between 0.01 and 100.
         """
         low, high = 1e-2, 1e2
         for _ in range(60):
@@ -247,10 +251,10 @@ class World(world.World):
     def pairs_all(self, sampler=None, flip=0.0):
         """All P * R * (R - 1) ordered pairs of different responses as rows, chosen first.
 
-        The column `weight` has the probability of a pair, scaled to a mean of 1: both responses are
-        drawn from `sampler` (a Table; None: uniform), the first wins under Bradley-Terry, and the
-        label is flipped with probability `flip`. So the mean of weight * loss over all rows is
-        proportional to the expected loss. UserError: a flip outside [0, 1].
+        The column `weight` holds the probability of a pair, scaled to a mean of 1. Both responses
+        are drawn from `sampler` (a Table; None: uniform), the first one wins under Bradley-Terry,
+        and the label is flipped with probability `flip`. The mean of weight * loss over all rows is
+        therefore proportional to the expected loss. UserError: flip is outside [0, 1].
         """
         if not 0 <= flip <= 1:
             raise UserError(f"flip = {flip} must be in [0, 1]")
