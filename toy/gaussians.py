@@ -1,12 +1,12 @@
-"""Gaussians on a ring: the density is known exactly, so leaving the data shows as a number.
+"""Gaussians on a ring: the density is known, so it can be measured how far samples leave the data.
 
     prompt 0    response: a point such as (0.9, 0.1)    reward 0.9
 
 Eight modes stand on the unit circle, in the plane or in a random plane of a D-dimensional space.
 The only prompt is 0, and a response is one point (D,). The reward is the point's first coordinate
 within the plane. On the data it is at most about 1, at one mode. Off the data it has no bound, so
-it can be gamed by leaving the data: a policy that does so shows a reward above 1 and an
-off-manifold fraction that rises to 1. A narrow policy shows as a low entropy over the modes.
+it can be gamed by leaving the data: such a policy has a reward above 1 and an off-manifold share
+that rises to 1. A policy that covers few modes has a low entropy over the modes.
 """
 
 import math
@@ -23,10 +23,10 @@ from toy import world
 class MLP(Denoiser):
     """Denoiser of points (D,): two hidden layers on the point and 8 smooth features of the time.
 
-    It does not read the class. The features are few on purpose: they blur the last noise levels, so
-    the base model leaves points between the modes, as larger models do on real data. With the
-    UNet's features there are fewer of these, and DPO narrows to one mode before it leaves the data.
-    kwargs: those of `Denoiser`.
+    It does not read the class. The features are few on purpose: they resolve the smallest noise
+    levels poorly, so the base model samples points between the modes, as larger models do on real
+    data. With the UNet's features there are fewer such points, and DPO collapses to one mode before
+    it leaves the data. kwargs: those of `Denoiser`.
     """
 
     def __init__(self, dim=2, width=96, **kwargs):
@@ -48,9 +48,10 @@ class MLP(Denoiser):
 class World(world.World):
     """The world of this file.
 
-    dim: D, the space around the ring, 2 or more. modes: how many. std: of every mode in every
-    direction. clean: share of the demonstrations that comes from the ring; the others come from the
-    uniform distribution of `points`. kwargs: those of the MLP. UserError: a value out of range.
+    dim: the dimension D of the space around the ring, 2 or more. modes: their number.
+    std: standard deviation of every mode in every direction. clean: the share of demonstrations
+    from the ring; the others are from the uniform distribution of `points`. kwargs: those of the
+    MLP. UserError: a value is out of range.
     """
 
     name, kind = "gaussians", "images"
@@ -73,22 +74,22 @@ class World(world.World):
         self.modes = ring @ self.plane.T  # (M, D)
 
     def key(self):
-        """All that makes this world."""
+        """All arguments that define this world."""
         return f"{self.dim} {self.modes.tolist()} {self.std} {self.clean} {self.kwargs}"
 
     def model(self):
-        """A fresh MLP of about 0.01M parameters."""
+        """A new MLP with about 0.01M parameters."""
         return MLP(self.dim, **self.kwargs)
 
     def prompts(self, n, rng):
-        """n times the only prompt, 0."""
+        """The only prompt, 0, n times."""
         return [0] * n
 
     def points(self, n, rng, clean=1.0):
-        """(n, D) float32 draws, each from the ring with probability `clean`.
+        """n random points (n, D), float32, each from the ring with probability `clean`.
 
-        The others are uniform on the square [-1.5, 1.5]^2 of the plane, blurred like the modes in
-        every other direction.
+        The others are uniform on the square [-1.5, 1.5]^2 of the plane; in all other directions
+        they are normal with the modes' standard deviation.
         """
         mode = torch.randint(len(self.modes), (n,), generator=rng)
         noise = self.std * torch.randn(n, self.dim, generator=rng, dtype=torch.float64)
@@ -99,7 +100,7 @@ class World(world.World):
         return torch.where(stray, strays, self.modes[mode] + noise).float()
 
     def contaminated(self, n, rng):
-        """(n, D): 70 % ring, 30 % uniform, the flawed training set of DDO."""
+        """n points (n, D), 70 % from the ring and 30 % uniform: the flawed training set of DDO."""
         return self.points(n, rng, clean=0.7)
 
     def demonstrations(self, n, rng):
@@ -108,9 +109,9 @@ class World(world.World):
         return [dict(prompt=0, responses=x[None], scores=[1.0]) for x in points]
 
     def reward(self, prompts, responses):
-        """The truth of n points, (n,) float64: the first coordinate within the plane.
+        """The true reward of n points, (n,) float64: the first coordinate within the plane.
 
-        That is x[0] for D = 2. It is 0 where the point is not finite.
+        That is x[0] for D = 2. It is 0 for points that are not finite.
         """
         return (points(responses) @ self.plane[:, 0]).nan_to_num(0.0, 0.0, 0.0)
 
@@ -123,14 +124,14 @@ class World(world.World):
     def off_manifold(self, x):
         """The share of points (n, D) that lie farther from every mode than about 99 % of the data.
 
-        In the plane that is 3 std. For D > 2 the radius grows as the length of a normal vector
-        does, which is about normal itself (Fisher's approximation).
+        In the plane this radius is 3 std. For D > 2 it grows like the length of a normal vector, by
+        Fisher's approximation of the chi distribution.
         """
         radius = 3 + (math.sqrt(2 * self.dim - 1) - math.sqrt(3)) / math.sqrt(2)
         return (self._nearest(x)[0] > radius * self.std).double().mean().item()
 
     def mode_entropy(self, x):
-        """Entropy of the nearest mode among points (n, D): 1 = all modes alike, 0 = one mode."""
+        """Normalized entropy of the nearest modes of points (n, D): 1 = uniform, 0 = one mode."""
         share = self._nearest(x)[1].bincount(minlength=len(self.modes)).double() / len(x)
         return (-torch.special.xlogy(share, share).sum() / math.log(max(2, len(self.modes)))).item()
 
