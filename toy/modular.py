@@ -3,9 +3,9 @@
     prompt 5 (digits 6, 2, 4, 2)    response [1, 5, 0]    reward 1
 
 A prompt is a number below 300; `World.problems` has its digits a, b, c, d. The right response is
-the running sum: a + b, then that + c, then that + d, all modulo 7. The reward is 1 when the last
-token is right, however it was reached, so it can be gamed: a chain with two errors that cancel is
-rewarded, and a method that only sees the end can learn wrong steps.
+the running sums a + b, a + b + c and a + b + c + d, all modulo 7. The reward is 1 if the last token
+is right, so it can be gamed: a chain with two errors that cancel is rewarded, and a method that
+only sees the reward can learn wrong steps.
 
 The policy has one table per step, shared by all prompts: running sum and digit -> logits of the
 next sum. The reference makes about three of five steps right. All 343 chains of a prompt are
@@ -34,7 +34,7 @@ class Chains(exact.Table):
         self.steps = nn.Parameter(steps.clone())
         count = BASE ** torch.arange(STEPS)  # prefixes of each length
         step = torch.arange(STEPS).repeat_interleave(count)  # (57,)
-        # the last token of a prefix is the running sum; before the first it is the digit a
+        # the running sum is the last token of the prefix, or the digit a for the empty prefix
         later = torch.arange(BASE).repeat(1 + BASE).expand(len(problems), -1)
         before = torch.cat([problems[:, :1], later], 1)  # (P, 57)
         digit = problems[:, 1:].repeat_interleave(count, 1)  # (P, 57)
@@ -65,15 +65,15 @@ class World(exact.World):
         super().__init__(BASE, STEPS, PROMPTS, rewards=rewards, reference=reference)
 
     def key(self):
-        """The name: two worlds of this class are the same."""
+        """The name, since all worlds of this class are equal."""
         return self.name
 
     def lists(self, n, rng, k=None):
         """n rows of k (default 5) chains, graded step by step.
 
-        The first chain is right, k - 2 are continued by the reference after one or two right steps,
-        and the last is the reference's own. Scores: 1 for a right end, else 0.3 for each right step
-        before the first wrong one. UserError: k below 2.
+        The first chain is right, k - 2 chains are continued by the reference after one or two right
+        steps, and the last chain is a sample of the reference. The score is 1 if the last token is
+        right, and otherwise 0.3 for each right step before the first wrong one. UserError: k < 2.
         """
         k = 5 if k is None else k
         if k < 2:
