@@ -4,10 +4,11 @@
 
 The prompt names 2 to 4 qualities by one of their poles (sweet or sour, hot or cold); the response
 is a list of dishes in one context. There are 60 dishes of 1 to 3 words. Each word has a random
-hidden vector of 8 qualities, a dish has the sum of its words' vectors, scaled to one spread, and it
-answers a query as far as it lies towards the poles that are named. The text says nothing of this:
-which words are sweet has to be learned from graded lists. In a list the best dish has relevance 3,
-the next two 2, the next two 1, the others 0 (IRPO, arXiv:2504.15477, with one more grade).
+hidden vector of 8 qualities. The vector of a dish is the sum of its words' vectors, scaled to equal
+variance, and the dish answers a query the better, the farther its vector lies towards the named
+poles. The text does not show these vectors, so which words are sweet has to be learned from graded
+lists. In a list the best dish has relevance 3, the next two 2, the next two 1, and the others 0
+(IRPO, arXiv:2504.15477, with one more grade).
 
 The reward of a whole list is its NDCG@10 among all 60 dishes. It cannot be gamed by a short list,
 by a good order of poor dishes, by repetitions or by text that is not a dish: each takes up a place
@@ -57,7 +58,10 @@ def ndcg(scores, relevance, k):
 
 
 class World(world.World):
-    """The world of this file: `relevance` grades items, `reward` a whole list. Two are the same."""
+    """The world of this file: `relevance` grades items, and `reward` grades a whole list.
+
+    All worlds of this class are equal.
+    """
 
     name, kind = "ranking", "text"
     max_prompt, max_response = 6, 4 * LONGEST  # tokens
@@ -90,12 +94,13 @@ class World(world.World):
             num_attention_heads=4,
             num_key_value_heads=4,
             max_position_embeddings=self.max_prompt + self.max_response,
-            # 42 of 299 rows are used; tied, the input's width would go into ruling out the others
+            # only 42 of 299 tokens are used; tied embeddings would spend capacity on the others
             tie_word_embeddings=False,
         )
         return GPT(config, self.tokenizer)
 
     def _prompt(self, rng):
+        """A random query; rng: a random.Random."""
         chosen = rng.sample(range(len(POLES) // 2), rng.randint(2, 4))
         poles = [POLES[2 * quality + rng.randint(0, 1)] for quality in chosen]
         return " ".join(["find", *poles]) + ":"
@@ -118,8 +123,9 @@ class World(world.World):
     def lists(self, n, rng, k=None):
         """n graded rows of k items (default 10) in one context, in random order.
 
-        scores: the relevance of each item; rank: 1 to k by relevance, ties at random. An end token
-        is not scored, since it would count as a part of the last item. UserError: k is not 2 to 20.
+        scores: the relevance of each item. rank: 1 to k by relevance, with ties in random order.
+        End-of-text is not scored, since it would count as a part of the last item. UserError: k is
+        not 2 to 20.
         """
         k = LENGTH if k is None else k
         if not 2 <= k <= LONGEST:
@@ -143,7 +149,7 @@ class World(world.World):
         return rows
 
     def answers(self, prompt, item):
-        """How well an item answers a query (a real number); UserError: it is not a query."""
+        """How well an item answers a query, as a real number. UserError: it is not a query."""
         poles = prompt.removeprefix("find ").removesuffix(":").split()
         if not poles or not set(poles) <= set(POLES):
             raise UserError(
@@ -154,9 +160,9 @@ class World(world.World):
         return towards / len(places) ** 0.5
 
     def relevance(self, prompt, items):
-        """Grades (K,) float64 of K items among themselves: 3 for the best, then 2, 2, 1, 1, else 0.
+        """Grades (K,) float64 of K items compared with each other: 3, 2, 2, 1, 1, and then 0.
 
-        An item that this world does not have, or that stood in the list before, has 0.
+        An item that this world does not have, or that occurred earlier in the list, has 0.
         """
         items = [item.strip() for item in items]
         score = {item: self.answers(prompt, item) for item in items if item in self.qualities}
@@ -164,10 +170,10 @@ class World(world.World):
         return torch.tensor([grade.pop(item, 0) for item in items], dtype=torch.float64)
 
     def reward(self, prompts, responses):
-        """The truth of n whole lists (text or token ids) for n queries, (n,) float64: NDCG@10.
+        """The true reward of n lists (text or token ids) for n queries, (n,) float64: NDCG@10.
 
         Items are graded among all items of the world, not among those of the list, and the ideal
-        is a list of the best there are. It is finite for any text. UserError: not a query.
+        list holds the best of all items. It is finite for any text. UserError: it is not a query.
         """
         out = []
         for prompt, response in zip(prompts, responses, strict=True):
@@ -181,8 +187,8 @@ class World(world.World):
     def measure(self, policy, lab):
         """{ndcg_1, ndcg_5, ndcg_10} on 256 new lists of 10.
 
-        The candidates are scored in one context, by the mean log-prob of their tokens minus that
-        of the reference, if there is one, and put in that order.
+        The candidates of a list are scored in one context and sorted by their scores. A score is
+        the mean log-prob of an item's tokens, minus that of the reference if there is one.
         """
         rows, parts = self.lists(256, lab.rng("lists")), []
         for start in range(0, len(rows), 64):
