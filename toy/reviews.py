@@ -1,18 +1,18 @@
-"""Product reviews: text from a small grammar, with a true reward that can be computed.
+"""Product reviews: text from a small grammar, with a computable true reward.
 
     review of the camera : the lens is | not very sharp but i love the colors .    reward 0.875
 
 The prompt names a product and may hold the first words of its review; the response is the rest, up
 to 32 words. The reward is the sentiment of the whole review, with degrees and negation: "not bad"
-is mildly good, and a prompt that ends in "not" reverses what the best next word is. It is reduced
-for each place where the grammar is broken, for each content word that is said again, for each word
-that belongs to another product, and for a review that does not end. Sentiment is a mean over
-opinions, so length alone earns nothing.
+is mildly good, and after a prompt that ends in "not" the best next word is a negative one. The
+reward is reduced for each place where the grammar is broken, for each repeated content word, for
+each word that belongs to another product, and for a review that does not end. Sentiment is a mean
+over opinions, so length alone earns nothing.
 
-Labels only tell which of two reviews is better. A policy that is pushed too hard by them pays for
-praise with broken grammar and repetition: its true reward falls while its implicit reward goes on
-rising. The same clauses generate the demonstrations and check the responses. Demonstrations praise
-and blame equally often, and contain a few slips.
+Labels only say which of two reviews is better. A policy that is optimized too strongly on them
+praises with broken grammar and repetition: its true reward falls while its implicit reward still
+rises (over-optimization). The same clauses generate the demonstrations and check the responses.
+Demonstrations praise and blame equally often, and contain a few errors.
 """
 
 import torch
@@ -47,7 +47,7 @@ PRODUCTS = {
     "tent": ("floor porch fabric rope", "poles pegs", "roomy waterproof", "damp cramped"),
     "sofa": ("cover frame backrest armrest", "cushions legs", "soft cozy", "saggy creaky"),
 }
-# words that carry an opinion, by its strength; a degree multiplies it
+# words that carry an opinion, by its strength; a word of DEGREE multiplies it
 LEVELS = {
     "QUALITY": {
         2: "great excellent superb amazing perfect wonderful outstanding fantastic "
@@ -100,8 +100,8 @@ my WHO USES it every OFTEN""".splitlines()
 JOIN = ("and", "but", "because", "although")
 HEAD = "review of the PRODUCT :"
 WEIGHTS = {"sentiment": 1.5, "broken": -0.5, "repeated": -0.5, "astray": -0.5, "unended": -1.0}
-CENTRE = 0.25  # puts the base model at about 0
-SLIP = 0.01  # share of the words that a demonstration loses, doubles or swaps
+CENTRE = 0.25  # a constant that gives the base model a reward of about 0
+SLIP = 0.01  # probability that a word of a demonstration is lost, doubled or swapped
 
 
 STRENGTH = {
@@ -125,7 +125,7 @@ EVERY_OWN = set().union(*OWN.values())
 
 
 def classes(products):
-    """The word classes for a review of one of `products`: {class: [words]}."""
+    """The word classes for reviews of the `products`: {class: [words]}."""
     columns = zip(*(PRODUCTS[product] for product in products))
     parts = [" ".join(column).split() for column in columns]
     table = {name: words.split() for name, words in PLAIN.items()}
@@ -151,7 +151,7 @@ def options(slot, table):
 def automaton(table):
     """The grammar as an automaton, {word: {state: states before it}}.
 
-    A clause begins in state 0; every other state is a slot of a clause. table: as of `classes`.
+    A clause begins in state 0; every other state is a slot of a clause. table: see `classes`.
     """
     state, complete = 0, []
     arcs = {word: {0: complete} for word in (".", *JOIN)}
@@ -172,10 +172,10 @@ def automaton(table):
 
 
 class World(world.World):
-    """The world of this file; `parts` shows what a reward is made of. Two worlds are the same."""
+    """The world of this file; `parts` gives the terms of a reward. All such worlds are equal."""
 
     name, kind = "reviews", "text"
-    max_prompt, max_response = 9, 32  # tokens, which are words here
+    max_prompt, max_response = 9, 32  # in tokens, which are words
     pretrain = dict(steps=600, batch_size=64, lr=6e-3, demonstrations=16384)
     align = dict(prompts=4096, steps=200, lr=7e-4, batch_size=64)
 
@@ -188,7 +188,7 @@ class World(world.World):
         self.tokenizer = data.Tokenizer.toy([first] + [" " + word for word in (*head, *self.arcs)])
 
     def model(self):
-        """A fresh GPT: two layers of width 96, about 0.25M parameters."""
+        """A new GPT with two layers of width 96, about 0.25M parameters."""
         config = GPTConfig(
             vocab_size=self.tokenizer.vocab_size,
             hidden_size=96,
@@ -221,9 +221,9 @@ class World(world.World):
         return words
 
     def review(self, product, rng):
-        """(words, length of the first clause) of a review without slips; rng: a random.Random.
+        """(words, length of the first clause) of a review without errors; rng: a random.Random.
 
-        It has 1 to 4 clauses in one mood, and at most 29 words.
+        It has 1 to 4 clauses of one prevailing mood, and at most 29 words.
         """
         mood, used, words, sign, first = rng.choice((-0.8, 0.0, 0.8)), set(), [], 0, 0
         for _ in range(rng.randint(1, 4)):
@@ -231,16 +231,16 @@ class World(world.World):
             clause = self.clause(product, sign, used, rng)
             if len(words) + len(clause) > 28:
                 break
-            # "and", "because" between clauses that agree, "but", "although" where they do not
+            # "and" or "because" joins clauses of one opinion, "but" or "although" opposite ones
             joint = [".", *JOIN[sign != before :: 2]]
             words += [rng.choice(joint), *clause] if words else clause
             first = first or len(clause)
         return words + ["."], first
 
     def demonstrations(self, n, rng):
-        """n rows of one response each: a random review with a few slips.
+        """n rows of one response each: a random review with a few errors.
 
-        Its first 0 to 4 words stand in the prompt, and these have no slips.
+        Its first 0 to 4 words are part of the prompt, and these have no errors.
         """
         rng, rows = world.python_rng(rng), []
         for _ in range(n):
@@ -250,7 +250,7 @@ class World(world.World):
             prompt = [*HEAD.replace("PRODUCT", product).split(), *words[:cut]]
             words = words[cut:]
             for i in reversed(range(len(words))):
-                if rng.random() < SLIP:  # a word is lost, doubled, or swapped with the next
+                if rng.random() < SLIP:  # drop the word, double it, or swap it with the next
                     lost, doubled = words[i + 1 : i + 2], [words[i], *words[i : i + 2]]
                     words[i : i + 2] = rng.choice([lost, doubled, words[i : i + 2][::-1]])
             response = "".join(" " + word for word in words[:31])
@@ -258,17 +258,17 @@ class World(world.World):
         return rows
 
     def prompts(self, n, rng):
-        """n prompts, drawn as those of the demonstrations are."""
+        """n prompts with the distribution of those of the demonstrations."""
         return [row["prompt"] for row in self.demonstrations(n, rng)]
 
     def broken(self, words):
-        """The least number of places at which a review (a list of words) leaves the grammar.
+        """The least number of places at which a review (a list of words) breaks the grammar.
 
-        A word that the grammar does not know counts as one more.
+        Every word that is not in the grammar is one such place.
         """
         cost = {0: 0}  # state: places so far
         for word in words:
-            best = min(cost.values()) + 1  # at a broken place any state may follow
+            best = min(cost.values()) + 1  # after a break, any state may follow
             if word in self.arcs:
                 cost = {
                     state: min([best, *(cost.get(b, best) for b in before)])
@@ -279,7 +279,7 @@ class World(world.World):
         return min(cost.values())
 
     def parts(self, prompt, response):
-        """What the reward of one response (text or token ids) is made of: {name: number}.
+        """The terms of the reward of one response (text or token ids): {name: number}.
 
         The reward is CENTRE plus the sum of these numbers, weighted by WEIGHTS.
         """
@@ -294,13 +294,13 @@ class World(world.World):
             elif word in DEGREE:
                 degree = DEGREE[word]
             elif word in OPINION:
-                # "not very good" says no more than "not good"
+                # a degree after "not" is ignored: "not very good" means "not good"
                 opinions.append(OPINION[word] * (degree if sign > 0 else sign))
                 sign, degree = 1.0, 1.0
         content = [word for word in words if word in self.content]
         foreign = EVERY_OWN - OWN.get(head.split(" ")[-1], EVERY_OWN)
         return {
-            "sentiment": sum(opinions) / (1 + len(opinions)),  # a mean with one neutral opinion
+            "sentiment": sum(opinions) / (1 + len(opinions)),  # mean with a neutral one added
             "broken": self.broken(words),
             "repeated": len(content) - len(set(content)),
             "astray": sum(word in foreign for word in words),
@@ -308,7 +308,7 @@ class World(world.World):
         }
 
     def reward(self, prompts, responses):
-        """The truth of n responses (text or token ids) to n prompts (text), (n,) float64.
+        """The true reward of n responses (text or token ids) to n prompts (text), (n,) float64.
 
         It is finite for any text.
         """
@@ -319,7 +319,7 @@ class World(world.World):
         return torch.tensor(out, dtype=torch.float64)
 
     def measure(self, policy, lab):
-        """Each part of the reward, on average over 256 sampled reviews."""
+        """The mean of every term of the reward over 256 sampled reviews."""
         prompts = self.prompts(256, lab.rng("measure prompts"))
         rows = lab.sample(policy, prompts, 1, lab.rng("measure samples"))
         parts = [self.parts(row["prompt"], row["responses"][0]) for row in rows]
