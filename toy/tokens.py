@@ -1,14 +1,14 @@
-"""Responses of six tokens with a reward for each token: it is known which token is to blame.
+"""Responses of six tokens with a true reward for each token, for credit assignment.
 
     prompt 0    response [1, 0, 3, 1, 2, 2]    token rewards [0.5, 0, -2, 0.5, 0, 0]    reward -1
 
 There is one prompt. A response is six tokens of {0, 1, 2, 3}, so all 4^6 = 4096 can be enumerated.
 A token 3 that directly follows a token 0 is an error and costs 2, a token 1 earns 0.5, and the
 reward of a response is the sum over its tokens. Labels compare whole responses, as everywhere, so a
-method that assigns credit to tokens can be compared with the truth of every token.
+method that assigns credit to tokens can be compared with the true reward of every token.
 
-The reference is uniform. The policy's logits come from a small network that reads the prefix: what
-is learned after one prefix generalizes to others.
+The reference is uniform. The policy's logits are computed by a small network from the prefix, so
+what it learns after one prefix generalizes to others.
 """
 
 import itertools
@@ -26,7 +26,7 @@ VOCAB, LENGTH = 4, 6
 class SharedTable(exact.Table):
     """A table whose logits (1, prefixes, vocab) are the output of a network on the one-hot prefix.
 
-    It is uniform at first, and its hidden weights are drawn from torch's global generator.
+    It starts as the uniform policy; its hidden weights are drawn from torch's global generator.
     """
 
     def __init__(self):
@@ -58,7 +58,7 @@ def soft_optimum(r, log_ref, beta):
         raise UserError(f"beta = {beta} must be positive and finite")
     prefixes, vocab = r.shape
     q = r + beta * log_ref
-    value = r.new_zeros(prefixes * vocab + 1)  # beyond the longest prefixes is the end, with V = 0
+    value = r.new_zeros(prefixes * vocab + 1)  # V = 0 at the end, after the longest prefixes
     first, size = prefixes, prefixes - (prefixes - 1) // vocab
     while first:  # from the longest prefixes to the empty one
         first -= size
@@ -71,7 +71,7 @@ def soft_optimum(r, log_ref, beta):
 
 
 class World(exact.World):
-    """The world of this file; `token_reward` (prefixes, vocab) is the truth of every token."""
+    """The world of this file; `token_reward` (prefixes, vocab) holds the reward of every token."""
 
     name = "tokens"
     align = dict(prompts=4000, steps=800, lr=2e-3, batch_size=128)
@@ -88,13 +88,13 @@ class World(exact.World):
         super().__init__(VOCAB, LENGTH, rewards=rewards, spread=0.0)
 
     def along(self, values, y):
-        """Values (prefixes, vocab) of tokens, read off along responses y (n, T) -> (n, T)."""
+        """The entries of `values` (prefixes, vocab) at the tokens of responses y (n, T): (n, T)."""
         return values[exact.prefixes(y, VOCAB), y]
 
     def key(self):
-        """The name: two worlds of this class are the same."""
+        """The name, since all worlds of this class are equal."""
         return self.name
 
     def model(self):
-        """A fresh policy, uniform, with about 2,000 parameters."""
+        """A new uniform policy with about 2,000 parameters."""
         return SharedTable()
