@@ -1,19 +1,20 @@
-"""Responses of one to five tokens and an end: the smallest exact world with different lengths.
+"""Responses of one to five tokens, with an end token: the smallest exact world with lengths.
 
     prompt 0    response [1, 0, 2, 4]    (4 is the end)
 
-There is one prompt. A response has one to five tokens of {0, 1, 2, 3}; a shorter one than five is
-closed by the end token 4, which is scored like the others. All 1,364 are enumerated, so reward, KL,
-entropy and length are exact. The reference is a tree of softmaxes with logits from N(0, 0.7^2) at
-every prefix, and the reward is
+There is one prompt. A response has one to five tokens of {0, 1, 2, 3}; if it has fewer than five,
+it is closed by the end token 4, which is scored like the others. All 1,364 responses are
+enumerated, so reward, KL, entropy and length are exact. The reference is a tree of softmaxes with
+logits from N(0, 0.7^2) at every prefix, and the reward is
 
     r(y) = 2 (share of 0s - share of 3s) + [ "1 0" occurs ]
 
-standardized to mean 0 and variance 1 under the reference. It does not depend on length as such, so
-what a method does to length is its own doing, or that of length-biased labels (`World.labelled`).
+standardized to mean 0 and variance 1 under the reference. It does not depend on length, so a
+change in length is caused by the method, or by length-biased labels (`World.labelled`).
 
-In the table (toy/exact.py) every response has five tokens: after an end only ends follow, with
-probability 1. A row holds a response up to its end, and `World.batch` masks the rest.
+In the table (toy/exact.py) every response has five tokens: after an end token, only end tokens
+follow, with probability 1. A row holds a response up to its first end token, and `World.batch`
+masks the rest.
 """
 
 from types import SimpleNamespace
@@ -29,32 +30,33 @@ class Tree(exact.Table):
     """The table of responses that end."""
 
     def sample(self, prompts, k, rng):
-        """As `Table.sample`; a response stops after its end."""
+        """See `Table.sample`; a response stops after its end token."""
         drawn = super().sample(prompts, k, rng)
         return [[y[: y.index(END) + 1] if END in y else y for y in group] for group in drawn]
 
     def scores(self, index):
-        """Log-probs of tokens by their places in the flattened table (`World.index`), any shape."""
+        """Log-probs of tokens from their indices in the flattened table (`World.index`)."""
         return self.logits.log_softmax(-1).flatten().gather(0, index.flatten()).view_as(index)
 
 
 def random_tree(seed, spread=0.7):
-    """A Tree with logits from N(0, spread^2): no end first, and only ends after an end."""
+    """A Tree with logits from N(0, spread^2); the first token is never an end token."""
     table = Tree(END + 1, LENGTH).requires_grad_(False)
     table.logits.normal_(0.0, spread, generator=torch.Generator().manual_seed(seed))
     table.logits[0, 0, END] = -torch.inf
     y = table.sequences()
-    ended = (y == END).cumsum(1) - (y == END).long() > 0  # an end stands before the token
+    ended = (y == END).cumsum(1) - (y == END).long() > 0  # there is an end before the token
     only_ends = torch.where(torch.arange(END + 1) == END, 0.0, -torch.inf)
     table.logits[0, exact.prefixes(y, END + 1)[ended]] = only_ends
     return table
 
 
 class World(exact.World):
-    """The world of this file; `seed` draws its reference.
+    """The world of this file, with a reference drawn from `seed`.
 
-    answers (R, T): all sequences of the table; tokens (R,): tokens before the end; mask (R, T):
-    what is scored, including the end; index (R, T): places of the tokens in the flattened table.
+    answers (R, T): all sequences of the table. tokens (R,): the number of tokens before the end.
+    mask (R, T): the scored tokens, with the end token. index (R, T): indices of the tokens in the
+    flattened table.
     """
 
     name = "tree"
@@ -78,19 +80,19 @@ class World(exact.World):
         return (2 * share + ((y[:, :-1] == 1) & (y[:, 1:] == 0)).any(1)).double()
 
     def reward(self, prompts, responses):
-        """The truth of n responses (token ids up to their end) to n prompts, (n,) float64."""
+        """The true reward of n responses (ids up to the end) to n prompts, (n,) float64."""
         return super().reward(prompts, [list(y) + [END] * (LENGTH - len(y)) for y in responses])
 
     def draw(self, table, n, rng):
-        """n responses of a table, as their numbers (n,)."""
+        """n responses drawn from a table, as indices (n,) into `answers`."""
         return torch.multinomial(table.probs()[0], n, replacement=True, generator=rng)
 
     def labelled(self, first, second, rng, sharpness=2.0, length_bias=0.0, flip=0.0):
         """Pairs (n, 2) of the responses `first` and `second` (n,), chosen first.
 
-        The first is chosen with probability sigmoid(sharpness * difference), where a response
-        counts its truth + length_bias per scored token; then the label is flipped with probability
-        `flip`. An infinite sharpness always prefers the better response.
+        The first is chosen with probability sigmoid(sharpness * difference), where the value of a
+        response is its true reward plus length_bias per scored token. Then the label is flipped
+        with probability `flip`. An infinite sharpness always prefers the larger value.
         """
         liking = self.truth[0] + length_bias * self.mask.sum(1)
         gap = liking[first] - liking[second]
@@ -101,18 +103,18 @@ class World(exact.World):
         return torch.where(wins[:, None], pair, pair.flip(1))
 
     def drawn(self, n, rng, **kwargs):
-        """n pairs (n, 2) of the reference's responses; kwargs are those of `labelled`.
+        """n pairs (n, 2) of samples of the reference; kwargs are those of `labelled`.
 
-        rng(name) gives the generators (`Lab.rng`).
+        rng(name) returns a generator, as `Lab.rng` does.
         """
-        answers = rng("answers")  # one generator: the two responses of a pair differ
+        answers = rng("answers")  # one generator for both, so that the responses of a pair differ
         first, second = (self.draw(self.reference, n, answers) for _ in range(2))
         return self.labelled(first, second, rng("labels"), **kwargs)
 
     def batch(self, pairs, **columns):
-        """What a loss reads of responses (n, K): mask (n, K, T), scores (n, K), and the columns.
+        """A batch of responses (n, K) for a loss: mask (n, K, T), scores (n, K) and the columns.
 
-        The first response of a row has score 1, the others 0.
+        The first response of a row has score 1, the others have score 0.
         """
         scores = torch.zeros(pairs.shape).index_fill_(1, torch.tensor(0), 1.0)
         return SimpleNamespace(mask=self.mask[pairs], scores=scores, **columns)
