@@ -98,6 +98,23 @@ class Flag:
         return self.kind, self.default, " ".join(clause.lower().split())
 
 
+def filled_in(method):
+    """{field: {variant: default}} of the fields that a method's Config takes from its variant.
+
+    They are in the tables that the Config hands to `data.fill_variant`: fill_variant(self, TABLE).
+    """
+    with open(method.path, encoding="utf-8") as file:
+        calls = [node for node in ast.walk(ast.parse(file.read())) if isinstance(node, ast.Call)]
+    calls = [call for call in calls if getattr(call.func, "id", "") == "fill_variant"]
+    tables = [arg.id for call in calls for arg in call.args[1:] if isinstance(arg, ast.Name)]
+    found = {}
+    for table in tables:
+        for variant, defaults in getattr(load(method), table).items():
+            for name, value in defaults.items():
+                found.setdefault(name, {})[variant] = value
+    return found
+
+
 @dataclass(frozen=True)
 class Declared:
     """What a method file says about itself, read without importing it."""

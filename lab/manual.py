@@ -1,8 +1,9 @@
 """The text of --help and --list."""
 
 import textwrap
+from collections import Counter
 
-from lab.flags import ACTIONS, catalogue, settings_flags
+from lab.flags import ACTIONS, catalogue, filled_in, settings_flags
 from lab.report import table
 from lab.settings import world_module, worlds
 
@@ -18,13 +19,27 @@ def lines_of(rows):
     return "\n".join(out)
 
 
-def explained(flags):
-    """[(name, explanation with the default)] of {name: Flag}."""
+def explained(flags, filled=()):
+    """[(name, explanation with the default)] of {name: Flag}; filled: see `flags.filled_in`."""
     rows = []
     for name, flag in flags.items():
-        shown = "" if flag.default in ("None", "") else f" [{flag.default}]"
+        default = by_variant(filled[name]) if name in filled else flag.default.strip("'")
+        shown = "" if default in ("None", "") else f" [{default}]"
         rows.append((name, flag.text + shown))
     return rows
+
+
+def by_variant(defaults):
+    """{variant: default} of one field as text: one value, or the variants that differ from most.
+
+    A default that is None is computed, as the comment beside the field explains.
+    """
+    given = {variant: str(value) for variant, value in defaults.items() if value is not None}
+    (usual, count), *others = Counter(given.values()).most_common() or [("", 0)]
+    if not others:
+        return usual
+    parts = [f"{v} {value}" for v, value in given.items() if value != usual or count == 1]
+    return ", ".join(parts + [f"else {usual}"] * (count > 1))
 
 
 def page(intro, chosen):
@@ -43,7 +58,7 @@ def paper_help(method):
     head = method.doc.split("Differences from the paper")[0].rstrip()
     paper, parts = method.paper, [head]
     if method.flags:
-        rows = explained(method.flags)
+        rows = explained(method.flags, filled_in(method))
         parts += [f"\nFlags of {method.name} [default]", lines_of(rows)]
     else:
         parts += [f"\n{method.name} has no flags of its own."]

@@ -41,11 +41,11 @@ VARIANTS = dict(disco=SHARED | dict(tau=None), disco_b=SHARED)
 @dataclass(frozen=True)
 class Config:
     variant: str = "disco"  # disco, or disco_b: a plain mean over the wrong responses
-    score: str | None = None  # log_l or l_ratio [l_ratio]
+    score: str | None = None  # log_l or l_ratio
     tau: float | None = None  # disco: temperature of the logsumexp [1 with l_ratio, 10 with log_l]
-    delta: float | None = None  # radius of the trust region, nats per token [0.001]; paper: 1e-4
-    beta: float | None = None  # weight of the penalty outside the trust region [1000]
-    estimator: str | None = None  # estimator of the KL: k1 (log-ratio) or k3 (never negative) [k1]
+    delta: float | None = None  # radius of the trust region, nats per token; paper: 1e-4
+    beta: float | None = None  # weight of the penalty outside the trust region
+    estimator: str | None = None  # estimator of the KL: k1 (log-ratio) or k3 (never negative)
 
     def __post_init__(self):
         fill_variant(self, VARIANTS)

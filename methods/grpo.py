@@ -44,9 +44,9 @@ VARIANTS = dict(
 @dataclass(frozen=True)
 class Config:
     variant: str = "grpo"  # grpo, dr_grpo or dapo
-    epsilon: float | None = None  # the ratio is clipped to 1 - epsilon and 1 + epsilon [0.2]
-    epsilon_high: float | None = None  # dapo: the ratio is clipped to 1 + epsilon_high [0.28]
-    normaliser: float | None = None  # dr_grpo: the constant that divides sums over tokens [48]
+    epsilon: float | None = None  # the ratio is clipped to 1 - epsilon and 1 + epsilon
+    epsilon_high: float | None = None  # dapo: the ratio is clipped to 1 + epsilon_high
+    normaliser: float | None = None  # dr_grpo: the constant that divides sums over tokens
 
     def __post_init__(self):
         fill_variant(self, VARIANTS)

@@ -54,13 +54,13 @@ SCENARIOS = dict(base=None, sft=2, instruct=8)  # a demonstration is the best of
 class Config:
     variant: str = "dpo"  # dpo, ipo, kto, cpo or nll
     scenario: str = "sft"  # the model to start from: base, sft or instruct
-    beta: float | None = None  # dpo, kto: pull to the reference; cpo: scale of the difference [0.1]
-    tau: float | None = None  # ipo: strength of the pull to the reference [0.1]
-    ipo_mean: bool | None = None  # ipo: mean over tokens as in TRL; false: the paper's sum [true]
+    beta: float | None = None  # dpo, kto: pull to the reference; cpo: scale of the difference
+    tau: float | None = None  # ipo: strength of the pull to the reference
+    ipo_mean: bool | None = None  # ipo: mean over tokens as in TRL; false: the paper's sum
     z0: float | None = None  # kto: reference point [mean log-ratio of the other side]
-    lambda_d: float | None = None  # kto: weight of the chosen (desirable) responses [1]
-    lambda_u: float | None = None  # kto: weight of the rejected (undesirable) responses [1]
-    lam: float | None = None  # cpo: weight of the likelihood of the chosen response [1]
+    lambda_d: float | None = None  # kto: weight of the chosen (desirable) responses
+    lambda_u: float | None = None  # kto: weight of the rejected (undesirable) responses
+    lam: float | None = None  # cpo: weight of the likelihood of the chosen response
 
     def __post_init__(self):
         fill_variant(self, VARIANTS)

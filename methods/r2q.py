@@ -44,7 +44,7 @@ REFERENCES = dict(base={}, chosen=dict(sft_steps=100))
 class Config:
     beta: float = 0.1  # strength of the pull to the reference; 0.1 in the paper (app. G)
     reference: str = "base"  # base, or chosen: the base model after SFT on the chosen responses
-    sft_steps: int | None = None  # steps of SFT for reference = chosen [100]
+    sft_steps: int | None = None  # steps of SFT for reference = chosen
 
     def __post_init__(self):
         fill_variant(self, REFERENCES, "reference")

@@ -81,6 +81,22 @@ def test_list_and_help_name_every_method_flag_and_world(capsys):
             assert field not in {*flags.settings_flags(), *flags.ACTIONS}
 
 
+def test_help_has_the_defaults_that_a_variant_fills_in(capsys):
+    assert train.main(["--method", "survey,grpo,fdpo,adpo", "--help"]) == 0
+    page = " ".join(capsys.readouterr().out.split())
+    for text in (
+        "a key of VARIANTS, which also has the defaults of the other fields [dpo]",
+        "gate [dr_dpo 1.0, disco_pop 0.05, else 0.1]",  # tau of survey
+        "chi_po: R_max [beta_dpo 0.0, alpha_dpo 0.6, simpo 0.5, chi_po 1.0, slic 3.0]",
+        "[the other side's mean log-ratio, at least 0] Kinds of world",  # z0 is computed
+        "order of the alpha-divergence; 0 is rkl, 1 is fkl [0.5]",
+        "1 + epsilon_high [0.28]",
+        "for anchor = ema [0.99]",
+    ):
+        assert text in page, text
+    assert "None" not in page
+
+
 @pytest.mark.parametrize(
     "argv, words",
     [
