@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("own_folder")
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_the_kl_is_that_of_the_sampled_distributions(temperature):
-    """Its mean over samples is that of the log-ratio of whole responses, of which it is the version with less noise."""
+    """The mean over samples of the KL per token equals that of the log-ratio, with less noise."""
     lab = Lab(
         Settings(world="reviews", base_steps=30, temperature=temperature, max_response=6),
         quiet=True,
@@ -40,7 +40,10 @@ def test_the_kl_is_that_of_the_sampled_distributions(temperature):
 
 
 def test_the_log_compares_paths_of_a_tree_items_of_a_chain_and_members_of_a_list():
-    """Row 0: steps 0 -> 1 and 0 -> 2 -> 3, so paths end at 1 and 3. Row 1: a chain. Row 2: a list whose last member is absent."""
+    """Row 0 is a tree of the paths 0 -> 1 and 0 -> 2 -> 3, row 1 a chain, row 2 a list.
+
+    The last response of the list is absent.
+    """
     parents = torch.tensor([[-1, 0, 0, 2], [-1, 0, 1, 2], [-1, -1, -1, -1]])
     scores = torch.tensor([[9.0, 0.0, 9.0, 1.0], [3.0, 0.0, 1.0, 2.0], [1.0, 0.0, 2.0, 0.0]])
     mask = torch.ones(3, 4, 2, dtype=torch.bool)

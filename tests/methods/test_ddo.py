@@ -1,4 +1,4 @@
-"""DDO: its values, identities and errors in closed form, its optimum where everything can be enumerated, and its rounds."""
+"""DDO: values, identities and errors in closed form, the optimum in a table, and the rounds."""
 
 import copy
 import math
@@ -35,7 +35,7 @@ def fit_exactly(lab, policy, objective, steps):
 
 
 def expected_loss(policy, reference, data, cfg):
-    """The loss of Tables over all responses: real ones with the probabilities of `data`, samples with those of `reference`. A scalar."""
+    """The expected loss of Tables, a scalar: real responses follow `data`, samples `reference`."""
     logps, ref_logps = (
         x.log_probs()[0, :, None, None].expand(-1, 2, -1) for x in (policy, reference)
     )  # (R, 2, 1)
@@ -46,15 +46,21 @@ def expected_loss(policy, reference, data, cfg):
 
 
 def theory(reference, data, beta):
-    """(Table p* proportional to p_ref^(1 - 1/beta) p_data^(1/beta), the alpha = Z^beta at which it is the optimum) (theorem 3.3)."""
+    """(p*, alpha) of theorem 3.3: p* is the optimum if alpha = Z^beta.
+
+    p* is the Table p_ref^(1 - 1/beta) p_data^(1/beta) / Z.
+    """
     log_probs = (1 - 1 / beta) * reference.log_probs() + data.log_probs() / beta
     best = Table(reference.vocab, reference.length).double().set_log_probs(log_probs)
     return best, math.exp(beta * log_probs.logsumexp(1).item())
 
 
 def counting():
-    """Six tokens mod 4 that count up (60 %) or down, 2 % of the steps wrong: 8 valid sequences of 4,096, with 0.9039 of the data. The
-    reference has 30 % uniform mixed in, 0.6333; the reward is validity."""
+    """A world of six tokens modulo 4 that count up (60 %) or down, with 2 % of the steps wrong.
+
+    8 of 4,096 sequences are valid. The reference is the data mixed with 30 % uniform sequences, and
+    the reward is 1 for a valid sequence.
+    """
     y = Table(4, 6).sequences()
     steps = [(y[:, 1:] - y[:, :-1] - by) % 4 == 0 for by in (1, -1)]  # (R, 5)
     up, down = (torch.where(right, 0.98, 0.02 / 3).double().prod(1) / 4 for right in steps)
@@ -377,7 +383,7 @@ def test_away_from_the_reference_the_gradient_weighs_by_the_discriminator():
 
 @pytest.mark.parametrize(("beta", "critical"), [(0.05, 1.051), (0.5, 1.667), (1.0, 3.0)])
 def test_too_much_weight_on_fakes_breaks_the_symmetry(beta, critical):
-    """With the reference at the data, staying there is a minimum up to alpha = (2 + beta) / (2 - beta)."""
+    """If the reference is the data, it is a minimum up to alpha = (2 + beta) / (2 - beta)."""
     assert (2 + beta) / (2 - beta) == pytest.approx(critical, abs=1e-3)
     world = four([0.25] * 4, [0.25] * 4)
     for alpha, stable in (
@@ -457,7 +463,7 @@ def test_expected_loss_is_the_mean_of_the_loss_over_draws():
 
 
 class Bigram(Table):
-    """A Table whose logits depend on the last token alone: too small for sequences that count up or down."""
+    """A Table whose logits depend only on the last token, so it cannot represent `counting`."""
 
     def __init__(self, vocab, length):
         torch.nn.Module.__init__(self)
@@ -543,7 +549,7 @@ def test_ratios_are_zero_to_the_bit_at_the_reference():
 
 
 def test_shared_noise_makes_the_ratio_small():
-    """std of the ratio for weights moved by about 1 %: far below what other noise for the reference, or another level, would give."""
+    """Weights differ by about 1 %; other noise or another level would give a far larger std."""
     torch.manual_seed(0)
     model = MLP(prediction="edm", sd=0.7, width=64)
     other, batch, again = nudged(model), point_batch(model), point_batch(model)

@@ -1,4 +1,4 @@
-"""The study's losses against its card: values, gradients, identities, errors; the three scenarios and what each begins with."""
+"""The losses of the study: values, gradients, identities and errors; and its three scenarios."""
 
 import math
 from types import SimpleNamespace
@@ -16,7 +16,10 @@ from toy import tree
 
 
 def canonical():
-    """The card's pair: lengths 4 and 3, log-probs -4 and -6, reference -5 and -5.5, so that a = 1, c = -0.5, h = 1.5."""
+    """A pair of lengths 4 and 3 with a = 1, c = -0.5, h = 1.5.
+
+    The log-probs are -4 and -6, those of the reference -5 and -5.5.
+    """
     mask = torch.ones(1, 2, 4, dtype=torch.bool)
     mask[0, 1, 3] = False
     count = mask.sum(-1, keepdim=True)
@@ -174,7 +177,7 @@ def test_a_loss_that_stands_in_two_files_is_the_same_in_both(fields, module, the
 
 
 def test_cpo_has_no_reference():
-    """Its first term is DPO with one reference for all responses, and nothing of it depends on a reference, be it there or not."""
+    """Its first term is DPO with a uniform reference, and ref_logps changes nothing."""
     logps, ref_logps, batch = item = ragged(seed=5)
     first = -torch.rand(5, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     uniform = torch.zeros_like(ref_logps)
@@ -215,7 +218,7 @@ def test_ipo_is_at_rest_at_its_target_and_turns_round_beyond(mean):
 def test_kto_weighs_its_two_sides_apart():
     logps, ref_logps, batch = item = ragged(seed=7)
     turned = logps.flip(1), ref_logps.flip(1), SimpleNamespace(mask=batch.mask.flip(1))
-    # a response that is called bad has what is left of its value: the labels of both exchanged exchange the two terms
+    # a response's losses as chosen and as rejected sum to 1
     for z0 in (0.0, 0.4):
         good, bad = (dict(variant="kto", z0=z0, **{name: 0.0}) for name in ("lambda_u", "lambda_d"))
         torch.testing.assert_close(
@@ -374,10 +377,9 @@ def test_what_is_no_pair_is_refused(name):
 
 
 def expected_loss(ratios, cfg, p):
-    """The expected loss of two answers with these log-probs, the first preferred with probability p, the reference being 0."""
-    logps = torch.stack([ratios, ratios.flip(0)])[
-        ..., None
-    ]  # the pair as the label has it, and turned round
+    """The expected loss of two responses; the first one is chosen with probability p."""
+    # (2, 2, 1): the pair with its label, and with the label flipped
+    logps = torch.stack([ratios, ratios.flip(0)])[..., None]
     losses = loss(
         logps,
         torch.zeros_like(logps),
@@ -397,7 +399,7 @@ def expected_loss(ratios, cfg, p):
     ],
 )
 def test_population_optima(cfg, h):
-    """log(p / (1 - p)) / beta, and (2 p - 1) / (2 tau), at p = 0.8; CPO's is a ratio of the policy alone."""
+    """At p = 0.8, log(p / (1 - p)) / beta and (2 p - 1) / (2 tau); CPO has no reference."""
     ratios = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     how = dict(
         max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-16, line_search_fn="strong_wolfe"
@@ -429,7 +431,7 @@ def test_kto_with_a_fixed_reference_point_has_no_optimum(p, sign):
 
 
 def first_call(monkeypatch, world, cfg, **settings):
-    """What the loss saw at the first step of an alignment -> (logps, ref_logps, batch), and the trained policy."""
+    """Align and record the first call of the loss -> (logps, ref_logps, batch), trained policy."""
     calls, ours = [], loss
 
     def noted(logps, ref_logps, batch, cfg):
@@ -447,7 +449,7 @@ def first_call(monkeypatch, world, cfg, **settings):
 
 @pytest.mark.parametrize("name", ["dpo", "ipo", "kto"])
 def test_every_scenario_begins_at_its_own_reference(monkeypatch, name):
-    """At step 0 h is 0 for every pair; with a reference left over from another scenario it is not."""
+    """h is 0 for every pair at step 0, which the reference of another scenario would not give."""
     seen = {}
     for scenario in SCENARIOS:
         (logps, ref_logps, batch), *_ = first_call(
@@ -518,7 +520,7 @@ def on_the_tree(**settings):
 
 
 def test_an_alignment_on_the_tree_begins_at_its_start(monkeypatch):
-    """h is 0 at step 0 from any start, kto's z is the exact KL from it, and the start is left as it is."""
+    """h is 0 at step 0, kto's z is the exact KL from the start, and the start is not changed."""
     here, world = on_the_tree()
     begin, calls, ours = starts(here, world), [], loss
     assert world.exact(begin["base"])["reward"] == pytest.approx(0, abs=1e-9)
@@ -575,7 +577,7 @@ def test_the_study_and_its_table():
 
 
 def one_sided_pairs():
-    """Pairs, near and far from the reference, above it and without it, and rows where one side is absent; refused: a row without any."""
+    """Pairs near, far from, above and without the reference, and rows with one absent response."""
     items = builders.far_pairs()
     logps, ref_logps, batch = items[0]
     there = (
