@@ -509,7 +509,7 @@ def fitting(runs, flags):
         steps = world.align.get("steps", 0) if s.steps is None else s.steps
         if "warmup" in flags and s.warmup > max(1, steps // 5):
             raise UserError(
-                f"--warmup {s.warmup} exceeds a fifth of the steps, which is {steps // 5} of {steps}"
+                f"--warmup {s.warmup} exceeds a fifth of the steps, {steps // 5} of {steps}"
             )
         try:
             refuse_method(run.method, run.paper, world, s)
