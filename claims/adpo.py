@@ -1,16 +1,14 @@
 """What ADPO claims, and whether it holds here.
 
-Contextual bandit: 600 contexts in R^8 with 8 responses and one noisy reward each; an MLP is
-trained on lists of 8 responses or on random pairs of them, with the reference as its anchor or
-without an anchor, and the probability of the truly best response is read off 1,000 new contexts.
-A pair with a hard target and the anchor is DPO. Reviews: lists of 4 responses, 30 % of neighbors
-flipped.
+Contextual bandit: there are 600 contexts in R^8 with 8 responses and one noisy reward each. An MLP
+is trained on lists of 8 responses or on random pairs of them, with the reference as its anchor or
+without an anchor. The measure is the probability of the truly best response in 1,000 new contexts.
+A pair with a hard target and the anchor is DPO. Reviews: lists of 4 responses are labelled with 30
+% of the neighbors in the ranking flipped.
 
-Lists did not beat pairs under noise, and ranks smoothed by a kernel did not beat raw rewards
-under heavy tails. Probability of the best, tuning seeds 100 to 102, Gaussian noise: pairs 0.552,
-0.543, 0.546, lists with a hard target 0.479, 0.526, 0.536. Cauchy noise: 0.499, 0.505, 0.513 and
-0.457, 0.493, 0.462; raw 0.448, 0.489, 0.456, kde 0.454, 0.486, 0.456. On reviews, tuning seed 101
-gave a reward of 0.187 with the anchor and -0.148 without.
+Not reproduced on tuning seeds 100 to 102: lists did not beat pairs under Gaussian or Cauchy noise,
+where pairs were ahead on every seed, and ranks smoothed by a kernel did not beat raw rewards under
+the heavy tails of Cauchy noise, where the two were about equal.
 """
 
 import copy
@@ -33,7 +31,7 @@ ARMS = {  # target, responses of a list, anchored
 
 
 def noisy_bandit(lab, seed, noise):
-    """-> {arm: mean probability of the truly best response in 1,000 new contexts}."""
+    """{arm: mean probability of the truly best response in 1,000 new contexts}."""
     rng = torch.Generator().manual_seed(seed)
     world = torch.randn(8, 8, generator=rng)
     x, new = torch.randn(600, 8, generator=rng), torch.randn(1000, 8, generator=rng)
@@ -61,7 +59,7 @@ def noisy_bandit(lab, seed, noise):
 
         return lab.fit(model, batches, objective, steps=steps, lr=5e-3)
 
-    # 30 steps on clean rewards
+    # the reference is trained for 30 steps on rewards without noise
     start = train(start, None, truth, adpo.Config(target="raw"), 8, 30).requires_grad_(False)
     best, found = (new @ world).argmax(1, keepdim=True), {}
     for name, (target, count, anchored) in ARMS.items():
