@@ -1,17 +1,18 @@
 """What ASFT claims, and whether it holds here.
 
-Three experiments. (1) Log-linear policies whose chosen and rejected response share features: ASFT
-raises the chosen one and DPO buries it, but DPO's gap between the two grows much more. (2) Reviews
-from the SFT base model. (3) Reviews from random weights, without an SFT stage. Every entry of a
-series is one seed. The gradients and the optima in tables are tested (tests/methods/test_asft.py).
+There are three experiments. (1) Log-linear policies whose chosen and rejected response share
+features: ASFT raises the chosen response and DPO lowers it, but the gap between the two grows much
+more under DPO. (2) Reviews from the SFT base model. (3) Reviews from random weights, without an SFT
+stage. The gradients and the optima in tables are tests (tests/methods/test_asft.py).
 
-Not reproduced, on tuning seeds 100 to 102: that the chosen log-prob rises above that of the base
-model (-23.4 to -23.7 on held-out pairs, DPO's to -25.2; like SFT, ASFT shortens the responses,
-since each counts by its mean), and that the rejected side adds reward to SFT (-0.21 against -0.17
-from random weights after 120 steps; after 200 on seed 100, 0.05 against -0.05). At the start p_l is
-small, so the rejected side has only 0.13 of the gradient of the chosen side. A lower reward than
-DPO held on those seeds and fails on the reported ones, 0 to 2: DPO over-optimizes on seed 0 and
-ends 0.07 below.
+Not reproduced on tuning seeds 100 to 102:
+1. The chosen log-prob does not rise above the base model's. It falls less than under DPO. Like SFT,
+   ASFT shortens responses, since the log-prob of each is a mean.
+2. The rejected side adds no reliable reward to SFT. At the start p(y_l) is small, so the rejected
+   side has only a small part of the gradient.
+
+A lower reward than DPO held on those seeds and fails on the reported seed 0, where DPO
+over-optimizes.
 """
 
 import math
@@ -58,14 +59,15 @@ def log_linear(loss, cfg, features, steps, lr):
 def displacement(rng, draws=20):
     """20 responses with 6 random features; those of the rejected one are 1.3 times the chosen's.
 
-    -> {method: {"change": of the chosen log-prob, "gap": to the rejected log-prob}}, (draws,) each.
+    -> {method: {"change": change of the chosen log-prob, "gap": chosen minus rejected log-prob}},
+    both (draws,).
     """
     features = torch.randn(draws, 20, 6, generator=rng, dtype=torch.float64)
     noise = torch.randn(draws, 6, generator=rng, dtype=torch.float64)
     features[:, 1] = 1.3 * features[:, 0] + 0.2 * noise
     out = {}
     for name, (loss, cfg) in LOSSES.items():
-        lr = 0.5 if name == "dpo" else 0.05  # DPO's gradient carries the factor beta = 0.1
+        lr = 0.5 if name == "dpo" else 0.05  # DPO's gradient has the factor beta = 0.1
         logps, _ = log_linear(loss, cfg, features, 400, lr)
         out[name] = {"change": logps[:, 0] + math.log(20), "gap": logps[:, 0] - logps[:, 1]}
     return out
@@ -75,7 +77,7 @@ def displacement(rng, draws=20):
 
 
 def pull(policy, loss, cfg, ref_logps, batch):
-    """|dL/dlog pi| summed over the rejected responses of a batch, over that of the chosen ones."""
+    """The ratio of |dL / d log pi| between the rejected and the chosen responses of a batch."""
     logps = policy.logps(batch).detach().requires_grad_()
     (gradient,) = torch.autograd.grad(loss(logps, ref_logps, batch, cfg)[0].sum(), logps)
     chosen, rejected = (gradient * batch.mask).abs().sum((0, 2)).tolist()
