@@ -1,21 +1,17 @@
 """What Curry-DPO claims, and whether it holds here.
 
-In a bandit of 30 responses whose policy is a small network of the prompt, 200 prompts with four
-rated samples each are trained on for 1800 steps: by the curriculum, in the opposite order, with a
-fixed reference, on all pairs pooled, and on the easiest pair alone, which is what DPO uses. On
-reviews the curriculum and the easiest pair alone are compared after equal steps. That three exact
-rounds with a moving reference are one round with beta / 3 is tested in a table
-(tests/methods/test_curry_dpo.py).
+Bandit: the policy is a small network of the prompt over 30 responses, and 200 prompts with four
+rated samples each are trained on for 1,800 steps. The arms are the curriculum, the opposite order,
+a fixed reference, all pairs pooled, and only the easiest pair, which is what DPO uses. Reviews: the
+curriculum and the easiest pair are compared after equal steps. That three exact rounds with a
+moving reference are one round with beta / 3 is a test (tests/methods/test_curry_dpo.py).
 
-The paper's headline did not reproduce, nor did the order. True reward in the bandit on tuning seeds
-100 to 102: easy to hard 1.242, 1.329, 1.150; hard to easy 1.260, 1.326, 1.128; the easiest pair
-alone 1.301, 1.429, 1.321; all pairs pooled with a fixed reference 1.361, 1.428, 1.208, with beta
-divided by 3 1.271, 1.384, 1.175, with a moving reference 1.299, 1.377, 1.200. The last two are
-close, but on seed 102 the moving reference is closer to beta itself, since the rounds are not
-solved to their end. Other random streams of seed 100 gave 1.275 for easy to hard, 1.073 for
-hard to easy and 1.363 for the easiest pair alone, so one seed says little about the order. Reviews
-on seed 100 after 150 steps: the curriculum 0.819 at a KL of 3.07, the easiest pair alone 0.969 at
-3.26, pooled with beta / 3 0.900 at 2.92; with the other streams 0.673 and 0.832 for the first two.
+Not reproduced on tuning seeds 100 to 102:
+1. The headline. In the bandit, only the easiest pair has more reward than the curriculum on every
+   seed, and on reviews it has more reward at a slightly larger KL.
+2. The order. Whether easy to hard or hard to easy has more reward depends on the random stream.
+3. In the bandit, the pooled rounds with a moving reference are close to beta / 3 on two seeds, and
+   closer to beta on the third, since the rounds are not trained to their optimum.
 """
 
 import copy
@@ -36,7 +32,7 @@ ARMS = {
     "pooled, beta / 3": Config(beta=0.1 / 3, order="pooled", rounds=1),
     "easiest pair": Config(order="pooled", pairs="single", rounds=1),
 }
-STEPS = 1800  # in the bandit, of all rounds together
+STEPS = 1800  # optimizer steps in the bandit, in all rounds together
 
 
 def bandit_of(lab):
@@ -99,7 +95,7 @@ def bandit_of(lab):
 
 
 def measure(lab):
-    """-> rewards in the bandit, the gaps between three of them, and curves on reviews."""
+    """Rewards in the bandit, gaps between three of them, and curves on reviews."""
     bandits = [
         lab.stage("bandit", lambda seed=seed: bandit_of(lab.at(world="bandit", seed=seed)))
         for seed in lab.seeds
