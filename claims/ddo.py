@@ -1,18 +1,18 @@
 """What DDO claims, and whether it holds here.
 
 A denoiser is pretrained on eight Gaussians on a ring, once with 30 % of the points off the ring and
-once on clean points. It is then trained on clean points for 400 steps: by DDO, by maximum
-likelihood (SFT) alone, and by DDO without own samples (alpha = 0). Points are off the ring when
-they lie more than 3 standard deviations from every mode. That DDO reaches the optimum of theorem
-3.3 on sequences is tested in a table (tests/methods/test_ddo.py).
+once on clean points. It is then trained on clean points for 400 steps by DDO, by maximum likelihood
+(SFT), and by DDO without samples of the reference (alpha = 0). A point is off the ring if it lies
+more than 3 standard deviations from every mode. That DDO reaches the optimum of theorem 3.3 on
+sequences is a test (tests/methods/test_ddo.py).
 
-DDO pays with modes (seed 100: the entropy of its modes is 0.89, by maximum likelihood 0.99), and
-with twice the steps, as many rows as DDO sees, maximum likelihood comes near (0.54 and 0.56 of the
-points off the ring). Pretrained on clean points, the same steps do harm, with samples of 25 steps
-or of 200 (seed 100: 0.48 and 0.37, by maximum likelihood 0.27 and 0.20): theory expects no gain
-there, since an exact likelihood at its maximum would stay, because E[grad log p_ref] is 0 under
-p_ref, and the bound is not the likelihood of what the sampler draws. Fully trained digits,
-arithmetic and reviews gained nothing either (seed 100).
+Not reproduced on tuning seed 100:
+1. DDO covers the modes less evenly than maximum likelihood.
+2. With twice the steps, which are as many rows as DDO sees, maximum likelihood comes near.
+3. After pretraining on clean points, DDO leaves more points off the ring than maximum likelihood.
+   Theory expects no gain there: an exact likelihood at its maximum would not change, since E[grad
+   log p_ref] is 0 under p_ref, and the bound is not the likelihood of the sampler.
+4. Fully trained digits, arithmetic and reviews gain nothing.
 """
 
 import copy
@@ -24,11 +24,11 @@ from lab.claims import claim
 from methods import ddo, sft
 from toy import gaussians
 
-NOISE = dict(p_mean=-1.2, p_std=1.2)  # EDM's
+NOISE = dict(p_mean=-1.2, p_std=1.2)  # the noise distribution of EDM
 
 
 class Ring(gaussians.World):
-    """Clean points on a ring; the base model is one that was pretrained elsewhere."""
+    """Clean points on a ring, with a given model as the base model."""
 
     pretrain = None
 
@@ -41,7 +41,7 @@ class Ring(gaussians.World):
 
 
 def pretrained(lab, clean):
-    """A denoiser trained by maximum likelihood, with this share of the points on the ring."""
+    """A denoiser trained by maximum likelihood; `clean` is the share of points on the ring."""
     world = Ring()
     here = lab.at(world=world, batch_size=512)
     base = here.base()
@@ -61,7 +61,7 @@ def pretrained(lab, clean):
 
 
 def arm(loss, cfg, steps=400, **options):
-    """A function (lab) -> policy trained on the pool of 8,192 real points and own samples."""
+    """An arm of a race that trains on 8,192 real points and as many samples of the base model."""
 
     def run(lab):
         base = lab.base()
@@ -75,7 +75,7 @@ def arm(loss, cfg, steps=400, **options):
 
 
 def off_the_ring(lab, policy):
-    """Share of 6,000 points off the ring, and the evenness of the eight modes."""
+    """The share of 6,000 samples off the ring, and the entropy over the eight modes."""
     points = lab.sample(policy, [0], 6000, lab.rng("measured points"))[0]["responses"]
     return {
         "off the ring": lab.world.off_manifold(points),
@@ -84,7 +84,7 @@ def off_the_ring(lab, policy):
 
 
 def measure(lab):
-    """Curves of four arms from two base models; their last points say what is off the ring."""
+    """Curves of four arms from two base models, with the results of `off_the_ring` at the end."""
     own = dict(beta=0.1, rounds=1, **NOISE)
     arms = {
         "likelihood": arm(sft.loss, sft.Config(), reference=None),
