@@ -1,25 +1,19 @@
 """What DID claims, and whether it holds here.
 
-In random tables of 32 responses, 20,000 pairs are drawn with the chosen response from pi_ref and
-the rejected one from the closed-form sampler. Tables are fitted to them with several forms of
-reward, and compared by the Jensen-Shannon divergence between the fitted policy and the target. On
-reviews the sampler picks the rejected response from seven samples, and the policy is compared with
-one that is aligned by DPO on ordinary pairs, and with its own log-probs before training.
+Random tables: 20,000 pairs over 32 responses are drawn with the chosen response from pi_ref and the
+rejected one from the closed-form sampler. Tables are fitted to them with several forms of reward,
+and compared by the Jensen-Shannon divergence from the target. Reviews: the sampler picks the
+rejected response from seven samples. The policy is compared with one that is aligned by DPO on
+ordinary pairs, and with its own log-probs before training.
 
-Three theorems are tests (tests/methods/test_did.py). On the expected loss only the log-ratio
-reward recovers the target, and no other form comes within 8 times of its divergence. Without a
-reference the policy becomes the DID itself. The mean chosen log-prob falls by KL(pi_ref || pi*).
-A uniform source of rejected responses teaches pi_ref^(1 + 1 / beta), whatever the target is, which
-is why that claim is not expected to hold.
+Three theorems are tests (tests/methods/test_did.py). On the expected loss only the log-ratio reward
+recovers the target. Without a reference the policy becomes the DID itself. The mean chosen log-prob
+falls by KL(pi_ref || pi*). Uniform rejected responses teach pi_ref^(1 + 1 / beta), whatever the
+target is, so the claim about them is not expected to hold.
 
-The sampler of `run` is approximate: in the bandit its picks are 0.17 in total variation from pi_l
-at the defaults, since the worst responses are picked too rarely. This hardly moves the optimum (a
-reward of 2.794 instead of 2.795), but the best responses are picked so rarely that the optimum of
-20,000 pairs has 3.00 (seeds 100 and 101). It takes a far target to learn much. On tuning seed 101
-the true reward of reviews goes from 0.006 to 0.662 at goal 0.25 and to 0.142 at goal 1, where few
-labels carry information; on seed 100 with half the pairs, seen three times, it fell to -0.155 at
-goal 1. The chosen log-prob fell by 1.03 (goal 0.25) and 0.81 (goal 1). At matched KL (1.03) the
-pairs of DID are no better than ordinary ones: 0.589 and 0.574 on seed 100.
+Not reproduced on tuning seeds 100 and 101: at matched KL, the pairs of DID are not better than
+ordinary ones on reviews. The sampler of `run` is approximate, since it picks the worst responses
+too rarely. A near target (goal = 1) gives labels with little information, so little is learned.
 """
 
 import math
@@ -34,7 +28,7 @@ from toy.exact import population
 
 
 def as_loss(reward):
-    """A reward of a response, from its summed log-probs and beta, as a loss on pairs."""
+    """A loss on pairs from reward(log-probs, reference log-probs, beta) of a response."""
 
     def loss(logps, ref_logps, batch, cfg):
         chosen, rejected = reward(logps.sum(-1), ref_logps.sum(-1), cfg.beta).unbind(1)
@@ -66,7 +60,8 @@ def divergence(log_p, log_q):
 def fitted(log_ref, chance, loss=did.loss, beta=0.5):
     """Log-probs (R,) of the table that minimizes a loss over pairs of different responses.
 
-    chance (R, R): how often i is chosen and j rejected; need not be normalized."""
+    chance (R, R): the probability that i is chosen and j rejected, up to a factor.
+    """
     first, second = (~torch.eye(len(log_ref), dtype=torch.bool)).nonzero(as_tuple=True)
     weight = chance[first, second]
     weight = (weight / weight.mean()).tolist()
@@ -110,7 +105,7 @@ def source_rows(lab, base):
 
 
 def log_ratios(lab, policy):
-    """By how much the chosen and the rejected log-prob of 512 pairs rose, on average."""
+    """Mean log-ratios of the chosen and the rejected responses of 512 pairs."""
     base = lab.base()
     rows = source_rows(lab, base)[:512]
     after, before = lab.logps(policy, rows), lab.logps(base, rows)
@@ -121,7 +116,7 @@ def log_ratios(lab, policy):
 
 
 def measure(lab):
-    """-> log divergences in the tables, and curves on reviews with the log-ratios at the end."""
+    """Log divergences in the tables, and curves on reviews with log-ratios at the end."""
     tables = [
         lab.stage("table", lambda seed=seed: table_of(lab.at(seed=seed))) for seed in lab.seeds
     ]
