@@ -1,20 +1,18 @@
 """What DisCO claims, and whether it holds here.
 
-DisCO and GRPO are run on sums with equally many rollouts, and their success is compared on the
-hard ones. DisCO's reason for doing better is that GRPO hardly learns from questions whose success
-rate is near 0 or 1 (difficulty bias). It is measured in tables: 120 questions with 50 answers each,
-one of them right, at the moment when the mean success is 0.65. The step sizes of the three methods
-are such that they begin with the same step on a question of success rate 1/2. How many steps the
-three take from a given success rate without sampling, and that the penalty holds the KL near delta
-whatever the score, are exact (tests/methods/test_disco.py).
+Sums: DisCO and GRPO have equally many rollouts, and their success on hard sums is compared. Tables:
+DisCO's explanation is that GRPO hardly learns from questions whose success rate is near 0 or 1
+(difficulty bias). It is measured on 120 questions with 50 answers each, one of them right, when the
+mean success first reaches a fixed value. The step sizes of the methods are set so that their first
+step on a question of success rate 1/2 is equal. Exact statements are tests
+(tests/methods/test_disco.py): how many steps each method takes from a given success rate, and that
+the penalty holds the KL near delta whatever the score.
 
-On sums, more success than GRPO did not reproduce. Seeds 100 to 102, 40 outer steps of 32 sums, 8
-responses each: at the best step size of both, 3e-4, DisCO and GRPO end at 0.82, 0.79, 0.70 and
-0.64, 0.79, 0.70 on 4 digits, and at 0.49, 0.62, 0.58 and 0.47, 0.64, 0.57 on 5; at 5e-4 and 1e-3
-both lose, and sometimes the one is ahead, sometimes the other. The score log_l reaches the same
-only with tau 10 or a delta of 0.001. With 8 responses, GRPO's weight of a mixed group is between
-0.33 and 0.5, so that there is little difficulty bias to remove; groups of 16 on a weaker base model
-changed nothing (one seed).
+Not reproduced on tuning seeds 100 to 102: DisCO is not reliably better than GRPO on sums at the
+best step size of both; larger steps are worse for both. The score log_l needs tau = 10 or the
+larger delta to be as good. With 8 responses, GRPO's weights of mixed groups are nearly equal, so
+there is little difficulty bias to remove; groups of 16 on a weaker base model gave the same result
+(one seed).
 """
 
 from types import SimpleNamespace
@@ -34,7 +32,7 @@ ARMS = {  # method, Config, and what makes its first step at success rate 1/2 th
 
 
 def questions(lab, n=120, answers=50):
-    """A Table of n questions, success rates log-uniform from 0.003 to 0.5; answer 0 is right."""
+    """A Table of n questions, of which answer 0 is right; success rates are log-uniform."""
     spread = torch.rand(n, 1, generator=lab.rng("success"), dtype=torch.float64)
     p = 0.003 * (0.5 / 0.003) ** spread
     rest = torch.rand(n, answers - 1, generator=lab.rng("answers"), dtype=torch.float64)
@@ -43,7 +41,7 @@ def questions(lab, n=120, answers=50):
 
 
 def success_on_hard_ones(lab, method, cfg, scale, k=32, until=0.65, limit=3000):
-    """The mean success on the hardest third when that on all questions first reaches `until`."""
+    """The mean success on the hardest third, when the success on all questions reaches `until`."""
     table = questions(lab)
     hard = table.probs()[:, 0].argsort()[: len(table.logits) // 3]
     label = torch.arange(len(table.logits))
