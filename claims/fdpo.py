@@ -1,16 +1,15 @@
 """What f-DPO claims, and whether it holds here.
 
-Each divergence is aligned for 100 steps on the same pairs of reviews, at the same beta (twice that
-for Jensen-Shannon, which is half as stiff). That each divergence reaches its own optimum, that
-reward falls and entropy rises from reverse KL over alpha to forward KL at the same beta, and that
-the others keep more of the least likely response at matched reward, though not more entropy, is
-tested in a table of five responses (tests/methods/test_fdpo.py).
+Each divergence is aligned for 100 steps on the same pairs of reviews at the same beta, and
+Jensen-Shannon at twice that beta, since its slope at the reference is 1/2. Exact statements about a
+table of five responses are tests (tests/methods/test_fdpo.py): each divergence reaches its own
+optimum; at the same beta, reward falls and entropy rises from reverse KL over alpha to forward KL;
+at matched reward, the others keep more of the least likely response, though not more entropy.
 
-More diverse reviews under forward KL did not reproduce. Distinct-2 on tuning seeds 100 to 102:
-forward KL 0.310, 0.287, 0.310, reverse KL 0.343, 0.293, 0.292, alpha 0.5 0.333, 0.315, 0.295. With
-whole responses of about 13 tokens the log-ratios soon lie where the slopes of forward KL differ by
-orders of magnitude, and it gains little: reward 0.152, 0.068, 0.180, where reverse KL has 0.606,
-0.632, 0.549, Jensen-Shannon at beta 0.2 0.297, 0.475, 0.498 and alpha 0.5 0.272, 0.234, 0.339.
+Not reproduced on tuning seeds 100 to 102: forward KL did not make reviews reliably more diverse
+than reverse KL. Log-ratios of whole responses are soon so large that the slopes of forward KL
+differ by orders of magnitude, and it gains little reward. Reverse KL gains most, Jensen-Shannon
+comes second.
 """
 
 import torch
