@@ -1,18 +1,17 @@
 """What the study claims about SFT, instruction tuning and few pairs, and whether it holds here.
 
-In an exact tree, five losses are trained on 100 to 8,000 pairs from three models: the world's own
-(base), one fine-tuned on 2,000 answers of a better tree (sft), and one fine-tuned for longer on
-8,000 answers of a far better tree (instruct). Beta is the same everywhere, so the KLs differ; they
-stand in the table. On reviews, DPO is trained from the base model and after SFT.
+Tree: five losses are trained on 100 to 8,000 pairs from three models. These are the world's own
+(base), one after SFT on 2,000 answers of a better tree (sft), and one after longer SFT on 8,000
+answers of a far better tree (instruct). Beta is the same everywhere, so KLs differ; the table shows
+them. Reviews: DPO is trained from the base model and after SFT.
 
-Not reproduced: that DPO needs SFT as much as IPO. A policy with logits of its own for every prefix
-reaches the same ratios from any start: DPO's gain was 0.044 on average of the tuning seeds 100 to
-102 and 0.031 of 103 to 105, IPO's 0.341 and 0.359. On reviews it is there, where the fine-tuned
-start has seen 1,024 prompts more: 60 steps of 64 of 3,840 pairs gave DPO 0.425, 0.422, 0.293,
-0.355, 0.262 from the base and 0.637, 0.716, 0.537, 0.629, 0.558 after SFT (seeds 100 to 104), CPO
-0.229, 0.285, 0.243, 0.204 and 0.478, 0.345, 0.370, 0.395 (100 to 103); with half the pairs DPO lost
-on one of five seeds. Nor do 100 pairs always come within 0.1 of 8,000: KTO was 0.103 and 0.102
-below, DPO 0.066 and 0.038, CPO 0.091 and 0.045 (seeds 100 to 102 and 103 to 105).
+Not reproduced:
+1. That DPO needs SFT as much as IPO, on tuning seeds 100 to 105. In the tree, DPO gains little from
+   SFT and IPO much, since a policy with separate logits for every prefix reaches the same
+   log-ratios from any start. On reviews DPO and CPO gain from SFT, which has seen 1,024 more
+   prompts.
+2. That 100 pairs are always nearly as good as 8,000. KTO misses the bound on the same seeds, DPO
+   and CPO keep it.
 """
 
 from dataclasses import replace
@@ -28,7 +27,7 @@ SIZES = (100, 500, 2000, 8000)
 
 
 def tilted(lab, world, name, tilt, n):
-    """n answers of another random tree than the world's, tilted by exp(tilt r)."""
+    """n answers sampled from another random tree, whose probabilities are tilted by exp(tilt r)."""
     other = tree.random_tree(int(torch.randint(2**31, (), generator=lab.rng("tree", name))))
     return world.draw(world.optimum(other, 1 / tilt), n, lab.rng("answers", name))
 
@@ -50,7 +49,7 @@ def trained(lab, world, start, pairs, cfg, steps=150):
 
 
 def starts(lab, world):
-    """{scenario: tree}: the world's own, and two that were fine-tuned on better answers."""
+    """{scenario: tree}: the world's own tree, and two after SFT on better answers."""
     found = {"base": world.model()}
     for name, n, tilt, steps in (("sft", 2000, 1.0, 60), ("instruct", 8000, 2.0, 120)):
         shown = tilted(lab, world, name, tilt, n)[:, None].expand(-1, 2)  # nll reads the first
@@ -61,8 +60,10 @@ def starts(lab, world):
 def study(lab, world, sizes=SIZES, steps=150):
     """{(pairs, scenario, variant): {reward, kl, unseen}} of every alignment.
 
-    kl is from the start, unseen the probability of the answers that are in no pair; with 0 pairs
-    the starts. Each pair is of two answers out of a pool of three other trees, weak to strong."""
+    kl: the KL from the starting model. unseen: the probability of answers that are in no pair. The
+    entries with 0 pairs are the starting models. A pair has two answers from a pool that three
+    other trees, from weak to strong, have sampled.
+    """
     begin, n, found = starts(lab, world), max(sizes), {}
     pool = [tilted(lab, world, f"pool {tilt}", tilt, n) for tilt in (0.3, 1.0, 2.0)]
     pool = torch.cat(pool)
@@ -85,7 +86,7 @@ def study(lab, world, sizes=SIZES, steps=150):
 
 
 def page(studies):
-    """The table of studies, means over seeds: the starts, then a line per size and start."""
+    """The table of the studies, means over seeds, with one line per size and starting model."""
 
     def mean(*key, measure="reward"):
         return f"{sum(found[key][measure] for found in studies) / len(studies):7.2f}"
@@ -125,7 +126,7 @@ def measure(lab):
 
 
 def summary(found):
-    """{series: number} of one study: means over the sizes, gains, and what few pairs lack."""
+    """{series: number} of one study: means over sizes, gains, and gaps of few to all pairs."""
     out = {}
 
     def mean(name, scenario, measure="reward"):
