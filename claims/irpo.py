@@ -1,14 +1,14 @@
 """What IRPO claims, and whether it holds here.
 
-Lists of ten dishes in one context, five of them relevant in grades of 1 to 3; every arm is
-trained on the same lists, and NDCG is measured on held-out lists. Softmax-DPO (arXiv:2406.09215)
-compares one relevant item with all irrelevant ones, and DPO with one of them: both are IRPO's
-loss on a part of the list. The loss on all pairs of different relevance is what list losses have
-to beat.
+The data are lists of ten dishes in one context, five of them relevant in grades of 1 to 3. Every
+arm is trained on the same lists, and NDCG is measured on held-out lists. Softmax-DPO
+(arXiv:2406.09215) compares one relevant item with all irrelevant ones, and DPO compares it with one
+of them; both are IRPO's loss on a part of the list. A further baseline is the mean of DPO's loss
+over all pairs of different relevance.
 
-Weights by position alone are a control, which asks whether the gain 2^y - 1 helps. Sampling
-suffers in all arms: only items are scored, so the policy stops writing lists, and the reward of
-sampled lists falls while NDCG rises.
+The arm with weights by position alone is a control: it shows whether the gain 2^y - 1 helps. In all
+arms the policy stops writing lists, since only items are scored, so the reward of sampled lists
+falls while NDCG rises.
 """
 
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ from methods import irpo, tpo
 
 
 def on_part(keep):
-    """IRPO's loss on the items keep(batch) (B, K), of which that with role 1 is relevant."""
+    """IRPO's loss on the items keep(batch) (B, K), of which only the item of role 1 is relevant."""
 
     def loss(logps, ref_logps, batch, cfg):
         mask = batch.mask & keep(batch)[..., None]
@@ -44,7 +44,7 @@ def all_pairs_loss(logps, ref_logps, batch, cfg):
 
 
 def with_roles(rows, rng):
-    """The rows with a column role: a random relevant item 1, a random irrelevant one -1, else 0."""
+    """Rows with the column role: 1 for a random relevant item, -1 for an irrelevant one, else 0."""
     out = []
     for row in rows:
         relevant = torch.tensor(row["scores"]) > 0
@@ -74,7 +74,7 @@ def shuffled_agreement(policy, reference, rows, tokenizer, rng):
 
 
 def measure(lab):
-    """-> {arm: one curve per seed}, whose last point has NDCG and the agreement of two orders."""
+    """{arm: one curve per seed}; the last point has NDCG and the agreement of two orders."""
     arms = dict(
         irpo=(irpo.loss, irpo.Config()),
         softmax_dpo=(softmax_dpo_loss, ONE),
