@@ -1,17 +1,14 @@
 """What MADPO claims, and whether it holds here.
 
-In random tables of 12 prompts and 8 responses, with rewards in [-3, 3] and 3000 pairs of the
-reference, MADPO and DPO are trained with several beta each. Their true reward is compared at beta 1
-and at matched KL, and with MADPO whose margins belong to other pairs or have the opposite sign. On
+In random tables of 12 prompts and 8 responses, with rewards in [-3, 3] and 3,000 pairs of the
+reference, MADPO and DPO are trained at several beta each. Their true rewards are compared at beta 1
+and at matched KL, also with MADPO whose margins belong to other pairs or have the opposite sign. On
 reviews MADPO and DPO are aligned on the same pairs at beta 1. That a pair of margin h settles at
-c(h) h below tau, and beyond it at hardly less than h, is tested (tests/methods/test_madpo.py).
+c(h) h below tau, and at hardly less than h beyond it, is a test (tests/methods/test_madpo.py).
 
-What did not reproduce is more reward at matched KL: DPO with a smaller beta is as good, since tau
-exceeds nearly all margins and c(h) is nearly constant. Tables of seeds 100 to 102: MADPO at beta 1
-has 2.204, 2.394, 2.268 at a KL of 1.789, 1.755, 1.793, and DPO at beta 0.25 has 2.207, 2.402, 2.270
-at 1.801, 1.784, 1.614. On reviews it depends on the seed. At beta 1 MADPO ends at 0.489 (KL 1.37)
-on seed 100 and DPO at 0.485 (KL 1.00); at beta 0.1 they end at 0.581 and 0.654 (0.752 with DPO's
-beta 0.025). On seed 101, at beta 1, they end at 0.647 and 0.352.
+Not reproduced on tuning seeds 100 to 102: MADPO has no more reward than DPO at matched KL. tau
+exceeds nearly all margins, so c(h) is nearly constant, and DPO with a smaller beta is as good. On
+reviews the result depends on the seed.
 """
 
 import torch
@@ -32,7 +29,7 @@ def margins_of(lab, world, rows):
 
 
 def table_of(lab):
-    """One random table -> {arm: {"reward", "kl"}, or a curve of them for "... of all beta"}."""
+    """One random table -> {arm: {"reward", "kl"}}, and curves over beta for "... of all beta"."""
     rng = lab.rng("table")
     rewards = 6 * torch.rand(12, 8, dtype=torch.float64, generator=rng) - 3
     world = bandit.World(8, 1, 12, seed=lab.settings.seed, rewards=rewards)
@@ -80,7 +77,7 @@ def with_margins(lab, base):
 
 
 def measure(lab):
-    """-> rewards and KLs of the tables, and curves on reviews."""
+    """Rewards and KLs of the tables, and curves on reviews."""
     tables = [
         lab.stage("table", lambda seed=seed: table_of(lab.at(seed=seed))) for seed in lab.seeds
     ]
