@@ -1,15 +1,15 @@
 """What "From r to Q*" claims, and whether it holds here.
 
-Tokens: responses of six tokens, all of them enumerated, with a known reward for every token;
-labels compare whole responses. A is the token reward of the trained policy and A* the exact
-advantage of its reference. Sums: worked additions by a language model, with a verifier for every
-step. AUC is the probability that an error has a lower token reward than a correct token or step.
+Tokens: responses of six tokens, all of them enumerated, with a known reward for every token; labels
+compare whole responses. A is the token reward of the trained policy, and A* is the exact advantage
+of its reference. Sums: worked additions by a language model, with a verifier for every step. AUC is
+the probability that an error has a lower token reward than a correct token or step.
 
-A wider beam did not help on tuning seeds 100 to 102: greedy search already finds the largest
-reward, 3.0, on tokens, and on sums both have 0.891 and 0.896. The surprise of the base model
-finds wrong steps better (AUC 0.997) than A does (0.879). Two bounds that were set on those seeds
-fail on reported ones: the correlation with A* (0.85) is 0.846 on seed 2, and the gap to the
-predicted reward (0.06) is 0.065 and 0.077 on seeds 0 and 1.
+Not reproduced on tuning seeds 100 to 102: a wider beam does not help. On tokens, greedy search
+already finds the largest reward, and on sums both have nearly the same reward. The surprise of the
+base model finds wrong steps better than A does. Two bounds that held on those seeds are narrowly
+missed on reported ones: the correlation with A* on seed 2, and the gap to the predicted reward on
+seeds 0 and 1.
 """
 
 import copy
@@ -22,18 +22,20 @@ from toy import tokens
 
 
 def auc(scores, marked):
-    """Share of pairs of a marked and an unmarked entry in which the marked one scores higher.
+    """The share of pairs of a marked and an unmarked entry in which the marked one scores higher.
 
-    Ties count half."""
+    Ties count half.
+    """
     others = scores[~marked].sort().values
     below = sum(torch.searchsorted(others, scores[marked], right=right) for right in (False, True))
     return (below / (2 * len(others))).mean().item()
 
 
 def steps_of(world, prompt, response, values):
-    """[(texts of its tokens, their values, is it correct?)] per step of a response (ids).
+    """[(texts of its tokens, their values, whether it is correct)] per step of a response (ids).
 
-    The answer comes last; what separates steps belongs to none of them."""
+    The answer is the last step. Separators belong to no step.
+    """
     pieces, steps = [world.tokenizer.decode([i]) for i in response], [([], [])]
     # the answer stands behind the last colon
     colon = max((n for n, piece in enumerate(pieces) if piece == ":"), default=-1)
@@ -49,7 +51,7 @@ def steps_of(world, prompt, response, values):
 
 
 def aligned(lab, data, cfg):
-    """(policy, reference) of r2q on these rows."""
+    """(policy, reference) after r2q on these rows."""
     policy = lab.base()
     if cfg.reference == "chosen":
         policy = lab.align(policy, data, r2q.sft_loss, cfg, reference=None, steps=cfg.sft_steps)
@@ -58,7 +60,7 @@ def aligned(lab, data, cfg):
 
 
 def on_tokens(lab):
-    """-> {run: {name: number}} of r2q with a uniform reference or one fitted to the chosen."""
+    """{run: {name: number}} of r2q with a uniform reference, or after SFT on the chosen."""
     world, truth, found = lab.world, lab.world.truth[0], {}
     y, r = world.reference.sequences(), world.token_reward
     data, error = lab.preferences(lab.base(), k=2), world.along(r, y) < 0
@@ -93,12 +95,12 @@ def on_tokens(lab):
 
 
 def beam_search(policy, width):
-    """The six tokens that a beam finds."""
+    """The six tokens that beam search finds."""
     return r2q.beam_search(policy, 0, width, 6)[0]
 
 
 def on_sums(lab):
-    """-> {name: number}: AUC of token rewards and of surprise for wrong steps; reward of beams."""
+    """{name: number}: AUCs of token rewards and of surprise for wrong steps; rewards of beams."""
     world, cfg = lab.world, r2q.Config(0.5)
     policy, start = aligned(lab, lab.preferences(lab.base(), k=2), cfg)
     rows = lab.rows(lab.sample(start, world.prompts(512, lab.rng("new")), 1))
@@ -121,7 +123,7 @@ def on_sums(lab):
 
 
 def measure(lab):
-    """-> {series: one number or dict per seed}."""
+    """{series: one number or dict per seed}."""
     found = [on_tokens(lab.at(world="tokens", seed=seed, eval_every=600)) for seed in lab.seeds]
     how = dict(world="arithmetic", steps=60, lr=5e-5, eval_size=512)
     sums = [on_sums(lab.at(seed=seed, **how)) for seed in lab.seeds]
