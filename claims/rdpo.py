@@ -1,19 +1,20 @@
 """What rDPO claims, and whether it holds here.
 
 rDPO, DPO and conservative DPO (label smoothing) are aligned at the same beta on the same reviews,
-of which 20 % or 40 % of the labels are flipped. The annotator is otherwise reliable (label
-temperature 0.25) and every pair is seen once. That rDPO recovers the reward from the expected loss
-at every flip rate, and the others do not, is tested in a table (tests/methods/test_rdpo.py).
+of which 20 % or 40 % of the labels are flipped. The labels are otherwise reliable, and every pair
+is seen once. That rDPO recovers the reward from the expected loss at every flip rate, and the
+others do not, is a test in a table (tests/methods/test_rdpo.py).
 
 At matched KL rDPO has no more reward than DPO: label flips make DPO behave as if beta were larger,
-and a smaller beta in DPO removes that bias as well. In the exact table, at 40 % flips and beta 0.5,
-DPO at beta 0.0719 has the KL of rDPO's optimum and all but 0.0004 of its reward.
+and a smaller beta in DPO removes that bias as well. In the exact table, DPO at a smaller beta has
+the KL of rDPO's optimum and nearly all of its reward.
 
-Also not reproduced, on tuning seeds 100 to 102 at beta 1: 40 % flips, where 6,400 pairs teach
-little (rDPO -0.07, 0.14, 0.13, DPO -0.01, 0.06, 0.01), and the cost of an epsilon that is too high
-(0.4 where 0.2 is right: 0.52, 0.37, 0.50; the right one 0.30, 0.32, 0.35 at half the KL), since 200
-steps end far from where it diverges. At beta 0.1 the three are alike. Pairs seen three times at a
-learning rate of 7e-4 are memorized, by rDPO most (30 % flips: -0.50 at a KL of 9, DPO -0.34 at 7).
+Not reproduced on tuning seeds 100 to 102:
+1. A gain at 40 % flips: 6,400 pairs then teach too little.
+2. A loss from an epsilon that is too high: 200 steps end long before training diverges.
+
+At a smaller beta the three methods are alike. If pairs are seen three times at a larger learning
+rate, they are memorized, most of all by rDPO.
 """
 
 from lab.claims import claim
@@ -21,7 +22,7 @@ from methods import dpo, rdpo, survey
 
 
 def true_reward(lab, policy):
-    """The true reward of 4,000 samples: fewer do not show a difference of 0.05."""
+    """The true reward of 4,000 samples, which are enough to show a difference of 0.05."""
     prompts = lab.world.prompts(4000, lab.rng("prompts of the reward"))
     rewards = [row[0] for row in lab.truth(lab.sample(policy, prompts, 1))]
     return {"true reward": sum(rewards) / len(rewards)}
