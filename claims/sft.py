@@ -1,14 +1,13 @@
-"""What SFT on the chosen responses is worth beside DPO.
+"""What SFT on the chosen responses is worth compared with DPO.
 
-SFT is the baseline of the other papers; the curves are those of claims/dpo.py. What its optimum is
-where all responses have one length (the distribution of the winners, in which no response becomes
-more than twice as likely) is tested in a table (tests/methods/test_sft.py).
+SFT is the baseline of the other papers; the curves are those of claims/dpo.py. If all responses
+have one length, the optimum of SFT is the distribution of the chosen responses, in which no
+response is more than twice as likely as before; this is a test in a table
+(tests/methods/test_sft.py).
 
-At matched KL SFT is not behind: on tuning seed 100 it had a reward of 0.329 at a KL of 0.46, where
-DPO at beta 1 had 0.310; on seeds 101 and 102 it had 0.337 on average against 0.250, at a KL of
-0.40. That comparison is kept and not expected to hold. DPO at beta 0.1 ended at a reward of 0.654
-and a KL of 10.5 (seed 100) and 0.752 and 6.6 (seeds 101 and 102), SFT at 0.329 and 0.46, and 0.312
-and 0.43.
+Not reproduced on tuning seeds 100 to 102: at matched KL SFT is not worse than DPO. It ends at a
+small KL, where its reward is at least DPO's at beta = 1. DPO at beta = 0.1 ends with about twice
+the reward at more than ten times the KL.
 """
 
 from claims import dpo as of_dpo
