@@ -1,21 +1,20 @@
-"""What the 3D-Properties paper claims of DPO and its two remedies, and whether it holds here.
+"""What the 3D-Properties paper claims about DPO and its two remedies, and whether it holds here.
 
-In the paper's toy, small networks with 4 prompts and 10 responses, the likelihood of the chosen
-response is followed under DPO, flex and sft. On reviews DPO, flex and sft are aligned on on-policy
-pairs, and DPO and flex on off-policy pairs: the same chosen responses, with rejected ones that are
-sampled at a higher temperature. The claims compare true reward, and by how much the log-probs of
-chosen and rejected responses rose. A third toy with fixed features is exact (tests/methods/
-test_three_d.py): under DPO its chosen response peaks and then loses its probability to a response
-outside the pair, and both remedies keep it.
+The paper's toy: small networks with 4 prompts and 10 responses, in which the likelihood of the
+chosen response is followed under DPO, flex and sft. Reviews: DPO, flex and sft are aligned on
+on-policy pairs, and DPO and flex also on off-policy pairs, which have the same chosen responses and
+rejected ones that are sampled at a higher temperature. The claims compare true reward, and by how
+much the log-probs of chosen and rejected responses rose. A third toy with fixed features is a test
+(tests/methods/test_three_d.py): under DPO the likelihood of its chosen response peaks and then
+moves to a response outside the pair, and both remedies prevent this.
 
-On off-policy pairs flex ends with a higher reward only because its KL is smaller: at a KL of 1.09
-both have 0.135 (mean of seeds 100 and 101). On on-policy pairs it has a higher reward at matched KL
-(0.48; seeds 100 to 102: 0.29, 0.20, 0.24, DPO 0.10, 0.14, 0.07), but not reliably after the same 60
-steps: DPO 0.29, 0.43, 0.12 at three to six times the KL.
+On tuning seeds 100 to 102, flex has a higher reward than DPO on off-policy pairs only because its
+KL is smaller. On on-policy pairs it has a higher reward at matched KL, but not reliably after equal
+steps, when DPO's KL is several times larger.
 
-Not reproduced: in the paper's toy the lost probability goes to responses 8 and 9. Here those fall
-from 0.04 to 0 (seeds 100 and 101) and it goes to the responses that are chosen for other prompts.
-Scenario 1 ends above scenario 3 on 5 of the seeds 100 to 107 (means of 0.35 and 0.31).
+Not reproduced: in the paper's toy the lost probability goes to the responses that are in no pair.
+Here it goes to the responses that are chosen for other prompts. Of the paper's scenarios, the first
+ends above the third on only 5 of the seeds 100 to 107.
 """
 
 from types import SimpleNamespace
@@ -32,10 +31,10 @@ SCENARIOS = {1: (0.12, 0.12), 2: (0.02, 0.12), 3: (0.12, 0.02), 4: (0.02, 0.02)}
 def networks(loss, cfg, scenario, seed, count=8, steps=500, width=32):
     """The paper's toy (sec. 3.2), `count` networks of three layers at once.
 
-    Of 10 responses, i is chosen for prompt i of 4, one of 4 to 7 is rejected, and 8 and 9 are in no
+    For prompt i of 4, response i of 10 is chosen and one of 4 to 7 is rejected; 8 and 9 are in no
     pair. The networks are fitted to the scenario's likelihoods of a chosen and a rejected response,
-    then trained with the loss. -> log-probs (steps + 1, count, 4 prompts, 4) of the chosen, the
-    rejected, all other responses, and 8 and 9."""
+    and then trained with the loss. -> log-probs (steps + 1, count, 4 prompts, 4) of the chosen
+    response, the rejected one, all others, and 8 and 9."""
     rng = torch.Generator().manual_seed(seed)
     high, low = SCENARIOS[scenario]
     wanted = torch.tensor([high] * 4 + [low] * 4 + [(1 - 4 * high - 4 * low) / 2] * 2)
@@ -76,7 +75,7 @@ def networks(loss, cfg, scenario, seed, count=8, steps=500, width=32):
 
 
 def in_the_toy(seeds):
-    """-> {"DPO, end" and others: the mean likelihood of the chosen response, one per seed}."""
+    """{series such as "DPO, end": the mean likelihood of the chosen response, one per seed}."""
     runs = {
         "DPO": (dpo.loss, dpo.Config(), 1),
         "flex": (three_d.loss, Config("flex", beta_rejected=0.02), 1),
@@ -116,7 +115,7 @@ def off_policy(lab, base):
 
 
 def measure(lab):
-    """-> likelihoods in the toy, and curves on reviews that end with log-ratios of 256 pairs."""
+    """Likelihoods in the toy, and curves on reviews that end with log-ratios of 256 pairs."""
 
     def race(arms, data):
         def end(lab, policy):
