@@ -3,7 +3,7 @@
 python docs/tour.py
 """
 
-# %% One pair of responses. A loss sees log-probabilities, and nothing else of a model.
+# %% One pair of responses. A loss sees only a model's log-probs.
 import os
 import sys
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ ref_logps = torch.tensor([[[-1.0, -2.0, -1.5], [-0.5, -1.0, -2.5]]])
 logps = ref_logps.clone().requires_grad_()
 batch = SimpleNamespace(mask=torch.ones(1, 2, 3, dtype=torch.bool))
 
-# %% At the reference the margin is 0, so the loss is ln 2, and a sum means equal token gradients.
+# %% At the reference the margin is 0 and the loss is ln 2. All tokens have gradients of one size.
 losses, metrics = dpo.loss(logps, ref_logps, batch, dpo.Config(beta=0.1))
 (slope,) = torch.autograd.grad(losses.sum(), logps)
 print(f"loss {losses.item():.4f}, which is ln 2")
@@ -32,7 +32,7 @@ ratio = (after - ref_logps).sum(-1)[0]  # log-ratios of chosen and rejected: SUM
 print(f"log-ratios after one step: chosen {ratio[0]:+.3f}, rejected {ratio[1]:+.3f}")
 
 
-# %% The line that you change: a margin that is asked to be 1, as in IPO, instead of ever larger.
+# %% The line that you change: as in IPO, the margin should be 1 instead of as large as possible.
 def loss(logps, ref_logps, batch, cfg):
     """logps, ref_logps (B, 2, T), chosen first -> losses (B,), metrics."""
     chosen, rejected = (logps - ref_logps).sum(-1).unbind(1)
@@ -40,7 +40,7 @@ def loss(logps, ref_logps, batch, cfg):
     return (z - 1.0).square(), {}
 
 
-# %% The Lab runs both against a true reward, in a table where everything is exact.
+# %% The Lab trains with both losses in a table, where the true reward is exact.
 from lab import Lab, Settings
 
 lab = Lab(Settings(world="bandit", steps=200, prompts=512), quiet=True)
@@ -49,7 +49,7 @@ for name, (curve,) in curves.items():
     start, end = curve[0], curve[-1]
     print(f"{name}: true reward {start['reward']:.2f} -> {end['reward']:.2f}, KL {end['kl']:.2f}")
 
-# %% And a picture: the true reward against the KL that it costs.
+# %% Plot the true reward against the KL that it costs.
 from matplotlib.figure import Figure
 
 figure = Figure(figsize=(5, 3.5), layout="constrained")
