@@ -22,7 +22,7 @@ from methods import dpo, rdpo, survey
 
 
 def true_reward(lab, policy):
-    """The true reward of 4,000 samples, which are enough to show a difference of 0.05."""
+    """The true reward of 4,000 samples, which are enough to show the margins of the claims."""
     prompts = lab.world.prompts(4000, lab.rng("prompts of the reward"))
     rewards = [row[0] for row in lab.truth(lab.sample(policy, prompts, 1))]
     return {"true reward": sum(rewards) / len(rewards)}
