@@ -19,6 +19,7 @@ OF_END = {
     "did": {"chosen_ratio": -1.0, "rejected_ratio": -2.0},
     "three_d": {"chosen_ratio": -1.0, "rejected_ratio": -2.0},
     "survey": {},
+    "disco": {"success_4": 0.5, "success_5": 0.3},
 }
 # what an arm with a training of its own sees
 OF_ARM = {"survey": {"chosen_ratio": -1.0, "rejected_ratio": -2.0}}
@@ -27,6 +28,7 @@ SHORT = {
     "madpo": {"margins_of": lambda lab, world, rows: [1.0] * len(rows), "STEPS": 1},
     "did": {"fitted": lambda log_ref, chance, loss=None: log_ref},
     "curry_dpo": {"STEPS": 6},
+    "disco": {"STEP": 5.0},
     "three_d": {"networks": lambda *run: torch.zeros(2, 1, 4, 4)},
 }
 # series that no claim names
@@ -35,7 +37,7 @@ SHOWN = {
     "curry_dpo": {"curriculum, fixed reference", "pooled, moving reference", "pooled"},
 }
 NAMES = ["dpo", "rdpo", "sft", "fdpo", "asft", "ld_dpo", "madpo", "did", "curry_dpo", "three_d"]
-NAMES += ["survey"]
+NAMES += ["survey", "disco"]
 
 
 @pytest.mark.filterwarnings("ignore:An input array is constant")  # all series are the same
