@@ -10,7 +10,7 @@ methods/dpo.py; for K > 2 it is the softmax cross-entropy of the first of K resp
 its tokens are random, and the reference is another random GPT whose log-probs are cached. The peer
 has the same weights, rows, loss and optimizer:
 
-    rows    the plain way: every response stands in a right-padded row of its own, after a copy of
+    rows    the plain way: every response is a right-padded row of its own, after a copy of
             the prompt, and logits are computed at all positions
     trl     DPOTrainer.training_step on a LlamaForCausalLM, with precomputed reference log-probs
             and without gradient checkpointing

@@ -104,7 +104,7 @@ def measure(lab):
 STARTS = {"dirt": "pretrained with 30 % dirt", "clean": "pretrained on clean points"}
 BASELINES = {
     "likelihood": "as many steps of maximum likelihood",
-    "alpha 0": "DDO without own samples",
+    "alpha 0": "DDO without samples of the reference",
     "likelihood, 800 steps": "twice the steps of maximum likelihood",
 }
 

@@ -40,7 +40,7 @@ def predicted(rho, cfg):
 
 
 def log_ratios(lab, policy):
-    """An evaluation, with the log-ratios and true rewards of 512 fresh pairs of the base model."""
+    """An evaluation, with the log-ratios and true rewards of 512 new pairs of the base model."""
     base = lab.base()
     prompts = lab.world.prompts(512, lab.rng("fresh prompts"))
     fresh = lab.sample(base, prompts, 2, lab.rng("fresh pairs"))

@@ -37,7 +37,7 @@ def steps_of(world, prompt, response, values):
     The answer is the last step. Separators belong to no step.
     """
     pieces, steps = [world.tokenizer.decode([i]) for i in response], [([], [])]
-    # the answer stands behind the last colon
+    # the answer follows the last colon
     colon = max((n for n, piece in enumerate(pieces) if piece == ":"), default=-1)
     for n, (piece, value) in enumerate(zip(pieces, values)):
         if n == colon or (n < colon and piece in {",", ";", "\n"}):

@@ -1,1 +1,1 @@
-"""Tests; shared inputs stand in tests/builders.py, fixtures in tests/conftest.py."""
+"""Tests. Shared inputs are in tests/builders.py, fixtures in tests/conftest.py."""

@@ -51,10 +51,10 @@ def ragged(
 ):
     """Random log-probs of `rows` rows of `k` responses of 1 to `length` tokens.
 
-    -> logps (rows, k, length), a leaf that asks for its gradient; ref_logps; a batch of mask,
-    scores, parents and the given columns. All are 0 outside the mask. Log-probs lie between
-    -scale and 0. fewest: a row has between `fewest` and k responses, the first row k and the
-    second `fewest`; what is absent stands at the end.
+    -> logps (rows, k, length), a leaf with requires_grad; ref_logps; a batch with mask, scores,
+    parents and the given columns. All are 0 outside the mask. Log-probs lie between -scale and 0.
+    fewest: a row has between `fewest` and k responses, the first row k and the second `fewest`;
+    absent responses come last.
     """
     rng = torch.Generator().manual_seed(seed)
     count = torch.randint(1, length + 1, (rows, k), generator=rng)
@@ -80,7 +80,7 @@ def changed(item, **columns):
 
 
 def elsewhere(item):
-    """The same item on a device without values: a loss that looks at one there fails."""
+    """The same item on the meta device, where a loss that reads a value fails."""
     logps, ref_logps, batch = item
     columns = {name: value.to("meta") for name, value in vars(batch).items()}
     return logps.to("meta"), ref_logps.to("meta"), SimpleNamespace(**columns)
@@ -90,8 +90,10 @@ def elsewhere(item):
 
 
 def pairs():
-    """Pairs in two precisions and sizes, some at the reference; then what is refused: log-probs
-    of another shape, lists, a response without tokens."""
+    """Pairs in two precisions and sizes, some at the reference.
+
+    The last items are refused: log-probs of another shape, lists, a response without tokens.
+    """
     inputs = [ragged(), ragged(seed=1, scale=9), ragged(seed=2, dtype=torch.bfloat16)]
     logps, ref_logps, batch = inputs[0]
     tied = (torch.where(torch.arange(5)[:, None, None] < 2, ref_logps, logps), ref_logps, batch)
@@ -101,7 +103,7 @@ def pairs():
 
 
 def far_pairs():
-    """Pairs, some at ratios that no float32 holds."""
+    """Pairs, some with probability ratios that overflow float32."""
     return [
         *pairs(),
         ragged(seed=5, scale=60),
@@ -110,8 +112,10 @@ def far_pairs():
 
 
 def likelihoods():
-    """Pairs of log-probs that make a probability: certain, likely and unlikely ones; then what is
-    refused, a positive log-prob."""
+    """Pairs of likely, unlikely and certain responses; the last item has a positive log-prob.
+
+    Positive log-probs are refused.
+    """
     logps, ref_logps, batch = ragged(scale=0.5)
     certain, positive = logps.detach().clone(), logps.detach().clone()
     certain[:2] = 0.0
@@ -122,7 +126,7 @@ def likelihoods():
 
 
 def ranked(item):
-    """A column `rank`, 1 to n in a random order, 0 for what is absent."""
+    """A column `rank` with 1 to n in random order, and 0 for absent responses."""
     present = item[2].mask.any(-1)
     draw = torch.rand(present.shape, generator=torch.Generator().manual_seed(9))
     draw = draw.masked_fill(~present, 2.0)
@@ -137,8 +141,11 @@ def put(column, row, place, value):
 
 
 def lists():
-    """Lists of graded items with and without given ranks; then what is refused: no list, negative
-    or huge grades, wrong ranks, graded or ranked absent items."""
+    """Lists of graded items with and without given ranks.
+
+    The last items are refused: single responses, negative or huge grades, wrong ranks, and absent
+    items with a grade or a rank.
+    """
     full = ragged(k=5, scores=grades)
     short = ragged(k=5, seed=1, scores=grades, fewest=4)
     half = ragged(k=4, seed=2, scores=grades, dtype=torch.bfloat16)
@@ -166,8 +173,11 @@ def lists():
 
 
 def groups():
-    """Groups of verified responses, some all right or all wrong, near and far from the old policy;
-    then what is refused: scores between 0 and 1, a right absent response, an empty row."""
+    """Groups of verified responses, some all right or all wrong, near and far from the old policy.
+
+    The last items are refused: scores between 0 and 1, an absent response with score 1, an empty
+    row.
+    """
     inputs = [
         ragged(k=6, scale=1, scores=verdicts),
         ragged(k=6, scale=1, seed=1, scores=verdicts, fewest=5),

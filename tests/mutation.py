@@ -1,13 +1,14 @@
-"""Mutation testing: every single edit of a function, and the edits that no input tells apart.
+"""Mutation testing: make every single edit of a function and find those that change no result.
 
     names = reachable(source, ["loss"])             loss, and what it calls in its file
     for mutant in mutants(source, names):           one edit each: an operator, an argument, a sign
         print(mutant.line, mutant.before, "->", mutant.after)
-    made, alive = survivors(module, cases, inputs)  run them all; `alive` changed nothing
+    made, alive = survivors(module, cases, inputs)  run them all; `alive` changed no result
 
-A mutant that makes no difference on any input shows a line that is idle or untested. The edits: an
-operator swapped, an operand, sign or call dropped, a constant changed, a sum for a mean, two
-arguments exchanged, an argument detached or dropped, a condition negated, chosen for rejected.
+A mutant that changes no result on any input shows a line that is unnecessary or untested. An edit
+swaps an operator, drops an operand, sign or call, changes a constant, replaces a sum by a mean,
+exchanges two arguments, detaches or drops an argument, negates a condition, or replaces chosen by
+rejected.
 """
 
 import ast
@@ -87,7 +88,7 @@ def functions_in(source):
 
 
 def reachable(source, core):
-    """Names of the functions of a source that `core` is made of: these, and those that they call.
+    """The names in `core` and of all functions of the source that they call, directly or not.
 
     A function in a table, NAME = dict(...), is called where NAME is read. KeyError: no such
     function.
@@ -114,8 +115,8 @@ def reachable(source, core):
 def sites(function):
     """(node, whether a gradient may pass through it) of all nodes of a function that may be edited.
 
-    Its docstring, its signature and the texts of errors are left alone. No gradient passes through
-    a statement that is a bare call, a condition, a comparison, or what is detached.
+    Its docstring, its signature and the texts of errors are not edited. No gradient passes through
+    a statement that is a bare call, a condition, a comparison, or a detached expression.
     """
 
     def walk(node, graph):
@@ -145,7 +146,7 @@ def edited(node, **fields):
 
 
 def edits(node, graph):
-    """What may stand in the place of a node; graph: a gradient may pass through it."""
+    """The nodes that may replace a node. graph: whether a gradient may pass through it."""
     if isinstance(node, ast.BinOp):
         if type(node.op) in SWAPS:
             yield edited(node, op=SWAPS[type(node.op)]())
@@ -223,7 +224,7 @@ def mutants(source, functions):
 
 
 def splice(source, node, new):
-    """The source with the text of another node in the place of a node; all else stays."""
+    """The source, in which the text of one node is replaced by that of another."""
     lines = source.encode().splitlines(keepends=True)  # columns of the tree count bytes
     start = sum(map(len, lines[: node.lineno - 1])) + node.col_offset
     end = sum(map(len, lines[: node.end_lineno - 1])) + node.end_col_offset
@@ -238,9 +239,10 @@ def splice(source, node, new):
 
 
 def execute(source, module):
-    """Run a source in the place of a module -> its names, and a list.
+    """Execute a source as a module -> its names, and a list.
 
-    `_detached` is one of the names. The list gets an entry whenever it cuts a gradient.
+    One of the names is the function `_detached`, which adds an entry to the list whenever it cuts a
+    gradient.
     """
     cut = []
 
@@ -256,7 +258,7 @@ def execute(source, module):
 
 
 def observe_loss(names, cfg, item):
-    """What a loss does with one item: losses, gradient and metrics, or the error.
+    """The results of a loss on one item: losses, gradient and metrics, or the error.
 
     -> (tensors or text, the names of the metrics). A metric that carries a graph is told from one
     that does not, since it would keep the graph alive.
@@ -312,10 +314,10 @@ def executed(function, file):
 
 
 def survivors(module, cases, inputs, functions=None, observe=observe_loss):
-    """Run every mutant of a module until one input tells it from the original.
+    """Run every mutant of a module until its result differs from the original on one input.
 
     module: a method file, imported. cases: keyword arguments of its Config (of a module without
-    Config: what stands for cfg). inputs: a function that makes the items (logps, ref_logps, batch).
+    Config: the value of cfg). inputs: a function that makes the items (logps, ref_logps, batch).
     functions: names of what is edited; default: what PAPER.core is made of. observe(names, cfg,
     item): what is compared. -> ([Mutant] made, [Mutant] that made no difference). A mutant that
     detaches what has no gradient is no edit, and is not made.

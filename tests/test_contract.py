@@ -1,8 +1,8 @@
-"""What holds for every method file, tested once over all of them.
+"""The contract of method files, tested over all of them.
 
-The variants of a Config (CASES) and the inputs of its loss (INPUTS) stand in
-tests/methods/test_NAME.py. Where the loss of a row depends on the other rows, that file says for
-which Config: coupled(cfg).
+The variants of a Config (CASES) and the inputs of its loss (INPUTS) are in
+tests/methods/test_NAME.py. If the loss of a row depends on the other rows, that file has a function
+coupled(cfg), which says for which Config it does.
 """
 
 import ast
@@ -76,7 +76,7 @@ def accepted(name, every=False):
 
 
 def kind(item):
-    """What items of one kind share: one of them stands for all."""
+    """A value that items of one kind share; one of them represents all."""
     logps, ref_logps, batch = item
     absent = batch.mask.any(-1).logical_not().any().item()
     at_reference = ref_logps is not None and not moved(item)
@@ -84,7 +84,7 @@ def kind(item):
 
 
 def moved(item):
-    """Whether every row has left the reference, where rewards tie and a loss may have a kink."""
+    """Whether no row is at the reference, where rewards tie and a loss may have a kink."""
     logps, ref_logps, _ = item
     return ref_logps is not None and (logps != ref_logps).flatten(1).any(1).all()
 
@@ -127,7 +127,7 @@ def cast(item, dtype):
 
 
 def gradient(losses, logps):
-    """Of the sum of the losses; 0 where the loss is a constant."""
+    """The gradient of the sum of the losses; 0 if the loss is constant."""
     if not losses.requires_grad:
         return torch.zeros_like(logps)
     (slope,) = torch.autograd.grad(losses.sum(), logps, allow_unused=True)
@@ -135,7 +135,7 @@ def gradient(losses, logps):
 
 
 def close(actual, expected):
-    """Equal but for the order of additions."""
+    """Assert that two tensors are equal up to rounding."""
     rtol = 1e-9 if expected.dtype == torch.float64 else 1e-4
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=rtol / 10, equal_nan=True)
 
@@ -227,7 +227,7 @@ def test_a_file_differs_from_dpo_by_its_paper():
 
 
 def changed(a, b):
-    """How many lines of two texts differ."""
+    """The number of lines in which two texts differ."""
     return sum(line[0] in "+-" for line in difflib.ndiff(a.splitlines(), b.splitlines()))
 
 
@@ -275,7 +275,7 @@ def test_imports_go_one_way(file):
 @pytest.mark.parametrize("file", FILES)
 def test_no_private_name_is_used_outside_its_package(file):
     tree = ast.parse((ROOT / file).read_text())
-    modules = set()  # names that stand for modules of ours
+    modules = set()  # names of our modules
     for node in ast.walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             source = getattr(node, "module", None) or ""
@@ -550,7 +550,7 @@ def test_a_config_refuses_every_value_outside_its_intervals(name):
             whole = "int" in kinds[field] and "float" not in kinds[field]
             for value in outside(where, whole):
                 if value is None and defaults[field] is None:
-                    continue  # None stands for the default
+                    continue  # None means the default
                 with pytest.raises(UserError) as error:
                     module.Config(**fields | {field: value})
                     pytest.fail(f"{fields}: {field} = {value} is accepted, expected {where}")

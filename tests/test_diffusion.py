@@ -51,7 +51,7 @@ def rng(seed=0):
         ),
     ],
 )
-def test_alpha_bar_tables(schedule, steps, expected):
+def test_schedules_have_the_published_values_of_alpha_bar(schedule, steps, expected):
     table = diffusion.alpha_bar(schedule)
     assert (
         table.shape == (1000,)
@@ -137,7 +137,7 @@ def test_textbook_forms_of_the_conversions():
     close(to_eps("edm", out, x, A, sd=0.5), (x_edm - skip * x_edm - scale * out) / sigma)
 
 
-def test_error_identities():
+def test_errors_of_noise_and_image_differ_by_known_factors():
     x, sigma, guess = q_sample(X0, EPS, A), to_sigma(A), torch.tensor([0.37], dtype=torch.float64)
     error = (guess - EPS).square()
     close((to_x0("eps", guess, x, A) - X0).square(), sigma**2 * error)
@@ -153,7 +153,7 @@ def test_error_identities():
         (5.0, (0.009901, 0.497519, 0.199007, 4.04)),
     ],
 )
-def test_edm_preconditioning(sigma, expected):
+def test_edm_coefficients_are_those_of_the_paper(sigma, expected):
     skip, out, scale, noise = edm(torch.tensor(sigma, dtype=torch.float64), 0.5)
     weight = (sigma**2 + 0.25) / (sigma * 0.5) ** 2
     close([skip, out, scale, 1 / out**2], expected, 1e-5)
@@ -446,7 +446,7 @@ def test_sampling_depends_on_the_generator_alone():
             model.sample(wrong, 1, rng())
 
 
-def test_sampling_by_hand():
+def test_sampling_takes_the_ddim_steps_of_the_formula():
     model = small()
     times = [249, 499, 749, 999]
     assert model.times(4)[:, 0].tolist() == times

@@ -501,5 +501,5 @@ def test_texts_and_empty_prompts_are_prompts():
     model = make()
     assert model.sample(["5 6 7", ""], 1, torch.Generator(), temperature=0, max_tokens=5) == [
         [greedy(model, [5, 6, 7], 5)],
-        [greedy(model, [EOT], 5)],  # as in `encode`: the end token stands in for a prompt
+        [greedy(model, [EOT], 5)],  # as in `encode`, end-of-text replaces an empty prompt
     ]

@@ -1,8 +1,9 @@
 """Every single edit of a loss changes a value, a gradient, a metric or an error on some input.
 
-So no line of a loss is idle, and none is without inputs that would show its fault. That the values
-are right is for tests/methods/test_NAME.py, where the inputs (INPUTS), the variants of the Config
-(CASES) and the mutants that nobody could tell from the original (SURVIVORS, with the reason) stand.
+So no line of a loss is unnecessary, and the inputs would show an error in any line. Whether the
+values are right is tested in tests/methods/test_NAME.py. That file also has the inputs (INPUTS),
+the variants of the Config (CASES), and the mutants that are equivalent to the original (SURVIVORS,
+each with the reason).
 """
 
 import importlib
@@ -24,7 +25,7 @@ METHODS = [
 
 
 def check(made, alive, reasons):
-    """No mutant survives without a reason, and no reason stands without its survivor."""
+    """Assert that every surviving mutant has a reason, and that every reason has a survivor."""
     names = {mutant.name for mutant in alive}
     assert sorted(names - set(reasons)) == [] and sorted(set(reasons) - names) == []
     assert len(made) > len(alive)
@@ -44,7 +45,7 @@ def test_no_mutant_of_the_loss_survives_without_a_reason(name):
 
 @pytest.mark.mutants
 def test_no_mutant_of_the_checks_of_pairs_survives_without_a_reason():
-    """data.pair stands in front of the losses on pairs: it is edited once, for all of them."""
+    """Losses on pairs begin with data.pair, so it is edited once for all of them."""
 
     def observe(names, cfg, item):
         logps, ref_logps, batch = item

@@ -1,4 +1,4 @@
-"""docs/tour.py runs as it stands, from any folder, and says what its cells promise."""
+"""docs/tour.py runs unchanged from any folder, and prints what its cells announce."""
 
 import os
 import re

@@ -134,7 +134,7 @@ class _Reader:
         return self.drop(row) or self.preferred_first(row)
 
     def compared(self, record, form, at):
-        """(texts, the column that each stands in, their scores) of a record."""
+        """(texts, the column of each text, their scores) of a record."""
         first, second = (record[name] for name in form)
         if form[0] == "chosen":
             return [first, second], form, [1.0, 0.0]

@@ -2,7 +2,7 @@
 
     prompt 0    response: a point such as (0.9, 0.1)    reward 0.9
 
-Eight modes stand on the unit circle, in the plane or in a random plane of a D-dimensional space.
+Eight modes lie on the unit circle, in the plane or in a random plane of a D-dimensional space.
 The only prompt is 0, and a response is one point (D,). The reward is the point's first coordinate
 within the plane. On the data it is at most about 1, at one mode. Off the data it has no bound, so
 it can be gamed by leaving the data: such a policy has a reward above 1 and an off-manifold share

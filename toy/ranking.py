@@ -85,7 +85,7 @@ class World(world.World):
         self.tokenizer = data.Tokenizer.toy(["find", *words])
 
     def model(self):
-        """A fresh GPT: three layers of width 64, about 0.2M parameters."""
+        """A new GPT with three layers of width 64, about 0.2M parameters."""
         config = GPTConfig(
             vocab_size=self.tokenizer.vocab_size,
             hidden_size=64,

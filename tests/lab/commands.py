@@ -1,4 +1,4 @@
-"""What the tests of the command line share: small runs, refusals, runs that are killed."""
+"""Helpers of the tests of the command line: small runs, refusals, runs that are killed."""
 
 import json
 
@@ -59,14 +59,14 @@ def rows_file(path, rows):
 
 
 def small(monkeypatch):
-    """Bytes instead of GPT-2's tokens, so that a model on a file is tiny."""
+    """Use bytes instead of GPT-2's tokens, so that the model of a file is tiny."""
     from data import Tokenizer
 
     monkeypatch.setattr(Tokenizer, "text", classmethod(lambda cls: cls.toy([], name="bytes")))
 
 
 class Killed(BaseException):
-    """Stands for a SIGKILL: nothing is saved on the way out."""
+    """Replaces a SIGKILL: nothing is saved afterwards."""
 
 
 def killed_at(monkeypatch, call):

@@ -11,7 +11,7 @@ draw_curves = report.curves
 
 @pytest.fixture
 def own_folder(tmp_path, monkeypatch):
-    """An empty cache and current folder, and no curves.png, which takes most of a short run."""
+    """An empty cache and an empty current folder; curves.png, which is slow, is not drawn."""
     monkeypatch.setattr(store, "CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(Lab, "memory", {})
     monkeypatch.setattr(report, "curves", lambda *about: None)
@@ -30,5 +30,5 @@ def forget():
 
 @pytest.fixture
 def pictures(own_folder, monkeypatch):
-    """curves.png after all."""
+    """Draw curves.png after all."""
     monkeypatch.setattr(report, "curves", draw_curves)

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("own_folder")
         (b'{"prompt": "a", "responses": ["b", "c"], "scores": [1]}\n', ["pairs.jsonl:1", "scores"]),
     ],
 )
-def test_bad_files(tmp_path, capsys, text, words):
+def test_a_bad_file_is_refused_in_one_line(tmp_path, capsys, text, words):
     (tmp_path / "pairs.jsonl").write_bytes(text)
     refused(capsys, ["--method", "dpo", "--data", "pairs.jsonl"], *words)
     assert not (tmp_path / "out").exists()

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("own_folder")
 
 @pytest.mark.usefixtures("forget")
 def test_every_printed_command_is_one_that_is_understood(tmp_path, monkeypatch):
-    """Those of the README and of the docstrings; what stands behind two spaces explains them."""
+    """The commands are in the README and in docstrings; two spaces separate an explanation."""
     shutil.copy(f"{store.HERE}/methods/_template.py", tmp_path / "my_method.py")  # as README has it
     monkeypatch.chdir(tmp_path)
     files = ["README.md", "train.py", *(f"methods/{name}.py" for name in methods())]
@@ -140,7 +140,7 @@ def test_help_has_the_defaults_that_a_variant_fills_in(capsys):
         (["--seed", "1"], ["--method"]),
     ],
 )
-def test_bad_flags(tmp_path, capsys, argv, words):
+def test_a_bad_flag_is_refused_in_one_line(tmp_path, capsys, argv, words):
     refused(capsys, argv, *words)
     assert not list(tmp_path.glob("out/*/metrics.jsonl"))
 

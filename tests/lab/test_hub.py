@@ -1,4 +1,4 @@
-"""Checkpoints and tokenizers of others come back exactly, and whatever is wrong is one line."""
+"""Checkpoints and tokenizers of others are read exactly, and any error in them is one line."""
 
 import json
 import math
@@ -147,7 +147,7 @@ def test_what_a_config_leaves_out_is_llamas(tmp_path):
 
 
 def edited(**changes):
-    """config.json with other values (a value of `...` is left out)."""
+    """Write config.json with other values; a key with the value `...` is removed."""
 
     def fault(folder):
         config = json.loads((folder / "config.json").read_text()) | changes

@@ -141,7 +141,7 @@ def test_a_world_of_one_s_own(tmp_path, capsys):
 
 
 def test_the_cache_knows_the_source_of_a_world(tmp_path):
-    """The same name and key, another reward: nothing of the first world may be read back."""
+    """Two worlds with one name and key differ in their reward, so they must not share a cache."""
     rewards = []
     for folder, best in (("a", "1.0"), ("b", "-1.0")):
         path = own_world(tmp_path / folder, best)
@@ -254,7 +254,7 @@ def test_a_draft_in_methods_breaks_only_itself(tmp_path):
 
 
 def refused_last(capsys, argv, words):
-    """Refused after a header was printed: the last line on stderr."""
+    """The last line on stderr of a command that is refused after its header was printed."""
     capsys.readouterr()
     assert train.main(argv) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]

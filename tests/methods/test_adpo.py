@@ -53,7 +53,7 @@ def grad_of(value, x):
         (2.0, 1.304063, 0.135780, None),
     ],
 )
-def test_the_worked_example(tau, value, kl, grad):
+def test_the_loss_has_the_value_of_the_worked_example(tau, value, kl, grad):
     logps, ref_logps, batch = a_list(q=Q)
     losses, metrics = loss(logps, ref_logps, batch, Config(tau=tau, target="given"))
     assert losses.item() == pytest.approx(value, abs=1e-6) and metrics[
@@ -222,14 +222,14 @@ def test_a_soft_pair_settles_at_the_margin_logit_p_over_beta():
         ("kde", 0.5, [0.3] * 4, [0.25] * 4),
     ],
 )
-def test_targets(target, beta_r, scores, q):
+def test_targets_are_those_of_their_formulas(target, beta_r, scores, q):
     _, _, batch = a_list(scores=scores)
     found = targets(batch, batch.mask.any(-1), Config(target=target, beta_r=beta_r))
     assert found.flatten().tolist() == pytest.approx(q, abs=1e-5)
 
 
 @pytest.mark.paper
-def test_smoothed_ranks():
+def test_smoothed_ranks_have_their_values():
     _, _, batch = a_list()
     ranks = kernel_ranks(batch.scores, batch.mask.any(-1)).sigmoid().flatten().tolist()
     assert ranks == pytest.approx([0.86520, 0.40176, 0.13480, 0.59824], abs=1e-5)

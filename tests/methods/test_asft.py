@@ -63,7 +63,7 @@ def orpo_align(logps, batch):
         (Config(weight=0.0), 0.8, (-1.0, 0.0)),
     ],
 )
-def test_the_worked_example(cfg, value, slopes):
+def test_the_loss_has_the_value_of_the_worked_example(cfg, value, slopes):
     ours, gradient = value_and_slopes(-0.8, -1.2, cfg)
     assert ours == pytest.approx(value, abs=1e-6)
     if slopes:
@@ -252,7 +252,7 @@ def test_the_loss_of_a_certain_rejected_response_is_capped():
 
 @pytest.mark.paper
 def test_a_sum_in_place_of_the_mean_would_lose_the_rejected_side():
-    """200 tokens at -0.5: a response has the probability e^-100, a token 0.61, which is used."""
+    """A response of 200 tokens at -0.5 has probability e^-100; ASFT uses the mean, exp(-0.5)."""
     logps = torch.full((1, 2, 200), -0.5, dtype=torch.bfloat16, requires_grad=True)
     value = values(logps, everything_scored(logps), Config()).item()
     assert value == pytest.approx(1.0 - math.log(1 - math.exp(-0.5)), abs=1e-5)
@@ -321,7 +321,7 @@ def test_one_shared_parameter_has_no_optimum_under_dpo():
 
 
 @pytest.mark.paper
-def test_random_shared_features():
+def test_with_shared_features_asft_raises_the_chosen_response():
     """ASFT raises the chosen log-prob in all draws and DPO in none; DPO alone always separates."""
     draws = displacement(torch.Generator().manual_seed(0))
     rises = {name: int((values["change"] > 0).sum()) for name, values in draws.items()}

@@ -36,7 +36,7 @@ def small(**changes):
 
 
 @pytest.mark.paper
-def test_the_worked_pair():
+def test_the_loss_has_the_value_of_the_worked_pair():
     item = builders.one_pair(-12.0, -15.0, -13.0, -14.0)
     losses, gradient = builders.value_and_gradient(loss, *item, Config())
     slope = 0.1 / (1 + math.exp(0.2))
@@ -107,7 +107,7 @@ def test_ties_and_equal_responses_are_left_out():
         star(ROWS[0] | {"scores": [1.0] * 4})
 
 
-def test_the_rounds():
+def test_rounds_go_from_easy_to_hard():
     easy, medium, hard = [
         [p["responses"][1] for p in pairs] for pairs in curriculum(ROWS, Config())
     ]

@@ -56,7 +56,7 @@ def scored(seed=0, **kwargs):
         (1.0, 20.0, 0.018150, -0.003597),
     ],
 )
-def test_the_worked_examples(gap, delta, value, slope):
+def test_the_loss_has_the_values_of_the_worked_examples(gap, delta, value, slope):
     losses, gradient = value_and_gradient(loss, *at(delta, gap), Config())
     assert losses.item() == pytest.approx(value, abs=1e-6)
     assert gradient.flatten().tolist() == pytest.approx([slope, -slope], abs=1e-6)

@@ -126,7 +126,7 @@ def test_at_the_reference_each_term_costs_ln_2(alpha, value):
         )
 
 
-def test_values():
+def test_the_loss_has_its_values():
     assert loss(*ratios(3.0, -2.0), Config(0.05, 4.0))[0].item() == pytest.approx(
         3.198544, abs=1e-6
     )
@@ -241,7 +241,7 @@ def test_a_single_token_is_its_own_ratio():
         (torch.float64, torch.float64),
     ],
 )
-def test_dtypes(dtype, out):
+def test_the_loss_keeps_float64_and_upcasts_half_precision(dtype, out):
     logps, ref_logps, batch = ragged()
     value, _ = loss(logps.detach().to(dtype), ref_logps.to(dtype), batch, Config())
     assert value.shape == (5,) and value.dtype == out and value.isfinite().all()

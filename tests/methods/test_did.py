@@ -1,4 +1,4 @@
-"""DID against its paper: distributions, the sampler, what the loss recovers, entropies."""
+"""DID against its paper: distributions, the sampler, the optimum of the loss, entropies."""
 
 import math
 
@@ -211,7 +211,10 @@ def test_rows_that_are_not_pairs_are_refused():
 
 
 def by_labels(log_score):
-    """How often i is chosen and j rejected: both from pi_ref, Bradley-Terry labels of a score."""
+    """Probabilities that i is chosen and j rejected, for Bradley-Terry labels of a score.
+
+    Both responses are drawn from pi_ref.
+    """
     labels = F.logsigmoid(log_score[:, None] - log_score)
     return (REF[:, None] + REF + labels).exp()
 

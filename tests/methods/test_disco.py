@@ -30,7 +30,7 @@ def batch_of(scores, mask=None):
 
 
 def group(right, wrong):
-    """Scores of one group as (1, K), and which are right and wrong."""
+    """One group: scores (1, K), and masks of the right and the wrong responses."""
     s = tensor([*right, *wrong])[None]
     is_right = (torch.arange(s.shape[1]) < len(right))[None]
     return s, is_right, ~is_right
@@ -50,7 +50,7 @@ def gradient(logps, ref, batch, cfg):
 
 
 def free(**fields):
-    """A config of which the penalty never acts."""
+    """A Config under which the penalty is always 0."""
     return Config(beta=0.0, **fields)
 
 
@@ -58,7 +58,7 @@ def free(**fields):
 
 
 @pytest.mark.paper
-def test_worked_scores():
+def test_scores_have_the_values_of_worked_examples():
     assert gap(*group(PLUS, MINUS)).item() == pytest.approx(-0.0666667, abs=1e-7)
     for tau, expected in (
         (0.01, -0.489014),
@@ -90,7 +90,7 @@ def test_weights_of_the_wrong_responses():
         ("log_l", (-1.40, -1.05, -0.75), -0.5, -0.501125, 10.0),
     ],
 )
-def test_worked_tokens(score, s, j1, j2, tau):
+def test_the_loss_has_the_value_of_worked_tokens(score, s, j1, j2, tau):
     batch = batch_of([[1.0, 0.0, 0.0]], torch.ones(1, 3, 2, dtype=torch.bool))
     new, old = tensor(NEW)[None], tensor(OLD)[None]
     ours = new.mean(-1) if score == "log_l" else (new - old).exp().mean(-1)
@@ -128,7 +128,7 @@ def test_one_wrong_response_needs_no_tau():
 
 
 @pytest.mark.parametrize("tau", [None, 0.3, 1.0])
-def test_invariances(tau):
+def test_the_gap_is_invariant_to_shifts_and_to_order(tau):
     value = gap(*group(PLUS, MINUS), tau)
     shifted = gap(*group([x + 5 for x in PLUS], [x + 5 for x in MINUS]), tau)
     s, right, wrong = group(PLUS, MINUS)
@@ -172,7 +172,7 @@ def test_gradient_by_finite_differences():
         assert torch.autograd.gradcheck(lambda x: loss(x * batch.mask, ref, batch, cfg)[0], logps)
 
 
-def test_on_policy():
+def test_on_policy_the_gap_is_zero_and_its_gradient_is_not():
     """Every l_ratio is 1, so J is 0; both scores have one gradient in disco_b; the KL is 0."""
     logps, ref, batch, _ = ragged_groups(3)
     same = ref.clone().requires_grad_()
@@ -200,7 +200,7 @@ def test_without_the_penalty_the_objective_has_no_end():
 
 
 def shifted(kl, fields):
-    """Loss and summed gradient where every token lost `kl` of log-prob and no group is mixed."""
+    """Loss and summed gradient if every token's log-prob fell by `kl` and no group is mixed."""
     ref = torch.full((2, 3, 2), -1.0, dtype=torch.float64)
     logps = (ref - kl).requires_grad_()
     losses, metrics = loss(
@@ -219,7 +219,7 @@ def shifted(kl, fields):
     [(1e-4, 0.0, 0.0), (2e-4, 1e-5, 0.2), (1e-3, 8.1e-4, 1.8), (-0.5, 0.0, 0.0)],
 )
 @pytest.mark.parametrize("variant", ["disco", "disco_b"])
-def test_worked_penalties(variant, kl, penalty, slope):
+def test_penalties_have_the_values_of_worked_examples(variant, kl, penalty, slope):
     losses, grad, metrics = shifted(kl, dict(variant=variant, beta=1e3, delta=1e-4))
     assert losses.tolist() == pytest.approx([penalty] * 2, abs=1e-12) and grad == pytest.approx(
         -slope, abs=1e-9

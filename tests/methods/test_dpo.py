@@ -30,7 +30,7 @@ def test_at_the_reference_the_loss_is_ln_2_and_the_gradient_half_beta():
 @pytest.mark.parametrize(
     "beta, value, slope", [(0.1, 0.620957, -0.0462570), (0.5, 0.386871, -0.160411)]
 )
-def test_the_worked_example(beta, value, slope):
+def test_the_loss_has_the_value_of_the_worked_example(beta, value, slope):
     item, cfg = one_pair(-12.0, -14.0, -13.0, -13.5), Config(beta=beta)
     losses, gradient = value_and_gradient(loss, *item, cfg)
     assert losses.item() == pytest.approx(value, abs=1e-6)

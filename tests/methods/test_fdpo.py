@@ -67,7 +67,7 @@ def slope(kind, rho):
         ("alpha 0.7", 1.317832, 0.629425, -0.023196, 0.066285),
     ],
 )
-def test_the_worked_example(kind, delta, value, chosen, rejected):
+def test_the_loss_has_the_value_of_the_worked_example(kind, delta, value, chosen, rejected):
     cfg, rho = config(kind, 0.1), torch.tensor([1.0, -0.5], dtype=torch.float64)
     s = score(rho, cfg)
     assert (s[0] - s[1]).item() == pytest.approx(delta, abs=1e-6)
@@ -97,7 +97,7 @@ def test_the_slope_of_the_score(kind, slopes):
 
 @pytest.mark.paper
 @pytest.mark.parametrize("kind", KINDS)
-def test_at_the_reference(kind):
+def test_every_divergence_has_its_value_at_the_reference(kind):
     logps, _, batch = ragged()
     losses, gradient = value_and_gradient(loss, logps, logps.detach(), batch, config(kind, 0.6))
     torch.testing.assert_close(losses, torch.full_like(losses, math.log(2)), rtol=0, atol=1e-12)
@@ -291,7 +291,7 @@ def five():
 
 
 def measured(world, table, cfg):
-    """What a policy is worth -> {name: number}.
+    """Exact measurements of a policy -> {name: number}.
 
     `ece` reads preferences from the margin of cfg's divergence, `ece_log` from DPO's."""
     p, q, r = table.probs().detach(), world.reference.probs().detach(), world.rewards()

@@ -130,7 +130,7 @@ def test_with_clipping_the_objective_is_a_weighted_gap_of_clipped_scores(variant
 
 @pytest.mark.parametrize(("variant", "high"), [("grpo", 0.2), ("dr_grpo", 0.2), ("dapo", 0.28)])
 def test_clipping_stops_the_gradient_on_both_sides_but_never_of_a_way_back(variant, high):
-    """A right response stops above 1 + high, a wrong one below 1 - epsilon; nothing else does."""
+    """The gradient is 0 for a right response above 1 + high and a wrong one below 1 - epsilon."""
     inside, above, below = 0.0, math.log(1 + high) + 0.01, math.log(0.8) - 0.01
     for right, wrong, moves in (
         (inside, inside, (True, True)),
@@ -143,8 +143,8 @@ def test_clipping_stops_the_gradient_on_both_sides_but_never_of_a_way_back(varia
         assert grad[0] <= 0 <= grad[1]
 
 
-def test_clipped_values():
-    """Two responses, A = 1 and -1: rho = 1.5 counts 1.2 (dapo: 1.28), rho = 0.5 counts 0.8."""
+def test_clipping_limits_the_value_of_a_ratio():
+    """With A = 1 and -1, rho = 1.5 is clipped to 1.2 (dapo: 1.28), and rho = 0.5 to 0.8."""
     item = group([1.0, 0.0], [math.log(1.5), math.log(0.5)])
     assert loss(*item, Config())[0].item() == pytest.approx(-(1.2 - 0.8) / 2)
     assert loss(*item, Config("dapo"))[0].item() == pytest.approx(-(1.28 - 0.8) / 2)

@@ -63,7 +63,7 @@ CANONICAL = [  # fields, value, slope in log pi(y_w), slope in log pi(y_l)
 
 
 @pytest.mark.parametrize("fields, known, chosen, rejected", CANONICAL)
-def test_the_canonical_pair(fields, known, chosen, rejected):
+def test_every_variant_has_its_value_on_the_canonical_pair(fields, known, chosen, rejected):
     item = canonical()
     assert value(item, **fields).item() == pytest.approx(known, abs=2e-6)
     grad = gradient(item, **fields)[0]
@@ -89,7 +89,7 @@ def test_the_canonical_pair(fields, known, chosen, rejected):
         (dict(variant="ipo", tau=0.5), 1.0),
     ],
 )
-def test_at_the_reference(fields, known):
+def test_every_variant_has_its_value_at_the_reference(fields, known):
     _, ref_logps, batch = ragged()
     losses = value((ref_logps, ref_logps, batch), **fields)
     torch.testing.assert_close(
@@ -140,7 +140,7 @@ def test_slopes_are_those_of_the_formulas(seed):
 
 @pytest.mark.parametrize(
     "fields", [f for f, *_ in CANONICAL if f != dict(variant="kto")]
-)  # whose z is no part of the graph
+)  # z is not part of the graph
 def test_gradients_are_those_of_the_values(fields):
     logps, ref_logps, batch = ragged(rows=3, length=4, seed=3)
     assert torch.autograd.gradcheck(lambda x: loss(x, ref_logps, batch, Config(**fields))[0], logps)
@@ -234,7 +234,7 @@ def test_kto_weighs_its_two_sides_apart():
 
 
 def uneven():
-    """Four good responses and two bad ones, in rows of which some have one side alone."""
+    """Four good responses and two bad ones, in rows of which some have only one response."""
     logps, ref_logps, batch = ragged(seed=8)
     there = torch.tensor([[1, 1], [1, 0], [1, 0], [0, 1], [1, 0]]).bool()[..., None]
     return (
@@ -398,7 +398,7 @@ def expected_loss(ratios, cfg, p):
         (Config("cpo", lam=0.0), 13.8629),
     ],
 )
-def test_population_optima(cfg, h):
+def test_every_variant_has_its_population_optimum(cfg, h):
     """At p = 0.8, log(p / (1 - p)) / beta and (2 p - 1) / (2 tau); CPO has no reference."""
     ratios = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     how = dict(
@@ -475,7 +475,7 @@ def test_no_reference_is_made_for_cpo(monkeypatch, name, scenario):
 
 
 def test_from_the_base_it_is_the_method_itself(monkeypatch):
-    """DPO in the scenario without fine-tuning is methods/dpo.py, to the last bit."""
+    """DPO in the scenario without SFT equals methods/dpo.py exactly."""
     settings = dict(steps=5, prompts=64, batch_size=16, seed=3)
     _, ours, _ = first_call(monkeypatch, "bandit", Config("dpo", "base"), **settings)
     theirs = dpo.run(lab.Lab(lab.Settings(world="bandit", **settings), quiet=True), dpo.Config())
@@ -483,7 +483,7 @@ def test_from_the_base_it_is_the_method_itself(monkeypatch):
 
 
 def test_the_starts_are_better_and_better():
-    """In the exact table: fine-tuned on the better of two answers, and on the best of eight."""
+    """In the exact table, SFT on the best of eight answers beats SFT on the better of two."""
     rewards = {}
     for scenario in SCENARIOS:
         here = lab.Lab(lab.Settings(world="bandit", steps=40, batch_size=64), quiet=True)
@@ -499,7 +499,7 @@ def test_a_file_has_no_instruction_tuned_model():
     assert begun(here, "policy", "base") == "policy"
 
 
-def test_run_on_text():
+def test_every_variant_runs_on_text():
     here = lab.Lab(
         lab.Settings(
             world="reviews", steps=2, prompts=8, batch_size=4, base_steps=2, max_response=6

@@ -75,7 +75,7 @@ def by_hand(r, w, beta, inner, reduce):
 
 
 def free_scores(batch, objective, cfg):
-    """The scores r (K,) of one list that minimize a loss when nothing ties them together."""
+    """The scores r (K,) of one list that minimize a loss, as free parameters."""
     r = torch.zeros(*batch.mask.shape, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS(
         [r],
@@ -115,7 +115,7 @@ def optimum(y, k, **fields):
         ("incl", "sum", 1.036287),
     ],
 )
-def test_two_items(inner, reduce, expected):
+def test_the_loss_has_the_value_of_two_items(inner, reduce, expected):
     assert value((0.3, -0.1), (1.0, 0.0), (1, 2), beta=0.5, inner=inner, reduce=reduce)[
         0
     ] == pytest.approx(expected, abs=1e-6)
@@ -175,7 +175,7 @@ def test_weights_of_the_hand_case():
         ("code", "mean", 0.759806, (0.250580, -0.416720, 0.064262, 0.101878)),
     ],
 )
-def test_hand_case(inner, reduce, expected, gradient):
+def test_the_loss_and_its_gradient_are_those_of_the_hand_case(inner, reduce, expected, gradient):
     got, grad = value(R, Y, K, beta=1.0, inner=inner, reduce=reduce)
     assert got == pytest.approx(expected, abs=1e-6) and grad.tolist() == pytest.approx(
         gradient, abs=1e-6
@@ -200,7 +200,7 @@ def test_log_sum_exp_of_each_item():
     ("inner", "reduce", "expected"),
     [("code", "mean", 0.629192), ("excl", "sum", 5.033537), ("incl", "sum", 5.843756)],
 )
-def test_at_the_reference(inner, reduce, expected):
+def test_the_loss_has_its_value_at_the_reference(inner, reduce, expected):
     total = sum(W)
     formula = {
         "code": math.log(2) * total / 4,
@@ -213,7 +213,7 @@ def test_at_the_reference(inner, reduce, expected):
 
 @pytest.mark.parametrize("beta", [0.01, 0.1, 1.0, 20.0])
 def test_the_item_itself_is_left_out_whatever_beta(beta):
-    """The released code subtracts 100 before multiplying by beta: off by 0.1157 at beta 0.01."""
+    """The released code subtracts 100 before multiplying by beta, which fails for a small beta."""
     assert value((0.0,) * 4, Y, K, beta=beta)[0] == pytest.approx(
         math.log(2) * sum(W) / 4, abs=1e-6
     )
@@ -250,7 +250,7 @@ def test_optimum_is_where_the_weights_say(inner):
 @pytest.mark.paper
 @pytest.mark.parametrize("beta", [0.5, 2.0])
 def test_optimum_of_a_policy_over_the_whole_list(beta):
-    """Where the list is every action there is, pi is pi_ref p^(1/beta), normalised."""
+    """If the list has all responses, the optimum is pi_ref p^(1/beta), normalized."""
     ref = torch.tensor([0.1, 0.6, 0.3], dtype=torch.float64).log()
     logits = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS(
@@ -367,7 +367,7 @@ def test_drawing_a_competitor_by_rho_has_less_variance_than_uniformly():
 
 @pytest.mark.paper
 @pytest.mark.parametrize("inner", ["excl", "incl", "code"])
-def test_invariances(inner):
+def test_the_loss_is_invariant_to_shifts_and_to_order(inner):
     logps, ref, batch, _ = ragged_lists(6)
     cfg = Config(beta=0.8, inner=inner)
     before, _ = loss(logps, ref, batch, cfg)
@@ -426,7 +426,7 @@ def test_losses_are_in_float32_or_better():
 
 @pytest.mark.paper
 def test_baselines_leave_the_relevant_items_unordered():
-    """Over all choices of a relevant item they give all three one score; IRPO orders them by w."""
+    """Averaged over the relevant items, both score them equally; IRPO orders them by w."""
     for baseline in (dpo_loss, softmax_dpo_loss):
 
         def all_choices(logps, ref_logps, batch, cfg):
@@ -445,7 +445,7 @@ def test_baselines_leave_the_relevant_items_unordered():
     )
 
 
-def test_baselines_in_numbers():
+def test_the_baselines_have_the_values_of_their_formulas():
     batch = lists(torch.tensor([[1.0, 0.0, 0.0, 2.0]]))
     batch.role = tensor([[1.0, 0.0, -1.0, 0.0]])
     r, zero = tensor(R)[None, :, None], torch.zeros(1, 4, 1, dtype=torch.float64)
@@ -640,8 +640,8 @@ def test_roles_are_one_relevant_and_one_irrelevant_item():
     ).all()
 
 
-def test_shuffled_agreement():
-    """Scores of the items agree in any order of the list, scores of the places do not."""
+def test_agreement_of_shuffled_lists_tells_items_from_places():
+    """Scores that depend on the items agree in any order of the list; scores of places do not."""
     world = Lab(Settings(world="ranking"), quiet=True).world
     rows = world.lists(40, torch.Generator().manual_seed(0))
 

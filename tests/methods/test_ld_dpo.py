@@ -59,7 +59,7 @@ def split_sums(logps, batch, alpha):
         (0.0, -3.50, -3.60, 0.070, 0.658760),
     ],
 )
-def test_the_worked_example(alpha, policy, reference, z, value):
+def test_the_loss_has_the_value_of_the_worked_example(alpha, policy, reference, z, value):
     logps, ref_logps, batch = example()
     assert split_sums(logps, batch, alpha)[0, 0].item() == pytest.approx(policy)
     assert split_sums(ref_logps, batch, alpha)[0, 0].item() == pytest.approx(reference)

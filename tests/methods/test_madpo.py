@@ -88,7 +88,7 @@ def test_the_stretch_falls_from_c_max_through_1_at_tau_to_c_min(c_max, c_min, la
 
 
 @pytest.mark.paper
-def test_the_worked_example():
+def test_the_loss_has_the_value_of_the_worked_example():
     logps, ref_logps, batch = one(3.0, 1.0)
     _, metrics = loss(logps, ref_logps, batch, WIDE)
     losses, gradient = builders.value_and_gradient(loss, logps, ref_logps, batch, WIDE)
@@ -127,9 +127,9 @@ def test_without_a_margin_it_is_dpo():
 
 
 def settled(h, cfg):
-    """The margin where the expected loss of a pair of true margin h has no slope, by bisection.
+    """The margin at which the expected loss of a pair of true margin h is minimal, by bisection.
 
-    The pair is met with either label at the odds of h."""
+    Each label occurs with its Bradley-Terry probability under h."""
     low, high, h = -50.0, 50.0, torch.tensor([h, -h], dtype=torch.float64)
     batch = SimpleNamespace(mask=torch.ones(2, 2, 1, dtype=torch.bool), margin=h)
     for _ in range(60):
@@ -166,7 +166,7 @@ def test_without_any_stretch_a_pair_keeps_its_margin():
 
 @pytest.mark.paper
 def test_a_pair_costs_the_same_whichever_response_is_named_first():
-    """(y1, y2, label 1) and (y2, y1, label 2) are one row: the margin is that of the label."""
+    """(y1, y2, label 1) and (y2, y1, label 2) are the same pair, so they have the same loss."""
     reward, log_ratio = {"a": 1.3, "b": -0.4}, {"a": 0.6, "b": -0.2}
 
     def cost(first, second, label):
@@ -265,7 +265,7 @@ def test_rows_that_are_not_pairs_are_refused():
 
 
 def test_the_reward_model_of_a_table_can_hold_any_rewards():
-    """It starts at 0 margin, and its margins are those of its log-probs, up to a constant."""
+    """All margins are 0 at first, and margins are differences of its log-probs."""
     world = World(vocab=3, length=3)
     reward_model = RewardTable(world.model())
     batch = collate([dict(prompt=0, responses=[[2, 0, 1], [0, 1, 2]])])

@@ -53,7 +53,7 @@ def along(values, y):
 
 
 @pytest.mark.paper
-def test_the_hand_case():
+def test_the_soft_values_are_those_of_the_hand_case():
     q, value, a = soft_optimum(HAND, torch.full_like(HAND, HALF), 1.0)
     assert value.tolist() == pytest.approx([0.357374, 0.0, 0.620115], abs=1e-6)
     assert a.flatten().tolist() == pytest.approx(
@@ -380,7 +380,7 @@ def test_steps_are_those_of_the_verifier(response, texts, right):
     )  # what is left is places left out
 
 
-def test_auc():
+def test_auc_is_the_share_of_ordered_pairs():
     marked = torch.tensor([True, True, False, False])
     assert (
         auc(torch.tensor([3.0, 2.0, 1.0, 0.0]), marked) == 1.0

@@ -69,7 +69,7 @@ def test_values_and_slopes_of_both_corrections(
 
 
 @pytest.mark.paper
-def test_the_worked_pair():
+def test_the_losses_have_the_values_of_the_worked_pair():
     """log pi (-12, -14), log pi_ref (-13, -13.5) at beta 0.1 is a margin of 0.15."""
     value, gradient = value_and_gradient(loss, *one_pair(-12.0, -14.0, -13.0, -13.5), Config())
     assert value.item() == pytest.approx(0.508457, abs=1e-6)
@@ -412,7 +412,7 @@ def test_at_matched_kl_dpo_with_a_smaller_beta_is_all_but_as_good(flip, beta, sm
 
 
 def sampled(world, flip, n):
-    """All pairs with counts of n draws in place of their probabilities, each prompt's by itself."""
+    """All pairs, weighted by their counts in n draws per prompt instead of their probabilities."""
     rows = world.pairs_all(flip=flip)
     chance = torch.tensor([row["weight"] for row in rows], dtype=torch.float64)
     chance = chance.view(len(world.rewards()), -1)
@@ -424,11 +424,11 @@ def sampled(world, flip, n):
 
 
 def unbounded(world, rows, epsilon):
-    """(P,) bool: has the weighted loss no minimum?
+    """(P,) bool: whether the weighted loss has no minimum.
 
-    Far out it is linear in h where the order of the responses is fixed, so it is enough to look
-    along the sets of responses that leave the rest behind: wins over the rest must not be seen
-    more often than 1 - epsilon."""
+    For large h the loss is linear in h for a fixed order of the responses. So it is enough to check
+    every set of responses that moves away from the rest: it must not win more often than
+    1 - epsilon against the rest."""
     count = len(world.reference.sequences())
     weight = torch.zeros(len(world.rewards()), count, count, dtype=torch.float64)
     for row in rows:

@@ -192,7 +192,7 @@ def test_with_unequal_lengths_a_chosen_response_counts_by_its_length():
 
 
 def scorings(method, cfg, reference, steps):
-    """How often a model is scored in a training of so many steps on a table."""
+    """The number of times that models are scored in a training of `steps` steps on a table."""
     lab, calls = Lab(Settings(world="bandit", prompts=512), quiet=True), []
 
     def score(model, batch):
@@ -218,8 +218,8 @@ def test_a_run_learns_from_pairs_and_more_from_lists(k):
     assert gain > (0.3 if k == 2 else 0.6)
 
 
-def test_images():
-    """The noise error of the chosen image, and of nothing else."""
+def test_on_images_the_loss_is_the_noise_error():
+    """The loss is the noise error of the chosen image only."""
     lab = Lab(Settings(world="digits", base_steps=0), quiet=True)
     rng = torch.Generator().manual_seed(0)
     rows = [

@@ -1,6 +1,6 @@
-"""The survey's losses: values, gradients, reductions to others, equality with files of their own.
+"""The survey's losses: values, gradients, reductions to each other, equality with other files.
 
-Also what is refused, the taxonomy, and the measurements of the claims.
+Also tested are refusals, the taxonomy, and the measurements of the claims.
 """
 
 import math
@@ -21,7 +21,7 @@ from toy import bandit
 
 
 def canonical(lw=-4.0, ll=-6.0):
-    """The card's pair: lengths 4 and 3, reference -5 and -5.5, scores 0.2 apart in their log."""
+    """A pair of lengths 4 and 3 with reference -5 and -5.5; log-scores differ by 0.2."""
     mask = torch.ones(1, 2, 4, dtype=torch.bool)
     mask[0, 1, 3] = False
     count = mask.sum(-1, keepdim=True)
@@ -85,7 +85,7 @@ VALUES = dict(
 
 @pytest.mark.paper
 @pytest.mark.parametrize("name", VALUES)
-def test_the_canonical_pair(name):
+def test_every_variant_has_its_value_on_the_canonical_pair(name):
     assert value(canonical(), name).item() == pytest.approx(VALUES[name], abs=1e-6)
 
 
@@ -134,7 +134,7 @@ def test_the_canonical_pair_where_more_than_it_counts():
     ]
     + [("exo", 2.761231), ("disco_pop", 0.846574), ("kto", 1.0), ("cal_dpo", 25.693147)],
 )
-def test_at_the_reference(name, expected):
+def test_every_variant_has_its_value_at_the_reference(name, expected):
     _, ref_logps, batch = graded()
     torch.testing.assert_close(
         value((ref_logps, ref_logps, batch), name),
@@ -271,8 +271,10 @@ def test_rdpo_is_unbiased(e):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_what_a_variant_reads(name):
-    """A loss without a reference gives the same for any and for none; the others do not change
-    when policy and reference change by the same constant."""
+    """Losses without a reference ignore ref_logps.
+
+    The others do not change if policy and reference change by the same constant.
+    """
     logps, ref_logps, batch = graded(seed=9)
     here = value((logps, ref_logps, batch), name)
     assert here.shape == (5,) and here.dtype == torch.float64
@@ -301,7 +303,7 @@ def test_gradients_are_those_of_the_values(name):
         if name in ("beta_dpo", "alpha_dpo")
         else {}
     )
-    if name == "bco":  # its mean is no part of the graph
+    if name == "bco":  # its mean is not part of the graph
         return
     assert torch.autograd.gradcheck(
         lambda x: loss(x, ref_logps, batch, Config(name, **fields))[0], logps
@@ -400,7 +402,7 @@ def test_what_is_no_pair_is_refused():
 
 
 def settled(cfg, p):
-    """[a, c] at the least expected loss, when the first of two answers is preferred with
+    """[a, c] at the minimum of the expected loss, if the first of two responses is chosen with
     probability p."""
     ratios = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     batch, weight = (
@@ -414,9 +416,8 @@ def settled(cfg, p):
 
     def closure():
         optimizer.zero_grad()
-        logps = torch.stack([ratios, ratios.flip(0)])[
-            ..., None
-        ]  # the pair as the label has it, and turned round
+        # the pair with its label, and with the label flipped
+        logps = torch.stack([ratios, ratios.flip(0)])[..., None]
         value = (weight * loss(logps, torch.zeros_like(logps), batch, cfg)[0]).sum()
         value.backward()
         return value
@@ -439,7 +440,7 @@ def settled(cfg, p):
     ]
     + [("exo", 41.4405), ("cal_dpo", 5.6073)],
 )
-def test_population_optima(name, h):
+def test_every_variant_has_its_population_optimum(name, h):
     a, c = settled(Config(name), 0.8)
     assert a - c == pytest.approx(h, abs=1e-3)
     sides = dict(
@@ -518,7 +519,7 @@ def test_chi_po_clips_the_difference_of_the_two_links(a, c, loss_, slopes):
     assert gradient(item, "chi_po", gamma=1.0).flatten().tolist() == pytest.approx(slopes, abs=5e-3)
 
 
-def test_small_helpers():
+def test_helpers_return_the_values_of_their_formulas():
     assert standardized(torch.tensor([1.0, 3.0])).tolist() == [-1, 1]
     assert standardized(torch.ones(3)).tolist() == [0, 0, 0]
     curve = [dict(kl=0.0, reward=0.0), dict(kl=0.4, reward=1.0), dict(kl=0.8, reward=2.0)]
@@ -562,7 +563,7 @@ def test_the_pages_of_the_claims():
 
 
 @pytest.mark.parametrize("name", ["odpo", "simpo"])
-def test_run(name, tmp_path):
+def test_every_variant_runs(name, tmp_path):
     here = lab.Lab(
         lab.Settings(world="bandit", steps=3, prompts=32, batch_size=8), str(tmp_path), quiet=True
     )

@@ -1,5 +1,7 @@
-"""3D-Properties against its paper: values, gradients in log-probs and in likelihoods, both toys,
-and the look at a finished run."""
+"""3D-Properties against its paper: values, gradients in log-probs and likelihoods, both toys.
+
+Also tested is the measurement of a finished run.
+"""
 
 import json
 import math
@@ -355,7 +357,7 @@ def test_the_slope_in_the_chosen_likelihood_grows_where_that_likelihood_vanishes
 
 @pytest.mark.paper
 def test_without_shared_features_no_probability_leaves_the_pair():
-    """In a table two logits move, and the chosen response takes it all."""
+    """In a table only two logits change, and the chosen response gets all of the probability."""
     logits = torch.zeros(10, dtype=torch.float64, requires_grad=True)
     ref_logps = torch.full((1, 2, 1), 0.1, dtype=torch.float64).log()
     batch = SimpleNamespace(mask=torch.ones(1, 2, 1, dtype=torch.bool))
@@ -452,7 +454,7 @@ def summary_of(folder):
 
 
 def test_a_look_at_a_finished_run(tmp_path, capsys):
-    """--init alone looks and trains nothing; --steps trains from there."""
+    """--init alone measures and trains nothing; with --steps it is trained further."""
     run_of_dpo, seen = made(tmp_path / "made"), tmp_path / "seen"
     assert look(run_of_dpo, seen) == 0
     assert "nothing is trained" in capsys.readouterr().out
@@ -484,7 +486,7 @@ def test_a_look_at_a_finished_run(tmp_path, capsys):
 
 
 def test_a_look_at_a_run_on_a_file(tmp_path, capsys, monkeypatch):
-    """Its context is that of the run, and a path is the same file however it is written."""
+    """The context is that of the run, and a relative path and its absolute path are one file."""
     rows = [
         dict(prompt=f"q{i} is", chosen=f" good {i}", rejected=f" bad {i} x" + " so" * 40 * (i > 30))
         for i in range(40)

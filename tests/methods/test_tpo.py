@@ -165,7 +165,7 @@ def test_without_pair_weights_all_pairs_are_dpo():
         ("model", 0.752251, (-0.327685, -0.075147, 0.165214, 0.237618)),
     ],
 )
-def test_the_hand_case(tau, value, slopes):
+def test_the_loss_has_the_value_of_the_hand_case(tau, value, slopes):
     logps, ref_logps, batch = flat([0.2, 0.5, -0.1, 0.0], [1.0, 0.6, 0.3, 0.0])
     losses, metrics = loss(logps, ref_logps, batch, Config(**PLAIN | dict(tau=tau)))
     assert losses.item() == pytest.approx(value, abs=1e-6)
@@ -408,7 +408,7 @@ def test_huge_margins_stay_finite_in_every_dtype(dtype, k):
         assert torch.autograd.grad(losses.sum(), logps)[0].isfinite().all()
 
 
-def test_what_is_refused():
+def test_bad_trees_and_scores_are_refused():
     logps, ref_logps, batch = flat([0.2, 0.5], [1.0, 0.0])
     for scores in ([math.nan, 0.0], [100.0, 0.0], [0.5, -0.1]):
         with pytest.raises(ValueError, match="between 0 and 1"):
@@ -468,7 +468,7 @@ def test_steps_end_with_their_separator():
 
 
 def test_trees_of_sums_are_scored_as_one_response_a_row():
-    """A path has the log-probs and the score of the response written out."""
+    """A path of a tree has the log-probs and the score of the same response in a row of its own."""
     here = Lab(
         Settings(world="arithmetic", base_steps=20, prompts=6, k=5, batch_size=4), quiet=True
     )
@@ -519,7 +519,7 @@ def test_every_field_changes_the_run():
     assert all((a - b).abs().max() > 0 for i, a in enumerate(ends) for b in ends[:i])
 
 
-def test_lists_without_steps():
+def test_lists_without_steps_are_trained_as_one_step():
     settings = Settings(
         world="reviews",
         base_steps=2,
@@ -615,6 +615,6 @@ SURVIVORS = {
     "loss: g.sum(-1) -> g.mean(-1)": "the same",
     "step_places: on.sum(-1) - 1 -> on.sum(-1)": "the same",
     "step_places: 1 -> 2": "the same, or the other side of a square",
-    "paths: 1 -> 2": "-2 is no place of a parent either",
+    "paths: 1 -> 2": "-2 is not the index of a parent either",
     f"paths: eye + {CHILDREN} -> eye - {CHILDREN}": "only which entries are 0 is read",
 }

@@ -1,4 +1,4 @@
-"""docs/data.md: its rows are read as it says."""
+"""docs/data.md: its example rows are read as the page says."""
 
 import re
 from pathlib import Path

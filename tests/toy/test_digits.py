@@ -30,7 +30,7 @@ def test_real_digits_scaled_to_one(world):
     assert (World.name, World.kind) == ("digits", "images")
 
 
-def test_rows(world):
+def test_demonstrations_are_images_with_their_class(world):
     rows = world.demonstrations(300, rng())
     assert {row["prompt"] for row in rows} == set(range(10)) == set(world.prompts(300, rng()))
     assert all(
@@ -131,7 +131,7 @@ def test_model_fits_and_is_measured(world):
     )
 
 
-def test_picture(world, tmp_path):
+def test_the_picture_is_written_as_a_png(world, tmp_path):
     images = torch.stack([world.images[world.labels == c][:4] for c in range(10)])
     write_picture(tmp_path, world.picture(images, images + 0.5))
     assert (tmp_path / "samples.png").read_bytes()[:4] == b"\x89PNG"

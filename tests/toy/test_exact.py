@@ -1,4 +1,4 @@
-"""What is exact in a table is compared with the same thing counted one response at a time."""
+"""The exact values of a table are compared with sums over one response at a time."""
 
 import itertools
 import math

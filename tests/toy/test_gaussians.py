@@ -45,7 +45,7 @@ def test_draws_lie_on_the_ring(dim):
     assert abs(world.reward([0] * len(x), x).mean()) < 0.03
 
 
-def test_measures():
+def test_measure_counts_points_off_the_ring_and_modes():
     world = World(std=0.05)
     ring, one = world.modes, world.modes[:1].expand(100, -1)
     assert (
@@ -110,6 +110,6 @@ def test_model_learns_to_score_and_sample():
 
 
 @pytest.mark.parametrize("wrong", [dict(dim=1), dict(modes=0), dict(std=0.0), dict(clean=1.5)])
-def test_refused(wrong):
+def test_values_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         World(**wrong)

@@ -100,7 +100,7 @@ def test_broken_is_the_least_number_of_breaks():
         assert WORLD.broken(text) == fewest[-1], text
 
 
-def test_sentiment():
+def test_sentiment_respects_degrees_and_negations():
     value = {
         text: parts(f" the lens is {text} .")["sentiment"]
         for text in ("good", "not good", "bad", "not bad", "very good", "great", "not very good")
@@ -115,7 +115,7 @@ def test_sentiment():
         > value["bad"]
     )
     assert value["not very good"] == value["not good"]
-    # a negation ends with its clause, also when it stands in the prompt
+    # a negation ends with its clause, also if it is in the prompt
     assert parts(" bad .", PROMPT + " it is not")["sentiment"] == value["not bad"]
     assert parts(" the lens is not good and the zoom is good .")["sentiment"] == (1 - 0.75) / 3
     # remarks without an opinion change nothing, and ten times the length is not ten times as good
@@ -123,7 +123,7 @@ def test_sentiment():
     assert parts(" it is good ." * 10)["sentiment"] < 2 * value["good"]
 
 
-def test_penalties():
+def test_penalties_have_the_values_of_examples():
     assert parts(" the lens is good and the zoom is nice .")["repeated"] == 0
     assert parts(" the lens is good and the lens is good .")["repeated"] == 2
     assert parts(" the lens is good and the breakfast is nice .")["astray"] == 1
