@@ -111,7 +111,7 @@ class Probe(Lab):
 def first_call(run, settings):
     """(loss, *arguments) of the first call of the loss in `run`; None if it is never called."""
     lab, loss = Probe(settings, quiet=True), run.module.loss
-    run.module.loss = lab.note(loss)  # for a `run` that calls it by itself, under lab.fit
+    run.module.loss = lab.note(loss)  # for a `run` that calls the loss itself, in lab.fit
     try:
         run.module.run(lab, run.cfg)
     except Caught:

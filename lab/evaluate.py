@@ -62,7 +62,7 @@ def sequence_kl(lab, policy, reference, rows):
     """
     temperature = lab.settings.temperature or 1.0
     logits = reference.config.vocab_size * max(2, lab.max_response) * len(rows[0]["responses"])
-    size, out = max(1, min(64, 2**27 // logits)), []  # rows at a time: at most 2^27 logits
+    size, out = max(1, min(64, 2**27 // logits)), []  # rows per batch, for at most 2^27 logits
     for start in range(0, len(rows), size):
         batch = lab.collate(rows[start : start + size])
         with lab.autocast():

@@ -133,7 +133,7 @@ class Declared:
 
 
 def fields_of(source, name):
-    """{field: Flag} of the dataclass `name` in a module's source; None when there is no such class.
+    """{field: Flag} of the dataclass `name` in a module's source; None if there is no such class.
 
     The explanation is the comment on the field's line or lines, else the comment lines above it.
     """
@@ -233,7 +233,7 @@ class Run:
     paper: Paper | None
     settings: Settings
     cfg: object
-    varied: dict  # what distinguishes it from the other runs of a sweep
+    varied: dict  # {flag: value} of the flags that differ between the runs of a sweep
 
     def name(self):
         return ", ".join(f"{k} {v}" for k, v in self.varied.items())
@@ -514,7 +514,7 @@ def fitting(runs, flags):
         try:
             refuse_method(run.method, run.paper, world, s)
             seen = (run.method, str(run.cfg), str(dataclasses.replace(s, seed=0)))
-            if seen not in rehearsed:  # seeds change nothing of what is checked
+            if seen not in rehearsed:  # the checks do not depend on the seed
                 rehearse(run, world, start)
             rehearsed.add(seen)
             kept.append(run)

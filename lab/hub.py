@@ -469,7 +469,7 @@ def chat_template(folder):
     settings = read_object(os.path.join(folder, "tokenizer_config.json"), {})
     text = read_text(os.path.join(folder, "chat_template.jinja"))
     text = settings.get("chat_template") if text is None else text
-    if isinstance(text, list):  # several, each with a name
+    if isinstance(text, list):  # a list of templates with names
         named = [each for each in text if isinstance(each, dict) and each.get("name") == "default"]
         text = named[0].get("template", named) if named else None
     if text is None:

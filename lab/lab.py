@@ -61,7 +61,7 @@ class Lab:
         self.start = start if start is None else start.to(self.device)
         self.world = make_world(settings, self.start) if world is None else world
         refuse_idle(settings, self.world, self.start)
-        # a World object without a key of its own cannot be told from another one in the cache
+        # World objects whose class has no `key` of its own cannot be distinguished in the cache
         self.given, self.cacheable = world, world is None or "key" in vars(type(world))
         chosen = {"k": 4, "max_response": self.world.max_response} | self.world.align
         for name in ("steps", "batch_size", "lr", "prompts", "k", "max_response", "eval_every"):

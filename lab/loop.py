@@ -138,7 +138,7 @@ class Log:
         found = load_value(self.path) if self.path else None
         if found is None:
             if self.file and self.first_fit and os.path.exists(self.file):
-                # an earlier try may have written lines before its first checkpoint
+                # an interrupted run may have written lines before its first checkpoint
                 with open(self.file, encoding="utf-8") as file:
                     lines = [line for line in file if line.endswith("\n")]
                 lines = [line for line in lines if json.loads(line)["stage"] < self.number]

@@ -1,9 +1,9 @@
-"""A run before it begins: what it would refuse without a trained model is refused here.
+"""A rehearsal of a run, which finds mistakes of the user before anything is trained.
 
-`run` of the method is called with a Lab in which nothing is trained, sampled or written. It ends
-where a trained model is first needed: at `lab.base()` in a world that samples its rows, in `align`
-with the rows of a file. Those are laid out for the model's context, and each goes through the loss
-once, so that a row that the method cannot use is named with file and line.
+`run` of the method is called with a Lab in which nothing is trained, sampled or written. The
+rehearsal ends at the first call that needs a trained model: `lab.base()` in a world that samples
+its rows, or `align` with the rows of a file. Rows of a file are encoded and passed to the loss
+once, so that a row that the method cannot use is reported with file and line.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from lab.lab import Lab
 
 
 class Enough(Exception):
-    """Ends a rehearsal: what follows needs a trained model."""
+    """Ends a rehearsal at the first call that needs a trained model."""
 
 
 def rehearse(run, world, start):
@@ -33,10 +33,10 @@ def rehearse(run, world, start):
 
 
 class Rehearsal(Lab):
-    """A Lab whose verbs end the rehearsal where they need a trained model."""
+    """A Lab whose verbs end the rehearsal if they need a trained model."""
 
     def enough(self, *args, **kwargs):
-        """Whatever a model has to be trained for."""
+        """Replaces every verb that needs a trained model."""
         raise Enough
 
     at = evaluate = finished = fit = logps = race = sample = stage = enough
@@ -59,7 +59,7 @@ class Rehearsal(Lab):
         raise Enough
 
     def check_rows(self, rows, loss, cfg, reference):
-        """UserError, with the place of the first row that the loss refuses."""
+        """Pass rows to the loss. UserError: it refuses one; the message has the row's place."""
         batch = self.collate(rows)
         logps = torch.zeros(batch.mask.shape, device=self.device)
         ref_logps = None if reference is None else logps

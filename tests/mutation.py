@@ -45,7 +45,8 @@ TWINS = dict(sum="mean", max="min", amax="amin", maximum="minimum", any="all", a
 TWINS |= {b: a for a, b in TWINS.items()}
 OTHERS = dict(logps="ref_logps", chosen="rejected")
 OTHERS |= {b: a for a, b in OTHERS.items()}
-SYMMETRIC = ("promote_types", "minimum", "maximum", "equal")  # the order of arguments is free
+# functions whose arguments may be exchanged
+SYMMETRIC = ("promote_types", "minimum", "maximum", "equal")
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def test_compiled_losses_and_gradients_of_the_reviews_world_equal_plain_ones():
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
             for a, b in zip(gradients(ours, model), gradients(theirs, model)):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-    assert len(graphs) == 1  # torch gives up after eight
+    assert len(graphs) == 1  # torch stops compiling after eight shapes
 
 
 @pytest.mark.parametrize("chunk", [2**27, 10**4])

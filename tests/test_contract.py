@@ -233,7 +233,7 @@ def changed(a, b):
 
 # ---- the whole house
 
-# what a file of each folder may import of ours; lab's rooms and the tests stand outside
+# {folder: the modules of this project that its files may import}; lab and tests are not checked
 LAYERS = {
     "data.py": set(),
     "diffusion.py": {"data"},
@@ -445,7 +445,7 @@ def test_rows_in_another_order_have_the_same_losses(name):
         order = torch.randperm(len(item[0]), generator=torch.Generator().manual_seed(0))
         losses, metrics = loss(*item, cfg)
         others, other_metrics = loss(*mapped(item, lambda x: x[order]), cfg)
-        if coupled(name, cfg):  # a loss may belong to a place among the rows, not to a row
+        if coupled(name, cfg):  # losses may stay in place while rows are permuted
             close(others.sort().values, losses.sort().values)
         else:
             close(others, losses[order])

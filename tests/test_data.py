@@ -334,7 +334,7 @@ def test_a_row_that_does_not_fit_the_context_is_refused_or_cut():
         fit_context([row], IDS, 9)
     [short], cut = fit_context(
         [row], IDS, 9, truncate=True
-    )  # half the context is the prompt's: its end stays
+    )  # half of the context is the prompt's, and its end is kept
     assert (
         cut == 1
         and short["prompt"] == [2] * 4
@@ -499,7 +499,8 @@ def test_a_verifier_is_the_label_itself():
         sum(r["scores"][1] for r in flipped), N, 0.9
     )
     assert flipped[0]["reward"] == row["reward"]
-    for reward in ([0.0, 1.0], [1.0, 0.0]):  # of two the better comes first, the truth with it
+    # of two responses the better comes first, with its true reward
+    for reward in ([0.0, 1.0], [1.0, 0.0]):
         [pair] = label(
             [dict(prompt=[2], responses=[[3], [4]], reward=reward)], generator(), verifier=True
         )

@@ -188,7 +188,7 @@ def test_ddim_with_the_true_noise_is_exact():
     close(ddim_step(q_sample(X0, EPS, a), EPS, a, b), q_sample(X0, EPS, b))
     close(ddim_step(q_sample(X0, EPS, a), EPS, a, b), [0.5656854])
     close(ddim_step(q_sample(X0, EPS, a), EPS, a, torch.ones(1, dtype=torch.float64)), X0)
-    # a step there and back with the same noise is no step
+    # a step forward and back with the same noise changes nothing
     close(ddim_step(ddim_step(q_sample(X0, EPS, a), EPS, a, b), EPS, b, a), q_sample(X0, EPS, a))
 
 

@@ -21,9 +21,9 @@ OF_END = {
     "survey": {},
     "disco": {"success_4": 0.5, "success_5": 0.3},
 }
-# what an arm with a training of its own sees
+# the curve of an arm that trains by itself
 OF_ARM = {"survey": {"chosen_ratio": -1.0, "rejected_ratio": -2.0}}
-# the fits of a claim's own, replaced by what takes no time
+# trainings inside a claim, replaced by functions that take no time
 SHORT = {
     "madpo": {"margins_of": lambda lab, world, rows: [1.0] * len(rows), "STEPS": 1},
     "did": {"fitted": lambda log_ref, chance, loss=None: log_ref},

@@ -541,7 +541,7 @@ def test_a_toy_tokenizer_reads_alike_through_tokenizer_json(tmp_path):
         assert back.decode(ids) == toy.decode(ids) == text
     assert toy.eot not in back.encode("<|end|>")  # a text cannot end a response
     assert back.decode([97, back.eot, back.pad, 98]) == "ab"
-    (tmp_path / "tokenizer.json").unlink()  # what was loaded does not lean on its folder
+    (tmp_path / "tokenizer.json").unlink()  # a loaded model does not depend on its folder
     save_tokenizer(back, tmp_path / "again")
     again = load_tokenizer(tmp_path / "again")
     assert again.encode(" very good film") == toy.encode(" very good film")
@@ -550,7 +550,7 @@ def test_a_toy_tokenizer_reads_alike_through_tokenizer_json(tmp_path):
 def test_a_tokenizer_that_merges_reads_alike_through_tokenizer_json(tmp_path):
     import tiktoken
 
-    # as GPT-2's: pieces that are no token are put together from the lowest rank up
+    # as in GPT-2, pieces that are not tokens are merged, the lowest rank first
     tokens = b"aa,ab, a,ba,aaa,aab, ab,abab, aaa,bb,bbb".split(b",")
     ranks = {bytes([i]): i for i in range(256)} | {w: 256 + i for i, w in enumerate(tokens)}
     pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

@@ -96,7 +96,8 @@ def test_a_cache_that_cannot_be_written_is_named_before_anything_is_trained(
 def test_what_killed_runs_left_half_written_goes_from_the_cache_and_the_folder(tmp_path):
     cache = tmp_path / "cache"
     cache.mkdir()
-    old, new = cache / ".writing-old", cache / ".writing-new"  # new: another run may be at it
+    # a new file may belong to a running process
+    old, new = cache / ".writing-old", cache / ".writing-new"
     old.write_text("half"), new.write_text("half")
     os.utime(old, (0, 0))
     argv = ["--method", "dpo", "--world", "bandit", "--steps", "2"]

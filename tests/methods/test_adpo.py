@@ -350,7 +350,7 @@ def test_equal_scores_share_a_target_and_teach_no_position():
         0,
         1,
         0,
-    ]  # alone, and below the 0 of the absent
+    ]  # the only response, with a score below the 0 of absent ones
     for target in ("hard", "order", "raw", "zscore", "kde"):
         logps, ref_logps, batch = a_list(scores=[1.0] * 4)
         grad = grad_of(loss(logps, ref_logps, batch, Config(target=target))[0], logps).flatten()

@@ -273,7 +273,7 @@ def test_ktos_reference_point_carries_no_gradient_and_is_never_negative():
     torch.testing.assert_close(value(low, "kto"), value(low, "kto", z0=0.0), rtol=0, atol=0)
     high = (ref_logps + 1.0 * batch.mask).requires_grad_(), ref_logps, batch
     assert not torch.allclose(value(high, "kto"), value(high, "kto", z0=0.0))
-    # matched responses would make z follow what it judges: here it is the other side's
+    # z is the mean of the other side, so it does not depend on the response it is compared with
     a, c = (high[0] - ref_logps).sum(-1).detach().unbind(1)
     expected = torch.sigmoid(0.1 * (c.mean() - a)) + torch.sigmoid(0.1 * (c - a.mean()))
     torch.testing.assert_close(value(high, "kto"), expected, rtol=0, atol=1e-12)

@@ -215,7 +215,7 @@ def test_several_annotations_of_one_pair_are_a_soft_label():
 def test_a_pair_whose_labels_agree_too_often_has_no_minimum(share, finite):
     z = torch.tensor([200.0], dtype=torch.float64).requires_grad_()
     mean = share * losses(z, 0.3) + (1 - share) * losses(-z, 0.3)
-    (far,) = torch.autograd.grad(mean.sum(), z)  # downhill forever unless it is positive
+    (far,) = torch.autograd.grad(mean.sum(), z)  # the loss has no minimum unless this is positive
     assert far.item() == pytest.approx(1 - (share - 0.3) / 0.4, abs=1e-9)
     assert (far.item() > 1e-9) == finite
     if share == 1.0:

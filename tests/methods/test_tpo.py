@@ -214,7 +214,7 @@ def test_step_weights_by_hand():
     losses, metrics = loss(*item, Config(0.5))
     assert losses.item() == pytest.approx(
         0.723597, abs=1e-6
-    )  # the margin is -0.06: the weights turned its sign
+    )  # the margin is -0.06, since the weights change its sign
     assert metrics["step_weight"].item() == pytest.approx(5 / 3, abs=1e-6)
     (grad,) = torch.autograd.grad(losses.sum(), item[0])
     slope = (
@@ -581,7 +581,7 @@ def trees():
     known = items[0][2].scores.clone()
     known[:, :2] = 0.5  # steps within a response have scores too
     one, short = torch.zeros_like(flat[2].scores), flat[2].mask.clone()
-    one[0, 0], short[0, 1:] = 1.0, False  # a single pair in all; a single row that is no list
+    one[0, 0], short[0, 1:] = 1.0, False  # a single pair, and a single row that is not a list
     items += [builders.changed(items[0], scores=known), builders.changed(two, scores=one)]
     bad = [builders.changed(flat, mask=short, scores=flat[2].scores * short.any(-1))]
     bad += [builders.changed(flat, scores=flat[2].scores + x) for x in (-0.5, 0.5)] + [lone]

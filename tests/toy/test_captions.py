@@ -49,7 +49,7 @@ def test_draws_come_from_the_generator_alone():
 
 
 def test_objects_are_read_off_the_patches():
-    assert WORLD.objects(picture("cup", "dog")) == {"cup", "dog"}  # the background is no object
+    assert WORLD.objects(picture("cup", "dog")) == {"cup", "dog"}  # the background is not an object
     assert WORLD.objects("picture x49 x108 x93 x103 x36 x17 :") == {
         "goat",
         "tractor",

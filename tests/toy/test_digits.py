@@ -72,7 +72,7 @@ def test_reward_is_classifier_plus_bounded_ink(world):
     assert (reward > world.reward([(c + 1) % 10 for c in label], images)).double().mean() > 0.99
     bolder = (images + 0.3 * (images > -0.5)).clamp(-1, 1)
     assert world.reward(label, bolder).mean() > reward.mean() + 0.1
-    # white paper, or pixels beyond white, are not
+    # a white image, or pixels beyond white, earn nothing
     assert world.reward(label, torch.ones_like(images)).mean() < reward.mean()
     assert torch.equal(
         world.reward(label, images.clamp(-1, 1)),

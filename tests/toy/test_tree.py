@@ -18,8 +18,8 @@ def test_there_are_1364_answers_and_they_share_the_whole_probability(world):
     ends = world.answers == END
     assert torch.equal(
         p > 0, ~ends[:, 0] & (ends[:, 1:] | ~ends[:, :-1]).all(1)
-    )  # a token first, after an end only ends
-    # and the random logits of each prefix are what it is drawn by
+    )  # the first token is not an end, and only ends follow an end
+    # tokens are drawn with the random logits of each prefix
     logits = torch.zeros(1, 781, 5).normal_(0.0, 0.7, generator=torch.Generator().manual_seed(0))[0]
     after = logits[1].log_softmax(-1)  # the prefix "0"
     assert p[
