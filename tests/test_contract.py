@@ -445,7 +445,7 @@ def test_rows_in_another_order_have_the_same_losses(name):
         order = torch.randperm(len(item[0]), generator=torch.Generator().manual_seed(0))
         losses, metrics = loss(*item, cfg)
         others, other_metrics = loss(*mapped(item, lambda x: x[order]), cfg)
-        if coupled(name, cfg):  # losses may stay in place while rows are permuted
+        if coupled(name, cfg):  # a coupled loss may belong to a position instead of a row
             close(others.sort().values, losses.sort().values)
         else:
             close(others, losses[order])
