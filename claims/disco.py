@@ -23,8 +23,8 @@ from lab.claims import claim
 from methods import disco, grpo
 from toy.exact import Table
 
-STEP = 0.05  # of gradient descent in the tables, for a first gradient of DisCO's size
-ARMS = {  # method, Config, and what makes its first step at success rate 1/2 that of DisCO
+STEP = 0.05  # step size of gradient descent in the tables, for DisCO
+ARMS = {  # (method, Config, factor that makes its first step at success rate 1/2 that of DisCO)
     "disco, tables": (disco, disco.Config("disco_b", score="log_l"), 1),
     "grpo, tables": (grpo, grpo.Config("grpo"), 2),
     "dr_grpo, tables": (grpo, grpo.Config("dr_grpo"), 4 * 48),

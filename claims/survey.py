@@ -88,7 +88,7 @@ def rank_correlation(x, y):
 
 
 def measure(lab):
-    """-> curves in the tree and on reviews, and for each seed what compares all losses there."""
+    """Curves in the tree and on reviews, and for each seed the comparisons of all losses."""
     arms = {name: lambda lab, how=how: in_tree(lab, **how) for name, how in IN_TREE.items()}
     curves = lab.race(arms, world="tree", eval_every=10, clip=1e6)
     arms = {
@@ -124,9 +124,10 @@ def measure(lab):
 
 
 def ranked(series):
-    """All losses as a table of means, with half their 95 % interval, by the reward at a KL of 0.5.
+    """A table of all losses, sorted by their reward at a KL of 0.5: means and half of 95 % intervals.
 
-    The right part is measured on reviews."""
+    The right part is measured on reviews.
+    """
     metrics = ["reward", "kl", "length", "accuracy", "chosen_ratio", "rejected_ratio"]
     on_reviews = ["reward", "kl", "length", "chosen_logp"]
     rows = []

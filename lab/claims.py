@@ -108,8 +108,8 @@ def judge(claims, series):
     """Judge claims on the measured series -> a list of dicts, one per claim, as in claim.json.
 
     A claim holds if the difference has the claimed sign on every seed and its mean exceeds the
-    margin. With five or more seeds, the paired 95 % interval of the difference must exclude 0
-    instead of the sign on every seed.
+    margin. With five or more seeds the sign on every seed is not needed; instead, the paired 95 %
+    interval of the difference must exclude 0.
     """
     rows = []
     for c in claims:

@@ -30,9 +30,10 @@ def explained(flags, filled=()):
 
 
 def by_variant(defaults):
-    """{variant: default} of one field as text: one value, or the variants that differ from most.
+    """The defaults {variant: default} of one field as text.
 
-    A default that is None is computed, as the comment beside the field explains.
+    It is one value if all variants agree, and otherwise names the variants that differ from most. A
+    default that is None is computed, as the comment beside the field explains.
     """
     given = {variant: str(value) for variant, value in defaults.items() if value is not None}
     (usual, count), *others = Counter(given.values()).most_common() or [("", 0)]

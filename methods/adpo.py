@@ -52,7 +52,9 @@ class Config:
     beta_r: float | None = None  # temperature of the targets raw, zscore and kde
     smoothing: float | None = None  # share of a hard target that goes to the other responses
     reduce: str = "sum"  # sum or mean over the tokens of a response
-    anchor: str = "fixed"  # fixed: the base model; round: the policy at each round; ema; uniform
+    anchor: str = (
+        "fixed"  # fixed: base model; round: policy at each round; ema: its average; uniform
+    )
     rounds: int | None = None  # number of rounds for anchor = round, each with lists of its own
     decay: float | None = None  # decay of the moving average for anchor = ema
 

@@ -88,7 +88,7 @@ def log_ratios(lab, model, rows):
 
 
 def measure(lab, model):
-    """The three properties on pairs of samples of the reference, or with --data on the file's.
+    """The three properties, on pairs sampled from the reference, or on the pairs of --data.
 
     chosen_ratio, rejected_ratio: the mean log-ratios, in nats. both_fell: the share of pairs whose
     log-ratios are both negative. own_ratio: the mean log-ratio of samples of the model, which

@@ -519,7 +519,7 @@ def checked(name, fields):
 
 
 def outside(where, whole):
-    """Values that do not lie in an interval such as "[0, 0.5)", or among the values of a tuple."""
+    """Values outside an interval such as "[0, 0.5)", or that are not in a tuple of choices."""
     if isinstance(where, tuple):
         return ["no such thing", None, 0.123]
     low, high = (float(end) for end in where[1:-1].split(","))

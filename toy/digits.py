@@ -186,7 +186,7 @@ class World(world.World):
 
 
 def check_arrays(images, labels):
-    """The number of classes of NumPy arrays. UserError: they are not images and their labels."""
+    """The number of classes of NumPy arrays. UserError: they are not images with labels."""
     import numpy as np
 
     shape, channels = images.shape, images.shape[3] if images.ndim == 4 else 1

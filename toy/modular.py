@@ -7,9 +7,9 @@ the running sums a + b, a + b + c and a + b + c + d, all modulo 7. The reward is
 is right, so it can be gamed: a chain with two errors that cancel is rewarded, and a method that
 only sees the reward can learn wrong steps.
 
-The policy has one table per step, shared by all prompts: running sum and digit -> logits of the
-next sum. The reference makes about three of five steps right. All 343 chains of a prompt are
-enumerated.
+The policy has one table per step, shared by all prompts. It maps the running sum and the digit to
+logits of the next sum. The reference makes about three of five steps right. All 343 chains of a
+prompt are enumerated.
 """
 
 import torch

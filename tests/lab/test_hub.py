@@ -200,7 +200,7 @@ def index(weight_map):
 
 
 def end(token):
-    """The end token given by config.json alone."""
+    """Let only config.json name the end-of-text token."""
 
     def fault(folder):
         written("tokenizer_config.json", "{}")(folder)

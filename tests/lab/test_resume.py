@@ -1,4 +1,4 @@
-"""Runs that are interrupted: they go on bit for bit, or say in one line what happened."""
+"""Interrupted runs continue bit for bit, or say in one line why they cannot."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A run and a sweep: what they write and print, and that the same command gives the same."""
+"""A run and a sweep: what they write and print; the same command gives the same results."""
 
 import json
 import os

@@ -351,7 +351,7 @@ def test_irrelevant_items_are_driven_away_without_end():
 @pytest.mark.paper
 def test_drawing_a_competitor_by_rho_has_less_variance_than_uniformly():
     _, grad = value(R, (0.0, 1.0, 0.0, 0.0), (2, 1, 3, 4), inner="excl", reduce="sum")
-    rho = grad / -grad[1]  # a (rho - e_i), so that what is left of item i is -1
+    rho = grad / -grad[1]  # a (rho - e_i), whose entry of item i is -1
     rho[1] = 0.0
     assert rho.sum().item() == pytest.approx(1)
     steps = torch.eye(4, dtype=torch.float64)[1] - torch.eye(4, dtype=torch.float64)  # e_i - e_j

@@ -44,7 +44,7 @@ def random_tree(vocab=3, length=3, seed=0):
 
 
 def along(values, y):
-    """Values (prefixes, vocab) of the tokens of responses y (n, T) -> (n, T)."""
+    """The entries of `values` (prefixes, vocab) at the tokens of responses y (n, T): (n, T)."""
     prefix, out = torch.zeros(len(y), dtype=torch.long), []
     for token in y.unbind(1):
         out.append(values[prefix, token])
@@ -69,7 +69,7 @@ def test_the_soft_values_are_those_of_the_hand_case():
     assert (pi[0, 1] * pi[2, 1]).item() == pytest.approx(0.475367, abs=1e-6)
     assert (a[0, 1] + a[2, 1]).item() == pytest.approx(
         0.642626, abs=1e-6
-    )  # the first token earns credit, though r is 0 there
+    )  # the first token has an advantage, although its reward r is 0
     assert (a[0, 1] + a[2, 1]).item() == pytest.approx(1 - value[0].item(), abs=1e-12)
 
 

@@ -506,7 +506,12 @@ def test_what_does_nothing_in_a_world_is_refused(how):
 @pytest.mark.parametrize(
     ("a", "c", "loss_", "slopes"),
     [
-        (4.0, 3.9, 0.463, (-2.06, 1.87)),  # both links lie far beyond 2 R_max, their difference not
+        (
+            4.0,
+            3.9,
+            0.463,
+            (-2.06, 1.87),
+        ),  # both links lie far beyond 2 R_max, but their difference does not
         (-22.0, -30.0, 0.371, (-0.031, 0.031)),
         (1.0, -25.0, math.log1p(math.exp(-2.0)), (0.0, 0.0)),
     ],

@@ -68,7 +68,7 @@ def test_reward_is_classifier_plus_bounded_ink(world):
     assert torch.equal(
         reward[:5], world.reward(label[:5], list(images[:5]))
     )  # a list of images is as good
-    # the right class and more ink are worth something
+    # the right class and more ink raise the reward
     assert (reward > world.reward([(c + 1) % 10 for c in label], images)).double().mean() > 0.99
     bolder = (images + 0.3 * (images > -0.5)).clamp(-1, 1)
     assert world.reward(label, bolder).mean() > reward.mean() + 0.1

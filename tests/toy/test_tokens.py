@@ -1,4 +1,4 @@
-"""The world of six tokens: the truth of every token, and a policy that shares what it learns."""
+"""The world of six tokens: the reward of every token, and a policy that generalizes."""
 
 from types import SimpleNamespace
 
