@@ -26,7 +26,6 @@ import torch
 from data import UserError
 from lab import Lab, Settings, claims, contract, flags, folder, manual, report
 from lab.align import Stop
-from lab.loop import Diverged
 from lab.settings import title
 from lab.store import open_cache, write_json, write_text
 
@@ -113,7 +112,8 @@ def evaluated(run, lab, model, out, say):
 def sweep(runs, out):
     """All combinations of settings, one folder per run; one table and one plot -> exit status.
 
-    When a run diverges, the others go on. UserError: at the end, with the runs that diverged.
+    A run that fails (a NaN, or rows that its method cannot use) is named, and the others go on. The
+    exit status is then 2. UserError: every run fails.
     """
     varied = list(dict.fromkeys(name for run in runs for name in run.varied if name != "seed"))
     results, failed = [], []
@@ -123,12 +123,12 @@ def sweep(runs, out):
         place = os.path.join(out, f"{i:03d}-{changed}")
         try:
             summary = one_run(run, place, quiet=True)
-        except Diverged as error:
-            failed.append(f"{run.name()}: {error}")
-            print(failed[-1], file=sys.stderr)
-            continue
         except UserError as error:
-            raise UserError(f"{run.name()}: {error}") from None
+            failed.append(f"{run.name()}: {error}")
+            print(report.visible(failed[-1]), file=sys.stderr)
+            if not folder.trained(place):
+                shutil.rmtree(place, ignore_errors=True)
+            continue
         if os.path.isdir(place):
             folder.write_run(place, run, {})
         if "after" in summary:
@@ -143,9 +143,12 @@ def sweep(runs, out):
         path = os.path.join(out, "sweep.png")
         plot = ", sweep.png" if report.sweep_plot(path, results, varied or ["method"]) else ""
         print(f"written to {out}/: sweep.txt, sweep.json{plot}, one folder per run")
+    end = f"{len(failed)} of {len(runs)} runs failed: {' | '.join(failed)}"
+    if len(failed) == len(runs):
+        raise UserError(end)
     if failed:
-        raise UserError(f"{len(failed)} of {len(runs)} runs failed: {' | '.join(failed)}")
-    return 0
+        say_error(end)
+    return 2 if failed else 0
 
 
 # ---------------------------------------------------------------- claims
@@ -313,8 +316,13 @@ def main(argv):
     except KeyboardInterrupt:
         return 130
     except (UserError, OSError) as error:
-        print("train.py: " + report.visible(" ".join(str(error).split())), file=sys.stderr)
+        say_error(error)
         return 2
+
+
+def say_error(error):
+    """Print what is wrong as one line on stderr."""
+    print("train.py: " + report.visible(" ".join(str(error).split())), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -255,6 +255,10 @@ def read_command(argv):
     if len(flags) > 1:
         raise UserError("--resume takes no other flag: the run's own settings are used")
     again, chosen = read_flags(read_run(flags["resume"]))
+    for name in sorted(set(again) & (set(ACTIONS) - {"method", "claim", "seeds"})):
+        raise UserError(
+            f"--resume {flags['resume']}: its run.json asks for --{name}, not for a run"
+        )
     return again, chosen, flags["resume"]
 
 

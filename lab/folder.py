@@ -61,7 +61,9 @@ def folder(run, flags, label, resumed=None):
                 raise OSError(error.errno, hint, error.filename) from None
             if isinstance(error, UserError) and left not in (None, out):
                 text = str(error).replace(f"kept in {out}", f"kept in {left}")
-                raise UserError(f"{text}; {out} is the former run again") from None
+                raise UserError(
+                    f"{text}; {out} is the former run again, the failed one is {left}"
+                ) from None
             raise
         for old in glob.glob(glob.escape(os.path.abspath(out)) + ".replaced-*"):
             shutil.rmtree(old, ignore_errors=True)
@@ -120,6 +122,9 @@ def give_back(out, former):
     if not trained(out):
         shutil.rmtree(out, ignore_errors=True)
         left = None
+        if os.path.dirname(out) == "out":  # the default, made for this run
+            with contextlib.suppress(OSError):
+                os.rmdir("out")
     if os.path.exists(former):
         if left:
             left = f"{out}.failed-{os.getpid()}"

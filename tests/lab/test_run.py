@@ -1,6 +1,7 @@
 """A run and a sweep: what they write and print; the same command gives the same results."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -8,7 +9,9 @@ import sys
 import pytest
 import torch
 
+import methods.dpo
 import train
+from data import UserError
 from lab import Lab, store
 from tests.lab.commands import FILE, PAIRS, TINY, rows_file, small, weights
 
@@ -141,6 +144,32 @@ def test_a_sweep_runs_all_combinations(tmp_path, capsys):
     )
     assert (tmp_path / "s" / "sweep.png").exists() and "+-" in capsys.readouterr().out
     assert len({r["reward"] for r in rows}) == 8  # every setting changes the result
+
+
+def test_a_sweep_goes_on_after_a_run_that_fails(tmp_path, capsys, monkeypatch):
+    """A NaN and an error of the method are named with their combination, and reported at the end."""
+    loss = methods.dpo.loss
+
+    def failing(logps, ref_logps, batch, cfg):
+        if cfg.beta == 0.2:
+            raise UserError("a row that cannot be used")
+        losses, metrics = loss(logps, ref_logps, batch, cfg)
+        return losses * (math.nan if cfg.beta == 0.3 and calls.append(0) is None else 1), metrics
+
+    calls = []
+    monkeypatch.setattr(methods.dpo, "loss", failing)
+    argv = ["--method", "dpo", "--world", "bandit", "--steps", "3", "--out", "s"]
+    assert train.main([*argv, "--beta", "0.1,0.2,0.3,0.4"]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert any(line.startswith("beta 0.2: a row") for line in lines)
+    assert lines[-1].startswith("train.py: 2 of 4 runs failed: beta 0.2: a row")
+    assert "beta 0.3" in lines[-1]
+    rows = json.loads((tmp_path / "s" / "sweep.json").read_text())
+    assert [row["beta"] for row in rows] == [0.1, 0.4]
+    assert not list((tmp_path / "s").glob("*beta0.2"))
+    assert train.main([*argv, "--beta", "0.2", "--seeds", "2", "--overwrite"]) == 2
+    assert len(json.loads((tmp_path / "s" / "sweep.json").read_text())) == 2  # given back
+    assert not list(tmp_path.glob("s.*"))
 
 
 def test_show_prints_a_row_and_trains_nothing(tmp_path, capsys):
