@@ -147,7 +147,7 @@ def test_a_sweep_runs_all_combinations(tmp_path, capsys):
 
 
 def test_a_sweep_goes_on_after_a_run_that_fails(tmp_path, capsys, monkeypatch):
-    """A NaN and an error of the method are named with their combination, and reported at the end."""
+    """A NaN and an error of the method are named with their combination, also at the end."""
     loss = methods.dpo.loss
 
     def failing(logps, ref_logps, batch, cfg):
