@@ -124,7 +124,7 @@ def measure(lab):
 
 
 def ranked(series):
-    """A table of all losses, sorted by their reward at a KL of 0.5: means and half of 95 % intervals.
+    """A table of all losses, sorted by reward at a KL of 0.5: means and half of 95 % intervals.
 
     The right part is measured on reviews.
     """

@@ -205,7 +205,7 @@ def declared(name):
 
 
 def catalogue():
-    """What all methods in methods/ declare; a file that cannot be read is among them."""
+    """A Declared for every method in methods/, also for files that cannot be read."""
     return [declared(name) for name in methods()]
 
 

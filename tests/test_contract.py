@@ -107,7 +107,7 @@ def fresh(item):
 
 
 def mapped(item, change):
-    """An item with `change` made to every tensor of it."""
+    """An item with every tensor x replaced by change(x)."""
     logps, ref_logps, batch = item
     columns = {name: change(value) for name, value in vars(batch).items()}
     ref_logps = None if ref_logps is None else change(ref_logps)

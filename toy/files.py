@@ -30,10 +30,10 @@ ACCEPTED = (
     "prompt/chosen/rejected, chosen/rejected with the prompt inside, "
     "prompt/responses/scores, prompt/completion/label"
 )
-TURN, HUMAN = "\n\nAssistant:", "\n\nHuman:"  # who speaks in an Anthropic HH transcript
+TURN, HUMAN = "\n\nAssistant:", "\n\nHuman:"  # the marks of speakers in an Anthropic HH transcript
 RESERVED = {"ref_logps", "to", *OWN, *(field.name for field in fields(Batch))}
-BLANK = b" \t\r\n\xef\xbb\xbf"  # what a line without a record may hold
-LIMIT = 2**30  # bytes of a file, once it is unpacked
+BLANK = b" \t\r\n\xef\xbb\xbf"  # characters that a line without a record may contain
+LIMIT = 2**30  # largest size of a file in bytes, after unpacking
 LARGEST_ID = 2**31 - 1  # the largest token id if the vocabulary is not known
 
 
@@ -446,8 +446,8 @@ def _hub(source):
 def split(rows, seed, fraction=0.1):
     """(train, held_out): about `fraction` of the distinct prompts are held out.
 
-    At least one is, and never the last one. Equal prompts stay on one side, and the side does not
-    depend on the order of the rows.
+    At least one prompt is held out and at least one is kept. Rows with equal prompts are in one
+    part, and the choice does not depend on the order of the rows.
     """
     rank = {
         str(row["prompt"]): hashlib.sha256(f"{seed}\0{row['prompt']}".encode()).digest()

@@ -37,7 +37,7 @@ class World:
     verify_steps = None  # (prompt, response) -> a bool per step; None: steps cannot be checked
     frechet = None  # images (n, C, H, W) -> distance from the data; None: it is not defined
 
-    # rows that the world has of its own
+    # rows that the world provides itself
     lists = None  # (n, rng, k=None) -> n graded lists; None: lists are sampled and labelled
     given = None  # k -> the training rows of the user's file; None: rows are sampled
     held_out = None  # rows of the user's file that are held out for the evaluation

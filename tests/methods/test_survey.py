@@ -582,7 +582,7 @@ def test_every_variant_runs(name, tmp_path):
 def graded_pairs():
     """Pairs with graded scores: near and far from the reference, at it, and without it.
 
-    odpo refuses those where a rejected response scores more than the chosen one."""
+    odpo refuses pairs whose rejected response has the higher score."""
     scores = torch.tensor(
         [[2.0, 0.5], [1.0, 0.9], [0.3, -4.0], [5.0, 1.0], [0.1, 0.0]], dtype=torch.float64
     )
