@@ -6,6 +6,7 @@
                                                                    if an expected claim fails
     python train.py --method dpo --init DIR --data FILE            your checkpoint and preferences
     python train.py --init OUT --prompt "..."                      ask a finished model
+    python train.py --compare OUT OUT                              finished runs beside each other
     python train.py --method dpo --help                            one paper and its flags
 
 Lists separated by commas run all combinations. --list names the methods and worlds.
@@ -24,7 +25,7 @@ import traceback
 import torch
 
 from data import UserError
-from lab import Lab, Settings, claims, contract, flags, folder, manual, report
+from lab import Lab, Settings, claims, compare, contract, evaluate, flags, folder, manual, report
 from lab.align import Stop
 from lab.settings import title
 from lab.store import open_cache, write_json, write_text
@@ -51,6 +52,9 @@ def one_run(run, out, quiet=False, show=False):
     summary = dict(method=run.method, world=lab.world.name, seed=run.settings.seed)
     if show:
         raise UserError(f"{run.method} does not call lab.align, so there is no row to show")
+    if not os.path.exists(os.path.join(out, folder.MARK)):  # one run of a sweep
+        folder.write_run(out, run, {})
+    folder.note_resolved(out, lab)
     if result is None:
         return summary
     if isinstance(result, dict):
@@ -66,6 +70,8 @@ def one_run(run, out, quiet=False, show=False):
     names = ("base", "preferences", "align", "evaluate")
     summary["seconds"] = {name: round(lab.seconds.get(name, 0.0), 2) for name in names}
     write_json(os.path.join(out, "summary.json"), summary)
+    about = f"{run.method} on {lab.world.name}, seed {run.settings.seed}"
+    compare.picture(os.path.join(out, "curves.png"), {run.method: [compare.read(out)]}, about)
     shutil.rmtree(os.path.join(out, "stages"), ignore_errors=True)
     files = ", ".join(sorted(name for name in os.listdir(out) if name[0] != "."))
     say(f"\n{report.clock(time.time() - lab.started)} in all; written to {out}/: {files}")
@@ -87,23 +93,24 @@ def evaluated(run, lab, model, out, say):
 
     The files are samples, curves and the checkpoint.
     """
-    evaluate = getattr(run.module, "evaluate", Lab.evaluate)
-    before, after = (evaluate(lab, m) for m in (lab.reference, model))
+    look = getattr(run.module, "evaluate", Lab.evaluate)
+    before, after = (look(lab, m) for m in (lab.reference, model))
+    found = {"before": before, "after": after}
     say("\n" + report.before_after(before, after))
     if lab.world.reward is None:
         say("There is no true reward in this data, so none is reported.")
+    elif lab.world.kind == "text":
+        found["best_of"] = evaluate.best_of(lab)
+        say("\n" + report.best_of(found["best_of"]))
     if lab.world.kind == "images":
         report.write_picture(out, lab.world.picture(*report.pictures(lab, model)))
     elif lab.world.kind == "text":
         samples = report.side_by_side(lab, model)
         say("\n" + samples)
         write_text(os.path.join(out, "samples.txt"), samples + "\n")
-    title = f"{run.method} on {lab.world.name}, seed {run.settings.seed}"
-    report.curves(lab, model, title)
     if hasattr(model, "save_pretrained"):
         model.save_pretrained(out)
-    steps, params = lab.steps, report.count(model)
-    return {"steps": steps, "params": params, "before": before, "after": after}
+    return {"steps": lab.steps, "params": report.count(model)} | found
 
 
 # ---------------------------------------------------------------- a sweep
@@ -116,7 +123,7 @@ def sweep(runs, out):
     exit status is then 2. UserError: every run fails.
     """
     varied = list(dict.fromkeys(name for run in runs for name in run.varied if name != "seed"))
-    results, failed = [], []
+    results, records, failed = [], [], []
     for i, run in enumerate(runs):
         print(f"[{i + 1}/{len(runs)}] {run.name()}", file=sys.stderr, flush=True)
         changed = "-".join(f"{k}{v}" for k, v in run.varied.items()).replace(os.sep, "_")
@@ -129,11 +136,10 @@ def sweep(runs, out):
             if not folder.trained(place):
                 shutil.rmtree(place, ignore_errors=True)
             continue
-        if os.path.isdir(place):
-            folder.write_run(place, run, {})
         if "after" in summary:
             about = dataclasses.asdict(run.settings) | vars(run.cfg) | {"method": run.method}
             results.append((about, summary["after"]))
+            records.append(compare.read(place))
     if results:
         text = report.sweep_table(results, varied or ["method"])
         print(text)
@@ -142,13 +148,22 @@ def sweep(runs, out):
         write_json(os.path.join(out, "sweep.json"), rows)
         path = os.path.join(out, "sweep.png")
         plot = ", sweep.png" if report.sweep_plot(path, results, varied or ["method"]) else ""
-        print(f"written to {out}/: sweep.txt, sweep.json{plot}, one folder per run")
+        files = compare.write(out, records, f"{len(records)} runs")
+        print(f"written to {out}/: sweep.txt, sweep.json{plot}, {files}, one folder per run")
     end = f"{len(failed)} of {len(runs)} runs failed: {' | '.join(failed)}"
     if len(failed) == len(runs):
         raise UserError(end)
     if failed:
         say_error(end)
     return 2 if failed else 0
+
+
+def compared(paths, out):
+    """Finished runs and sweeps beside each other: a table at matched KL, a CSV and a picture."""
+    records = [compare.read(place) for path in paths for place in compare.runs_in(path)]
+    print(compare.matched(compare.groups(records)))
+    print(f"written to {out}/: {compare.write(out, records, f'{len(records)} runs')}")
+    return 0
 
 
 # ---------------------------------------------------------------- claims
@@ -300,13 +315,15 @@ def main(argv):
             return 0
         if "check" in given:
             return contract.check(runs[0])
-        if "claim" not in given:
+        if not {"claim", "compare"} & set(given):
             runs = flags.fitting(runs, given)
         if "show" in given:
             with contextlib.suppress(Stop):
                 one_run(runs[0], None, quiet=True, show=True)
             return 0
         with folder.folder(runs[0], given, flags.label(runs, given), resumed) as out:
+            if "compare" in given:
+                return compared(given["compare"].split("\n"), out)
             if "claim" in given:
                 return claim(runs, sorted({run.settings.seed for run in runs}), out)
             if len(runs) > 1:

@@ -64,7 +64,7 @@ def align(
                 checked.append(True)
             return losses, evaluate.common_metrics(logps.detach(), ref_logps, batch) | metrics
 
-        watch = watch or (lambda policy, step: evaluate.glance(lab, policy))
+        watch = watch or (lambda policy, step: evaluate.glance(lab, policy, step in (0, steps)))
         how = dict(steps=steps, optimizer=optimizer, watch=watch, state=(feed.save, feed.load))
         fit(lab, policy, feed.batch, step, title="alignment", **how)
         if stage.path:

@@ -79,11 +79,11 @@ def eval_prompts(lab, n):
     return lab.world.prompts(n, lab.eval_rng("evaluation"))
 
 
-def of_base(lab, name, look):
-    """`look()`, cached; its value must depend only on the base model, the world and settings."""
-    settings, fingerprint = lab.settings, getattr(lab.reference, "fingerprint", None)
-    key = [name, fingerprint, lab.world.key(), settings.eval_size, settings.base_seed]
-    key += [settings.temperature, lab.max_response]
+def of_base(lab, name, n, look):
+    """`look()` on n prompts, cached; it must depend only on the base model, world and settings."""
+    fingerprint = getattr(lab.reference, "fingerprint", None)
+    key = [name, n, fingerprint, lab.world.key(), lab.settings.base_seed]
+    key += [lab.settings.temperature, lab.max_response]
     return lab.cached(key, look) if fingerprint else look()
 
 
@@ -93,12 +93,12 @@ def eval_pairs(lab):
     With --data they are the file's. Otherwise pairs are sampled from the base model and labelled by
     the true reward; ties are left out.
     """
-    world, settings = lab.world, lab.settings
+    world = lab.world
     if world.reward is None:
-        return lab.encode(world.held_out[: settings.eval_size])
+        return lab.encode(world.held_out[: lab.eval_size])
 
     def draw():
-        prompts = world.prompts(settings.eval_size, lab.eval_rng("held-out"))
+        prompts = world.prompts(lab.eval_size, lab.eval_rng("held-out"))
         rng = lab.eval_rng("held-out samples")
         rows = lab.sample(lab.reference, prompts, 2, rng)
         return [
@@ -107,7 +107,7 @@ def eval_pairs(lab):
             if a != b
         ]
 
-    return lab.encode(of_base(lab, "held-out", draw))
+    return lab.encode(of_base(lab, "held-out", lab.eval_size, draw))
 
 
 def answers(row, logps):
@@ -165,67 +165,82 @@ def diversity(responses):
 @torch.no_grad()
 def evaluate(lab, policy):
     """{name: number or interval} of a model; see Lab.evaluate."""
-    world, reference, training = lab.world, lab.reference, policy.training
+    training = policy.training
     policy.eval()
-    if world.kind == "table":
-        out = {"reward": policy.expect(world.rewards()), "kl": policy.kl(reference)}
-    elif world.kind == "images":
-        prompts = eval_prompts(lab, lab.settings.eval_size)
-        rows = lab.sample(policy, prompts, 1, lab.eval_rng("evaluation samples"))
-        rewards = [r[0] for r in lab.truth(rows)]
-        out = {"reward": float(np.mean(rewards)), "reward_interval": interval(rewards)}
-    else:
-        out = evaluate_text(lab, policy)
-    out |= {name: float(value) for name, value in world.measure(policy, lab).items()}
+    out = of_samples(lab, policy, lab.eval_size)
+    if lab.world.kind == "text":
+        out |= pair_stats(lab, policy)
+    out |= {name: float(value) for name, value in lab.world.measure(policy, lab).items()}
     policy.train(training)
     return out
 
 
-def evaluate_text(lab, policy):
-    """The part of `evaluate` for a world of text."""
-    world, size = lab.world, lab.settings.eval_size
-    n = size if world.reward else min(size, 16)
-    prompts, out = eval_prompts(lab, n), {}
-    rows = lab.encode(lab.sample(policy, prompts, 1, lab.eval_rng("evaluation samples")))
-    if world.reward:
-
-        def of_reference():
-            samples = lab.sample(lab.reference, prompts, 1, lab.eval_rng("evaluation samples"))
-            return [r[0] for r in lab.truth(samples)]
-
-        rewards = [r[0] for r in lab.truth(rows)]
-        base = of_base(lab, "rewards", of_reference)
-        wins = sum((a > b) + 0.5 * (a == b) for a, b in zip(rewards, base))
-        out = {"reward": float(np.mean(rewards)), "reward_interval": interval(rewards)}
-        out |= {"win_rate": wins / n, "win_rate_interval": wilson(wins, n)}
-    out["kl"] = float(np.mean(sequence_kl(lab, policy, lab.reference, rows)))
-    out["length"] = float(np.mean([len(row["responses"][0]) for row in rows]))
-    out["diversity"] = diversity([row["responses"][0] for row in rows])
-    return out | pair_stats(lab, policy)
-
-
 @torch.no_grad()
-def glance(lab, policy):
-    """A quick evaluation during training: true reward, KL and length of text.
+def glance(lab, policy, full):
+    """A look during training: the numbers of `evaluate` that come from samples, without intervals.
 
-    It uses half as many prompts as an evaluation. In a world without a true reward it returns the
-    accuracy on held-out pairs, and only if --eval_every is given.
-    """
-    world = lab.world
+    full: on all prompts of an evaluation, so that both agree; otherwise on an eighth of them. In a
+    world without a true reward it is the accuracy on held-out pairs, and only where --eval_every
+    asks for looks."""
+    if lab.world.reward is None and lab.world.kind != "table":
+        found = pair_stats(lab, policy) if lab.settings.eval_every else {}
+    else:
+        found = of_samples(lab, policy, lab.eval_size if full else max(2, lab.eval_size // 8))
+    return {name: value for name, value in found.items() if not isinstance(value, list)}
+
+
+def of_samples(lab, policy, n):
+    """What is read from one sample for each of n prompts; a table is exact and needs none.
+
+    The prompts and the random numbers are the same for every model."""
+    world, out = lab.world, {}
     if world.kind == "table":
         return {"reward": policy.expect(world.rewards()), "kl": policy.kl(lab.reference)}
-    if world.reward is None:
-        if lab.settings.eval_every is None:
-            return {}
-        found = pair_stats(lab, policy)
-        return {name: value for name, value in found.items() if not isinstance(value, list)}
-    prompts = eval_prompts(lab, max(2, lab.settings.eval_size // 2))
-    rows = lab.encode(lab.sample(policy, prompts, 1, lab.eval_rng("glance")))
-    out = {"reward": float(np.mean(lab.truth(rows)))}
+    prompts = eval_prompts(lab, n if world.reward else min(n, 16))
+
+    def drawn(model):
+        return lab.sample(model, prompts, 1, lab.eval_rng("evaluation samples"))
+
+    rows = drawn(policy)
+    if world.reward:
+        rewards = [reward for (reward,) in lab.truth(rows)]
+        base = of_base(lab, "rewards", n, lambda: lab.truth(drawn(lab.reference)))
+        wins = sum((ours > b) + 0.5 * (ours == b) for ours, (b,) in zip(rewards, base))
+        out = {"reward": float(np.mean(rewards)), "reward_interval": interval(rewards)}
+        out |= {"win_rate": wins / n, "win_rate_interval": wilson(wins, n)}
+    if world.parts:
+        parts = [world.parts(row["prompt"], row["responses"][0]) for row in rows]
+        out |= {name: float(np.mean([part[name] for part in parts])) for name in parts[0]}
     if world.kind == "text":
+        responses = [row["responses"][0] for row in rows]
+        rows = lab.encode(rows)
         out["kl"] = float(np.mean(sequence_kl(lab, policy, lab.reference, rows)))
-        out["length"] = float(np.mean([len(row["responses"][0]) for row in rows]))
+        out["length"] = float(np.mean([len(ids) for ids in responses]))
+        out["diversity"] = diversity(responses)
     return out
+
+
+def best_of(lab, sizes=(2, 4, 8, 16)):
+    """What the best of n samples from the base model reaches, [{n, reward, win_rate, kl}].
+
+    The best is that with the highest true reward. kl is the upper bound log n - (n - 1) / n on its
+    KL from the base model (Beirami et al. 2024, arXiv:2401.01879). It is the yardstick for what a
+    method pays for its reward. Of all samples for a prompt, groups of n are compared."""
+    n, most = lab.eval_size, max(sizes)
+    prompts = eval_prompts(lab, n)
+
+    def drawn(k, name):
+        return lab.truth(lab.sample(lab.reference, prompts, k, lab.eval_rng(name)))
+
+    rewards = np.array(of_base(lab, "best of", n, lambda: drawn(most, "best of")))
+    base = np.array(of_base(lab, "rewards", n, lambda: drawn(1, "evaluation samples")))
+    found = []
+    for size in sizes:
+        best = rewards.reshape(n, most // size, size).max(-1)
+        wins = (best > base) + 0.5 * (best == base)
+        bound = math.log(size) - (size - 1) / size
+        found.append(dict(n=size, reward=best.mean(), win_rate=wins.mean(), kl=bound))
+    return found
 
 
 # ---------------------------------------------------------------- intervals

@@ -44,13 +44,14 @@ ACTIONS = dict(
     seeds="run this many seeds: seed, seed + 1, ...",
     resume="continue the interrupted run in this folder",
     prompt="print the response of the model of --init (or of the world's base model)",
+    compare="finished runs or sweeps beside each other, from their folders: --compare A B",
     show="print one row as the model sees it, and stop before the first step",
     check="test whether a method keeps the contract: --check my_method",
     list="the methods by family, and the worlds",
     help="this text; with --method NAME: that paper and its flags",
 )
 BARE = ("claim", "show", "list", "help")  # actions that take no value
-TEXTS = ("data", "init", "out", "world", "prompt", "resume", "check")  # commas make no list here
+TEXTS = ("data", "init", "out", "world", "prompt", "resume", "check", "compare")  # no lists
 ALIASES = dict(  # names of other libraries, for "did you mean"; they are not accepted
     batch_size="bs batchsize batch per_device_train_batch_size train_batch_size",
     check="test verify validate",
@@ -285,6 +286,11 @@ def read_flags(argv):
         if name not in known:
             raise UserError(no_such_flag(name, known, chosen))
         i += 1
+        if name == "compare":  # folders, as the shell writes them out
+            first, folders = i, [value] * bool(equals)
+            while i < len(argv) and not argv[i].startswith("--"):
+                i += 1
+            value, equals = "\n".join(folders + argv[first:i]), "="
         if not equals and name in bare:
             value = "true"
             if i < len(argv) and argv[i].lower() in ("true", "false"):
@@ -453,7 +459,7 @@ def combinations(flags, chosen):
 
 def refuse_idle_actions(flags, runs):
     """Refuse flags that have no effect together with the action. UserError: there are some."""
-    if "prompt" not in flags and runs[0].method is None:
+    if not {"prompt", "compare"} & set(flags) and runs[0].method is None:
         raise UserError("--method is needed (see --list)")
     model = {"init", "world", "data", "device", "dtype", "base_seed", "base_steps"}
     answer = {"temperature", "seed", "max_response", "context", "truncate"}
@@ -461,6 +467,7 @@ def refuse_idle_actions(flags, runs):
     fields = {name for name in flags if name not in settings_flags() and name not in ACTIONS}
     takes = dict(
         prompt=model | answer,
+        compare={"out", "overwrite"},
         check={"world", "device", "seed"} | fields,
         claim={"method"} | one_seed,
         show=set(flags) - {"out", "overwrite", "seeds", *ACTIONS} | {"method"},
@@ -535,6 +542,8 @@ def fitting(runs, flags):
 
 def label(runs, flags):
     """METHOD-WORLD, the name of the default folder of a run, a sweep or a claim."""
+    if "compare" in flags:
+        return "compare"
     settings = runs[0].settings
     place = os.path.basename((settings.data or settings.world or "reviews").rstrip("/" + os.sep))
     place = "claim" if "claim" in flags else place.removesuffix(".py")

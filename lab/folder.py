@@ -8,11 +8,12 @@ import json
 import os
 import shutil
 import sys
+import time
 
 import torch
 
 from data import UserError
-from lab.store import clear_half_written, write_json
+from lab.store import clear_half_written, commit, write_json
 
 MARK = "run.json"
 
@@ -149,20 +150,36 @@ def write_run(out, run, flags):
     """Write run.json: flags, settings, Config, versions, and hashes of the files that are read."""
     paths = {n: flags[n] for n in ("data", "init", "world") if os.path.exists(flags.get(n, ""))}
     flags = flags | {name: os.path.abspath(path) for name, path in paths.items()}
-    methods = flags.get("method", "").split(",")
-    flags["method"] = ",".join(os.path.abspath(m) if os.path.exists(m) else m for m in methods)
+    methods = flags["method"].split(",") if "method" in flags else []
+    methods = [os.path.abspath(m) if os.path.exists(m) else m for m in methods]
+    if methods:
+        flags["method"] = ",".join(methods)
     files = [flags[n] for n in ("data", "world") if n in paths]
-    files += [m for m in flags["method"].split(",") if os.path.isfile(m)]
+    files += [m for m in methods if os.path.isfile(m)]
     write_json(
         os.path.join(out, MARK),
         {
             "flags": flags,
+            "method": run.method,
             "settings": dataclasses.asdict(run.settings),
-            "config": vars(run.cfg),
+            "config": vars(run.cfg) if run.cfg else {},
             "versions": versions(),
+            "commit": commit(),
+            "date": time.strftime("%Y-%m-%d %H:%M:%S"),
             "files": {path: stamp(path) for path in files if os.path.isfile(path)},
         },
     )
+
+
+def note_resolved(out, lab):
+    """Add to run.json the settings that the world chose, as "resolved"."""
+    path = os.path.join(out, MARK)
+    with open(path, encoding="utf-8") as file:
+        known = json.load(file)
+    names = ("steps", "batch_size", "lr", "prompts", "k", "max_response", "eval_every", "eval_size")
+    known["resolved"] = {name: getattr(lab, name) for name in names}
+    known["resolved"] |= {"world": lab.world.name, "device": str(lab.device), "bf16": lab.bf16}
+    write_json(path, known)
 
 
 def read_run(out):

@@ -63,8 +63,10 @@ class Lab:
         refuse_idle(settings, self.world, self.start)
         # World objects whose class has no `key` of its own cannot be distinguished in the cache
         self.given, self.cacheable = world, world is None or "key" in vars(type(world))
-        chosen = {"k": 4, "max_response": self.world.max_response} | self.world.align
-        for name in ("steps", "batch_size", "lr", "prompts", "k", "max_response", "eval_every"):
+        chosen = {"k": 4, "max_response": self.world.max_response, "eval_size": 256}
+        chosen |= self.world.align
+        names = ("steps", "batch_size", "lr", "prompts", "k", "max_response")
+        for name in (*names, "eval_every", "eval_size"):
             given = getattr(settings, name)
             setattr(self, name, chosen.get(name) if given is None else given)
         self.current, self.stages, self.children, self.round, self.races = None, 0, {}, None, 0

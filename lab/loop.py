@@ -51,7 +51,7 @@ def fit(
     steps = lab.steps if steps is None else steps
     warmup = min(lab.settings.warmup if warmup is None else warmup, max(1, steps // 5))
     clip = lab.settings.clip if clip is None else clip
-    every = lab.eval_every or max(1, steps // 5)
+    every = lab.eval_every or max(1, steps // 20)
     with lab.verb("fit") as stage:
         if stage.done:
             return restore(model, stage.value)
@@ -71,6 +71,7 @@ def fit(
                     model.eval()
                     curve.append({"step": step} | watch(model, step))
                     model.train(training)
+                    log.append([curve[-1]])
                 if step == steps:
                     break
 
@@ -175,18 +176,23 @@ class Log:
                     else "a lower --lr may help"
                 )
                 break
-            lines.append(json.dumps({"stage": self.number, "step": step} | values))
+            lines.append({"step": step} | values)
             self.bar.show(step, values)
         self.pending.clear()
-        if self.file and lines:
-            os.makedirs(os.path.dirname(self.file), exist_ok=True)
-            with open(self.file, "a", encoding="utf-8") as file:
-                file.write("\n".join(lines) + "\n")
+        self.append(lines)
         if wrong:
             good = load_value(self.path) if self.path else None
             if good:
                 wrong += f". The checkpoint of step {good['step']} is kept in {self.folder}"
             raise Diverged(wrong)
+
+    def append(self, lines):
+        """Add lines, dicts of numbers, to metrics.jsonl: of training steps and of what was seen."""
+        if self.file and lines:
+            os.makedirs(os.path.dirname(self.file), exist_ok=True)
+            with open(self.file, "a", encoding="utf-8") as file:
+                for line in lines:
+                    file.write(json.dumps({"stage": self.number} | line) + "\n")
 
     def due(self):
         """Whether it is time for a checkpoint; writing them takes at most 5 % of the time."""

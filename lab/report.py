@@ -1,6 +1,5 @@
 """Output for people: the progress bar, tables, samples and pictures."""
 
-import json
 import math
 import os
 import shutil
@@ -124,6 +123,13 @@ def before_after(before, after):
     return table(rows, ["", "before", "after"])
 
 
+def best_of(found):
+    """The table of best-of-n sampling from the base model; found: of `evaluate.best_of`."""
+    rows = [[f"best of {p['n']}", *(number(p[k]) for k in ("reward", "win_rate"))] for p in found]
+    rows = [[*row, f"< {number(p['kl'])}"] for row, p in zip(rows, found)]
+    return table(rows, ["for comparison, samples of the base model", "reward", "win_rate", "kl"])
+
+
 def visible(text):
     """Text that is safe to print: control characters except line ends are replaced.
 
@@ -132,15 +138,23 @@ def visible(text):
     return "".join(c if c == "\n" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-def side_by_side(lab, policy, n=4):
-    """A few prompts of the evaluation with the responses of the base model and of the policy."""
-    prompts, lines = lab.world.prompts(n, lab.eval_rng("evaluation")), []
+def side_by_side(lab, policy, n=4, among=32):
+    """A few prompts of the evaluation with the responses of the base model and of the policy.
+
+    Where there is a true reward, of `among` prompts those whose gain is nearest to the median are
+    shown: what is typical, and neither lucky nor unlucky."""
+    among = among if lab.world.reward else n
+    prompts, lines = lab.world.prompts(among, lab.eval_rng("evaluation")), []
     sides = [
         lab.sample(model, prompts, 1, lab.eval_rng("samples")) for model in (lab.reference, policy)
     ]
-    truths = [lab.truth(rows) for rows in sides] if lab.world.reward else None
-    for i, prompt in enumerate(prompts):
-        lines.append(f"> {lab.text(prompt).strip()}")
+    truths, shown = None, range(len(prompts))
+    if lab.world.reward:
+        truths = [lab.truth(rows) for rows in sides]
+        gain = np.array(truths[1])[:, 0] - np.array(truths[0])[:, 0]
+        shown = sorted(np.abs(gain - np.median(gain)).argsort(kind="stable")[:n])
+    for i in shown:
+        lines.append(f"> {lab.text(prompts[i]).strip()}")
         for side, name in enumerate(("before", "after ")):
             row = sides[side][i]
             reward = f" [{truths[side][i][0]:+.2f}]" if truths else ""
@@ -214,71 +228,6 @@ def write_picture(out, fig):
     """Write the Figure of World.picture as samples.png into `out`; do nothing if it is None."""
     if fig is not None:
         write_figure(os.path.join(out, "samples.png"), fig, dpi=150)
-
-
-def read_metrics(out):
-    """The lines of metrics.jsonl of the last stage that trained."""
-    path = os.path.join(out, "metrics.jsonl")
-    if not os.path.exists(path):
-        return []
-    with open(path, encoding="utf-8") as file:
-        lines = [json.loads(line) for line in file if line.strip()]
-    return [line for line in lines if line["stage"] == lines[-1]["stage"]]
-
-
-def curves(lab, model, title):
-    """Write curves.png: loss, margin, accuracy, raw log-probs, reward and KL against the step."""
-    lines = read_metrics(lab.out)
-    if not lines:
-        return
-    steps = [line["step"] for line in lines]
-
-    def smooth(values):
-        width = max(1, len(values) // 20)
-        total = np.cumsum([0.0, *values])
-        return [
-            (total[i + 1] - total[max(0, i + 1 - width)]) / (i + 1 - max(0, i + 1 - width))
-            for i in range(len(values))
-        ]
-
-    def draw(fig):
-        axes = fig.subplots(2, 3)
-        fig.suptitle(title)
-        panels = [
-            ("loss", ["loss"]),
-            ("margin (nats, without beta)", ["margin"]),
-            ("accuracy of the margin", ["accuracy"]),
-        ]
-        panels.append(("log-prob of the responses (nats)", ["chosen_logp", "rejected_logp"]))
-        for ax, (name, keys) in zip(axes.flat, panels):
-            for i, key in enumerate(keys):
-                values = [line.get(key, math.nan) for line in lines]
-                ax.plot(steps, values, color=f"C{i}", alpha=0.25, linewidth=0.8)
-                ax.plot(steps, smooth(values), color=f"C{i}", label=key.replace("_logp", ""))
-            ax.set_title(name, fontsize=10)
-            if len(keys) > 1:
-                ax.legend(frameon=False)
-        points = [p for p in model.curve if "reward" in p]
-        for ax, key, name in (
-            (axes.flat[4], "reward", "true reward of samples"),
-            (axes.flat[5], "kl", "KL from the base model (nats)"),
-        ):
-            kept = [p for p in points if key in p]
-            if kept:
-                ax.plot(
-                    [p["step"] for p in kept],
-                    [p[key] for p in kept],
-                    "o-",
-                    color="C2" if key == "reward" else "C3",
-                )
-                ax.set_title(name, fontsize=10)
-            else:
-                ax.axis("off")
-        for ax in axes.flat:
-            ax.set_xlabel("step", fontsize=8)
-            ax.spines[["top", "right"]].set_visible(False)
-
-    figure(os.path.join(lab.out, "curves.png"), draw, (12, 6.5))
 
 
 def sweep_table(results, varied):

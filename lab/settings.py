@@ -53,7 +53,7 @@ class Settings:
     dtype: str = "auto"  # float32 or bfloat16 (autocast); auto: bfloat16 on CUDA
     compile: str = "auto"  # on or off; auto: on CUDA only
     eval_every: int | None = None  # steps between two quick evaluations during training
-    eval_size: int = 256  # largest number of prompts and held-out pairs of an evaluation
+    eval_size: int | None = None  # largest number of prompts and held-out pairs of an evaluation
     context: int | None = None  # context length of a model trained from scratch on --data
     max_response: int | None = None  # largest number of tokens sampled per response
     # cut prompts and responses that do not fit into the context, instead of refusing them

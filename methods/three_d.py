@@ -94,7 +94,7 @@ def measure(lab, model):
     log-ratios are both negative. own_ratio: the mean log-ratio of samples of the model, which
     estimates its KL.
     """
-    rows = lab.preferences(lab.reference, k=2, n=lab.settings.eval_size, key=("measure",))
+    rows = lab.preferences(lab.reference, k=2, n=lab.eval_size, key=("measure",))
     ratio = log_ratios(lab, model, rows)
     fresh = lab.rows(lab.sample(model, [row["prompt"] for row in rows], 1))
     return {

@@ -177,7 +177,7 @@ class World(world.World):
     name, kind = "reviews", "text"
     max_prompt, max_response = 9, 32  # in tokens, which are words
     pretrain = dict(steps=600, batch_size=64, lr=6e-3, demonstrations=16384)
-    align = dict(prompts=4096, steps=200, lr=7e-4, batch_size=64)
+    align = dict(prompts=4096, steps=200, lr=7e-4, batch_size=64, eval_size=1000)
 
     def __init__(self):
         self.table = {product: classes([product]) for product in PRODUCTS}
@@ -317,10 +317,3 @@ class World(world.World):
             parts = self.parts(prompt, response)
             out.append(CENTRE + sum(WEIGHTS[name] * value for name, value in parts.items()))
         return torch.tensor(out, dtype=torch.float64)
-
-    def measure(self, policy, lab):
-        """The mean of every term of the reward over 256 sampled reviews."""
-        prompts = self.prompts(256, lab.rng("measure prompts"))
-        rows = lab.sample(policy, prompts, 1, lab.rng("measure samples"))
-        parts = [self.parts(row["prompt"], row["responses"][0]) for row in rows]
-        return {name: sum(part[name] for part in parts) / len(parts) for name in WEIGHTS}

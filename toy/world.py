@@ -33,6 +33,7 @@ class World:
     reward = None  # (prompts, responses) -> (n,) float64, the true reward; None: it is unknown
     prefers = None  # (prompts, a, b) -> (n,) P(a beats b); None: sigmoid of the reward difference
     proxies = {}  # {name: (prompts, responses) -> (n,)}: imperfect estimators of the truth
+    parts = None  # (prompt, response) -> {name: number}: the terms of the reward of a response
     verifier = False  # True: rewards are 0 or 1 and are the labels, without an annotator's noise
     verify_steps = None  # (prompt, response) -> a bool per step; None: steps cannot be checked
     frechet = None  # images (n, C, H, W) -> distance from the data; None: it is not defined

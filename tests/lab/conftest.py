@@ -4,9 +4,9 @@ import sys
 
 import pytest
 
-from lab import Lab, report, settings, store
+from lab import Lab, compare, settings, store
 
-draw_curves = report.curves
+draw_curves = compare.picture
 
 
 @pytest.fixture
@@ -14,7 +14,7 @@ def own_folder(tmp_path, monkeypatch):
     """An empty cache and an empty current folder; curves.png, which is slow, is not drawn."""
     monkeypatch.setattr(store, "CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(Lab, "memory", {})
-    monkeypatch.setattr(report, "curves", lambda *about: None)
+    monkeypatch.setattr(compare, "picture", lambda *about: False)
     monkeypatch.chdir(tmp_path)
 
 
@@ -31,4 +31,4 @@ def forget():
 @pytest.fixture
 def pictures(own_folder, monkeypatch):
     """Draw curves.png after all."""
-    monkeypatch.setattr(report, "curves", draw_curves)
+    monkeypatch.setattr(compare, "picture", draw_curves)

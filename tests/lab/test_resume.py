@@ -296,6 +296,7 @@ def test_a_nan_stops_the_run_and_is_named(tmp_path, capsys, monkeypatch):
     steps = [
         json.loads(line)["step"]
         for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+        if "loss" in json.loads(line)
     ]
     assert steps == [1, 2, 3, 4, 5, 6]
     monkeypatch.setattr(Lab, "checkpoint_every", 0.0)

@@ -58,6 +58,13 @@ def test_a_run_writes_what_it_says_and_nothing_half_written(tmp_path, capsys, pi
         and summary["before"]["win_rate"] == 0.5
     )
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    looks = [line for line in lines if "loss" not in line]
+    assert [look["step"] for look in looks] == list(range(13))
+    for name in ("reward", "win_rate", "kl", "length", "diversity"):  # one evaluation behind both
+        assert looks[0][name] == summary["before"][name], name
+        assert looks[-1][name] == summary["after"][name], name
+    assert [best["n"] for best in summary["best_of"]] == [2, 4, 8, 16]
+    lines = [line for line in lines if "loss" in line]
     assert [line["step"] for line in lines] == list(range(1, 13))
     assert {"loss", "margin", "accuracy", "chosen_logp", "rejected_logp", "grad_norm", "lr"} <= set(
         lines[0]

@@ -31,7 +31,7 @@ def test_every_world_is_a_world_with_recipes_that_the_lab_knows(name):
         (world.kind == "text") == (world.tokenizer is not None) == (world.max_response is not None)
     )
     assert (world.kind == "table") == (world.pretrain is None)
-    assert set(world.align) - {"k"} == {"prompts", "steps", "lr", "batch_size"}
+    assert set(world.align) - {"k", "eval_size"} == {"prompts", "steps", "lr", "batch_size"}
     if world.pretrain is not None:
         assert set(world.pretrain) - {"demonstrations"} == {"steps", "lr", "batch_size"}
     assert callable(world.reward) and world.key() is not None

@@ -1,0 +1,237 @@
+"""Runs beside each other, read from their folders: curves, a table at matched KL, a tidy CSV.
+
+Everything comes from what a run has written (run.json, metrics.jsonl, summary.json), so that every
+picture can be drawn again.
+"""
+
+import csv
+import json
+import math
+import os
+from dataclasses import dataclass
+
+import numpy as np
+
+from data import UserError
+from lab import report
+from lab.claims import at_kl
+from lab.evaluate import interval
+from lab.store import write_beside
+
+GRID = (0.5, 1.0, 2.0, 4.0)  # nats at which runs are compared
+PANELS = {  # title: the metrics of a training step that it shows
+    "loss": ["loss"],
+    "margin (nats, without beta)": ["margin"],
+    "accuracy of the margin": ["accuracy"],
+    "log-prob of chosen, rejected dashed (nats)": ["chosen_logp", "rejected_logp"],
+}
+IDLE = ("seed", "out", "overwrite", "device", "dtype", "compile")  # settings that name no run
+
+
+@dataclass
+class Record:
+    """What one run has written down.
+
+    about: {"method": ..., every setting and field of its Config}. steps: the metrics of its
+    training steps. looks: what was seen of the policy, from step 0 to the end. summary: the
+    evaluation before and after.
+    """
+
+    folder: str
+    about: dict
+    steps: list
+    looks: list
+    summary: dict
+
+
+def read(folder):
+    """The Record of a folder; UserError when it is not a run that has ended."""
+    try:
+        with open(os.path.join(folder, "run.json"), encoding="utf-8") as file:
+            made = json.load(file)
+        with open(os.path.join(folder, "summary.json"), encoding="utf-8") as file:
+            summary = json.load(file)
+        about = {"method": summary["method"]} | made["settings"] | made["config"]
+        about |= made["resolved"]
+        lines = []
+        path = os.path.join(folder, "metrics.jsonl")
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                lines = [json.loads(line) for line in file if line.strip()]
+        lines = [line for line in lines if line["stage"] == lines[-1]["stage"]]
+        steps = [line for line in lines if "loss" in line]
+        looks = [line for line in lines if "loss" not in line]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{folder} is not a run that has ended") from None
+    return Record(folder, about, steps, looks, summary)
+
+
+def runs_in(folder):
+    """The folders of the runs of a sweep, or the folder itself."""
+    inside = sorted(os.path.join(folder, name) for name in os.listdir(folder))
+    found = [path for path in inside if os.path.exists(os.path.join(path, "summary.json"))]
+    return found or [folder]
+
+
+def varied(records):
+    """The settings in which the runs differ, the seed apart."""
+    names = dict.fromkeys(name for record in records for name in record.about)
+    values = {n: {str(record.about.get(n)) for record in records} for n in names}
+    return [name for name in names if len(values[name]) > 1 and name not in IDLE]
+
+
+def groups(records):
+    """{label: its runs}: runs that differ in the seed alone are one group."""
+    found, names = {}, varied(records)
+    for record in records:
+        about = record.about
+        parts = [about["method"]] if "method" in names or not names else []
+        parts += [f"{n} {about[n]}" for n in names if n != "method" and about.get(n) is not None]
+        found.setdefault(", ".join(parts) or "default", []).append(record)
+    return found
+
+
+# ---------------------------------------------------------------- table and CSV
+
+
+def matched(grouped):
+    """A table of the true reward at the same KL, each group against the first.
+
+    A cell is a mean over seeds; the difference is paired over the seeds that both groups have, with
+    its 95 % interval where there are several. "-": a curve does not reach that KL."""
+
+    def rewards(records, kl):
+        found = {}
+        for record in records:
+            try:
+                found[record.about["seed"]] = at_kl(record.looks, "reward", kl)
+            except (UserError, KeyError, IndexError):
+                return {}
+        return found
+
+    first, rows = next(iter(grouped.values())), []
+    for label, records in grouped.items():
+        row = [label, len(records)]
+        for kl in GRID:
+            ours, theirs = rewards(records, kl), rewards(first, kl)
+            row.append(report.number(float(np.mean(list(ours.values())))) if ours else "-")
+            both = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+            cell = report.number(float(np.mean(both)), interval(both)) if both else "-"
+            row.append("" if records is first else cell)
+        rows.append(row)
+    head = ["true reward at a KL of", "runs"]
+    for kl in GRID:
+        head += [f"{kl:g} nats", "difference"]
+    return report.table(rows, head)
+
+
+def write_csv(path, records):
+    """One line per run and look; a setting in which the runs differ is a column."""
+    keys = ["method", *(n for n in varied(records) if n != "method"), "seed"]
+    rows = []
+    for record in records:
+        settings = {name: record.about.get(name) for name in keys}
+        for look in record.looks:
+            values = {name: value for name, value in look.items() if name != "stage"}
+            rows.append({"run": record.folder} | settings | values)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+
+    def write(temporary):
+        with open(temporary, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write_beside(path, write)
+
+
+def write(out, records, title):
+    """curves.csv and curves.png of several runs -> their names, for a person."""
+    write_csv(os.path.join(out, "curves.csv"), records)
+    path = os.path.join(out, "curves.png")
+    return "curves.csv" + ", curves.png" * picture(path, groups(records), title)
+
+
+# ---------------------------------------------------------------- picture
+
+
+def smooth(values):
+    """The running mean over a twentieth of the values."""
+    width = max(1, len(values) // 20)
+    total = np.cumsum([0.0, *values])
+    starts = [max(0, i + 1 - width) for i in range(len(values))]
+    return [(total[i + 1] - total[s]) / (i + 1 - s) for i, s in enumerate(starts)]
+
+
+def picture(path, grouped, title):
+    """Training metrics and looks of all runs, one colour per group; reward against KL beside
+    best-of-n sampling from the base model -> whether there was anything to draw."""
+    from matplotlib.figure import Figure
+
+    records = [record for group in grouped.values() for record in group]
+    if not any(record.steps for record in records):
+        return False
+    figure = Figure(figsize=(16, 6.5), layout="constrained")
+    figure.suptitle(report.visible(title))
+    axes = list(figure.subplots(2, 4).flat)
+    for i, (label, group) in enumerate(grouped.items()):
+        for record in group:
+            draw(axes, record, color=f"C{i % 10}", label=label if record is group[0] else None)
+    whole = records[0]
+    if len(records) == 1:
+        parts_against_kl(axes[7], whole)
+    for ax, name in zip(axes, [*PANELS, "true reward of samples", "KL from the base model (nats)"]):
+        ax.set_title(name, fontsize=10)
+        ax.set_xlabel("step", fontsize=8)
+    best = whole.summary.get("best_of", [])
+    if best:
+        points = [(0.0, whole.summary["before"]["reward"])]
+        points += [(point["kl"], point["reward"]) for point in best]
+        axes[6].plot(*zip(*points), "k--o", markersize=3, label="best of n from the base model")
+    axes[6].set_title("true reward against KL", fontsize=10)
+    axes[6].set_xlabel("KL from the base model (nats)", fontsize=8)
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(frameon=False, fontsize=7)
+        if not ax.lines:
+            ax.axis("off")
+            ax.set_title("")
+    write_beside(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    return True
+
+
+def draw(axes, record, color, label):
+    """The curves of one run in the panels of `picture`."""
+    at = [line["step"] for line in record.steps]
+    for ax, keys in zip(axes, PANELS.values()):
+        for key, style in zip(keys, ("-", "--")):
+            values = [line.get(key, math.nan) for line in record.steps]
+            ax.plot(at, values, style, color=color, alpha=0.2, linewidth=0.7)
+            ax.plot(at, smooth(values), style, color=color)
+    looks = [look for look in record.looks if "reward" in look]
+    for ax, key in zip(axes[4:6], ("reward", "kl")):
+        points = [(look["step"], look[key]) for look in looks if key in look]
+        if points:
+            ax.plot(*zip(*points), "o-", markersize=3, color=color)
+    both = [(look["kl"], look["reward"]) for look in looks if "kl" in look]
+    if both:
+        axes[6].plot(*zip(*both), "o-", markersize=3, color=color, label=label)
+
+
+def parts_against_kl(ax, record):
+    """What the reward of one run is made of, against KL, and the margin that was fitted."""
+    known = ("stage", "step", "reward", "win_rate", "kl", "length", "diversity")
+    looks = [look for look in record.looks if "kl" in look]
+    names = [name for name in looks[0] if name not in known] if looks else []
+    kls = [look["kl"] for look in looks]
+    for i, name in enumerate(names):
+        ax.plot(kls, [look[name] for look in looks], color=f"C{i + 1}", label=name)
+    margins = {line["step"]: line.get("margin") for line in record.steps}
+    known = [(look["kl"], margins[look["step"]]) for look in looks if margins.get(look["step"])]
+    if names and known:
+        right = ax.twinx()
+        right.plot(*zip(*known), ":", color="0.4")
+        right.set_ylabel("fitted margin (nats, dotted)", fontsize=8)
+    ax.set_title("parts of the reward, and the margin", fontsize=10)
+    ax.set_xlabel("KL from the base model (nats)", fontsize=8)

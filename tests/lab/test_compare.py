@@ -1,0 +1,112 @@
+"""Finished runs beside each other: the picture, the CSV and the table come from their folders."""
+
+import csv
+import json
+import shutil
+
+import pytest
+
+import train
+from lab import compare
+from tests.lab.commands import TINY
+
+pytestmark = pytest.mark.usefixtures("own_folder")
+BANDIT = ["--world", "bandit", "--steps", "40", "--prompts", "256"]
+
+
+def test_runs_and_sweeps_are_compared_at_matched_kl_over_paired_seeds(capsys, pictures):
+    sweep = ["--method", "dpo", "--beta", "0.1,0.3", "--seeds", "2"]
+    assert train.main([*sweep, *BANDIT, "--out", "sweep"]) == 0
+    assert (
+        train.main(["--method", "rdpo", *BANDIT, "--lr", "0.05", "--flip", "0.2", "--out", "one"])
+        == 0
+    )
+    capsys.readouterr()
+    assert train.main(["--compare", "sweep", "one", "--out", "beside"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[1:4]] == [
+        "dpo, flip 0.0, beta 0.1",
+        "dpo, flip 0.0, beta 0.3",
+        "rdpo, flip 0.2, beta 0.1, epsilon 0.3",
+    ]
+    assert lines[1].split()[5:7] == ["2", lines[1].split()[6]] and "+-" in lines[2]
+    with open("beside/curves.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["run"], row["seed"]) for row in rows} == {
+        ("sweep/000-seed0-beta0.1", "0"),
+        ("sweep/002-seed1-beta0.1", "1"),
+        ("sweep/001-seed0-beta0.3", "0"),
+        ("sweep/003-seed1-beta0.3", "1"),
+        ("one", "0"),
+    }
+    with open("one/summary.json", encoding="utf-8") as file:
+        summary = json.load(file)
+    mine = [row for row in rows if row["run"] == "one"]
+    assert [int(row["step"]) for row in mine] == list(range(0, 41, 2))
+    for row, side in ((mine[0], "before"), (mine[-1], "after")):
+        for name in ("reward", "kl"):
+            assert float(row[name]) == summary[side][name]
+    with open("beside/curves.png", "rb") as file:
+        assert file.read(4) == b"\x89PNG"
+    with open("sweep/curves.csv", newline="", encoding="utf-8") as file:
+        assert len(list(csv.DictReader(file))) == 4 * 21
+
+
+def test_the_difference_at_matched_kl_is_read_off_the_curves_and_paired_by_seed():
+    def record(label, seed, slope):
+        looks = [{"step": i, "kl": 0.25 * i, "reward": slope * 0.25 * i} for i in range(9)]
+        return compare.Record(label, {"method": label, "seed": seed}, [], looks, {})
+
+    grouped = {
+        "a": [record("a", 0, 1.0), record("a", 1, 2.0)],
+        "b": [record("b", 1, 2.5), record("b", 0, 1.5)],
+        "c": [record("c", 7, 1.0)],
+    }
+    head, *lines = compare.matched(grouped).splitlines()
+    assert head.split("  ")[0] == "true reward at a KL of"
+    cells = [[c for c in line.split("  ") if c.strip()] for line in lines]
+    assert [c.strip() for c in cells[0]] == ["a", "2", "0.750", "1.500", "3.000", "-", "-"][:6]
+    assert cells[1][2].strip() == "1.000" and cells[1][3].strip() == "0.250 +-0.000"
+    assert cells[1][4].strip() == "2.000" and cells[1][5].strip() == "0.500 +-0.000"
+    assert cells[2][2].strip() == "0.500" and cells[2][3].strip() == "-"  # no seed in common
+
+
+def test_what_ran_is_said_in_run_json():
+    assert train.main(["--method", "dpo", *BANDIT, "--out", "run"]) == 0
+    with open("run/run.json", encoding="utf-8") as file:
+        known = json.load(file)
+    assert known["method"] == "dpo" and known["config"] == {"beta": 0.1}
+    assert known["resolved"]["steps"] == 40 and known["resolved"]["batch_size"] == 512
+    assert known["resolved"]["lr"] > 0 and known["resolved"]["world"] == "bandit"
+    assert known["date"][:2] == "20" and "commit" in known
+
+
+@pytest.mark.parametrize("words", [["nowhere"], ["file"], ["empty"], ["run", "--steps", "3"], []])
+def test_what_is_no_finished_run_is_refused_in_one_line(words, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    assert train.main(["--compare", *words, "--out", "beside"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and (not words or words[0] in error or "--steps" in error)
+    assert not (tmp_path / "beside").exists()
+
+
+def test_a_run_without_looks_is_compared_as_far_as_it_goes(capsys, tmp_path):
+    for name in ("a", "b"):
+        assert train.main(["--method", "dpo", *BANDIT, "--out", name]) == 0
+    (tmp_path / "b" / "metrics.jsonl").unlink()
+    capsys.readouterr()
+    assert train.main(["--compare", "a", "b", "--out", "beside"]) == 0
+    assert "written to beside/: curves.csv" in capsys.readouterr().out
+
+
+def test_the_best_of_n_samples_has_more_reward_for_every_n(tmp_path):
+    assert train.main(["--method", "dpo", *TINY, "--out", "run"]) == 0
+    with open("run/summary.json", encoding="utf-8") as file:
+        summary = json.load(file)
+    best = summary["best_of"]
+    rewards = [summary["before"]["reward"], *(point["reward"] for point in best)]
+    assert rewards[1:] == sorted(rewards[1:]) and [p["n"] for p in best] == [2, 4, 8, 16]
+    assert best[0]["kl"] == pytest.approx(0.193147, abs=1e-6)  # log 2 - 1/2
+    assert all(0.0 <= point["win_rate"] <= 1.0 for point in best)
+    shutil.rmtree("run")
