@@ -135,11 +135,16 @@ def give_back(out, former):
 
 
 def trained(out):
-    """Whether anything has been trained or measured in this folder or in a folder inside it."""
-    work = ("metrics.jsonl", "summary.json", "claim.json", "claims.json")
-    for _, _, names in os.walk(out):
-        if any(n in work or "-checkpoint-" in n for n in names):
+    """Whether this folder, or a folder in it, has results of training or of an evaluation."""
+    for place, _, names in os.walk(out):
+        if any(n in ("summary.json", "claim.json", "claims.json") for n in names):
             return True
+        if any("-checkpoint-" in n for n in names):
+            return True
+        if "metrics.jsonl" in names:
+            with open(os.path.join(place, "metrics.jsonl"), encoding="utf-8") as file:
+                if any('"loss"' in line for line in file):  # not only a look before the first step
+                    return True
     return False
 
 
