@@ -30,6 +30,8 @@ class Paper:
         "reward".
     ignores: run settings that have no effect under this method and are therefore refused.
     defaults: run settings that the method changes when it is run alone.
+    demo: further run settings and fields of its Config, which `--method NAME` changes if neither
+        --world nor --data is given: what makes the first run a good one.
     core: the functions that the contract tests and the mutants examine.
     """
 
@@ -38,6 +40,7 @@ class Paper:
     needs: str = "pairs or lists"
     ignores: tuple = ()
     defaults: dict = field(default_factory=dict)
+    demo: dict = field(default_factory=dict)
     core: tuple = ("loss",)
 
 

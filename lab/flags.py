@@ -408,14 +408,16 @@ def seeds_of(flags, grid):
 
 
 def defaults_of(paper, grid):
-    """The run settings that a method changes when it is the only one.
+    """The run settings and Config fields that a method changes when it is the only one.
 
     There are none with --data. Settings that do nothing in the world of --world are left out.
     """
-    defaults = dict(paper.defaults)
     if "data" in grid:
         return {}
-    if "world" in grid and len(defaults) > 1:
+    if "world" not in grid:
+        return paper.defaults | paper.demo
+    defaults = dict(paper.defaults)
+    if len(defaults) > 1:
         there = Settings(**defaults | {"world": grid["world"][0]})
         without = idle(there, make_world(there))
         defaults = {name: value for name, value in defaults.items() if name not in without}
@@ -446,8 +448,10 @@ def combinations(flags, chosen):
                 raise UserError(f"--{name} does nothing under {method.name}")
         for point in itertools.product(*full.values()):
             picked = dict(zip(full, point))
-            settings = Settings(**defaults | {k: v for k, v in picked.items() if k in grid})
-            cfg = module.Config(**{k: v for k, v in picked.items() if k in own})
+            changed = {k: v for k, v in defaults.items() if k in run}
+            settings = Settings(**changed | {k: v for k, v in picked.items() if k in grid})
+            changed = {k: v for k, v in defaults.items() if k not in run}
+            cfg = module.Config(**changed | {k: v for k, v in picked.items() if k in own})
             varied = {"method": method.name} if len(chosen) > 1 else {}
             varied |= {k: v for k, v in picked.items() if len(full[k]) > 1}
             runs.append(Run(method.name, module, method.paper, settings, cfg, varied))

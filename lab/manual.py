@@ -69,6 +69,9 @@ def paper_help(method):
     if paper.defaults:
         changed = "  ".join(f"--{name} {value}" for name, value in paper.defaults.items())
         parts += [f"Settings that it changes when run alone: {changed}"]
+    if paper.demo:
+        changed = "  ".join(f"--{name} {value}" for name, value in paper.demo.items())
+        parts += [f"Without --world and --data it also changes: {changed}"]
     if paper.ignores:
         parts += [f"Settings that it refuses, as they do nothing: --{', --'.join(paper.ignores)}"]
     return "\n".join([*parts, "The run settings: python train.py --help"])

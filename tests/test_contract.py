@@ -188,7 +188,8 @@ def test_what_a_file_says_about_itself_is_known(name):
     assert paper.family in FAMILIES and paper.needs in NEEDS
     assert paper.worlds and set(paper.worlds) <= {"text", "images", "table"}
     assert set(paper.ignores) | set(paper.defaults) <= run_settings
-    assert not set(paper.ignores) & set(paper.defaults)
+    assert not set(paper.ignores) & (set(paper.defaults) | set(paper.demo))
+    assert set(paper.demo) <= (run_settings | fields) - set(paper.defaults)
     assert not fields & run_settings, "a field has the name of a run setting"
     assert module.Config.__dataclass_params__.frozen
     module.Config()  # every field has a default

@@ -12,6 +12,7 @@ import pytest
 import train
 from lab import Settings, flags, store
 from lab.settings import methods, worlds
+from methods.dpo import PAPER, Config
 from tests.lab.commands import (
     refused,
 )
@@ -45,6 +46,19 @@ def test_defaults_of_a_method_apply_only_when_it_runs_alone():
     assert runs("--method", "rdpo")[0].settings.flip == 0.3
     assert {run.settings.flip for run in runs("--method", "dpo,rdpo")} == {0.0}
     assert runs("--method", "rdpo", "--flip", "0.1")[0].settings.flip == 0.1
+
+
+def test_the_first_run_of_a_method_has_settings_of_its_own(capsys):
+    (run,) = runs("--method", "dpo")
+    assert run.settings.prompts == PAPER.demo["prompts"] and run.cfg.beta == PAPER.demo["beta"]
+    (run,) = runs("--method", "dpo", "--beta", "0.3", "--prompts", "7")
+    assert (run.settings.prompts, run.cfg.beta) == (7, 0.3)
+    assert run.settings.label_temperature == PAPER.demo["label_temperature"]
+    for argv in (["--method", "dpo", "--world", "reviews"], ["--method", "dpo,rdpo"]):
+        assert {run.settings.prompts for run in runs(*argv)} == {None}
+        assert {run.cfg.beta for run in runs(*argv)} == {Config().beta}
+    assert train.main(["--method", "dpo", "--help"]) == 0
+    assert "--beta 0.75" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", ["did", "ld_dpo"])
