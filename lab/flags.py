@@ -496,7 +496,7 @@ def refuse_idle_actions(flags, runs):
         ) < len(runs):
             raise UserError("--claim takes one value for --device, --dtype and --compile")
         break
-    greedy = float(flags.get("temperature", "0")) == 0
+    greedy = "temperature" not in flags or runs[0].settings.temperature == 0
     if "prompt" in flags and "seed" in flags and greedy:
         raise UserError("--seed does nothing with a greedy --prompt; --temperature 1 samples")
 

@@ -75,6 +75,14 @@ def test_a_default_that_does_nothing_in_another_world_is_none(capsys, method):
     )
 
 
+def test_a_sweep_over_temperatures_is_no_question(capsys):
+    given = dict(method="dpo", temperature="0.5,1")
+    both = runs("--method", "dpo", "--temperature", "0.5,1")
+    flags.refuse_idle_actions(given, both)
+    assert [run.settings.temperature for run in both] == [0.5, 1.0]
+    refused(capsys, ["--prompt", "hi", "--temperature", "0.5,1"], "--prompt", "one value")
+
+
 def test_list_and_help_name_every_method_flag_and_world(capsys):
     assert train.main(["--list"]) == 0
     listed = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Fixtures of the tests that run whole commands."""
+"""Fixtures of the tests that run whole commands, and the options of tests/fuzz.py."""
 
 import sys
 
@@ -32,3 +32,10 @@ def forget():
 def pictures(own_folder, monkeypatch):
     """Draw curves.png after all."""
     monkeypatch.setattr(compare, "picture", draw_curves)
+
+
+def pytest_addoption(parser):
+    """How much tests/fuzz.py tries."""
+    group = parser.getgroup("fuzz", "random and hostile input (pytest -m fuzz tests/fuzz.py)")
+    group.addoption("--fuzz-seed", type=int, default=0, help="seed of the first case of each kind")
+    group.addoption("--fuzz-cases", type=int, default=300, help="number of cases, of all kinds")

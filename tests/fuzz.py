@@ -1,0 +1,577 @@
+"""Random and hostile input: a result or one line, never a traceback, never lost work.
+
+    python -m pytest -m fuzz tests/fuzz.py --fuzz-seed 7 --fuzz-cases 10000
+
+A case depends on its kind and its seed alone, and a failure names both: the same kind with that
+seed and `--fuzz-cases 1` repeats it. SHARES says how the cases are divided among the kinds.
+"""
+
+import contextlib
+import gzip
+import io
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import train
+from data import Tokenizer, UserError, collate
+from lab import Lab, Settings, flags, render, store
+from lab.hub import ChatTemplate, load_pretrained
+from lab.settings import methods
+from nanomodel import GPT, GPTConfig, UNet, UNetConfig
+from toy.digits import World as Images
+
+pytestmark = [pytest.mark.fuzz, pytest.mark.usefixtures("own_folder")]
+SHARES = dict(
+    rows=0.35, bytes=0.12, images=0.08, checkpoint=0.2, template=0.03, command=0.1, cache=0.11
+)
+SHARES["kill"] = 0.01
+BYTES = Tokenizer.toy([], name="bytes")
+TOY = Tokenizer.toy([" good", " bad", " the", "\n", "film"])
+
+# ---------------------------------------------------------------- what is allowed
+
+
+def one_line(text):
+    """Whether an error is one line that a terminal may show."""
+    return text.isprintable() and 0 < len(text) < 4000
+
+
+def refused_or(function):
+    """The value of function(), or None where it refuses its input with one printable line."""
+    try:
+        return function()
+    except UserError as error:
+        line = " ".join(str(error).split())
+        assert one_line(line), line
+        return None
+
+
+# ---------------------------------------------------------------- hostile values
+
+ODD = [
+    *(None, True, False, 0, -1, 1, 2, 0.5, 1e308, -1e308, 500, 999999, 2**31, 2**63, 10**30),
+    *(math.nan, math.inf, -math.inf, "", " ", "x", "\x1b[31mred", "\r\u202e", "\ud800", "\0"),
+    *("yes " * 400, [], [None], [0, 1], [[]], [[1, 2], [3]], ["a", "b"], [1e308, -1e308]),
+    *({}, {"role": "user"}, {"role": "user", "content": "hi"}, {"a": {"b": [1]}}, [[1.0], [2.0]]),
+    *([{"role": "user", "content": "hi"}], [{"role": "x", "content": 3}], [math.nan, 1.0]),
+    [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+]
+NAMES = [
+    *("prompt", "chosen", "rejected", "responses", "scores", "completion", "label", "parents"),
+    *("context", "ends", "q", "rank", "reward", "ref_logps", "where", "tree", "mask", "to", "t"),
+    *("quality", "margin", "columns", "images", "target", "\x1b[31m", "", "__class__", "mine"),
+]
+
+
+def places(value, path=()):
+    """The paths to everything inside nested lists and dicts."""
+    yield path
+    if isinstance(value, list):
+        value = dict(enumerate(value))
+    for key, inner in value.items() if isinstance(value, dict) else ():
+        yield from places(inner, (*path, key))
+
+
+def disturbed(value, rng, names=NAMES):
+    """A copy of a JSON value with one part replaced, removed, renamed or doubled."""
+    value = json.loads(json.dumps(value))
+    *path, key = rng.choice(list(places(value))[1:] or [(0,)])
+    inner = value
+    for step in path:
+        inner = inner[step]
+    kind = rng.random()
+    if kind < 0.55:
+        inner[key] = rng.choice(ODD)
+    elif kind < 0.65:
+        del inner[key]
+    elif kind < 0.75 and isinstance(inner, dict):
+        inner[rng.choice(names)] = inner.pop(key)
+    elif kind < 0.9 and isinstance(inner, dict):
+        inner[rng.choice(names)] = rng.choice(ODD)
+    elif isinstance(inner, list):
+        inner.insert(key, rng.choice([inner[key], rng.choice(ODD)]))
+    else:
+        for _ in range(rng.choice([3, 150])):
+            inner[key] = [inner[key]] if rng.random() < 0.5 else {"a": inner[key]}
+    return value
+
+
+def damaged(data, rng):
+    """Bytes with a part flipped, cut off, repeated, zeroed or replaced."""
+    data = bytearray(data)
+    for _ in range(rng.choice([1, 1, 1, 3, 20])):
+        i = rng.randrange(len(data)) if data else 0
+        n = rng.choice([1, 1, 4, 64, len(data)])
+        kind = rng.randrange(6)
+        if kind == 0 and data:
+            data[i] ^= 1 << rng.randrange(8)
+        elif kind == 1:
+            del data[i : i + n]
+        elif kind == 2:
+            data[i:i] = data[i : i + n]
+        elif kind == 3:
+            data[i : i + n] = bytes(len(data[i : i + n]))
+        elif kind == 4:
+            data[i : i + 1] = rng.choice(
+                [b"\xff", b"\0", b"[" * 3000, b'"', b"9" * 400, b"\x1b[2J"]
+            )
+        else:
+            del data[i:]
+    return bytes(data)
+
+
+# ---------------------------------------------------------------- data files
+
+
+def text_of(rng):
+    return " ".join(rng.choice(["yes", "no", "the", "2 + 2", "é", "4"]) for _ in range(3))
+
+
+def record(form, i, rng):
+    """A good record in one of the layouts that are read."""
+    prompt, chosen, rejected = f"q {i} ?", text_of(rng), text_of(rng)
+    user, a, b = (
+        {"role": role, "content": text}
+        for role, text in (("user", prompt), ("assistant", chosen), ("assistant", rejected))
+    )
+    if form == "pairs":
+        return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "mine": rng.random()}
+    if form == "ids":
+        return {"prompt": [1, 2, i], "chosen": [3, 4], "rejected": [5]}
+    if form == "messages":
+        return {"chosen": [user, a], "rejected": [user, b]}
+    if form == "chat":
+        return {"prompt": [user], "chosen": [a], "rejected": [b]}
+    if form == "transcript":
+        head = f"\n\nHuman: {prompt}\n\nAssistant: "
+        return {"chosen": head + chosen, "rejected": head + rejected}
+    if form == "labels":
+        return {"prompt": prompt, "completion": chosen, "label": rng.random() < 0.5}
+    k = 2 if form == "two" else 4
+    row = {"prompt": prompt, "responses": [text_of(rng) for _ in range(k)]}
+    row["scores"] = [rng.choice([0, 1, 2, 0.5]) for _ in range(k)]
+    if form == "tree":
+        row |= {"parents": [-1, 0, 0, 1], "context": ["", "x", "", ""]}
+        row |= {"ends": [False, True, True, True]}
+    if form == "targets":
+        row |= {"q": [0.25] * k, "rank": [2, 1, 4, 3], "quality": [0.1] * k}
+    return row
+
+
+FORMS = ["pairs", "ids", "messages", "chat", "transcript", "labels", "two", "four", "tree"]
+FORMS += ["targets"]
+
+
+def records(rng):
+    form = rng.choice(FORMS)
+    return [record(form, i, rng) for i in range(rng.choice([2, 6, 12]))]
+
+
+def as_file(path, rows, rng):
+    """Write records as JSON Lines, gzipped JSON Lines or Parquet -> the path."""
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    if rng.random() < 0.25:
+        import pyarrow
+        import pyarrow.parquet
+
+        with contextlib.suppress(pyarrow.ArrowException, TypeError, OverflowError, UnicodeError):
+            table = pyarrow.Table.from_pylist([row for row in rows if isinstance(row, dict)])
+            pyarrow.parquet.write_table(table, f"{path}.parquet")
+            return f"{path}.parquet"
+    packed = rng.random() < 0.25
+    path += ".jsonl" + ".gz" * packed
+    with open(path, "wb") as file:
+        file.write(gzip.compress(lines) if packed else lines)
+    return path
+
+
+def used(path, rng):
+    """Everything that happens to a file before training, and the batches of its rows."""
+    from toy.files import World
+
+    small = dict(steps=1, batch_size=4, context=64, eval_size=2, base_steps=1)
+    if rng.random() < 0.3:
+        small["truncate"] = "true"
+    given = {name: str(value) for name, value in small.items()} | {"data": path}
+    given["method"] = rng.choice(methods())
+    chosen = flags.chosen_methods(["--method", given["method"]])
+    runs = refused_or(lambda: flags.fitting(flags.combinations(given, chosen), given))
+    if runs and rng.random() < 0.1:  # what was not refused trains
+        argv = [f"--{name}={value}" for name, value in given.items()]
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            assert train.main([*argv, "--out", f"{path}-run"]) in (0, 2)
+    world = refused_or(lambda: World(path, BYTES, context=64))
+    if world:
+        lab = Lab(Settings(base_steps=0, truncate=True), quiet=True, world=world)
+        lab.base()
+        batch = refused_or(lambda: lab.collate(lab.encode(world.given(None)[:8])))
+        assert batch is None or batch.mask.any() and batch.scores.isfinite().all()
+
+
+def fuzz_rows(rng, path):
+    rows = records(rng)
+    for _ in range(rng.choice([1, 1, 2, 5])):
+        rows = disturbed(rows, rng)
+    used(as_file(f"{path}/rows", rows if isinstance(rows, list) else [rows], rng), rng)
+
+
+def fuzz_bytes(rng, path):
+    name = as_file(f"{path}/rows", records(rng), rng)
+    with open(name, "rb") as file:
+        data = damaged(file.read(), rng)
+    with open(name, "wb") as file:
+        file.write(data)
+    used(name, rng)
+
+
+def fuzz_images(rng, path):
+    n, side = rng.choice([0, 1, 4, 30]), rng.choice([0, 1, 4, 8])
+    shape = rng.choice(
+        [(n, side, side), (n, side, side, 3), (n, side, 2 * side), (n,), (n, 1, 8, 8)]
+    )
+    dtype = rng.choice(["uint8", "float32", "float64", "int64", "complex64", "bool", "U3"])
+    noise = np.random.default_rng(rng.randrange(2**32))
+    arrays = dict(images=(noise.random(shape) * rng.choice([1, 255, 1e30, -1])).astype(dtype))
+    arrays["labels"] = np.arange(rng.choice([n, n, n + 1])) % rng.choice([1, 2, 10])
+    if rng.random() < 0.3:
+        arrays["labels"] = arrays["labels"] * rng.choice([-1, 0.5, 10**12])
+    if rng.random() < 0.2:
+        arrays[rng.choice(["images", "labels", "\x1b[31m"])] = np.array(rng.choice([1.0, math.nan]))
+    name = f"{path}/images.npz"
+    rng.choice([np.savez, np.savez_compressed])(name, **arrays)
+    if rng.random() < 0.6:
+        with open(name, "rb") as file:
+            data = damaged(file.read(), rng)
+        with open(name, "wb") as file:
+            file.write(data)
+    world = refused_or(lambda: Images.from_npz(name, limit=2**22))
+    if world:
+        assert world.reward([0], world.images[:1]).isfinite().all()
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(folder, kind):
+    torch.manual_seed(0)
+    if kind == "unet":
+        model = UNet(UNetConfig(width=8))
+    else:
+        sizes = dict(vocab_size=TOY.vocab_size, hidden_size=16, intermediate_size=24)
+        sizes |= dict(num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2)
+        model = GPT(GPTConfig(**sizes, max_position_embeddings=64), TOY)
+    model.save_pretrained(folder)
+
+
+def fuzz_checkpoint(rng, path):
+    kind = rng.choice(["gpt", "gpt", "unet"])
+    save_checkpoint(path, kind)
+    for _ in range(rng.choice([1, 1, 2])):
+        name = rng.choice(sorted(n for n in os.listdir(path) if not n.startswith("rows")))
+        with open(f"{path}/{name}", "rb") as file:
+            data = file.read()
+        if rng.random() < 0.1:
+            os.unlink(f"{path}/{name}")
+            continue
+        if rng.random() < 0.6 and name.endswith(".json"):
+            with contextlib.suppress(ValueError, RecursionError):
+                value = json.loads(data)
+                if name == "tokenizer.json" and rng.random() < 0.5:
+                    value["model"] = disturbed(value["model"], rng)
+                else:
+                    value = disturbed(value, rng, ["eos_token_id", "rope_scaling", "chat_template"])
+                data = json.dumps(value).encode()
+        elif rng.random() < 0.6 and name == "model.safetensors":
+            with contextlib.suppress(Exception):  # it may be damaged already
+                weights = load_file(f"{path}/{name}")
+                other = rng.choice(sorted(weights))
+                change = rng.choice(
+                    [
+                        lambda x: x.long(),
+                        lambda x: x > 0,
+                        lambda x: x * math.nan,
+                        lambda x: x[:1],
+                        lambda x: x.half(),
+                        lambda x: x * 1e38,
+                    ]
+                )
+                weights[other] = change(weights[other])
+                save_file(weights, f"{path}/{name}")
+                continue
+        else:
+            data = damaged(data, rng)
+        with open(f"{path}/{name}", "wb") as file:
+            file.write(data)
+    model = refused_or(lambda: load_pretrained(path))
+    if isinstance(model, GPT):
+        model.eval()
+        model.tokenizer.decode([1, 2])
+        if model.config.vocab_size < 2000 and refused_or(
+            lambda: model.tokenizer.encode("the film")
+        ):
+            row = {"prompt": "the film", "responses": [" good", " bad"]}
+            batch = collate([row], model.tokenizer)
+            if batch.position.max() < model.config.max_position_embeddings:
+                model.logps(batch)
+    elif model is not None:
+        model.sample([0], 1, torch.Generator().manual_seed(0), steps=2)
+
+
+# ---------------------------------------------------------------- templates
+
+PIECES = [
+    "{{ bos_token }}",
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}",
+    "{% if add_generation_prompt %}assistant:{% endif %}",
+    "{{ messages[0]['content'] | trim }}",
+    "{{ messages[9].content }}",
+    "{{ raise_exception('no \x1b[31m') }}",
+    "{{ messages | tojson }}",
+    "{{ ''.__class__.__mro__ }}",
+    "{{ messages.__init__.__globals__ }}",
+    "{% set x = namespace(n=2) %}{% for i in range(40) %}{% set x.n = x.n * x.n %}{% endfor %}",
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "{{ 'x' * 10 ** 9 }}",
+    "{{ 'x' * 10 ** 7 }}",
+    "{{ 9 ** 9 ** 9 }}",
+    "{% include 'x' %}",
+    "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}",
+    "{% for",
+    "{{ '\\ud800' }}",
+    "{{ namespace }}",
+    "{{ range(10 ** 9) | list }}",
+    "{{ ('%' ~ '99999999s') | format('x') }}",
+]
+
+
+def fuzz_template(rng, path):
+    text = "".join(rng.choice(PIECES) for _ in range(rng.choice([1, 2, 4])))
+    if rng.random() < 0.3:
+        i = rng.randrange(len(text))
+        text = text[:i] + text[i + rng.randrange(4) :]
+    chat = ChatTemplate("somewhere\x1b", text, {"bos_token": "<s>"})
+    chat.folder = "somewhere"
+    start = time.time()
+    for messages in ([{"role": "user", "content": "hi"}], []):
+        found = refused_or(lambda messages=messages: chat(messages, True))
+        assert found is None or isinstance(found, str) and len(found) <= render.LENGTH
+    assert time.time() - start < 2 * chat.patience
+    if chat.process is not None:
+        chat._stop()
+
+
+# ---------------------------------------------------------------- command lines
+
+VALUES = [
+    *(
+        "0",
+        "1",
+        "2",
+        "5",
+        "-1",
+        "0.5",
+        "1e308",
+        "nan",
+        "inf",
+        "99999999999999999999",
+        "1,2",
+        "0.1,1",
+    ),
+    *(
+        "",
+        ",",
+        "x",
+        "true",
+        "false",
+        "cpu",
+        "cuda:9",
+        "meta",
+        "reviews",
+        "bandit",
+        "\x1b[31m",
+        "\0",
+    ),
+    *(
+        "cpu,X",
+        "a,a",
+        "1,",
+        "run",
+        "nothing.jsonl",
+        "/dev/null",
+        "float32",
+        "bfloat16",
+        "on",
+        "1e3",
+    ),
+]
+WORLDS = ["reviews", "bandit", "tokens", "modular", "tree", "arithmetic", "gaussians", "nowhere"]
+
+
+def fuzz_command(rng, path):
+    """Whole command lines up to the first step: `one_run` and its like are not carried out."""
+    argv = []
+    if rng.random() < 0.95:
+        argv += ["--method", rng.choice([*methods(), "dpo,rdpo", "all", "x"])]
+    if rng.random() < 0.8:
+        argv += ["--world", rng.choice(WORLDS)]
+    names = [*flags.settings_flags(), *flags.ACTIONS]
+    for about in flags.catalogue():
+        names += about.flags if about.name in argv else []
+    for _ in range(rng.choice([0, 1, 2, 4])):
+        argv += [f"--{rng.choice(names)}"]
+        argv += [rng.choice(VALUES)] if rng.random() < 0.9 else []
+    if rng.random() < 0.1:
+        rng.shuffle(argv)
+    before, out, err = os.listdir("."), io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = train.main(argv)
+    assert status in (0, 1, 2)
+    if status == 2:
+        lines = err.getvalue().strip().split("\n")
+        assert one_line(lines[-1]) and lines[-1].startswith("train.py: "), lines
+        assert sorted(before) == sorted(os.listdir(".")), argv
+    for name in set(os.listdir(".")) - set(before):
+        shutil.rmtree(name, ignore_errors=True)
+
+
+# ---------------------------------------------------------------- values on disk
+
+
+def some_value(rng, depth=0):
+    kind = rng.randrange(8 if depth < 3 else 5)
+    if kind == 0:
+        return torch.randn(
+            rng.randrange(6), 3, generator=torch.Generator().manual_seed(rng.randrange(99))
+        )
+    if kind < 5:
+        return [1, 2.5, "é\x1b", None][kind - 1]
+    if kind == 5:
+        return {str(i): some_value(rng, depth + 1) for i in range(rng.randrange(4))}
+    return [some_value(rng, depth + 1) for _ in range(rng.randrange(4))]
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def fuzz_cache(rng, path):
+    value, place = {"value": some_value(rng), "x": torch.ones(3)}, f"{path}/value"
+    store.save_value(place, value)
+    assert equal(store.load_value(place), value)
+    names = [name for name in os.listdir(path) if name.startswith("value")]
+    name = f"{path}/{rng.choice(sorted(names))}"
+    with open(name, "rb") as file:
+        data = file.read()
+    if rng.random() < 0.1:
+        os.unlink(name)
+    else:
+        with open(name, "wb") as file:
+            file.write(damaged(data, rng))
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        found = store.load_value(place)
+    assert found is None or equal(found, value)
+    assert found is not None or "damaged" in said.getvalue() or not os.path.exists(f"{place}.json")
+    store.save_value(place, value)
+    assert equal(store.load_value(place), value)
+
+
+# ---------------------------------------------------------------- kills
+
+
+def fuzz_kill(rng, path):
+    """A run that is killed again and again ends with the weights of one that is left alone."""
+    world = rng.choice(["bandit", "reviews"])
+    size = ["--steps", "400"] if world == "bandit" else ["--steps", "12", "--base_steps", "4"]
+    size += [] if world == "bandit" else ["--eval_size", "8", "--max_response", "6"]
+    argv = ["--method", rng.choice(["dpo", "adpo", "curry_dpo"]), "--world", world, *size]
+    argv += ["--prompts", "24", "--batch_size", "8", "--seed", str(rng.randrange(99))]
+    sweep = ["--beta", "0.1,0.3"] if rng.random() < 0.3 else []
+    command = [sys.executable, os.path.join(store.HERE, "train.py")]
+    quiet = dict(cwd=path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    cache = {
+        name: os.environ | {"NANOPREF_CACHE": f"{path}/cache-{name}"} for name in ("whole", "cut")
+    }
+    subprocess.run(
+        [*command, *argv, *sweep, "--out", "whole"], env=cache["whole"], check=True, **quiet
+    )
+    start, kills = [*argv, *sweep, "--out", "cut"], 0
+    while True:
+        again = ["--resume", "cut"] if os.path.exists(f"{path}/cut/run.json") else start
+        if again is start:
+            shutil.rmtree(f"{path}/cut", ignore_errors=True)  # killed before run.json was written
+        with contextlib.suppress(FileNotFoundError):  # it says when the imports are done
+            os.unlink(f"{path}/cut/.lock")
+        process = subprocess.Popen([*command, *again], env=cache["cut"], **quiet)
+        while process.poll() is None and not os.path.exists(f"{path}/cut/.lock"):
+            time.sleep(0.01)
+        if kills < 3:
+            time.sleep(rng.random() * 3)
+            process.send_signal(rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
+            kills += 1
+        error = process.communicate()[1].decode()
+        assert "Traceback" not in error, error
+        if process.returncode == 0:
+            break
+        assert process.returncode in (130, -9, -15, -2), (process.returncode, error)
+    assert not list(os.walk(f"{path}/cut/stages")) and not [
+        name for _, _, names in os.walk(f"{path}/cut") for name in names if name[0] == "."
+    ]
+    for place, _, names in os.walk(f"{path}/whole"):
+        for name in names:
+            if name in ("model.safetensors", "metrics.jsonl", "samples.txt", "sweep.json"):
+                one = os.path.join(place, name)
+                two = one.replace(f"{path}/whole", f"{path}/cut", 1)
+                assert open(one, "rb").read() == open(two, "rb").read(), name
+
+
+# ---------------------------------------------------------------- all of them
+
+
+@pytest.fixture
+def limited(tmp_path, monkeypatch):
+    """Small limits, no pictures, no downloads; commands end before their first step."""
+    text = open(render.__file__, encoding="utf-8").read()
+    text = text.replace("SECONDS = 5.0", "SECONDS = 0.25").replace("MEMORY = 512", "MEMORY = 200")
+    (tmp_path / "render.py").write_text(text)
+    monkeypatch.setattr(render, "__file__", str(tmp_path / "render.py"))
+    monkeypatch.setattr(Tokenizer, "text", classmethod(lambda cls: BYTES))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    store.open_cache()
+
+
+@pytest.mark.parametrize("kind", SHARES)
+def test_random_and_hostile_input(kind, tmp_path, request, limited, monkeypatch):
+    seed, cases = (request.config.getoption(f"--fuzz-{name}") for name in ("seed", "cases"))
+    if kind == "command":
+        monkeypatch.setattr(train, "one_run", lambda *about, **more: {})
+        monkeypatch.setattr(train, "ask", lambda *about: None)
+        monkeypatch.setattr(train, "claim", lambda *about: 0)
+        monkeypatch.setattr(train.contract, "check", lambda run: 0)
+    for case in range(seed, seed + max(1, round(cases * SHARES[kind]))):
+        Lab.memory.clear()
+        path = tmp_path / f"{kind}-{case}"
+        path.mkdir()
+        try:
+            globals()[f"fuzz_{kind}"](random.Random(f"{kind} {case}"), str(path))
+        except Exception as error:
+            again = f'-k "[{kind}]" --fuzz-seed {case} --fuzz-cases 1'
+            raise AssertionError(f"{type(error).__name__}: {error}\nrepeat: {again}") from error
+        shutil.rmtree(path)
