@@ -141,16 +141,17 @@ def error_line(error):
     return str(text or type(error).__name__).splitlines()[0]
 
 
-def printable(text, length=200):
+def printable(text, length=200, keep=""):
     """Text from a file or a model in a form that is safe to print on one line of a terminal.
 
     Every character that is not printable (control sequences, line breaks, marks that change the
     direction of writing, lone surrogates) becomes its escape, and the text is cut after `length`
-    characters.
+    characters; None cuts nothing. keep: characters that stay as they are, for example line breaks.
     """
-    text = str(text)
+    text, length = str(text), len(str(text)) if length is None else length
     shown = "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:length]
+        c if c.isprintable() or c in keep else c.encode("unicode_escape").decode()
+        for c in text[:length]
     )
     return shown + "..." * (len(text) > length)
 

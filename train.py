@@ -24,7 +24,7 @@ import traceback
 
 import torch
 
-from data import UserError
+from data import UserError, printable
 from lab import Lab, Settings, claims, compare, contract, evaluate, flags, folder, manual, report
 from lab.align import Stop
 from lab.settings import title
@@ -132,7 +132,7 @@ def sweep(runs, out):
             summary = one_run(run, place, quiet=True)
         except UserError as error:
             failed.append(f"{run.name()}: {error}")
-            print(report.visible(failed[-1]), file=sys.stderr)
+            print(printable(failed[-1], None), file=sys.stderr)
             if not folder.trained(place):
                 shutil.rmtree(place, ignore_errors=True)
             continue
@@ -161,7 +161,7 @@ def sweep(runs, out):
 def compared(paths, out):
     """Finished runs and sweeps beside each other: a table at matched KL, a CSV and a picture."""
     records = [compare.read(place) for path in paths for place in compare.runs_in(path)]
-    print(compare.matched(compare.groups(records)))
+    print(printable(compare.matched(compare.groups(records)), None, keep="\n"))
     print(f"written to {out}/: {compare.write(out, records, f'{len(records)} runs')}")
     return 0
 
@@ -265,13 +265,13 @@ def ask(settings, prompt):
     strange = unknown_words(lab, model, asked)
     if strange:
         print(
-            report.visible(
+            printable(
                 f"{lab.world.name} does not know: {', '.join(strange)} "
                 "(they never occur in its texts, so the model was not trained on them)"
             ),
             file=sys.stderr,
         )
-    print(report.visible(lab.text(row["responses"][0]).strip()))
+    print(printable(lab.text(row["responses"][0]).strip(), None, keep="\n"))
 
 
 def unknown_words(lab, model, prompt):
@@ -339,7 +339,7 @@ def main(argv):
 
 def say_error(error):
     """Print what is wrong as one line on stderr."""
-    print("train.py: " + report.visible(" ".join(str(error).split())), file=sys.stderr)
+    print("train.py: " + printable(" ".join(str(error).split()), None), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data import UserError
+from data import UserError, printable
 from lab import report
 from lab.claims import at_kl
 from lab.evaluate import interval
@@ -61,7 +61,7 @@ def read(folder):
         lines = [line for line in lines if line["stage"] == lines[-1]["stage"]]
         steps = [line for line in lines if "loss" in line]
         looks = [line for line in lines if "loss" not in line]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{folder} is not a run that has ended") from None
     return Record(folder, about, steps, looks, summary)
 
@@ -172,7 +172,7 @@ def picture(path, grouped, title):
     if not any(record.steps for record in records):
         return False
     figure = Figure(figsize=(16, 6.5), layout="constrained")
-    figure.suptitle(report.visible(title))
+    figure.suptitle(printable(title))
     axes = list(figure.subplots(2, 4).flat)
     for i, (label, group) in enumerate(grouped.items()):
         for record in group:

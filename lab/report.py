@@ -9,6 +9,7 @@ import time
 import numpy as np
 import torch
 
+from data import printable
 from lab.evaluate import interval
 from lab.settings import title
 from lab.store import write_beside
@@ -130,14 +131,6 @@ def best_of(found):
     return table(rows, ["for comparison, samples of the base model", "reward", "win_rate", "kl"])
 
 
-def visible(text):
-    """Text that is safe to print: control characters except line ends are replaced.
-
-    An untrained model of bytes may write any character, and a terminal executes control sequences.
-    """
-    return "".join(c if c == "\n" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
 def side_by_side(lab, policy, n=4, among=32):
     """A few prompts of the evaluation with the responses of the base model and of the policy.
 
@@ -161,7 +154,7 @@ def side_by_side(lab, policy, n=4, among=32):
             end = "" if row["ends"][0] else " ..."
             line = f"  {name}{reward} {lab.text(row['responses'][0]).strip()}{end}"
             lines.append(line.replace("\n", "\n      "))
-    return visible("\n".join(lines))
+    return printable("\n".join(lines), None, keep="\n")
 
 
 def pictures(lab, policy, k=8):

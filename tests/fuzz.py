@@ -34,9 +34,9 @@ from toy.digits import World as Images
 
 pytestmark = [pytest.mark.fuzz, pytest.mark.usefixtures("own_folder")]
 SHARES = dict(
-    rows=0.35, bytes=0.12, images=0.08, checkpoint=0.2, template=0.03, command=0.1, cache=0.11
+    rows=0.35, bytes=0.12, images=0.08, checkpoint=0.2, template=0.03, command=0.1, cache=0.116
 )
-SHARES["kill"] = 0.01
+SHARES["kill"] = 0.004
 BYTES = Tokenizer.toy([], name="bytes")
 TOY = Tokenizer.toy([" good", " bad", " the", "\n", "film"])
 

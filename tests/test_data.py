@@ -117,6 +117,11 @@ def test_text_that_is_not_ours_fits_a_line_of_a_terminal(text, shown):
     assert printable(text) == shown and printable(text).isprintable()
 
 
+def test_line_breaks_of_a_sample_stay_and_nothing_of_it_is_cut():
+    text = "a\n\x1b[31m\r\n" + "b" * 300
+    assert printable(text, None, keep="\n") == "a\n\\x1b[31m\\r\n" + "b" * 300
+
+
 def test_real_text_falls_back_to_bytes_and_the_name_says_so(monkeypatch):
     import tiktoken
 

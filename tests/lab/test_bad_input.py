@@ -140,3 +140,16 @@ def test_weights_that_do_not_fit(tmp_path, capsys):
     refused(capsys, ["--method", "dpo", "--init", "a"], "model.safetensors")
     (tmp_path / "a" / "config.json").write_text("{")
     refused(capsys, ["--method", "dpo", "--init", "a"], "config.json")
+
+
+def test_what_a_model_writes_reaches_the_terminal_as_printable_characters(tmp_path, capsys):
+    """An untrained model of bytes writes control characters."""
+    raw = ["--base_steps", "0", "--max_response", "30"]
+    assert train.main(["--prompt", "hi", *raw, "--temperature", "1", "--seed", "1"]) == 0
+    asked = capsys.readouterr().out
+    argv = ["--method", "dpo", *raw, "--steps", "1", "--prompts", "16"]
+    argv += ["--eval_size", "4"]
+    assert train.main([*argv, "--out", "run"]) == 0
+    for text in (asked, capsys.readouterr().out, (tmp_path / "run" / "samples.txt").read_text()):
+        assert all(line.isprintable() for line in text.split("\n")), repr(text)
+        assert "\\x" in text
