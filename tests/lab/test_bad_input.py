@@ -5,6 +5,7 @@ import json
 import pytest
 
 import train
+from nanomodel import UNet, UNetConfig
 from tests.lab.commands import FILE, PAIRS, TINY, refused, rows_file, small
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -153,3 +154,12 @@ def test_what_a_model_writes_reaches_the_terminal_as_printable_characters(tmp_pa
     for text in (asked, capsys.readouterr().out, (tmp_path / "run" / "samples.txt").read_text()):
         assert all(line.isprintable() for line in text.split("\n")), repr(text)
         assert "\\x" in text
+
+
+def test_a_model_of_images_is_not_asked_for_text(tmp_path, capsys, monkeypatch):
+    small(monkeypatch)
+    UNet(UNetConfig(width=8)).save_pretrained(str(tmp_path / "unet"))
+    path = rows_file(tmp_path / "pairs.jsonl", PAIRS)
+    refused(capsys, ["--prompt", "hi", "--init", "unet"], "--init unet", "UNet", "text")
+    refused(capsys, ["--method", "dpo", "--init", "unet"], "--init unet", "UNet", "text")
+    refused(capsys, ["--method", "dpo", "--init", "unet", "--data", path], "unet", "UNet", "text")

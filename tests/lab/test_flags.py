@@ -176,3 +176,33 @@ def test_no_traceback_from_the_shell(tmp_path):
         and "dpo" in done.stderr
         and not done.stdout
     )
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ("--method dpo --world bandit --dtype bfloat16", ["--dtype", "bandit"]),
+        ("--method dpo --world bandit --eval_size 8", ["--eval_size", "bandit"]),
+        ("--method dpo --world bandit --base_seed 3", ["--base_seed", "bandit"]),
+        ("--method dpo --world bandit --steps 20 --warmup 5", ["--warmup 5", "4 of 20"]),
+        *((f"--method dpo --{name}=", [f"--{name} needs a value"]) for name in flags.TEXTS),
+        ("--method dpo --show --out x", ["--out", "--show"]),
+        ("--method dpo --show --overwrite", ["--overwrite", "--show"]),
+        ("--method dpo --show --seeds 2", ["--seeds", "--show"]),
+        ("--method dpo --show --claim", ["--show", "--claim"]),
+        ("--method dpo --show --beta 0.1,0.2", ["--show", "one value"]),
+        ("--method dpo --show --seed 1,2", ["--show", "one value"]),
+        ("--prompt hi --base_seed 1,2", ["--prompt", "one value"]),
+        ("--prompt hi --seed 3", ["--seed", "--prompt", "--temperature 1"]),
+        ("--prompt hi --seed 3 --temperature 0", ["--seed", "--prompt"]),
+        ("--prompt hi --world digits", ["--prompt", "digits", "images"]),
+        ("--method dpo --claim --dtype float32,bfloat16", ["--claim", "one value", "--dtype"]),
+        ("--method dpo --prompts 99999999999999999999", ["--prompts", "at most"]),
+        ("--method adpo --k 99999999999", ["--k", "at most"]),
+        ("--method dpo --device meta", ["--device meta"]),
+        ("--method dpo --device cpu,X", ["--device X"]),
+    ],
+)
+def test_what_does_nothing_or_is_out_of_range_is_refused(tmp_path, capsys, line, words):
+    refused(capsys, line.split(), *words)
+    assert set(os.listdir(tmp_path)) <= {"cache"}
