@@ -84,6 +84,7 @@ def read_object(path, default=None):
         raise UserError(f"{folder} is not a checkpoint: it has no {name}")
     try:
         value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()  # half characters break `tokenizers`
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {reason(error)}") from None
     if not isinstance(value, dict):

@@ -408,7 +408,12 @@ def _parsed(line, where):
 
 def _raw(path, name, limit):
     """The lines (bytes) of a text file, or the records of a Parquet file."""
-    size, large = 0, f"more than {limit / 2**30:g} GiB once unpacked; --data_limit allows more"
+    size, longest = 0, limit // 16  # a line takes several times its length when it is parsed
+
+    def too_large(what, most):
+        most = f"more than {most / 2**30:g} GiB once unpacked"
+        return DataError(f"{name}: {what}{most}; --data_limit allows more")
+
     with path.open("rb") as file:
         magic = file.read(4)
         file.seek(0)
@@ -418,14 +423,16 @@ def _raw(path, name, limit):
             for batch in pyarrow.parquet.ParquetFile(file).iter_batches(1024):
                 size += batch.nbytes
                 if size > limit:
-                    raise DataError(f"{name}: {large}")
+                    raise too_large("", limit)
                 yield from batch.to_pylist()
             return
         lines = gzip.open(file) if magic[:2] == b"\x1f\x8b" else file
-        while line := lines.readline(limit + 1 - size):
+        while line := lines.readline(1 + min(longest, limit - size)):
             size += len(line)
             if size > limit:
-                raise DataError(f"{name}: {large}")
+                raise too_large("", limit)
+            if len(line) > longest:
+                raise too_large("a line has ", longest)
             yield line
 
 

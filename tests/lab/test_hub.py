@@ -320,6 +320,10 @@ FAULTS = {
         written("tokenizer_config.json", "[]"),
         "tokenizer_config.json is not a JSON object",
     ),
+    "half a character as end token": (
+        written("tokenizer_config.json", r'{"eos_token": "\ud800"}'),
+        "tokenizer_config.json cannot be read",
+    ),
     "no end token": (end(None), "names no end-of-text token"),
     "a larger tokenizer": (
         lambda folder: save_tokenizer(LARGER, folder),

@@ -635,12 +635,12 @@ def test_a_file_that_unpacks_to_more_than_the_limit_is_refused_early(tmp_path, p
     path.write_bytes(gzip.compress(record * lines) if packed else record * lines)
     tracemalloc.start()
     with pytest.raises(
-        DataError, match="large.jsonl: more than .* GiB once unpacked; --data_limit"
+        DataError, match="large.jsonl: (a line has )?more than .* GiB once unpacked; --data_limit"
     ):
         read_preferences(path, limit=10**6)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 6e6
+    assert peak < (1e6 if lines == 1 else 6e6)  # a line may have a sixteenth of the limit
     assert len(read_preferences(path)[0]) == lines
 
 
