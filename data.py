@@ -2,7 +2,8 @@
 
 A row is a dict with a prompt, K responses and K scores. The columns `parents`, `context` and
 `ends` are optional, and any further column reaches the loss as an attribute of the batch.
-Shapes: B prompts, K responses, T response tokens, N packed rows of S tokens with G branches.
+Shapes: B prompts, K responses, T response tokens, N packed rows of S tokens with G branches. A
+branch is a stretch of tokens with its own place in the prompt tree: the prompt, or a response.
 """
 
 import re

@@ -56,6 +56,7 @@ def one_run(run, out, quiet=False, show=False):
         folder.write_run(out, run, {})
     folder.note_resolved(out, lab)
     if result is None:
+        say(f"run of {run.method} returned None, so nothing is reported: is a `return` missing?")
         return summary
     if isinstance(result, dict):
         summary |= {"after": result}
@@ -271,7 +272,8 @@ def ask(settings, prompt):
             ),
             file=sys.stderr,
         )
-    print(printable(lab.text(row["responses"][0]).strip(), None, keep="\n"))
+    answer = printable(lab.text(row["responses"][0]).strip(), None, keep="\n")
+    print(answer or "(an empty response)")
 
 
 def unknown_words(lab, model, prompt):
@@ -294,7 +296,7 @@ def main(argv):
     """Carry out one command line -> exit status.
 
     0: done. 1: an expected claim does not hold, or --check found a broken contract. 2: a user's
-    mistake, which is printed as one line on stderr. 130: interrupted.
+    mistake, which is printed as one line on stderr. 130: interrupted. 141: stdout was closed.
     """
     for stream in (sys.stdout, sys.stderr):  # characters that a terminal lacks must not stop a run
         with contextlib.suppress(AttributeError, ValueError):
@@ -332,6 +334,9 @@ def main(argv):
             return 0
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever read the output, head for example, has seen enough
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        return 141
     except (UserError, OSError) as error:
         say_error(error)
         return 2

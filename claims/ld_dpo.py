@@ -8,10 +8,11 @@ is clearly shorter for a smaller alpha, at nearly the same probability of a good
 the bias the optimum is not shorter for every smaller alpha: a fixed margin then needs larger
 log-ratios beyond the public length, so the effect is one of early training.
 
-On tuning seeds 100 to 102 the effect on reviews is small. After equal steps, alpha = 0 is shorter
-than DPO on every seed, alpha = 0.5 only on one, and rewards differ in both directions. At the same
-reward alpha = 0.5 and alpha = 0.3 are shorter, but such a length is noisy, since it is interpolated
-on a curve of five points. If the reference is not split, responses become much shorter and the
+On tuning seeds 100 to 102 the effect on reviews is small. After equal steps, responses with
+alpha = 0 are shorter than DPO's on every seed, and with alpha = 0.5 only on one; the reward is
+higher than DPO's on some seeds and lower on others. At the same reward, responses with alpha = 0.5
+and alpha = 0.3 are shorter, but such a length is noisy, since it is interpolated on a curve of five
+points. If the reference is not split, responses become much shorter and the
 reward rises.
 """
 

@@ -233,7 +233,9 @@ def of_run(run, settings):
         result = run.module.run(Lab(settings, quiet=True), run.cfg)
     except UserError as error:
         return "WRONG", f"run: {error}"
-    if result is None or isinstance(result, (dict, torch.nn.Module)):
-        return "ok", f"run returns {'None' if result is None else f'a {type(result).__name__}'}"
+    if result is None:
+        return "look", "run returns None, so a run reports nothing: is a `return` missing?"
+    if isinstance(result, (dict, torch.nn.Module)):
+        return "ok", f"run returns a {type(result).__name__}"
     kind = type(result).__name__
     return "WRONG", f"run returns a {kind}; expected the trained model, a table or None"

@@ -50,6 +50,7 @@ ACTIONS = dict(
     list="the methods by family, and the worlds",
     help="this text; with --method NAME: that paper and its flags",
 )
+WORLDS = ("text", "images", "table")  # kinds of world
 BARE = ("claim", "show", "list", "help")  # actions that take no value
 TEXTS = ("data", "init", "out", "world", "prompt", "resume", "check", "compare")  # no lists
 ALIASES = dict(  # names of other libraries, for "did you mean"; they are not accepted
@@ -202,6 +203,12 @@ def declared(name):
     missing = [what for what, there in (("Config", flags), ("PAPER", paper)) if there is None]
     missing += [] if "run" in functions else ["run"]
     problem = f"it has no {' and no '.join(missing)}" if missing else ""
+    taken = sorted(set(flags or {}) & set(settings_flags()))
+    if taken:
+        problem = f"its Config has the field {taken[0]}, which is the name of a run setting"
+    strange = sorted(set(paper.worlds) - set(WORLDS)) if paper else []
+    if strange:
+        problem = f"its PAPER names worlds of {strange[0]}; there are {', '.join(WORLDS)}"
     return Declared(name, path, doc, paper, flags or {}, problem)
 
 

@@ -309,7 +309,7 @@ class Lab:
         return rows
 
     def tokens(self, text):
-        """Token ids of a text; token ids stay as they are."""
+        """Token ids of a text; a list of token ids is returned unchanged."""
         return self.world.tokenizer.encode(text) if isinstance(text, str) else list(text)
 
     def text(self, response):
@@ -321,7 +321,7 @@ class Lab:
     def truth(self, rows):
         """The true reward of every response -> for each row a list of K numbers.
 
-        UserError: the world has no true reward.
+        UserError: the world has no true reward, or not one finite number for each response.
         """
         world = self.world
         if world.reward is None:
@@ -333,7 +333,18 @@ class Lab:
             responses = torch.cat([row["responses"] for row in rows])
         else:
             responses = [self.text(response) for row in rows for response in row["responses"]]
-        flat = iter(world.reward(prompts, responses).tolist())
+        rewards = world.reward(prompts, responses)
+        if len(rewards) != len(prompts):
+            raise UserError(
+                f"the reward of {world.name} returned {len(rewards)} numbers for {len(prompts)} "
+                "responses"
+            )
+        if not rewards.isfinite().all():
+            raise UserError(
+                f"the reward of {world.name} is NaN or infinite for a response; it must be finite "
+                "for anything that a policy may write"
+            )
+        flat = iter(rewards.tolist())
         return [[next(flat) for _ in row["responses"]] for row in rows]
 
     def preferences(self, policy, k=None, n=None, ties=False, key=()):
@@ -343,8 +354,9 @@ class Lab:
         ties: keep pairs to which a verifier gives equal scores.
         key: another key gives other prompts and samples. Inside a data function of `align` the
             round is added to it.
-        Pairs have the chosen response first. With --data the rows are the file's training rows, and
-        for k = 2 the best and the worst response of each. UserError: no pair has different scores.
+        Pairs have the chosen response first. With --data the rows are the file's training rows; for
+        k = 2, only the best and the worst response of each row are kept. UserError: no pair has
+        different scores.
         """
         settings, world = self.settings, self.world
         if world.given is not None:

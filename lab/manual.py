@@ -32,8 +32,9 @@ def explained(flags, filled=()):
 def by_variant(defaults):
     """The defaults {variant: default} of one field as text.
 
-    It is one value if all variants agree, and otherwise names the variants that differ from most. A
-    default that is None is computed, as the comment beside the field explains.
+    If all variants agree, it is their value; otherwise it lists the variants with other values and
+    ends in `else` and the most common value. A default that is None is computed, as the comment
+    beside the field explains.
     """
     given = {variant: str(value) for variant, value in defaults.items() if value is not None}
     (usual, count), *others = Counter(given.values()).most_common() or [("", 0)]

@@ -28,7 +28,9 @@ def rehearse(run, world, start):
     with contextlib.suppress(Enough), contextlib.redirect_stdout(io.StringIO()):
         if world.held_out is not None:
             lab.base()
-            lab.encode(world.held_out[: run.settings.eval_size])
+            lab.encode(world.held_out[: lab.eval_size])
+        if world.kind == "text" and world.reward:
+            lab.truth(world.demonstrations(4, lab.rng("rehearsal")))
         run.module.run(lab, run.cfg)
 
 

@@ -13,8 +13,8 @@ not a sentence of this form. Demonstrations name the objects in order, but leave
 typical ones that are not there, so the base model hallucinates: "a goat and a fence" on this farm,
 which has no fence, earns 0.
 
-The true reward cannot be gamed by naming typical objects, but the proxy `similarity` can. It is
-frozen, imprecise and on another scale than the reward, as CLIP is for photographs.
+The true reward cannot be gamed by naming typical objects, but the proxy `similarity` can. The proxy
+never changes during training; like CLIP on photographs, it is imprecise and has a scale of its own.
 """
 
 import random

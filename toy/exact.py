@@ -237,7 +237,8 @@ class World(world.World):
     def frontier(self, kl):
         """The largest expected reward at a given KL (in nats) from the reference.
 
-        It is that of reference * exp(r / beta) / Z; bisection finds beta between 0.01 and 100.
+        The policy reference * exp(r / beta) / Z attains it; bisection finds the beta with this KL
+        between 0.01 and 100.
         """
         low, high = 1e-2, 1e2
         for _ in range(60):

@@ -40,7 +40,7 @@ class World:
 
     # rows that the world provides itself
     lists = None  # (n, rng, k=None) -> n graded lists; None: lists are sampled and labelled
-    given = None  # k -> the training rows of the user's file; None: rows are sampled
+    given = None  # k responses per row -> the user's training rows; None: rows are sampled
     held_out = None  # rows of the user's file that are held out for the evaluation
     single = False  # True: rows are single responses with a label, so there are no pairs
     counts = {}  # {reason: number of rows of the user's file that are left out}

@@ -260,3 +260,70 @@ def refused_last(capsys, argv, words):
     error = capsys.readouterr().err.strip().splitlines()[-1]
     for word in words:
         assert word in error, error
+
+
+def test_a_field_named_like_a_run_setting_and_an_unknown_kind_of_world_are_refused(
+    tmp_path, capsys
+):
+    path = own_method(tmp_path)
+    text = (tmp_path / "my_method.py").read_text()
+    (tmp_path / "my_method.py").write_text(text.replace("delta", "lr"))
+    refused(capsys, ["--method", path, *TINY], "field lr, which is the name of a run setting")
+    text = text.replace('worlds=("text", "images", "table")', 'worlds=("txt",)')
+    assert '"txt"' in text
+    (tmp_path / "my_method.py").write_text(text)
+    refused(capsys, ["--method", path, *TINY], "worlds of txt; there are text, images, table")
+
+
+def test_a_forgotten_return_is_noticed(tmp_path, capsys):
+    path = own_method(tmp_path, end="lab.align(policy, data, loss, cfg)")
+    assert train.main(["--check", path]) == 0
+    assert "look  run returns None" in " ".join(capsys.readouterr().out.split("  "))
+    assert train.main(["--method", path, *TINY, "--out", "run"]) == 0
+    assert "is a `return` missing?" in capsys.readouterr().out
+
+
+WRITING = '''"""Two letters: the more a, the better."""
+
+import data
+from nanomodel import GPT, GPTConfig
+from toy import world
+
+
+class World(world.World):
+    name, kind, max_response = "letters", "text", 4
+    pretrain = dict(steps=2, batch_size=4, lr=1e-3, demonstrations=8)
+    align = dict(prompts=16, steps=2, lr=1e-3, batch_size=4)
+
+    def __init__(self):
+        self.tokenizer = data.Tokenizer.toy(["a", "b"])
+
+    def model(self):
+        size = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1)
+        heads = dict(num_attention_heads=1, num_key_value_heads=1)
+        size |= dict(vocab_size=self.tokenizer.vocab_size, max_position_embeddings=16)
+        return GPT(GPTConfig(**size, **heads), self.tokenizer)
+
+    def prompts(self, n, rng):
+        return ["a"] * n
+
+    def demonstrations(self, n, rng):
+        return [dict(prompt="a", responses=["ab"], scores=[1.0])] * n
+
+    def reward(self, prompts, responses):
+        import torch
+
+        return REWARD
+'''
+
+
+@pytest.mark.parametrize(
+    ("reward", "words"),
+    [
+        ("torch.full((len(prompts),), float('nan'))", "the reward of letters is NaN or infinite"),
+        ("torch.zeros(3)", "the reward of letters returned 3 numbers for"),
+    ],
+)
+def test_a_reward_that_is_no_reward_is_named(reward, words, tmp_path, capsys):
+    (tmp_path / "letters.py").write_text(WRITING.replace("REWARD", reward))
+    refused(capsys, ["--method", "dpo", "--world", str(tmp_path / "letters.py")], words)

@@ -221,3 +221,9 @@ def test_two_runs_share_a_cache(tmp_path):
     ]
     assert [process.wait(timeout=120) for process in both] == [0, 0]
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
+
+
+def test_a_reader_that_stops_early_is_no_mistake(tmp_path):
+    command = f"{sys.executable} {store.HERE}/train.py --list | head -n 1"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""

@@ -44,7 +44,7 @@ def random_tree(vocab=3, length=3, seed=0):
 
 
 def along(values, y):
-    """The entries of `values` (prefixes, vocab) at the tokens of responses y (n, T): (n, T)."""
+    """Look up `values` (prefixes, vocab) at every token of the responses y (n, T) -> (n, T)."""
     prefix, out = torch.zeros(len(y), dtype=torch.long), []
     for token in y.unbind(1):
         out.append(values[prefix, token])

@@ -38,7 +38,8 @@ def of_variant(cfg):
 
 
 def slopes(chosen, rejected, cfg):
-    """(loss, dL/dpi_w, dL/dpi_l) by autograd through the likelihoods; the reference has 0.12."""
+    """(loss, dL/dpi_w, dL/dpi_l) by autograd through the likelihoods; under the
+    reference both responses have likelihood 0.12."""
     p = torch.tensor([chosen, rejected], dtype=torch.float64, requires_grad=True)
     logps = p.log().view(1, 2, 1)
     ref_logps = torch.full_like(logps, REFERENCE).detach()
