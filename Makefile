@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: help setup test fast lint mutants claims bench gpu
+.PHONY: help setup test fast lint mutants fuzz claims bench gpu
 
 help:  ## this text
 	@grep -hE '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/'
@@ -24,6 +24,9 @@ lint:  ## ruff: rules and format
 
 mutants:  ## every single edit of a loss makes a test fail (many minutes)
 	$(BIN)/python -m pytest -n 2 -m mutants
+
+fuzz:  ## random and hostile files, checkpoints, command lines and kills (CASES=10000 is hours)
+	$(BIN)/python -m pytest -m fuzz tests/fuzz.py --fuzz-cases $(or $(CASES),300)
 
 claims:  ## the claims of all papers on three seeds, into out/ (about an hour on two cores)
 	$(BIN)/python train.py --method all --claim --seeds 3
