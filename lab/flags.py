@@ -544,7 +544,8 @@ def fitting(runs, flags):
             if flags["method"].lower() != "all":
                 raise UserError(f"{run.name()}: {error}" if run.varied else str(error)) from None
             if run.method not in left:
-                print(f"left out: {run.method}: {error}", file=sys.stderr)
+                named = "" if str(error).startswith(run.method) else f"{run.method}: "
+                print(f"left out: {named}{error}", file=sys.stderr)
             left.add(run.method)
     if not kept:
         raise UserError("no method can use this world")

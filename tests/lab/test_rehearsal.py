@@ -125,4 +125,5 @@ def test_rows_that_are_wrong_in_a_file_are_left_out_of_all_methods(tmp_path, cap
     assert train.main(argv) == 0
     error = capsys.readouterr().err
     assert "left out: irpo: " in error and "left out: curry_dpo: " in error
+    assert "left out: disco needs a world with a verifier" in error
     assert "dpo" in ran and "irpo" not in ran
