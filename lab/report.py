@@ -64,7 +64,7 @@ def header(lab, name, module, cfg, model):
     config = ""
     if cfg:
         config = "  ".join(f"{k} {v}" for k, v in vars(cfg).items() if v is not None)
-    dtype = "bfloat16 autocast" if lab.bf16 else "float32"
+    dtype = "bfloat16 autocast" if lab.bf16 and lab.world.kind != "table" else "float32"
     parts = [
         f"world {lab.world.name}",
         f"model {type(model).__name__}, {count(model):,} parameters",

@@ -12,7 +12,7 @@ import torch
 import methods.dpo
 import train
 from data import UserError
-from lab import Lab, store
+from lab import Lab, Settings, report, store
 from tests.lab.commands import FILE, PAIRS, TINY, rows_file, small, weights
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -151,6 +151,12 @@ def test_a_sweep_runs_all_combinations(tmp_path, capsys):
     )
     assert (tmp_path / "s" / "sweep.png").exists() and "+-" in capsys.readouterr().out
     assert len({r["reward"] for r in rows}) == 8  # every setting changes the result
+
+
+@pytest.mark.parametrize("world, dtype", [("bandit", "float32"), ("reviews", "bfloat16")])
+def test_the_header_names_the_numbers_that_are_computed_with(world, dtype):
+    lab = Lab(Settings(world=world, dtype="bfloat16", base_steps=0), quiet=True)
+    assert f"cpu, {dtype}" in report.header(lab, "dpo", None, None, lab.base())
 
 
 def test_a_sweep_goes_on_after_a_run_that_fails(tmp_path, capsys, monkeypatch):
