@@ -360,7 +360,12 @@ class Lab:
         """
         settings, world = self.settings, self.world
         if world.given is not None:
-            return self.encode(world.given(k)[: n or self.prompts])
+            rows = world.given(k)[: n or self.prompts]
+            odd = [row for row in rows if k == 2 and len(row["responses"]) != 2]
+            if odd:
+                place = f"{odd[0]['where']}: " if "where" in odd[0] else ""
+                raise UserError(f"{place}responses that continue each other are not a pair")
+            return self.encode(rows)
         k, n, key = k or self.k, n or self.prompts, [*key, self.round]
         with self.verb("preferences") as stage:
             if not stage.done:

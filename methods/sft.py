@@ -55,6 +55,8 @@ def run(lab, cfg):
     policy = lab.base()
     if lab.world.single:
         data = lab.rows(lab.world.demonstrations(lab.prompts, lab.rng("demonstrations")))
+    elif lab.world.given is not None:
+        data = lab.preferences(policy)  # of a tree, too, the best response is known
     else:
         data = lab.preferences(policy, k=lab.settings.k or 2)
     return lab.align(policy, data, loss, cfg, reference=None)

@@ -15,6 +15,8 @@ LISTS = [
     {"prompt": f"q {i}", "responses": ["a", "bb", "ccc"], "scores": [1, 2, 3]} for i in range(12)
 ]
 
+TREES = [row | {"prompt": f"tree {i}", "parents": [-1, 0, 0]} for i, row in enumerate(LISTS)]
+
 
 @pytest.fixture
 def untrained(monkeypatch):
@@ -56,6 +58,14 @@ def test_settings_that_a_method_cannot_use(tmp_path, capsys, untrained, argv, wo
             "--method irpo",
             [LISTS[0] | {"scores": [1, 2, -1]}, *LISTS[1:]],
             ["rows.jsonl:1: ", "-1", "scores"],
+        ),
+        *(
+            (
+                f"--method {name}",
+                [*LISTS, *TREES],
+                ["rows.jsonl:", "continue each other"],
+            )
+            for name in ("dpo", "rlhf", "madpo", "da_dpo")
         ),
         ("--method insights --scenario instruct", PAIRS, ["scenario = instruct"]),
         ("--method dpo", [*PAIRS[1:], PAIRS[0] | {"chosen": "yes " * 300}], ["rows.jsonl:20: "]),

@@ -155,8 +155,8 @@ def test_a_sweep_runs_all_combinations(tmp_path, capsys):
 
 @pytest.mark.parametrize("world, dtype", [("bandit", "float32"), ("reviews", "bfloat16")])
 def test_the_header_names_the_numbers_that_are_computed_with(world, dtype):
-    lab = Lab(Settings(world=world, dtype="bfloat16", base_steps=0), quiet=True)
-    assert f"cpu, {dtype}" in report.header(lab, "dpo", None, None, lab.base())
+    lab = Lab(Settings(world=world, dtype="bfloat16"), quiet=True)
+    assert f"cpu, {dtype}" in report.header(lab, "dpo", None, None, lab.base("raw"))
 
 
 def test_a_sweep_goes_on_after_a_run_that_fails(tmp_path, capsys, monkeypatch):
