@@ -1,6 +1,6 @@
 """nanopref's command line: train with a method, sweep, test a paper's claims, prompt a model.
 
-    python train.py --method dpo                                   a toy world, about a minute
+    python train.py --method dpo                                   a toy world, a few minutes
     python train.py --method dpo,rdpo --flip 0,0.2,0.4 --seeds 3   all combinations: table and plot
     python train.py --method rdpo --claim --seeds 3                the paper's claims; exit status 1
                                                                    if an expected claim fails

@@ -455,10 +455,9 @@ def combinations(flags, chosen):
                 raise UserError(f"--{name} does nothing under {method.name}")
         for point in itertools.product(*full.values()):
             picked = dict(zip(full, point))
-            changed = {k: v for k, v in defaults.items() if k in run}
-            settings = Settings(**changed | {k: v for k, v in picked.items() if k in grid})
-            changed = {k: v for k, v in defaults.items() if k not in run}
-            cfg = module.Config(**changed | {k: v for k, v in picked.items() if k in own})
+            both = defaults | picked
+            settings = Settings(**{k: v for k, v in both.items() if k in run})
+            cfg = module.Config(**{k: v for k, v in both.items() if k not in run})
             varied = {"method": method.name} if len(chosen) > 1 else {}
             varied |= {k: v for k, v in picked.items() if len(full[k]) > 1}
             runs.append(Run(method.name, module, method.paper, settings, cfg, varied))

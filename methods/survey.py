@@ -1,8 +1,7 @@
 """Survey - A Survey of Direct Preference Optimization (2025), arXiv:2503.11701
 
-The survey sorts some two hundred papers by the part of the DPO loss that they change. TAXONOMY, at
-the end of this file, is its figure as text. `loss` has 36 of these losses, one line each, written
-in the same few quantities of a pair, so that all of them run on the same pairs:
+The survey sorts papers by the part of the DPO loss that they change (TAXONOMY, at the end of this
+file). `loss` has 36 of these losses, one line each, in the same few quantities of a pair:
 
     a = log pi(y_w) / pi_ref(y_w),   c = log pi(y_l) / pi_ref(y_l),   h = a - c       (sums)
     lw, ll = log pi(y_w), log pi(y_l),   nw, nl = their tokens,   z = beta h         (DPO: z)
@@ -15,9 +14,9 @@ Differences from the papers
 4. sppo is the sum of two squares, as in TRL, which is twice the authors' loss.
 5. orpo's SFT term covers the response, not the prompt.
 6. Exponents are clamped at 80 (fkl, alpha_div, chi_po, disco_pop).
-7. Left out are losses that need whole distributions (TDPO, TIS-DPO, WPO, MallowsPO), random tokens
-   (SamPO) or other rewards (MODPO), other ways to run DPO (SPIN, TR-DPO), and losses that could not
-   be checked against code (exponential GPO, DPO-RK).
+7. Left out: losses of whole distributions (TDPO, TIS-DPO, WPO, MallowsPO), random tokens (SamPO) or
+   other rewards (MODPO), other ways to run DPO (SPIN, TR-DPO), and what no code could confirm
+   (exponential GPO, DPO-RK).
 
     python train.py --method survey --variant dpo,ipo,simpo,kto     at one beta the KLs differ
 """

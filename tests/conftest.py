@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from lab import Lab, compare, settings, store
+from lab import Lab, compare, render, settings, store
 
 draw_curves = compare.picture
 
@@ -32,6 +32,15 @@ def forget():
 def pictures(own_folder, monkeypatch):
     """Draw curves.png after all."""
     monkeypatch.setattr(compare, "picture", draw_curves)
+
+
+@pytest.fixture
+def impatient(tmp_path, monkeypatch):
+    """A renderer of chat templates that may use a quarter of a second and 200 MB."""
+    text = open(render.__file__, encoding="utf-8").read()
+    text = text.replace("SECONDS = 5.0", "SECONDS = 0.25").replace("MEMORY = 512", "MEMORY = 200")
+    (tmp_path / "render.py").write_text(text)
+    monkeypatch.setattr(render, "__file__", str(tmp_path / "render.py"))
 
 
 def pytest_addoption(parser):

@@ -546,12 +546,8 @@ def fuzz_kill(rng, path):
 
 
 @pytest.fixture
-def limited(tmp_path, monkeypatch):
+def limited(impatient, monkeypatch):
     """Small limits, no pictures, no downloads; commands end before their first step."""
-    text = open(render.__file__, encoding="utf-8").read()
-    text = text.replace("SECONDS = 5.0", "SECONDS = 0.25").replace("MEMORY = 512", "MEMORY = 200")
-    (tmp_path / "render.py").write_text(text)
-    monkeypatch.setattr(render, "__file__", str(tmp_path / "render.py"))
     monkeypatch.setattr(Tokenizer, "text", classmethod(lambda cls: BYTES))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     store.open_cache()

@@ -600,15 +600,6 @@ def test_a_text_that_a_tokenizer_cannot_encode_is_one_line(tmp_path):
 USER, GOOD = dict(role="user", content="hi"), dict(role="assistant", content="hello")
 
 
-@pytest.fixture
-def impatient(tmp_path, monkeypatch):
-    """A renderer that may use a quarter of a second and 200 MB per answer."""
-    text = open(render.__file__, encoding="utf-8").read()
-    text = text.replace("SECONDS = 5.0", "SECONDS = 0.25").replace("MEMORY = 512", "MEMORY = 200")
-    (tmp_path / "render.py").write_text(text)
-    monkeypatch.setattr(render, "__file__", str(tmp_path / "render.py"))
-
-
 def template(text, folder="somewhere", **names):
     return ChatTemplate(str(folder), text, names)
 
