@@ -161,7 +161,7 @@ def sweep(runs, out):
 
 def compared(paths, out):
     """Finished runs and sweeps beside each other: a table at matched KL, a CSV and a picture."""
-    records = [compare.read(place) for path in paths for place in compare.runs_in(path)]
+    records = compare.read_all(paths)
     print(printable(compare.matched(compare.groups(records)), None, keep="\n"))
     print(f"written to {out}/: {compare.write(out, records, f'{len(records)} runs')}")
     return 0

@@ -58,19 +58,53 @@ def read(folder):
         if os.path.exists(path):
             with open(path, encoding="utf-8") as file:
                 lines = [json.loads(line) for line in file if line.strip()]
-        lines = [line for line in lines if line["stage"] == lines[-1]["stage"]]
-        steps = [line for line in lines if "loss" in line]
-        looks = [line for line in lines if "loss" not in line]
+        steps, looks = joined(lines)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{folder} is not a run that has ended") from None
     return Record(folder, about, steps, looks, summary)
 
 
+def joined(lines):
+    """The lines of metrics.jsonl as one training -> (its steps, the looks at the policy).
+
+    A method that trains its policy in several stages has looks in each of them; they follow each
+    other, and a stage without looks (of a reward model, say) is left out. If no stage has looks, it
+    is the last one.
+    """
+    stages = list(dict.fromkeys(line["stage"] for line in lines))
+    seen = {line["stage"] for line in lines if "loss" not in line}
+    steps, looks, before = [], [], 0
+    for stage in [s for s in stages if s in seen] or stages[-1:]:
+        for line in (line for line in lines if line["stage"] == stage):
+            known = {name: value for name, value in line.items() if value is not None}
+            known["step"] += before
+            if "loss" in line:
+                steps.append(known)
+            elif not looks or looks[-1]["step"] != known["step"]:  # else it was seen already
+                looks.append(known)
+        before = max(line["step"] for line in steps + looks)
+    return steps, looks
+
+
 def runs_in(folder):
-    """The folders of the runs of a sweep, or the folder itself."""
-    inside = sorted(os.path.join(folder, name) for name in os.listdir(folder))
-    found = [path for path in inside if os.path.exists(os.path.join(path, "summary.json"))]
-    return found or [folder]
+    """The folders of the finished runs in a folder: itself, or those of its sweeps."""
+    if os.path.exists(os.path.join(folder, "summary.json")):
+        return [folder]
+    places = sorted(place for place, _, names in os.walk(folder) if "summary.json" in names)
+    return places or [folder]
+
+
+def read_all(folders):
+    """The Records of the runs in several folders, each run once.
+
+    UserError: one is no finished run, or they are of different worlds, whose rewards differ.
+    """
+    places = {os.path.realpath(p): p for folder in folders for p in runs_in(folder)}
+    records = [read(place) for place in places.values()]
+    worlds = sorted({str(record.about["world"]) for record in records})
+    if len(worlds) > 1:
+        raise UserError(f"runs of different worlds cannot be compared: {', '.join(worlds)}")
+    return records
 
 
 def varied(records):
@@ -104,14 +138,15 @@ def matched(grouped):
         found = {}
         for record in records:
             try:
-                found[record.about["seed"]] = at_kl(record.looks, "reward", kl)
+                value = at_kl(record.looks, "reward", kl)
             except (UserError, KeyError, IndexError):
                 return {}
-        return found
+            found.setdefault(record.about["seed"], []).append(value)
+        return {seed: float(np.mean(values)) for seed, values in found.items()}
 
     first, rows = next(iter(grouped.values())), []
     for label, records in grouped.items():
-        row = [label, len(records)]
+        row = [printable(label), len(records)]
         for kl in GRID:
             ours, theirs = rewards(records, kl), rewards(first, kl)
             row.append(report.number(float(np.mean(list(ours.values())))) if ours else "-")
@@ -155,6 +190,11 @@ def write(out, records, title):
 # ---------------------------------------------------------------- picture
 
 
+def drawn(text):
+    """A name as matplotlib shows it: printable, and without mathematics between dollar signs."""
+    return printable(text).replace("$", r"\$")
+
+
 def smooth(values):
     """The running mean over a twentieth of the values."""
     width = max(1, len(values) // 20)
@@ -172,11 +212,12 @@ def picture(path, grouped, title):
     if not any(record.steps for record in records):
         return False
     figure = Figure(figsize=(16, 6.5), layout="constrained")
-    figure.suptitle(printable(title))
+    figure.suptitle(drawn(title))
     axes = list(figure.subplots(2, 4).flat)
     for i, (label, group) in enumerate(grouped.items()):
         for record in group:
-            draw(axes, record, color=f"C{i % 10}", label=label if record is group[0] else None)
+            name = drawn(label) if record is group[0] else None
+            draw(axes, record, color=f"C{i % 10}", label=name)
     whole = records[0]
     if len(records) == 1:
         parts_against_kl(axes[7], whole)

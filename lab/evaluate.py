@@ -1,5 +1,6 @@
 """Metrics of a training step, of a quick look during training, and the evaluation of a model."""
 
+import functools
 import math
 
 import numpy as np
@@ -99,15 +100,16 @@ def eval_pairs(lab):
 
     def draw():
         prompts = world.prompts(lab.eval_size, lab.eval_rng("held-out"))
-        rng = lab.eval_rng("held-out samples")
-        rows = lab.sample(lab.reference, prompts, 2, rng)
-        return [
+        return lab.sample(lab.reference, prompts, 2, lab.eval_rng("held-out samples"))
+
+    rows = of_base(lab, "held-out", lab.eval_size, draw)
+    return lab.encode(
+        [
             row | {"scores": [float(a > b), float(b > a)]}
             for row, (a, b) in zip(rows, lab.truth(rows))
             if a != b
         ]
-
-    return lab.encode(of_base(lab, "held-out", lab.eval_size, draw))
+    )
 
 
 def answers(row, logps):
@@ -204,10 +206,10 @@ def of_samples(lab, policy, n):
     rows = drawn(policy)
     if world.reward:
         rewards = [reward for (reward,) in lab.truth(rows)]
-        base = of_base(lab, "rewards", n, lambda: lab.truth(drawn(lab.reference)))
+        base = lab.truth(of_base(lab, "samples", n, lambda: drawn(lab.reference)))
         wins = sum((ours > b) + 0.5 * (ours == b) for ours, (b,) in zip(rewards, base))
         out = {"reward": float(np.mean(rewards)), "reward_interval": interval(rewards)}
-        out |= {"win_rate": wins / n, "win_rate_interval": wilson(wins, n)}
+        out |= {"win_rate": wins / len(rows), "win_rate_interval": wilson(wins, len(rows))}
     if world.parts:
         parts = [world.parts(row["prompt"], row["responses"][0]) for row in rows]
         out |= {name: float(np.mean([part[name] for part in parts])) for name in parts[0]}
@@ -229,14 +231,16 @@ def best_of(lab, sizes=(2, 4, 8, 16)):
     n, most = lab.eval_size, max(sizes)
     prompts = eval_prompts(lab, n)
 
-    def drawn(k, name):
-        return lab.truth(lab.sample(lab.reference, prompts, k, lab.eval_rng(name)))
+    def rewards_of(name, k, stream):
+        """The rewards (prompts, k) of k samples per prompt of the base model."""
+        draw = functools.partial(lab.sample, lab.reference, prompts, k, lab.eval_rng(stream))
+        return np.array(lab.truth(of_base(lab, name, n, draw)))
 
-    rewards = np.array(of_base(lab, "best of", n, lambda: drawn(most, "best of")))
-    base = np.array(of_base(lab, "rewards", n, lambda: drawn(1, "evaluation samples")))
+    rewards = rewards_of("best of", most, "best of")
+    base = rewards_of("samples", 1, "evaluation samples")
     found = []
     for size in sizes:
-        best = rewards.reshape(n, most // size, size).max(-1)
+        best = rewards.reshape(len(prompts), most // size, size).max(-1)
         wins = (best > base) + 0.5 * (best == base)
         bound = math.log(size) - (size - 1) / size
         found.append(dict(n=size, reward=best.mean(), win_rate=wins.mean(), kl=bound))

@@ -29,9 +29,10 @@ def rehearse(run, world, start):
         if world.held_out is not None:
             lab.base()
             lab.encode(world.held_out[: lab.eval_size])
-        if world.kind == "text" and world.reward:
+        if world.kind == "text" and world.reward and world.pretrain:
             lab.truth(world.demonstrations(4, lab.rng("rehearsal")))
-        run.module.run(lab, run.cfg)
+        with torch.random.fork_rng(devices=[]):  # a method may draw from the global generator
+            run.module.run(lab, run.cfg)
 
 
 class Rehearsal(Lab):

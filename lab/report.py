@@ -11,7 +11,7 @@ import torch
 
 from data import printable
 from lab.evaluate import interval
-from lab.settings import title
+from lab.settings import Settings, title
 from lab.store import write_beside
 
 # ---------------------------------------------------------------- the terminal
@@ -74,6 +74,9 @@ def header(lab, name, module, cfg, model):
         parts.append(f"tokenizer {tokenizer.name} ({tokenizer.vocab_size:,} tokens)")
     parts.append(f"{lab.device.type}, {dtype}, {torch.get_num_threads()} threads")
     run = f"steps {lab.steps}   batch_size {lab.batch_size}   lr {lab.lr:g}"
+    run += f"   prompts {lab.prompts}"
+    if lab.settings.label_temperature != Settings.label_temperature:
+        run += f"   label_temperature {lab.settings.label_temperature:g}"
     run += f"   seed {lab.settings.seed}   {config}"
     return "\n".join([line, "   ".join(parts), run.rstrip()])
 

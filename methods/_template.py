@@ -10,7 +10,7 @@ pair has no gradient once its margin exceeds delta.
 Differences from the paper
 1. One sentence for each choice that differs from the paper's, or that the paper leaves open.
 
-    python train.py --method methods/_template.py               the margin stops near delta
+    python train.py --method methods/_template.py               the margin rises toward delta / beta
     python train.py --method methods/_template.py --delta 4     a larger margin costs more KL
 """
 

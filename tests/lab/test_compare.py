@@ -11,6 +11,7 @@ from lab import compare
 from tests.lab.commands import TINY
 
 pytestmark = pytest.mark.usefixtures("own_folder")
+DRAW = compare.picture  # the fixture replaces it
 BANDIT = ["--world", "bandit", "--steps", "40", "--prompts", "256"]
 
 
@@ -79,6 +80,60 @@ def test_what_ran_is_said_in_run_json():
     assert known["resolved"]["steps"] == 40 and known["resolved"]["batch_size"] == 512
     assert known["resolved"]["lr"] > 0 and known["resolved"]["world"] == "bandit"
     assert known["date"][:2] == "20" and "commit" in known
+
+
+def test_the_stages_of_a_method_are_one_training(tmp_path):
+    argv = ["--method", "curry_dpo", "--world", "bandit", "--steps", "9", "--prompts", "64"]
+    assert train.main([*argv, "--out", "run"]) == 0
+    record = compare.read("run")
+    assert [line["step"] for line in record.steps] == list(range(1, 10))
+    assert [look["step"] for look in record.looks] == list(range(10))
+    for look, side in ((record.looks[0], "before"), (record.looks[-1], "after")):
+        for name in ("reward", "kl"):
+            assert look[name] == record.summary[side][name]
+
+
+def test_stages_without_looks_are_left_out_and_null_is_absent():
+    def step(stage, i):
+        return {"stage": stage, "step": i, "loss": 1.0}
+
+    def look(stage, i, kl=0.0):
+        return {"stage": stage, "step": i, "kl": kl}
+
+    model, policy = [step(2, 1), step(2, 2)], [look(3, 0), step(3, 1), look(3, 1, None)]
+    steps, looks = compare.joined([*model, *policy])
+    assert steps == [step(3, 1)] and looks == [look(3, 0), {"stage": 3, "step": 1}]
+    assert compare.joined(model) == (model, []) and compare.joined([]) == ([], [])
+
+
+def test_every_run_in_a_folder_is_found_once(tmp_path):
+    for place in ("a", "a/inside", "nest/sweep/0", "nest/sweep/1", "nest/one"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "summary.json").write_text("{}")
+    assert compare.runs_in("a") == ["a"]
+    assert compare.runs_in("nest") == ["nest/one", "nest/sweep/0", "nest/sweep/1"]
+
+
+def test_a_run_that_is_named_twice_counts_once_and_worlds_do_not_mix(capsys, tmp_path):
+    assert train.main(["--method", "dpo", *BANDIT, "--out", "a"]) == 0
+    (tmp_path / "again").symlink_to(tmp_path / "a")
+    records = compare.read_all(["a", "a", "again"])
+    assert [record.folder for record in records] == ["again"]
+    shutil.copytree("a", "b")
+    text = (tmp_path / "b" / "run.json").read_text().replace('"bandit"', '"tree"')
+    (tmp_path / "b" / "run.json").write_text(text)
+    assert train.main(["--compare", "a", "b", "--out", "beside"]) == 2
+    assert "runs of different worlds cannot be compared: bandit, tree" in capsys.readouterr().err
+
+
+def test_a_name_with_dollar_signs_is_drawn_as_it_stands(tmp_path):
+    looks = [{"step": i, "kl": float(i), "reward": float(i)} for i in range(3)]
+    record = compare.Record(
+        "x", {"method": "$x_^$\n", "seed": 0}, [{"step": 1, "loss": 1.0}], looks, {}
+    )
+    assert compare.drawn("$x_^$\n") == "\\$x_^\\$\\n"
+    figure = tmp_path / "curves.png"
+    assert DRAW(str(figure), {"$x_^$\n": [record]}, "$a_^$") and figure.stat().st_size > 1000
 
 
 @pytest.mark.parametrize("words", [["nowhere"], ["file"], ["empty"], ["run", "--steps", "3"], []])

@@ -327,3 +327,20 @@ class World(world.World):
 def test_a_reward_that_is_no_reward_is_named(reward, words, tmp_path, capsys):
     (tmp_path / "letters.py").write_text(WRITING.replace("REWARD", reward))
     refused(capsys, ["--method", "dpo", "--world", str(tmp_path / "letters.py")], words)
+
+
+def test_a_world_with_few_prompts_and_no_demonstrations_runs(tmp_path, capsys):
+    text = WRITING.replace("REWARD", "torch.tensor([float(r.count('a')) for r in responses])")
+    text = text.replace(
+        "    pretrain = dict(steps=2, batch_size=4, lr=1e-3, demonstrations=8)\n", ""
+    )
+    head, tail = text.split("    def demonstrations")
+    text = head + "    def reward" + tail.split("    def reward")[1]
+    text = text.replace('return ["a"] * n', 'return ["a"] * min(n, 10)')
+    (tmp_path / "few.py").write_text(text.replace("letters", "few"))
+    argv = ["--method", "dpo", "--world", str(tmp_path / "few.py"), "--eval_size", "16"]
+    assert train.main([*argv, "--out", "run"]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert summary["before"]["win_rate"] == first["win_rate"] == 0.5
+    assert "best of 16" in capsys.readouterr().out

@@ -1,12 +1,15 @@
 """What is refused before anything is trained: no base model, no folder, one line."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import train
-from lab import Lab
+from lab import Lab, Settings
+from lab.rehearsal import rehearse
+from lab.settings import make_world
 from tests.lab.commands import FILE, PAIRS, TINY, refused, rows_file, small
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -137,3 +140,15 @@ def test_rows_that_are_wrong_in_a_file_are_left_out_of_all_methods(tmp_path, cap
     assert "left out: irpo: " in error and "left out: curry_dpo: " in error
     assert "left out: disco needs a world with a verifier" in error
     assert "dpo" in ran and "irpo" not in ran
+
+
+def test_a_rehearsal_leaves_the_global_generator_alone():
+    drawn = []
+
+    def run(lab, cfg):
+        drawn.append(torch.rand(1))
+
+    settings, before = Settings(world="bandit"), torch.get_rng_state()
+    chosen = SimpleNamespace(settings=settings, cfg=None, module=SimpleNamespace(run=run))
+    rehearse(chosen, make_world(settings), None)
+    assert len(drawn) == 1 and torch.equal(torch.get_rng_state(), before)
