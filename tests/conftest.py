@@ -1,6 +1,10 @@
 """Fixtures of the tests that run whole commands, and the options of tests/fuzz.py."""
 
+import os
 import sys
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread a process: two of each fight for two cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, by children too
 
 import pytest
 
