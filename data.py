@@ -620,6 +620,14 @@ def fit_context(rows, tokenizer, context, truncate=False):
 # ---------------------------------------------------------------- labels
 
 
+def preference(z, temperature=1.0):
+    """The probability that an annotator prefers the first of two responses.
+
+    z: the difference of their rewards, a tensor of any shape. At temperature 0 it is 0, 1/2 or 1.
+    """
+    return torch.sigmoid(z / temperature) if temperature else (torch.sign(z) + 1) / 2
+
+
 def label(
     rows,
     rng,
@@ -663,8 +671,7 @@ def label(
             if prefers is not None:
                 given = torch.logit(torch.as_tensor(prefers[i], dtype=torch.float64))
                 z = given + z - (reward[0] - reward[1])
-            p = torch.sigmoid(z / temperature) if temperature else (torch.sign(z) + 1) / 2
-            first = (draw[0] < p) ^ switch[0]
+            first = (draw[0] < preference(z, temperature)) ^ switch[0]
             order = [0, 1] if first else [1, 0]
             out.append(reorder(row, order) | {"scores": [1.0, 0.0]})
             continue

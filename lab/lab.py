@@ -14,7 +14,7 @@ import torch
 import data as data_module
 import diffusion
 import nanomodel
-from data import UserError, collate, fit_context, label
+from data import UserError, collate, fit_context, label, preference
 from lab import align, evaluate, loop, store
 from lab.align import frozen
 from lab.hub import load_pretrained
@@ -280,20 +280,22 @@ class Lab:
         tokenizer = self.world.tokenizer if self.world.kind == "text" else None
         return collate(rows, tokenizer, fixed=fixed).to(self.device)
 
-    def sample(self, policy, prompts, k, rng=None):
+    def sample(self, policy, prompts, k, rng=None, max_tokens=None):
         """k samples per prompt -> rows without scores.
 
         Responses are token ids (with the column `ends`), images (k, C, H, W), or entries of a
         table. rng: a torch.Generator, by default that of the name "sample" and the round.
+        max_tokens: where responses of text are cut, by default at --max_response tokens.
         """
         rng, rows, chunk = rng or self.rng("sample", self.round), [], max(1, 1024 // k)
         kind, options = self.world.kind, {}
         if kind == "text":
             if self.device.type != "cpu":  # draw on the logits' device, without a sync per token
                 rng = torch.Generator(self.device).manual_seed(rng.initial_seed())
-            options = dict(max_tokens=self.max_response, temperature=self.settings.temperature)
+            limit = self.max_response if max_tokens is None else max_tokens
+            options = dict(max_tokens=limit, temperature=self.settings.temperature)
             if self.settings.truncate:
-                room = max(self.context // 2, self.context - self.max_response)
+                room = max(self.context // 2, self.context - limit)
                 prompts = [self.tokens(prompt)[-room:] for prompt in prompts]
         for start in range(0, len(prompts), chunk):
             part = prompts[start : start + chunk]
@@ -346,6 +348,29 @@ class Lab:
             )
         flat = iter(rewards.tolist())
         return [[next(flat) for _ in row["responses"]] for row in rows]
+
+    def prefers(self, prompts, a, b):
+        """The probability (n,) that an annotator of this run prefers response a to response b.
+
+        prompts, a, b: lists of n prompts and responses, as in `rows`. It is the world's own
+        `prefers`, or the sigmoid of the difference of the true rewards, under the label temperature,
+        the length bias and the flips of the run: `preferences` labels pairs with this probability.
+        A verifier's reward is compared without an annotator's noise, but with flips.
+        """
+        settings, world = self.settings, self.world
+        if world.prefers is not None and not world.verifier:
+            asked, first, second = ([self.text(x) for x in side] for side in (prompts, a, b))
+            z = torch.logit(torch.as_tensor(world.prefers(asked, first, second)).double())
+        else:
+            pack = torch.stack if world.kind == "images" else list
+            rows = [dict(prompt=x, responses=pack(two)) for x, *two in zip(prompts, a, b)]
+            first, second = torch.tensor(self.truth(rows), dtype=torch.float64).view(-1, 2).T
+            z = first - second
+        if settings.length_bias:
+            longer = [len(self.tokens(x)) - len(self.tokens(y)) for x, y in zip(a, b)]
+            z = z + settings.length_bias * torch.tensor(longer, dtype=torch.float64)
+        p = preference(z, 0.0 if world.verifier else settings.label_temperature)
+        return settings.flip + (1 - 2 * settings.flip) * p
 
     def preferences(self, policy, k=None, n=None, ties=False, key=()):
         """Rows with labels: k samples per prompt from the policy, labelled by the world.

@@ -223,6 +223,13 @@ class World(world.World):
         place = vocab ** torch.arange(length - 1, -1, -1)
         return self.truth[torch.as_tensor(prompts), (tokens * place).sum(1)]
 
+    def wins(self, first, second):
+        """The probability (P, n) that response first[i] beats response second[i] (Bradley-Terry).
+
+        first, second: (n,) numbers of responses.
+        """
+        return torch.sigmoid(self.truth[:, first] - self.truth[:, second])
+
     def optimum(self, reference, beta):
         """The Table that maximizes E[r] - beta KL(policy || reference) (DPO, eq. 3 and 4)."""
         return reference.optimum(self.truth, beta)
@@ -253,8 +260,8 @@ class World(world.World):
         """All P * R * (R - 1) ordered pairs of different responses as rows, chosen first.
 
         The column `weight` holds the probability of a pair, scaled to a mean of 1. Both responses
-        are drawn from `sampler` (a Table; None: uniform), the first one wins under Bradley-Terry,
-        and the label is flipped with probability `flip`. The mean of weight * loss over all rows is
+        are drawn from `sampler` (a Table; None: uniform), the first one wins with probability
+        `wins`, and the label is flipped with probability `flip`. The mean of weight * loss over all rows is
         therefore proportional to the expected loss. UserError: flip is outside [0, 1].
         """
         if not 0 <= flip <= 1:
@@ -265,7 +272,7 @@ class World(world.World):
         else:
             chance = sampler.probs().detach().cpu()
         first, second = (~torch.eye(count, dtype=torch.bool)).nonzero(as_tuple=True)
-        wins = torch.sigmoid(self.truth[:, first] - self.truth[:, second])
+        wins = self.wins(first, second)
         labelled = (1 - flip) * wins + flip * (1 - wins)
         weight = chance[:, first] * chance[:, second] * labelled  # (P, R (R - 1))
         weight = (weight / weight.mean()).tolist()

@@ -220,13 +220,15 @@ class World(world.World):
                 used |= self.content & {words[-1]}
         return words
 
-    def review(self, product, rng):
+    def review(self, product, rng, mood=None, clauses=4):
         """(words, length of the first clause) of a review without errors; rng: a random.Random.
 
-        It has 1 to 4 clauses of one prevailing mood, and at most 29 words.
+        It has 1 to `clauses` clauses of one prevailing mood, and at most 29 words. mood: from -1
+        (every opinion is negative) to 1; None: -0.8, 0 or 0.8, drawn for this review.
         """
-        mood, used, words, sign, first = rng.choice((-0.8, 0.0, 0.8)), set(), [], 0, 0
-        for _ in range(rng.randint(1, 4)):
+        mood = rng.choice((-0.8, 0.0, 0.8)) if mood is None else mood
+        used, words, sign, first = set(), [], 0, 0
+        for _ in range(rng.randint(1, clauses)):
             before, sign = sign, 1 if rng.uniform(-1, 1) < mood else -1
             clause = self.clause(product, sign, used, rng)
             if len(words) + len(clause) > 28:
@@ -237,25 +239,30 @@ class World(world.World):
             first = first or len(clause)
         return words + ["."], first
 
-    def demonstrations(self, n, rng):
+    def demonstrations(self, n, rng, slip=SLIP, mood=None, clauses=4):
         """n rows of one response each: a random review with a few errors.
 
-        Its first 0 to 4 words are part of the prompt, and these have no errors.
+        Its first 0 to 4 words are part of the prompt, and these have no errors. slip: the
+        probability of an error at a word. mood, clauses: as in `review`.
         """
         rng, rows = world.python_rng(rng), []
         for _ in range(n):
             product = rng.choice(list(PRODUCTS))
-            words, first = self.review(product, rng)
+            words, first = self.review(product, rng, mood, clauses)
             cut = rng.randint(0, min(4, first - 1))
             prompt = [*HEAD.replace("PRODUCT", product).split(), *words[:cut]]
             words = words[cut:]
             for i in reversed(range(len(words))):
-                if rng.random() < SLIP:  # drop the word, double it, or swap it with the next
+                if rng.random() < slip:  # drop the word, double it, or swap it with the next
                     lost, doubled = words[i + 1 : i + 2], [words[i], *words[i : i + 2]]
                     words[i : i + 2] = rng.choice([lost, doubled, words[i : i + 2][::-1]])
             response = "".join(" " + word for word in words[:31])
             rows.append(dict(prompt=" ".join(prompt), responses=[response], scores=[1.0]))
         return rows
+
+    def teacher(self, n, rng):
+        """n rows by a better writer: no errors, 1 to 3 clauses, three opinions in four positive."""
+        return self.demonstrations(n, rng, slip=0.0, mood=0.5, clauses=3)
 
     def prompts(self, n, rng):
         """n prompts with the distribution of those of the demonstrations."""

@@ -137,6 +137,71 @@ def test_worlds_given_as_objects_are_kept_apart():
 # ---------------------------------------------------------------- refusals
 
 
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ({}, 2.0),
+        (dict(flip=0.3, label_temperature=0.5), 2.0),
+        (dict(world="game", flip=0.1), 2.0),
+        (dict(world="game", label_temperature=0), 4 / 3),  # equal responses in one pair of three
+    ],
+)
+def test_pairs_are_labelled_with_the_probability_that_prefers_returns(settings, expected):
+    lab = table(prompts=4000, **settings)
+    rows = lab.preferences(lab.base(), k=2)
+    first, second = zip(*(row["responses"] for row in rows))
+    p = lab.prefers([row["prompt"] for row in rows], first, second)
+    assert p.shape == (4000,) and p.dtype == torch.float64
+    other = lab.prefers([row["prompt"] for row in rows], second, first)
+    torch.testing.assert_close(p + other, torch.ones_like(p))
+    # a row has its order with probability p, so E[1 / p] is 2, and 1 where p is 0 or 1
+    assert (1 / p).mean().item() == pytest.approx(expected, abs=0.15)
+
+
+def test_preferences_have_the_noise_of_the_run():
+    world = bandit.World(3, 1, rewards=torch.tensor([0.0, 1.0, 3.0]))
+    one, two = [[0], [2]], [[1], [1]]
+
+    def asked(**noise):
+        settings = Settings(world="bandit", **noise)
+        return Lab(settings, quiet=True, world=world).prefers([0, 0], one, two)
+
+    plain = torch.sigmoid(torch.tensor([-1.0, 2.0], dtype=torch.float64))
+    torch.testing.assert_close(asked(), plain)
+    torch.testing.assert_close(asked(flip=0.2), 0.2 + 0.6 * plain)
+    torch.testing.assert_close(asked(label_temperature=2.0), torch.sigmoid(torch.logit(plain) / 2))
+    assert asked(label_temperature=0, flip=0.25).tolist() == [0.25, 0.75]
+    assert Lab(Settings(world="game"), quiet=True).prefers([0, 0, 0], [[0], [1], [2]], [[1]] * 3)[
+        0
+    ] == pytest.approx(0.9)
+
+
+def test_longer_responses_are_preferred_under_a_length_bias():
+    lab = tiny(length_bias=0.5)
+    a, b = " good", " good good good"
+    prompts, texts = ["review of the camera :"], [lab.tokens(x) for x in (a, b)]
+    reward = lab.world.reward(prompts * 2, [a, b])
+    expected = torch.sigmoid(reward[:1] - reward[1:] - 0.5 * 2)
+    torch.testing.assert_close(lab.prefers(prompts, [a], [b]), expected)
+    torch.testing.assert_close(lab.prefers(prompts, texts[:1], texts[1:]), expected)
+
+
+def test_a_verifier_has_no_noise_but_flips():
+    lab = Lab(Settings(world="arithmetic", flip=0.1), quiet=True)
+    right, wrong = "3+4+0=07:7", "3+4+0=08:8"
+    asked = lab.prefers(["3+4="] * 3, [right, wrong, right], [wrong, right, right])
+    assert asked.tolist() == pytest.approx([0.9, 0.1, 0.5])
+
+
+def test_samples_end_at_max_tokens():
+    lab = tiny()
+    base, prompts = lab.base(), lab.world.prompts(8, lab.rng("asked"))
+    rows = lab.sample(base, prompts, 4, max_tokens=2)
+    assert max(len(ids) for row in rows for ids in row["responses"]) == 2
+    longest = max(len(ids) for row in lab.sample(base, prompts, 4) for ids in row["responses"])
+    assert longest == 6
+
+
 def test_no_rows_are_refused_before_anything_is_trained():
     lab = tiny()
     with pytest.raises(UserError, match="there are no rows to align on"):

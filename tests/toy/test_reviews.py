@@ -40,6 +40,20 @@ def test_draws_come_from_the_generator_alone():
     assert WORLD.prompts(20, rng(1)) == WORLD.prompts(20, rng(1))
 
 
+def test_the_teacher_writes_better_reviews_without_errors():
+    rows = WORLD.teacher(400, rng())
+    assert rows == WORLD.teacher(400, rng()) and rows != WORLD.teacher(400, rng(1))
+    prompts, responses = zip(*((row["prompt"], row["responses"][0]) for row in rows))
+    found = [WORLD.parts(*row) for row in zip(prompts, responses)]
+    assert all(part["broken"] == part["astray"] == part["unended"] == 0 for part in found)
+    reward = WORLD.reward(prompts, responses).mean().item()
+    base = [WORLD.demonstrations(400, rng()), WORLD.demonstrations(400, rng(), slip=0.0)]
+    for others in base:
+        rewards = WORLD.reward(*zip(*((row["prompt"], row["responses"][0]) for row in others)))
+        assert reward > rewards.mean().item() + 0.3
+    assert 0.7 < reward < 1.0
+
+
 def test_the_grammar_accepts_its_own_reviews():
     import random
 

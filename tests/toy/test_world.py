@@ -67,6 +67,7 @@ EXAMPLES = [
     ("bandit", 0, [0, 2, 0], 1.4),
     ("tokens", 0, [1, 0, 3, 1, 2, 2], -1.0),
     ("modular", 5, [1, 5, 0], 1.0),
+    ("game", 0, [2], 8 / 15),
 ]
 
 
@@ -74,7 +75,7 @@ EXAMPLES = [
 def test_the_example_of_a_docstring_has_the_reward_that_it_says(name, prompt, response, reward):
     world, text = made(name), importlib.import_module(f"toy.{name}").__doc__
     assert world.reward([prompt], [response]).item() == pytest.approx(reward, abs=1e-6)
-    assert f"response {response}" in text and f"reward {reward:g}" in text
+    assert f"response {response}" in text and f"reward {reward:.3g}" in text
     if name == "modular":
         assert f"prompt {prompt} (digits {str(world.problems[prompt].tolist())[1:-1]})" in text
 
