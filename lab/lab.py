@@ -353,9 +353,9 @@ class Lab:
         """The probability (n,) that an annotator of this run prefers response a to response b.
 
         prompts, a, b: lists of n prompts and responses, as in `rows`. It is the world's own
-        `prefers`, or the sigmoid of the difference of the true rewards, under the label temperature,
-        the length bias and the flips of the run: `preferences` labels pairs with this probability.
-        A verifier's reward is compared without an annotator's noise, but with flips.
+        `prefers`, or the sigmoid of the difference of the true rewards, under the label
+        temperature, the length bias and the flips of the run: `preferences` labels pairs with this
+        probability. A verifier's rewards are compared without noise, but with flips.
         """
         settings, world = self.settings, self.world
         if world.prefers is not None and not world.verifier:

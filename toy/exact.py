@@ -261,8 +261,8 @@ class World(world.World):
 
         The column `weight` holds the probability of a pair, scaled to a mean of 1. Both responses
         are drawn from `sampler` (a Table; None: uniform), the first one wins with probability
-        `wins`, and the label is flipped with probability `flip`. The mean of weight * loss over all rows is
-        therefore proportional to the expected loss. UserError: flip is outside [0, 1].
+        `wins`, and the label is flipped with probability `flip`. The mean of weight * loss over all
+        rows is therefore proportional to the expected loss. UserError: flip is outside [0, 1].
         """
         if not 0 <= flip <= 1:
             raise UserError(f"flip = {flip} must be in [0, 1]")

@@ -61,7 +61,7 @@ class World(exact.World):
         return self.payoff[torch.as_tensor(prompts), first, second]
 
     def exploitability(self, probs):
-        """The largest win rate over a policy with probabilities (P, R), minus 1/2; prompts' mean."""
+        """The largest win rate over a policy with probabilities probs (P, R), minus 1/2."""
         return (self.rates(probs).amax(-1) - 0.5).mean().item()
 
     def measure(self, policy, lab):

@@ -39,7 +39,7 @@ class World:
     frechet = None  # images (n, C, H, W) -> distance from the data; None: it is not defined
 
     # rows that the world provides itself
-    teacher = None  # (n, rng) -> n rows like demonstrations, by a better writer; None: there is none
+    teacher = None  # (n, rng) -> n demonstrations by a better writer; None: there is none
     lists = None  # (n, rng, k=None) -> n graded lists; None: lists are sampled and labelled
     given = None  # k responses per row -> the user's training rows; None: rows are sampled
     held_out = None  # rows of the user's file that are held out for the evaluation
