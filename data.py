@@ -27,13 +27,14 @@ class Paper:
     family: the heading under which `--list` shows it: pairs, lists, online, images, analysis,
         beyond, or baseline for a file without a paper of its own.
     worlds: the kinds of world that the method runs on.
-    needs: what a world must offer: "pairs or lists", "lists", "demonstrations", "verifier" or
-        "reward".
+    needs: what a world must offer: "pairs or lists", "lists", "demonstrations", "verifier",
+        "reward", or "points" (of a world of vectors).
     ignores: run settings that have no effect under this method and are therefore refused.
     defaults: run settings that the method changes when it is run alone.
     demo: further run settings and fields of its Config, which `--method NAME` changes if neither
         --world nor --data is given: what makes the first run a good one.
-    core: the functions that the contract tests and the mutants examine.
+    core: the functions that the contract tests and the mutants examine; a method is named
+        "Class.method". Papers that are not about preferences have their own core, without a loss.
     """
 
     family: str

@@ -45,7 +45,8 @@ def one_run(run, out, quiet=False, show=False):
         say(f"{out} is finished already")
         return done
     lab = Lab(run.settings, out, quiet, show)
-    say(report.header(lab, run.method, run.module, run.cfg, lab.base()))
+    model = None if lab.world.kind == "vectors" else lab.base()
+    say(report.header(lab, run.method, run.module, run.cfg, model))
     for reason, n in lab.world.counts.items():
         say(f"{n} rows of {lab.world.name} are left out: {reason}")
     result = run.module.run(lab, run.cfg)
@@ -58,7 +59,10 @@ def one_run(run, out, quiet=False, show=False):
     if result is None:
         say(f"run of {run.method} returned None, so nothing is reported: is a `return` missing?")
         return summary
-    if isinstance(result, dict):
+    if isinstance(result, dict) and any(isinstance(row, dict) for row in result.values()):
+        summary |= {"table": result}
+        say("\n" + report.rows_of(result))
+    elif isinstance(result, dict):
         summary |= {"after": result}
         say("\n" + report.before_after({}, result))
     elif isinstance(result, torch.nn.Module):
@@ -66,7 +70,8 @@ def one_run(run, out, quiet=False, show=False):
     else:
         raise UserError(
             f"run of {run.method} returns a {type(result).__name__}: "
-            "it must return the trained model, a table {name: number}, or None"
+            "it must return the trained model, a table {name: number} or {row: {column: number}}, "
+            "or None"
         )
     names = ("base", "preferences", "align", "evaluate")
     summary["seconds"] = {name: round(lab.seconds.get(name, 0.0), 2) for name in names}
@@ -137,10 +142,14 @@ def sweep(runs, out):
             if not folder.trained(place):
                 shutil.rmtree(place, ignore_errors=True)
             continue
+        about = dataclasses.asdict(run.settings) | vars(run.cfg) | {"method": run.method}
         if "after" in summary:
-            about = dataclasses.asdict(run.settings) | vars(run.cfg) | {"method": run.method}
-            results.append((about, summary["after"]))
+            results.append((about | {"row": "after"}, summary["after"]))
             records.append(compare.read(place))
+        for row, values in summary.get("table", {}).items():
+            results.append((about | {"row": row}, values))
+    if any(about["row"] != "after" for about, _ in results):  # tables, one below the other
+        varied.append("row")
     if results:
         text = report.sweep_table(results, varied or ["method"])
         print(text)
@@ -149,8 +158,8 @@ def sweep(runs, out):
         write_json(os.path.join(out, "sweep.json"), rows)
         path = os.path.join(out, "sweep.png")
         plot = ", sweep.png" if report.sweep_plot(path, results, varied or ["method"]) else ""
-        files = compare.write(out, records, f"{len(records)} runs")
-        print(f"written to {out}/: sweep.txt, sweep.json{plot}, {files}, one folder per run")
+        files = f"{compare.write(out, records, f'{len(records)} runs')}, " if records else ""
+        print(f"written to {out}/: sweep.txt, sweep.json{plot}, {files}one folder per run")
     end = f"{len(failed)} of {len(runs)} runs failed: {' | '.join(failed)}"
     if len(failed) == len(runs):
         raise UserError(end)

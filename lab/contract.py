@@ -54,6 +54,8 @@ def small(run):
     easy = paper.needs in ("pairs or lists", "demonstrations", "reward")
     if world in (None, paper.defaults.get("world")) and easy and "table" in paper.worlds:
         return Settings(world="bandit", steps=8, batch_size=16, prompts=128, seed=given.seed)
+    if "vectors" in paper.worlds:
+        return Settings(world=world, steps=8, batch_size=8, seed=given.seed, device=given.device)
     size = dict(steps=8, batch_size=8, prompts=64, eval_size=8)
     return Settings(world=world or "reviews", seed=given.seed, device=given.device, **size)
 
@@ -78,13 +80,29 @@ def form(run):
             has = list(inspect.signature(getattr(module, name)).parameters)
             mark = "ok" if has == order else "WRONG"
             lines.append((mark, f"the arguments of {name} are {', '.join(order)}"))
-    for node in ast.walk(ast.parse(inspect.getsource(module))):
+    tree = ast.parse(inspect.getsource(module))
+    missing = [name for name in run.paper.core if name != "loss" and name not in functions(tree)]
+    if missing:
+        lines.append(("WRONG", f"PAPER.core names {', '.join(missing)}, which the file lacks"))
+    for node in ast.walk(tree):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         for name in names:
             if name.split(".")[0] in ("lab", "train", "claims", "methods"):
                 lines.append(("look", f"a method imports data, toy and nanomodel, not {name}"))
     return lines
+
+
+def functions(tree):
+    """The names of a module's functions, and of its classes' methods as Class.method."""
+    names = set()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            inside = (part.name for part in node.body if isinstance(part, ast.FunctionDef))
+            names |= {f"{node.name}.{name}" for name in inside}
+    return names
 
 
 # ---------------------------------------------------------------- the loss

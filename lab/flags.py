@@ -50,7 +50,7 @@ ACTIONS = dict(
     list="the methods by family, and the worlds",
     help="this text; with --method NAME: that paper and its flags",
 )
-WORLDS = ("text", "images", "table")  # kinds of world
+WORLDS = ("text", "images", "table", "vectors")  # kinds of world
 BARE = ("claim", "show", "list", "help")  # actions that take no value
 TEXTS = ("data", "init", "out", "world", "prompt", "resume", "check", "compare")  # no lists
 ALIASES = dict(  # names of other libraries, for "did you mean"; they are not accepted
@@ -493,6 +493,8 @@ def refuse_idle_actions(flags, runs):
             )
         if idle_flags:
             raise UserError(f"--{', --'.join(idle_flags)} does nothing together with --{action}")
+        if action == "show" and "loss" not in runs[0].paper.core:
+            raise UserError(f"{runs[0].method} does not align, so there is no row to --show")
         if action == "show" and runs[0].settings.steps == 0:
             raise UserError("--steps 0 trains nothing, so there is no row to --show")
         if action != "claim" and len(runs) > 1:

@@ -59,11 +59,19 @@ def clock(seconds):
 
 
 def header(lab, name, module, cfg, model):
-    """The first lines that a run prints: title, world, model, device and settings."""
+    """The first lines that a run prints: title, world, model, device and settings.
+
+    model: None in a world of vectors, which has none.
+    """
     line = title(module) if module else name
     config = ""
     if cfg:
         config = "  ".join(f"{k} {v}" for k, v in vars(cfg).items() if v is not None)
+    if model is None:
+        world = (
+            f"world {lab.world.name}   {lab.world.features} features, {lab.world.classes} classes"
+        )
+        return "\n".join([line, world, f"seed {lab.settings.seed}   {config}".rstrip()])
     dtype = "bfloat16 autocast" if lab.bf16 and lab.world.kind != "table" else "float32"
     parts = [
         f"world {lab.world.name}",
@@ -125,6 +133,13 @@ def before_after(before, after):
         for name in names
     ]
     return table(rows, ["", "before", "after"])
+
+
+def rows_of(found):
+    """The table {row: {column: value}} of a method that compares and trains no policy."""
+    names = list(dict.fromkeys(name for row in found.values() for name in row))
+    rows = [[label, *(number(row.get(name)) for name in names)] for label, row in found.items()]
+    return table(rows, ["", *names])
 
 
 def best_of(found):
@@ -310,7 +325,8 @@ def sweep_plot(path, results, varied):
                     color=f"C{i}",
                 )
         ax.set_xlabel(axis or "KL from the base model (nats)")
-        ax.set_ylabel("true reward" if metric == "reward" else "accuracy on held-out pairs")
+        where = "" if "row" in varied else " on held-out pairs"
+        ax.set_ylabel("true reward" if metric == "reward" else "accuracy" + where)
         ax.spines[["top", "right"]].set_visible(False)
         if axis and any(any(key) for key in groups):
             ax.legend(frameon=False)

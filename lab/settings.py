@@ -179,6 +179,9 @@ def idle(settings, world):
         names += ["label_temperature", "length_bias"]
     if world.kind != "text":
         names += ["max_response", "length_bias", "temperature", "context", "truncate"]
+    if world.kind == "vectors":  # no policy, no labels of preference, and nothing random but --seed
+        names += ["prompts", "k", "flip", "label_temperature", "eval_size", "base_seed"]
+        names += ["dtype", "compile"]
     if settings.init:
         names += ["base_steps", "context"]
     if not world.pretrain:

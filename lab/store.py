@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 
+import numpy as np
 import torch
 
 from data import UserError
@@ -114,7 +115,7 @@ def pack(value, tensors):
         if value and all(type(v) in (int, float) for v in value):
             return list(value)
         return [pack(v, tensors) for v in value]
-    return value
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def unpack(value, tensors):

@@ -18,6 +18,7 @@ import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 SWAPS = {
@@ -283,6 +284,47 @@ def observe_loss(names, cfg, item):
         return f"{type(error).__name__}: {error}", None
 
 
+def observe_call(names, cfg, item):
+    """What one call of a core without a loss returns: tensors and gradient, or the error.
+
+    item: (function, *arguments); the string "cfg" stands for the Config. Arguments are copied. The
+    gradient is that of the sum of the tensors that carry one, in the arguments that require it.
+    """
+    function, *arguments = item
+
+    def copied(x):
+        return x.detach().clone().requires_grad_(x.requires_grad)
+
+    arguments = [cfg if isinstance(x, str) and x == "cfg" else x for x in arguments]
+    arguments = [copied(x) if isinstance(x, torch.Tensor) else copy.deepcopy(x) for x in arguments]
+    leaves = [x for x in arguments if isinstance(x, torch.Tensor) and x.requires_grad]
+    try:
+        values, kinds = flatten(names[function](*arguments))
+        graphs = [x.sum() for x in values if x.requires_grad]
+        if graphs and leaves:
+            found = torch.autograd.grad(sum(graphs), leaves, allow_unused=True)
+            values += [torch.zeros(()) if x is None else x for x in found]
+        return [x.detach() for x in values], [*kinds, *(x.requires_grad for x in values)]
+    except Exception as error:  # noqa: BLE001 - a mutant may do anything
+        return f"{type(error).__name__}: {error}", None
+
+
+def flatten(value):
+    """Nested results -> ([tensor], what tells results of other kinds or structure apart)."""
+    if isinstance(value, torch.Tensor):
+        return [value], ["tensor"]
+    if isinstance(value, (bool, int, float, np.ndarray, np.generic)):
+        return [torch.as_tensor(value)], ["number"]
+    if isinstance(value, dict):
+        values, kinds = flatten(list(value.values()))
+        return values, [*value, *kinds]
+    if isinstance(value, (list, tuple)):
+        parts = [flatten(part) for part in value]
+        kinds = [type(value).__name__, len(value), *(k for _, kinds in parts for k in kinds)]
+        return [x for values, _ in parts for x in values], kinds
+    return [], [repr(value)]
+
+
 def differ(a, b):
     """Whether two observations differ by more than rounding."""
     if isinstance(a[0], str) or isinstance(b[0], str):
@@ -333,7 +375,8 @@ def survivors(module, cases, inputs, functions=None, observe=observe_loss):
 
     def order(run, told=None):
         """What told the last mutant may tell the next; meta tensors are slow and come last."""
-        return run[1][0].is_meta, run is not told
+        first = run[1][0]
+        return isinstance(first, torch.Tensor) and first.is_meta, run is not told
 
     runs.sort(key=order)
     made, alive = [], []

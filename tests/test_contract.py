@@ -25,14 +25,14 @@ import torch
 from data import Paper, UserError
 from lab import settings
 from lab.settings import Settings
-from tests import builders
+from tests import builders, mutation
 
 ROOT = Path(settings.__file__).parents[1]
 NAMES = settings.methods() + ["_template"] * (ROOT / "methods/_template.py").exists()
 SOURCES = {name: (ROOT / f"methods/{name}.py").read_text() for name in NAMES}
 CLAIMS = sorted(path.stem for path in ROOT.glob("claims/[a-z]*.py"))
 FAMILIES = ("pairs", "lists", "online", "images", "analysis", "beyond", "baseline")
-NEEDS = ("pairs or lists", "lists", "demonstrations", "verifier", "reward")
+NEEDS = ("pairs or lists", "lists", "demonstrations", "verifier", "reward", "points")
 
 
 def module_of(name):
@@ -153,7 +153,7 @@ def test_a_file_has_its_parts_in_order_and_nothing_runs_at_import(name):
     kinds = (ast.Import, ast.ImportFrom, ast.Assign, ast.FunctionDef, ast.ClassDef)
     for node in tree.body[1:]:
         assert isinstance(node, kinds), f"line {node.lineno} does something at import"
-    core = [part.split(".")[0] for part in module.PAPER.core]
+    core = list(dict.fromkeys(part.split(".")[0] for part in module.PAPER.core))
     parts = [part for part in defined if part in ("Config", *core, "run")]
     assert parts == ["Config", *core, "run"]
     first = next(node for node in tree.body if getattr(node, "name", "") == "Config")
@@ -186,7 +186,10 @@ def test_what_a_file_says_about_itself_is_known(name):
     module, run_settings = module_of(name), {field.name for field in dataclasses.fields(Settings)}
     paper, fields = module.PAPER, {field.name for field in dataclasses.fields(module.Config)}
     assert paper.family in FAMILIES and paper.needs in NEEDS
-    assert paper.worlds and set(paper.worlds) <= {"text", "images", "table"}
+    assert paper.worlds and set(paper.worlds) <= {"text", "images", "table", "vectors"}
+    assert ("vectors" in paper.worlds) == (paper.needs == "points")
+    assert "loss" in paper.core or paper.family == "beyond"
+    assert set(paper.core) <= set(mutation.functions_in(SOURCES[name]))
     assert set(paper.ignores) | set(paper.defaults) <= run_settings
     assert not set(paper.ignores) & (set(paper.defaults) | set(paper.demo))
     assert set(paper.demo) <= (run_settings | fields) - set(paper.defaults)

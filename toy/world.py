@@ -21,7 +21,9 @@ class World:
 
     # the kind of world
     name = "world"  # its name in headers, tables and the cache
-    kind = "text"  # "text", "images", or "table" (prompts are numbers and everything is exact)
+    # a table has numbers as prompts and everything is exact; vectors are features and classes,
+    # without a model, a policy or a reward
+    kind = "text"  # "text", "images", "table" or "vectors"
     tokenizer = None  # a data.Tokenizer, in a world of text
     max_response = None  # the largest number of tokens that are sampled for a response
 
@@ -37,6 +39,12 @@ class World:
     verifier = False  # True: rewards are 0 or 1 and are the labels, without an annotator's noise
     verify_steps = None  # (prompt, response) -> a bool per step; None: steps cannot be checked
     frechet = None  # images (n, C, H, W) -> distance from the data; None: it is not defined
+
+    # a world of vectors
+    features = None  # the number of features of a point
+    classes = None  # the number of classes
+    bayes = None  # x (n, features) -> (n, classes), the true class probabilities; None: unknown
+    soft_labels = None  # x (n, features) -> logits (n, classes) of a teacher; None: there is none
 
     # rows that the world provides itself
     teacher = None  # (n, rng) -> n demonstrations by a better writer; None: there is none
@@ -57,6 +65,14 @@ class World:
     def demonstrations(self, n, rng):
         """n rows of one response, dict(prompt, responses, scores=[1.0]), for the base model."""
         raise NotImplementedError(f"{type(self).__name__} has no demonstrations")
+
+    def points(self, n, rng, shares=None, held_out=False):
+        """n labelled points of a world of vectors: x (n, features) float64, y (n,) int64.
+
+        shares: the probability of each class (classes,), by default the world's own. held_out:
+            points for a test, none of which is ever among the others in a world of real data.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no points")
 
     def text(self, response):
         """A response, text or token ids, as text."""

@@ -26,18 +26,23 @@ def test_the_modules_that_are_no_worlds_are_not_listed():
 def test_every_world_is_a_world_with_recipes_that_the_lab_knows(name):
     world = made(name)
     assert isinstance(world, World) and world.name == name
-    assert world.kind in ("text", "images", "table")
+    assert world.kind in ("text", "images", "table", "vectors")
     assert (
         (world.kind == "text") == (world.tokenizer is not None) == (world.max_response is not None)
     )
-    assert (world.kind == "table") == (world.pretrain is None)
+    assert (world.kind in ("table", "vectors")) == (world.pretrain is None)
+    assert world.key() is not None
+    if world.kind == "vectors":
+        assert world.features and world.classes and world.reward is None
+        assert set(world.align) in (set(), {"steps", "lr", "batch_size"})
+        return
     assert set(world.align) - {"k", "eval_size"} == {"prompts", "steps", "lr", "batch_size"}
     if world.pretrain is not None:
         assert set(world.pretrain) - {"demonstrations"} == {"steps", "lr", "batch_size"}
-    assert callable(world.reward) and world.key() is not None
+    assert callable(world.reward)
 
 
-@pytest.mark.parametrize("name", worlds())
+@pytest.mark.parametrize("name", [name for name in worlds() if made(name).kind != "vectors"])
 def test_prompts_and_demonstrations_depend_on_the_generator_alone(name):
     one, other = made(name), made(name)
 

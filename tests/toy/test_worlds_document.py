@@ -26,14 +26,28 @@ def own(tmp_path):
     return str(path)
 
 
+VECTORS = re.compile(r"\| \[(\w+)\]\(#\1\) \| (\d+) \| (\d+) \|")
+
+
 def settings(path, **changes):
     small = dict(base_steps=60, prompts=64, steps=4, batch_size=16, eval_size=32)
     return Settings(world=path, **small | changes)
 
 
+def example_of(name):
+    """The example in the section of a world."""
+    section = re.split("\n##? ", TEXT.split(f"\n## {name}\n")[1])[0]
+    (example,) = re.findall(r"\n    (.+)\n", section)
+    return example
+
+
 def test_every_world_has_a_row_and_a_section_with_the_example_of_its_docstring():
     rows = ROW.findall(TEXT)
-    assert sorted(row[0] for row in rows) == worlds()
+    vectors = VECTORS.findall(TEXT)
+    assert sorted(row[0] for row in [*rows, *vectors]) == worlds()
+    for name, features, classes in vectors:
+        assert (made(name).features, made(name).classes) == (int(features), int(classes)), name
+        assert f"\n    {example_of(name)}\n" in importlib.import_module(f"toy.{name}").__doc__
     for name, kind, model, parameters, steps, prompts, align_steps in rows:
         world = made(name)
         fresh = world.model()
@@ -42,9 +56,7 @@ def test_every_world_has_a_row_and_a_section_with_the_example_of_its_docstring()
         assert count == int(parameters.replace(",", "")), (name, count)
         assert steps == (str(world.pretrain["steps"]) if world.pretrain else "none")
         assert (world.align["prompts"], world.align["steps"]) == (int(prompts), int(align_steps))
-        section = re.split("\n##? ", TEXT.split(f"\n## {name}\n")[1])[0]
-        (example,) = re.findall(r"\n    (.+)\n", section)
-        assert f"\n    {example}\n" in importlib.import_module(f"toy.{name}").__doc__
+        assert f"\n    {example_of(name)}\n" in importlib.import_module(f"toy.{name}").__doc__
 
 
 def test_the_world_of_the_document_rewards_as_it_says(own):
