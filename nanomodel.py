@@ -270,6 +270,13 @@ class Cache:
     start: torch.Tensor  # (B,) position of the first sampled token
     length: int = 0  # sampled tokens so far
 
+    def kept(self, rows):
+        """The cache of some of the prompts: rows, a tensor of indices."""
+        prompt, own = (
+            [(k[rows], v[rows]) for k, v in layers] for layers in (self.prompt, self.own)
+        )
+        return Cache(prompt, own, self.seen[rows], self.start[rows], self.length)
+
 
 class GPT(nn.Module):
     """Decoder-only transformer: RMSNorm, RoPE, SwiGLU, grouped-query attention."""
@@ -427,8 +434,10 @@ class GPT(nn.Module):
             )
         max_tokens = min(max_tokens, max(rooms))
         cache, logits = self.prefill(prompts, k, max_tokens)
-        logits, chosen = logits[:, None].expand(-1, k, -1), []  # (B, K, V)
+        logits = logits[:, None].expand(-1, k, -1)  # (B, K, V)
+        out = torch.full((len(prompts), k, max_tokens), eot, device=self.device)
         done = torch.zeros(len(prompts), k, dtype=torch.bool, device=self.device)
+        live = torch.arange(len(prompts), device=self.device)  # the prompts still in the cache
         for step in range(max_tokens):
             if temperature == 0:
                 token = logits.argmax(-1)
@@ -436,19 +445,25 @@ class GPT(nn.Module):
                 # inverse transform sampling, which is faster than multinomial at these sizes
                 total = (logits.float() / temperature).softmax(-1).cumsum(-1)  # (B, K, V)
                 draw = torch.rand(len(prompts), k, 1, generator=rng, device=rng.device)
-                draw = draw.to(total.device) * total[..., -1:]
+                draw = draw.to(total.device)[live] * total[..., -1:]
                 token = torch.searchsorted(total, draw, right=True)[..., 0]  # (B, K)
                 token = token.clamp(max=total.shape[-1] - 1)
-            chosen.append(token)
+            out[live, :, step] = token
             done |= token == eot
-            # on CUDA reading `done` forces a host-device sync, so it is read every eighth token
-            if step + 1 == max_tokens or ((step % 8 == 7 or not done.is_cuda) and bool(done.all())):
+            if step + 1 == max_tokens:
                 break
+            # on CUDA reading `done` forces a host-device sync, so it is read every eighth token
+            if step % 8 == 7 or not done.is_cuda:
+                going = (~done.all(1)).nonzero()[:, 0]
+                if not len(going):
+                    break
+                if len(going) < 0.8 * len(live) and not done.is_cuda:  # drop prompts that are done
+                    cache = cache.kept(going)
+                    live, done, token = live[going], done[going], token[going]
             logits = self.decode(cache, token)
-        out = torch.stack(chosen, -1).tolist()  # B lists of K lists
         return [
             [(ids[: ids.index(eot) + 1] if eot in ids else ids)[:room] for ids in group]
-            for group, room in zip(out, rooms)
+            for group, room in zip(out.tolist(), rooms)
         ]
 
     # -- folders (lab/hub.py)

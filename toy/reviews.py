@@ -184,6 +184,8 @@ class World(world.World):
         everything = classes(list(PRODUCTS))
         self.content = {word for words in everything.values() for word in words} - set(DEGREE)
         self.arcs = automaton(everything)
+        self.states = {word: frozenset(arcs) for word, arcs in self.arcs.items()}
+        self.reached = {}  # {(states, word): the states that follow}, filled as they are met
         first, *head = HEAD.split()
         self.tokenizer = data.Tokenizer.toy([first] + [" " + word for word in (*head, *self.arcs)])
 
@@ -273,17 +275,19 @@ class World(world.World):
 
         Every word that is not in the grammar is one such place.
         """
-        cost = {0: 0}  # state: places so far
+        # states in which it has broken the grammar least often so far; in any other, once more
+        least, last, places = frozenset([0]), frozenset([0]), 0
         for word in words:
-            best = min(cost.values()) + 1  # after a break, any state may follow
-            if word in self.arcs:
-                cost = {
-                    state: min([best, *(cost.get(b, best) for b in before)])
-                    for state, before in self.arcs[word].items()
-                }
-            else:
-                cost = dict.fromkeys(cost, best)
-        return min(cost.values())
+            if word not in self.arcs:
+                least, places = last, places + 1
+                continue
+            if (least, word) not in self.reached:
+                arcs = self.arcs[word].items()
+                followers = (state for state, before in arcs if not least.isdisjoint(before))
+                self.reached[least, word] = frozenset(followers)
+            followers, last = self.reached[least, word], self.states[word]
+            least, places = followers or last, places + (not followers)
+        return places
 
     def parts(self, prompt, response):
         """The terms of the reward of one response (text or token ids): {name: number}.
