@@ -1,6 +1,7 @@
 """Metrics of a training step, of a quick look during training, and the evaluation of a model."""
 
 import functools
+import hashlib
 import math
 
 import numpy as np
@@ -194,10 +195,28 @@ def glance(lab, policy, full):
 def of_samples(lab, policy, n):
     """What is read from one sample for each of n prompts; a table is exact and needs none.
 
-    The prompts and the random numbers are the same for every model."""
+    The prompts and the random numbers are the same for every model. What was read is kept for the
+    weights that it was read from, since the first and the last look and the evaluation share them.
+    """
+    if lab.world.kind == "table":
+        return {"reward": policy.expect(lab.world.rewards()), "kl": policy.kl(lab.reference)}
+    key = n, fingerprint(policy)
+    if key not in lab.seen:
+        lab.seen[key] = from_samples(lab, policy, n)
+    return dict(lab.seen[key])
+
+
+def fingerprint(model):
+    """A hash of the weights of a model."""
+    found = hashlib.sha256()
+    for value in model.state_dict().values():
+        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+def from_samples(lab, policy, n):
+    """`of_samples` of a model of text or images, from new samples."""
     world, out = lab.world, {}
-    if world.kind == "table":
-        return {"reward": policy.expect(world.rewards()), "kl": policy.kl(lab.reference)}
     prompts = eval_prompts(lab, n if world.reward else min(n, 16))
 
     def drawn(model):
@@ -227,20 +246,21 @@ def best_of(lab, sizes=(2, 4, 8, 16)):
 
     The best is that with the highest true reward. kl is the upper bound log n - (n - 1) / n on its
     KL from the base model (Beirami et al. 2024, arXiv:2401.01879). It is the yardstick for what a
-    method pays for its reward. Of all samples for a prompt, groups of n are compared."""
-    n, most = lab.eval_size, max(sizes)
-    prompts = eval_prompts(lab, n)
+    method pays for its reward. Of all samples for a prompt, groups of n are compared. It is read
+    from at most 256 prompts."""
+    prompts, most = eval_prompts(lab, lab.eval_size), max(sizes)
+    n = min(256, len(prompts))
 
-    def rewards_of(name, k, stream):
+    def rewards_of(name, prompts, k, stream):
         """The rewards (prompts, k) of k samples per prompt of the base model."""
         draw = functools.partial(lab.sample, lab.reference, prompts, k, lab.eval_rng(stream))
-        return np.array(lab.truth(of_base(lab, name, n, draw)))
+        return np.array(lab.truth(of_base(lab, name, len(prompts), draw)))
 
-    rewards = rewards_of("best of", most, "best of")
-    base = rewards_of("samples", 1, "evaluation samples")
+    rewards = rewards_of("best of", prompts[:n], most, "best of")
+    base = rewards_of("samples", prompts, 1, "evaluation samples")[:n]
     found = []
     for size in sizes:
-        best = rewards.reshape(len(prompts), most // size, size).max(-1)
+        best = rewards.reshape(n, most // size, size).max(-1)
         wins = (best > base) + 0.5 * (best == base)
         bound = math.log(size) - (size - 1) / size
         found.append(dict(n=size, reward=best.mean(), win_rate=wins.mean(), kl=bound))

@@ -70,6 +70,7 @@ class Lab:
             given = getattr(settings, name)
             setattr(self, name, chosen.get(name) if given is None else given)
         self.current, self.stages, self.children, self.round, self.races = None, 0, {}, None, 0
+        self.seen = {}  # what evaluations have read from samples of each model
         self.step = 0  # step of the current alignment, which is the key of what `prepare` draws
         self.seconds, self.reference, self.context, self.started = {}, None, None, time.time()
 
