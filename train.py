@@ -2,8 +2,9 @@
 
     python train.py --method dpo                                   a toy world, a few minutes
     python train.py --method dpo,rdpo --flip 0,0.2,0.4 --seeds 3   all combinations: table and plot
-    python train.py --method rdpo --claim --seeds 3                the paper's claims; exit status 1
-                                                                   if an expected claim fails
+    python train.py --method rdpo --claim                          the paper's claims; exit status 1
+                                                                   if a verdict is not expected
+    python train.py --judge results                                stored results, judged again
     python train.py --method dpo --init DIR --data FILE            your checkpoint and preferences
     python train.py --init OUT --prompt "..."                      ask a finished model
     python train.py --compare OUT OUT                              finished runs beside each other
@@ -20,14 +21,12 @@ import re
 import shutil
 import sys
 import time
-import traceback
 
 import torch
 
 from data import UserError, printable
-from lab import Lab, Settings, claims, compare, contract, evaluate, flags, folder, manual, report
+from lab import Lab, compare, contract, evaluate, flags, folder, manual, report, results
 from lab.align import Stop
-from lab.settings import title
 from lab.store import open_cache, write_json, write_text
 
 # ---------------------------------------------------------------- a run
@@ -176,82 +175,6 @@ def compared(paths, out):
     return 0
 
 
-# ---------------------------------------------------------------- claims
-
-
-def claim(runs, seeds, out):
-    """The claims of one or several papers -> exit status 1 if an expected claim fails, else 0."""
-    first = runs[0].settings
-    same = {name: getattr(first, name) for name in ("device", "dtype", "compile")}
-    settings = Settings(seed=seeds[0], **same)
-    modules = {run.method: run.module for run in runs}
-    if len(modules) == 1:
-        rows = claims_of(*modules.popitem(), settings, seeds, out)
-    else:
-        for name in [name for name, module in modules.items() if not flags.claims_path(module)]:
-            print(f"left out: {name} has no claims", file=sys.stderr)
-            del modules[name]
-        rows = claims_of_all(modules, settings, seeds, out)
-    return 0 if all(row["holds"] for row in rows if row["expected"]) else 1
-
-
-def claims_of(name, module, settings, seeds, out, quiet=False):
-    """Measure and judge the claims of one paper and write them to `out` -> one dict per claim."""
-    measured = flags.load_claims(module)
-    head = f"{title(module)}\nclaims on seeds {', '.join(map(str, seeds))}"
-    print(head, flush=True)
-    lab = Lab(settings, out, quiet=quiet or not sys.stderr.isatty(), seeds=len(seeds))
-    command = f"python train.py --method {name} --claim --seeds {len(seeds)}"
-    command += f" --seed {seeds[0]}" if seeds[0] else ""
-    rows = claims.run(name, measured, lab, command)
-    shutil.rmtree(os.path.join(out, "stages"), ignore_errors=True)
-    return rows
-
-
-def claims_of_all(modules, settings, seeds, out):
-    """The claims of several papers, one folder per paper -> one dict per claim.
-
-    The output of a paper goes to claim.txt in its folder. A paper that raises an error does not
-    stop the others, and papers that an earlier call has finished are not measured again.
-    """
-    rows, start, ran = [], time.time(), 0
-    for i, (name, module) in enumerate(modules.items()):
-        place = os.path.join(out, name)
-        found, failed = claims_there(place), ""
-        if found is None:
-            ran += 1
-            os.makedirs(place, exist_ok=True)
-            page = open(os.path.join(place, "claim.txt"), "w", encoding="utf-8")  # noqa: SIM115
-            try:
-                with page, contextlib.redirect_stdout(page):
-                    found = claims_of(name, module, settings, seeds, place, quiet=True)
-            except Exception as error:  # noqa: BLE001 - one paper must not stop the others
-                write_text(os.path.join(place, "error.txt"), traceback.format_exc())
-                failed = f"failed, see {place}/error.txt: "
-                text = " ".join(f"failed: {type(error).__name__}: {error}".split())
-                found = [{"paper": name, "text": text, "expected": True, "holds": False}]
-        rows += found
-        hopes = [row for row in found if row["expected"]]
-        line = f"{failed}{sum(row['holds'] for row in hopes)} of {len(hopes)} expected claims hold"
-        if len(found) > len(hopes):
-            line += f"; {len(found) - len(hopes)} more were not expected to hold"
-        left = (time.time() - start) / max(1, ran) * (len(modules) - i - 1)
-        print(f"[{i + 1}/{len(modules)}] {name}: {line}; {report.clock(left)} left", flush=True)
-        write_text(os.path.join(out, "claims.md"), claims.claims_markdown(rows))
-        write_json(os.path.join(out, "claims.json"), rows)
-    files = "claims.json, claims.md, one folder per method"
-    print(f"{report.clock(time.time() - start)} in all; written to {out}/: {files}")
-    return rows
-
-
-def claims_there(place):
-    """The claims that an earlier call has written to a folder, or None."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        with open(os.path.join(place, "claim.json"), encoding="utf-8") as file:
-            return json.load(file)["claims"]
-    return None
-
-
 # ---------------------------------------------------------------- a question
 
 
@@ -304,8 +227,9 @@ def unknown_words(lab, model, prompt):
 def main(argv):
     """Carry out one command line -> exit status.
 
-    0: done. 1: an expected claim does not hold, or --check found a broken contract. 2: a user's
-    mistake, which is printed as one line on stderr. 130: interrupted. 141: stdout was closed.
+    0: done. 1: a claim has another verdict than its file expects, or --check found a broken
+    contract. 2: a user's mistake, which is printed as one line on stderr. 130: interrupted.
+    141: stdout was closed.
     """
     for stream in (sys.stdout, sys.stderr):  # characters that a terminal lacks must not stop a run
         with contextlib.suppress(AttributeError, ValueError):
@@ -326,6 +250,13 @@ def main(argv):
             return 0
         if "check" in given:
             return contract.check(runs[0])
+        seeds = sorted({run.settings.seed for run in runs})
+        if "judge" in given:
+            return results.again(given["judge"], chosen or flags.catalogue())
+        if "smoke" in given:
+            return results.smoke(runs, seeds)
+        if "claim" in given and not resumed and not runs[0].settings.overwrite:
+            results.refuse_measured(runs[0].settings.out, {run.method for run in runs}, seeds)
         if not {"claim", "compare"} & set(given):
             runs = flags.fitting(runs, given)
         if "show" in given:
@@ -336,7 +267,7 @@ def main(argv):
             if "compare" in given:
                 return compared(given["compare"].split("\n"), out)
             if "claim" in given:
-                return claim(runs, sorted({run.settings.seed for run in runs}), out)
+                return results.claim(runs, seeds, out)
             if len(runs) > 1:
                 return sweep(runs, out)
             one_run(runs[0], out)

@@ -143,7 +143,9 @@ CLAIMS = [
         "<",
         "dpo",
         kind="primary",
-        expected=False,
+        world="captions",
+        matched="steps",
+        expect="inconclusive",
     ),
     claim(
         "On captions, at the same mean beta and at matched KL, DA-DPO has a higher true reward "
@@ -153,7 +155,7 @@ CLAIMS = [
         ">",
         "dpo",
         at_kl="shared",
-        expected=False,
+        expect="inconclusive",
     ),
     claim(
         "On captions, DA-DPO leaves fewer captions with a hallucination than the same betas on "
@@ -162,7 +164,7 @@ CLAIMS = [
         "da_dpo",
         "<",
         "shuffled",
-        expected=False,
+        expect="inconclusive",
     ),
     claim(
         "On captions, at the same mean beta and after as many steps, DA-DPO has a higher true "
@@ -171,7 +173,7 @@ CLAIMS = [
         "da_dpo",
         ">",
         "dpo",
-        expected=False,
+        expect="inconclusive",
     ),
     claim(
         "On captions, DA-DPO ranks more held-out pairs as labelled than DPO at the same mean beta",
@@ -179,7 +181,7 @@ CLAIMS = [
         "da_dpo",
         ">",
         "dpo",
-        expected=False,
+        expect="inconclusive",
     ),
 ]
 for reach in ("1", "4"):

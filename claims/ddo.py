@@ -121,7 +121,9 @@ def fewer(start, baseline):
         f"{baseline}, {start}",
         margin=0.02,
         kind="primary" if primary else "mechanism" if start == "dirt" else "control",
-        expected=expected,
+        world="gaussians",
+        matched="steps",
+        expect="supported" if expected else "inconclusive",
     )
 
 
@@ -133,7 +135,7 @@ def even(start):
         f"ddo, {start}",
         ">",
         f"likelihood, {start}",
-        expected=False,
+        expect="inconclusive",
     )
 
 

@@ -146,7 +146,13 @@ def closer(form, words, **kwargs):
 
 
 CLAIMS = [
-    closer("no reference", "a reward without the reference", kind="primary"),
+    closer(
+        "no reference",
+        "a reward without the reference",
+        kind="primary",
+        world="tables",
+        matched="pairs",
+    ),
     closer("half the reference", "one with half the log-prob of the reference"),
     closer("twice the log-ratio", "twice the log-ratio"),
     closer("ratio", "the ratio without its logarithm"),
@@ -158,7 +164,7 @@ CLAIMS = [
         "<",
         "not trained",
         kind="control",
-        expected=False,
+        expect="inconclusive",
     ),
     claim(
         "On reviews, DPO on the pairs of DID has a higher true reward than DPO on ordinary pairs "
@@ -169,7 +175,7 @@ CLAIMS = [
         "DPO",
         at_kl="shared",
         margin=0.1,
-        expected=False,
+        expect="inconclusive",
     ),
     claim(
         "On reviews, training on the pairs of DID lowers the rejected log-prob more than the "

@@ -44,6 +44,8 @@ CLAIMS = [
         "sft",
         margin=0.1,
         kind="primary",
+        world="reviews",
+        matched="steps",
     ),
     claim(
         "On reviews, DPO at beta 1 has a higher true reward than SFT at matched KL",
@@ -53,7 +55,7 @@ CLAIMS = [
         "sft",
         at_kl="shared",
         margin=0.05,
-        expected=False,
+        expect="inconclusive",
     ),
     claim(
         "On reviews, DPO has a higher true reward than RLHF at the same beta and matched KL",
@@ -63,7 +65,7 @@ CLAIMS = [
         "rlhf",
         at_kl="shared",
         margin=0.05,
-        expected=False,
+        expect="inconclusive",
     ),
     claim(
         "On reviews, DPO at beta 1 has a higher true reward than RLHF at beta 0.1 at matched KL, "

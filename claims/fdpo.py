@@ -83,7 +83,9 @@ CLAIMS = [
         ">",
         "rkl",
         kind="primary",
-        expected=False,
+        world="reviews",
+        matched="steps",
+        expect="inconclusive",
     ),
     claim(
         "On reviews, reverse KL ends with a higher true reward than forward KL at the same beta",

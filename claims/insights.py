@@ -161,7 +161,7 @@ def few_are_enough(name, few, expected):
         f"gap: {name}, sft, {few}",
         "<",
         0.1,
-        expected=expected,
+        expect="supported" if expected else "inconclusive",
     )
 
 
@@ -183,7 +183,10 @@ CLAIMS = [
         0.05,
     ),
     above(
-        "In the tree, DPO gains 0.2 of reward from SFT", "gain from sft: dpo", 0.2, expected=False
+        "In the tree, DPO gains 0.2 of reward from SFT",
+        "gain from sft: dpo",
+        0.2,
+        expect="inconclusive",
     ),
     *(
         claim(
@@ -241,5 +244,7 @@ CLAIMS = [
         0.1,
         metric="reward",
         kind="primary",
+        world="reviews",
+        matched="steps",
     ),
 ]

@@ -65,6 +65,7 @@ CLAIMS = [
         at_kl="shared",
         margin=0.5,
         kind="primary",
+        world="reviews",
     ),
     claim(
         f"{WHERE}, LD-DPO with alpha 0 writes shorter responses than DPO after equal steps",
@@ -88,7 +89,7 @@ CLAIMS = [
         "alpha 0.5",
         "<",
         "DPO",
-        expected=False,
+        expect="inconclusive",
     ),
     claim(
         f"{WHERE}, LD-DPO with alpha 0 loses less than 0.1 of true reward to DPO",
@@ -96,7 +97,7 @@ CLAIMS = [
         "reward lost",
         "<",
         0.1,
-        expected=False,
+        expect="inconclusive",
     ),
     claim(
         f"{WHERE}, LD-DPO with alpha 0.5 writes far shorter responses than DPO when the reference "
@@ -124,5 +125,6 @@ CLAIMS = [
         "base model",
         margin=2.0,
         kind="control",
+        expect="supported",
     ),
 ]

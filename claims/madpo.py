@@ -99,7 +99,8 @@ CLAIMS = [
         at_kl="shared",
         margin=0.02,
         kind="primary",
-        expected=False,
+        world="tables",
+        expect="inconclusive",
     ),
     claim(
         "In random tables MADPO has a higher true reward than DPO at the same beta",
@@ -126,6 +127,7 @@ CLAIMS = [
         "reference",
         margin=0.5,
         kind="control",
+        expect="supported",
     ),
     claim(
         "On reviews MADPO ends with a higher true reward than DPO at the same beta",
@@ -134,7 +136,7 @@ CLAIMS = [
         ">",
         "DPO, reviews",
         margin=0.05,
-        expected=False,
+        expect="inconclusive",
     ),
     claim(
         "On reviews MADPO has a higher true reward than DPO at matched KL",
@@ -144,6 +146,6 @@ CLAIMS = [
         "DPO, reviews",
         at_kl="shared",
         margin=0.02,
-        expected=False,
+        expect="inconclusive",
     ),
 ]

@@ -23,7 +23,7 @@ from methods import dpo, rdpo, survey
 
 def true_reward(lab, policy):
     """The true reward of 4,000 samples, which are enough to show the margins of the claims."""
-    prompts = lab.world.prompts(4000, lab.rng("prompts of the reward"))
+    prompts = lab.world.prompts(lab.few(4000), lab.rng("prompts of the reward"))
     rewards = [row[0] for row in lab.truth(lab.sample(policy, prompts, 1))]
     return {"true reward": sum(rewards) / len(rewards)}
 
@@ -77,12 +77,12 @@ def at_matched_kl(flip, name, baseline):
         f"{baseline}, {flip}",
         at_kl="shared",
         margin=0.02,
-        expected=False,
+        expect="inconclusive",
     )
 
 
 CLAIMS = [
-    at_equal_steps("20%", "DPO", "dpo", kind="primary"),
+    at_equal_steps("20%", "DPO", "dpo", kind="primary", world="reviews", matched="steps"),
     at_matched_kl("20%", "DPO", "dpo"),
     at_equal_steps("20%", "conservative DPO", "cdpo"),
     at_matched_kl("20%", "conservative DPO", "cdpo"),
@@ -94,10 +94,10 @@ CLAIMS = [
         ">",
         "rdpo, 20%, epsilon 0.4",
         margin=0.02,
-        expected=False,
+        expect="inconclusive",
     ),
-    at_equal_steps("40%", "DPO", "dpo", expected=False),
+    at_equal_steps("40%", "DPO", "dpo", expect="inconclusive"),
     at_matched_kl("40%", "DPO", "dpo"),
-    at_equal_steps("40%", "conservative DPO", "cdpo", expected=False),
+    at_equal_steps("40%", "conservative DPO", "cdpo", expect="inconclusive"),
     at_matched_kl("40%", "conservative DPO", "cdpo"),
 ]

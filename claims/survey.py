@@ -222,7 +222,7 @@ def flipped(name, where, **options):
         f"{name.lower()}, flipped",
         ">",
         "dpo, flipped",
-        expected=False,
+        expect="inconclusive",
         **options,
     )
 
@@ -236,6 +236,8 @@ CLAIMS = [
         "<",
         0.15,
         kind="primary",
+        world="tree",
+        matched="KL 0.5",
     ),
     *map(falls, ("dpo", "exo", "hinge", "kto")),
     *map(rises, ("sppo", "cal_dpo", "cpo", "orpo", "dpop")),
@@ -255,7 +257,7 @@ CLAIMS = [
         "ranks of rewards",
         ">",
         0.5,
-        expected=False,
+        expect="inconclusive",
     ),
     length_biased("with the slope of the bias ends with a higher true reward", "reward", ">", 0.1),
     length_biased(
@@ -273,6 +275,7 @@ CLAIMS = [
         0.1,
         ours="r_dpo, length-biased, alpha -1",
         kind="control",
+        expect="supported",
     ),
     flipped("rDPO", "after as many steps"),
     flipped("cDPO", "after as many steps"),

@@ -152,9 +152,9 @@ def flex_above_dpo(data, **kwargs):
 
 
 CLAIMS = [
-    flex_above_dpo("on-policy", at_kl="shared", kind="primary"),
-    flex_above_dpo("on-policy", expected=False),
-    flex_above_dpo("off-policy", at_kl="shared", expected=False),
+    flex_above_dpo("on-policy", at_kl="shared", kind="primary", world="reviews"),
+    flex_above_dpo("on-policy", expect="inconclusive"),
+    flex_above_dpo("off-policy", at_kl="shared", expect="inconclusive"),
     flex_above_dpo("off-policy"),
     claim(
         "On reviews DPO on off-policy pairs has a lower true reward than on on-policy pairs at "
@@ -226,13 +226,13 @@ CLAIMS = [
         "DPO, end",
         ">",
         "DPO, scenario 3, end",
-        expected=False,
+        expect="inconclusive",
     ),
     in_toy(
         "DPO raises the likelihood of responses 8 and 9, which are in no pair",
         "DPO, 8 and 9 at the end",
         ">",
         "DPO, 8 and 9 at the start",
-        expected=False,
+        expect="inconclusive",
     ),
 ]

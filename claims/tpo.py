@@ -103,6 +103,8 @@ CLAIMS = [
         "dpo, best and worst",
         margin=0.01,
         kind="primary",
+        world="modular",
+        matched="steps",
     ),
     claim(
         "On chains, at matched KL, TPO has more correct results than DPO on the best and the worst "
@@ -113,7 +115,7 @@ CLAIMS = [
         "dpo, best and worst",
         at_kl="shared",
         margin=0.01,
-        expected=False,
+        expect="inconclusive",
     ),
     claim(
         "On chains, DPO on the best and the worst response ends with more correct results than "
@@ -148,7 +150,7 @@ CLAIMS = [
         ">",
         "dpo, sums",
         margin=0.02,
-        expected=False,
+        expect="inconclusive",
     ),
     claim(
         "On sums, the step weights help: TPO ends with more correct sums than without them, at "
@@ -158,7 +160,7 @@ CLAIMS = [
         ">",
         "no step weights, sums",
         margin=0.02,
-        expected=False,
+        expect="inconclusive",
     ),
     claim(
         "On sums, the mean step weight of the base model's pairs is nearly 2: it exceeds 1.8",

@@ -43,7 +43,7 @@ def align(
         model. Its results become `policy.curve`.
     UserError: an argument does not fit, there are no rows, or the loss breaks its contract.
     """
-    steps = lab.steps if steps is None else steps
+    steps = lab.few(lab.steps if steps is None else steps)
     check_call(data, reference, every)
     with lab.verb("align") as stage:
         if stage.done:
@@ -64,7 +64,9 @@ def align(
                 checked.append(True)
             return losses, evaluate.common_metrics(logps.detach(), ref_logps, batch) | metrics
 
-        watch = watch or (lambda policy, step: evaluate.glance(lab, policy, step in (0, steps)))
+        watch = watch or (
+            lambda policy, step: evaluate.glance(lab, policy, lab.full_looks or step in (0, steps))
+        )
         how = dict(steps=steps, optimizer=optimizer, watch=watch, state=(feed.save, feed.load))
         fit(lab, policy, feed.batch, step, title="alignment", **how)
         if stage.path:

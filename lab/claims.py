@@ -1,28 +1,31 @@
-"""Claims: sentences of a paper, the measurements behind them, and whether they hold.
+"""Claims: sentences of a paper, and how they are judged from what was measured.
 
 A file claims/NAME.py has two parts:
 
-    measure(lab)    -> {series: a number, or a list with one entry per seed}. An entry is a number,
-                    {metric: number}, or a curve (a list of dicts like `policy.curve`)
-    CLAIMS          a list of claim(...)
+    measure(lab)    -> {series: a number, or a list with one entry per seed (or per table of
+                    `lab.worlds`)}. An entry is a number, {metric: number}, or a curve (a list of
+                    dicts like `policy.curve`)
+    CLAIMS          a list of claim(...), exactly one of them of kind "primary"
 
-It may have report(lab, series) -> {file name: text or matplotlib Figure}; these files are written
-into the folder of the claim.
+It may have report(lab, series) -> {file name: text or matplotlib Figure}, which becomes a part of
+the claim's page. lab/results.py measures the claims and writes what came out.
 """
 
 import dataclasses
 import math
-import os
-import time
 
 import numpy as np
 
 from data import UserError
 from lab.evaluate import interval
-from lab.report import clock, number, table, write_figure
-from lab.store import commit, write_json, write_text
 
 KINDS = ("primary", "mechanism", "control")
+VERDICTS = ("supported", "reversed", "no effect", "inconclusive")
+GRID = (0.5, 1, 2, 4)  # nats of KL at which curves are compared
+
+
+class NotReached(UserError):
+    """A curve ends before the KL at which it is to be read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +40,9 @@ class Claim:
     at_kl: float | str | None = None
     margin: float = 0.0
     kind: str = "mechanism"
-    expected: bool = True
+    expect: str = "supported"
+    world: str = ""
+    matched: str = ""
 
 
 def claim(
@@ -49,40 +54,63 @@ def claim(
     at_kl=None,
     margin=0.0,
     kind="mechanism",
-    expected=True,
+    expect=None,
+    world="",
+    matched="",
 ):
     """State a claim: `metric` of `ours` is above (">") or below ("<") that of `baseline`.
 
     ours, baseline: names of series of `measure`; the baseline may be a number.
     metric: a key of the series' dicts, or of the last point of its curves; None if a series holds
         plain numbers.
-    at_kl: compare curves at this KL in nats; "shared" is the largest KL that all of them reach.
-    margin: the mean difference must exceed it.
+    at_kl: compare curves at this KL: 0.5, 1, 2 or 4 nats, or "shared", which is the largest KL that
+        all curves of the claim reach.
+    margin: a mean difference of at most this size is no effect. For the metric "reward" it is in
+        units of the base model's standard deviation of the reward where the entries have it as
+        `reward_sd` (a curve in its first point, as `lab.race` writes it there); any other margin is
+        in the unit of its metric.
     kind: primary (the headline of the abstract), mechanism or control.
-    expected: False for a claim that is not expected to hold.
-    UserError: an unknown relation or kind.
+    expect: the verdict that the file's author expects, by default "supported". A control must name
+        it, as it says what the control should show.
+    world, matched: where it is measured, and what is equal for both sides besides the data, such as
+        "steps". Both are columns of results/README.md, so a primary claim needs them; with at_kl
+        the KL is what is matched.
+    UserError: an unknown relation, kind, KL or verdict, or one of these is missing.
     """
     if relation not in (">", "<"):
         raise UserError(f'relation {relation!r}: expected ">" or "<"')
     if kind not in KINDS:
         raise UserError(f"kind {kind!r}: expected one of {', '.join(KINDS)}")
-    return Claim(text, metric, ours, relation, baseline, at_kl, margin, kind, expected)
+    if at_kl not in (None, "shared", *GRID):
+        raise UserError(f"at_kl {at_kl!r}: expected one of {', '.join(map(str, GRID))} or 'shared'")
+    if kind == "control" and expect is None:
+        raise UserError(f"a control says what it should show: expect= is missing in {text!r}")
+    expect = expect or "supported"
+    if expect not in VERDICTS:
+        raise UserError(f"expect {expect!r}: expected one of {', '.join(VERDICTS)}")
+    if not margin >= 0:
+        raise UserError(f"margin {margin}: expected a number of 0 or more")
+    if kind == "primary" and not (world and (matched or at_kl)):
+        raise UserError(f"a primary claim needs world= and matched= (or at_kl=): {text!r}")
+    return Claim(
+        text, metric, ours, relation, baseline, at_kl, margin, kind, expect, world, matched
+    )
 
 
-# ---------------------------------------------------------------- judging
+# ---------------------------------------------------------------- reading series
 
 
 def at_kl(curve, metric, kl):
     """The metric of a curve at its first point with a KL of `kl` nats, by linear interpolation.
 
-    UserError: the curve never reaches this KL.
+    NotReached: the curve never has this KL.
     """
     for a, b in zip(curve, curve[1:]):
         if min(a["kl"], b["kl"]) <= kl <= max(a["kl"], b["kl"]):
             share = 0.0 if a["kl"] == b["kl"] else (kl - a["kl"]) / (b["kl"] - a["kl"])
             return a[metric] + share * (b[metric] - a[metric])
-    last = curve[-1]["kl"]
-    raise UserError(f"a curve never reaches a KL of {kl:.3g} nats; it ends at {last:.3g}")
+    most = max(point["kl"] for point in curve)
+    raise NotReached(f"a curve never reaches a KL of {kl:.3g} nats; its largest is {most:.3g}")
 
 
 def entries(series, name):
@@ -96,124 +124,101 @@ def entries(series, name):
 
 
 def read(entry, metric, kl):
-    """One entry of a series as a number."""
-    if isinstance(entry, (int, float)):
-        return float(entry)
+    """One entry of a series as a number; nan where JSON holds null."""
+    if entry is None or isinstance(entry, (int, float)):
+        return math.nan if entry is None else float(entry)
     if kl is not None:
-        return at_kl(entry, metric, kl)
-    return float((entry[-1] if isinstance(entry, list) else entry)[metric])
+        return float(at_kl(entry, metric, kl))
+    value = (entry[-1] if isinstance(entry, list) else entry)[metric]
+    return math.nan if value is None else float(value)
+
+
+def unit_of(found, metric):
+    """The unit of a margin: the mean `reward_sd` of entries for the metric "reward", else 1."""
+    if metric != "reward":
+        return 1.0
+    firsts = [entry[0] if isinstance(entry, list) else entry for entry in found]
+    known = [x["reward_sd"] for x in firsts if isinstance(x, dict) and "reward_sd" in x]
+    return float(np.mean(known)) if known else 1.0
+
+
+# ---------------------------------------------------------------- judging
+
+
+def verdict(low, high, mean, margin):
+    """One of four words, from the 95 % interval of a difference, its mean and the margin.
+
+    "no effect": the interval is inside the margin on both sides.
+    "supported": the interval is above 0 and the mean exceeds the margin.
+    "reversed": the interval is below 0.
+    "inconclusive": anything else, also where there is no interval because there is one seed.
+    """
+    if -margin <= low and high <= margin and margin > 0:
+        return "no effect"
+    if low > 0 and mean > margin:
+        return "supported"
+    return "reversed" if high < 0 else "inconclusive"
+
+
+def p_value(differences):
+    """Two-sided p of a paired t-test of differences against 0; 1 if there are fewer than two."""
+    if len(differences) < 2 or not np.isfinite(differences).all():
+        return 1.0
+    if np.ptp(differences) == 0:
+        return 1.0 if differences[0] == 0 else 0.0
+    from scipy.stats import ttest_1samp
+
+    return float(ttest_1samp(differences, 0.0).pvalue)
+
+
+def holm(values):
+    """p-values, adjusted for their number by Holm's method, in the same order."""
+    order, largest, out = np.argsort(values), 0.0, [0.0] * len(values)
+    for place, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(values) - place) * values[i]))
+        out[i] = float(largest)
+    return out
 
 
 def judge(claims, series):
-    """Judge claims on the measured series -> a list of dicts, one per claim, as in claim.json.
+    """Judge claims on the measured series -> a list of dicts, one per claim, as in NAME.json.
 
-    A claim holds if the difference has the claimed sign on every seed and its mean exceeds the
-    margin. With five or more seeds the sign on every seed is not needed; instead, the paired 95 %
-    interval of the difference must exclude 0.
+    It depends on nothing else, so stored series can be judged again. Differences are paired over
+    the seeds. A claim on a curve that does not reach its KL is inconclusive, and `reason` says so.
     """
     rows = []
     for c in claims:
-        ours, baseline = entries(series, c.ours), entries(series, c.baseline)
-        kl = c.at_kl
+        found = entries(series, c.ours), entries(series, c.baseline)
+        kl, reason = c.at_kl, ""
         if kl == "shared":
-            curves = [x for x in [*ours, *baseline] if isinstance(x, list)]
+            curves = [x for side in found for x in side if isinstance(x, list)]
             kl = min(max(point["kl"] for point in curve) for curve in curves)
-        ours, baseline = ([read(x, c.metric, kl) for x in side] for side in (ours, baseline))
+        both = []
+        for name, side in zip((c.ours, c.baseline), found):
+            both.append([])
+            for i, entry in enumerate(side):
+                try:
+                    both[-1].append(read(entry, c.metric, kl))
+                except NotReached as error:
+                    both[-1].append(math.nan)
+                    reason = reason or f"{name}, seed number {i + 1} of {len(side)}: {error}"
+        ours, baseline = both
         if len(baseline) == 1:
             baseline = baseline * len(ours)
         if len(ours) != len(baseline):
             raise UserError(f"{c.ours} has {len(ours)} entries, {c.baseline} has {len(baseline)}")
-        sign = 1.0 if c.relation == ">" else -1.0
-        differences = np.subtract(ours, baseline) * sign
-        mean, low_high = float(differences.mean()), interval(differences)
-        agree = low_high[0] > 0 if len(differences) >= 5 else bool((differences > 0).all())
+        differences = np.subtract(ours, baseline) * (1.0 if c.relation == ">" else -1.0)
+        mean, (low, high) = float(differences.mean()), interval(differences)
+        if not reason and not np.isfinite(differences).all():
+            reason = f"{c.ours} or {c.baseline} is not a finite number on some seed"
+        unit = unit_of([*found[0], *found[1]], c.metric)
         row = dataclasses.asdict(c) | {"at_kl": kl, "ours": ours, "baseline": baseline}
-        row |= {"series": [c.ours, c.baseline], "difference": mean, "interval": low_high}
-        rows.append(row | {"holds": bool(agree and mean > c.margin)})
+        row |= {"series": [c.ours, c.baseline], "unit": unit, "reason": reason}
+        row |= {"difference": mean, "interval": [low, high], "p": p_value(differences)}
+        rows.append(row | {"verdict": verdict(low, high, mean, c.margin * unit)})
     return rows
 
 
-# ---------------------------------------------------------------- running
-
-
-def run(name, module, lab, command, say=print):
-    """Measure and judge the claims of one paper -> a list of dicts, one per claim.
-
-    claim.json, claim.md and the files of `report` are written to `lab.out`.
-    """
-    start = time.time()
-    series = module.measure(lab)
-    rows = judge(module.CLAIMS, series)
-    about = {"paper": name, "command": command, "commit": commit(), "seeds": lab.seeds}
-    about["seconds"] = round(time.time() - start, 1)
-    rows = [about | row for row in rows]
-    say("\n" + claims_table(rows))
-    for file, page in (module.report(lab, series) if hasattr(module, "report") else {}).items():
-        path = os.path.join(lab.out, file)
-        if isinstance(page, str):
-            say("\n" + page)
-            write_text(path, page + "\n")
-        else:
-            write_figure(path, page)
-    write_text(os.path.join(lab.out, "claim.md"), claims_markdown(rows))
-    write_json(os.path.join(lab.out, "claim.json"), about | {"claims": rows, "series": series})
-    say(f"{clock(about['seconds'])} in all; written to {lab.out}/: claim.json, claim.md")
-    return rows
-
-
-# ---------------------------------------------------------------- tables
-
-
-def verdict(row):
-    """Whether a claim holds, in words."""
-    expected = "" if row["expected"] else " (not expected to hold)"
-    return ("holds" if row["holds"] else "not reproduced here") + expected
-
-
-def sentence(row):
-    """The text of a claim, with the KL at which curves were compared."""
-    return row["text"] + (f" (at a KL of {row['at_kl']:.2f})" if row["at_kl"] is not None else "")
-
-
-def values(row):
-    """(ours, baseline, difference, interval) of a claim, averaged over seeds."""
-    ours, baseline = (float(np.mean(row[side])) for side in ("ours", "baseline"))
-    interval = [math.nan if x is None else x for x in row["interval"]]
-    return ours, baseline, row["difference"], interval
-
-
-def claims_table(rows):
-    """Claims as a table for the terminal."""
-    cells = []
-    for row in rows:
-        ours, baseline, difference, interval = values(row)
-        numbers = [number(ours), row["relation"], number(baseline), number(difference, interval)]
-        cells.append([sentence(row), row["metric"] or "", *numbers, number(row["margin"])])
-        cells[-1].append(verdict(row))
-    return table(cells, ["claim", "metric", "ours", "", "baseline", "difference", "margin", ""])
-
-
-def claims_markdown(rows):
-    """Claims as Markdown, with one section per paper that has its command, time and commit."""
-    out, paper = [], None
-    for row in rows:
-        if row["paper"] != paper:
-            paper = row["paper"]
-            made = ""
-            if "command" in row:
-                made = f" `{row['command']}`: {row['seconds']:.0f} s, commit {row['commit'] or '?'}"
-            head = ["claim", "kind", "metric", "ours", "", "baseline", "difference (95 %)"]
-            head += ["margin", "verdict"]
-            out += ["", f"**{paper}**{made}", "", f"| {' | '.join(head)} |"]
-            out.append("|---" * len(head) + "|")
-        if "metric" not in row:  # the measurement failed
-            out.append(f"| {row['text'].replace('|', '/')} |" + " |" * 7 + " failed |")
-            continue
-        ours, baseline, difference, interval = values(row)
-        spread = ""
-        if math.isfinite(interval[0]):
-            spread = f" [{number(interval[0])}, {number(interval[1])}]"
-        cells = [sentence(row).replace("|", "/"), row["kind"], row["metric"] or ""]
-        cells += [number(ours), row["relation"], number(baseline), number(difference) + spread]
-        out.append(f"| {' | '.join([*cells, number(row['margin']), verdict(row)])} |")
-    return "\n".join(out[1:]) + "\n"
+def as_expected(rows):
+    """Whether every claim has the verdict that its file expects."""
+    return all(row["verdict"] == row["expect"] for row in rows)

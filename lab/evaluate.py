@@ -241,6 +241,25 @@ def from_samples(lab, policy, n):
     return out
 
 
+@torch.no_grad()
+def spread(lab, base):
+    """{"reward_sd": standard deviation of the base model's true reward}, the unit of margins.
+
+    It is that of the samples of an evaluation, or exact in a table; {} without a true reward.
+    """
+    world = lab.world
+    if world.kind == "table":
+        rewards = world.rewards()
+        variance = base.expect(rewards.square()) - base.expect(rewards) ** 2
+        return {"reward_sd": math.sqrt(max(0.0, variance))}
+    if world.reward is None:
+        return {}
+    prompts = eval_prompts(lab, lab.eval_size)
+    draw = functools.partial(lab.sample, base, prompts, 1, lab.eval_rng("evaluation samples"))
+    rows = of_base(lab, "samples", lab.eval_size, draw)
+    return {"reward_sd": float(np.std([reward for (reward,) in lab.truth(rows)]))}
+
+
 def best_of(lab, sizes=(2, 4, 8, 16)):
     """What the best of n samples from the base model reaches, [{n, reward, win_rate, kl}].
 

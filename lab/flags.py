@@ -41,7 +41,10 @@ from lab.store import HERE
 ACTIONS = dict(
     method="the paper to run (see --list), or a file of your own; several with commas, or all",
     claim="measure the paper's claims, instead of one run",
-    seeds="run this many seeds: seed, seed + 1, ...",
+    smoke="with --claim: measure with two steps and a few prompts, to see that everything runs",
+    tuning="with --claim: seeds from 100 on, which are kept apart from the reported ones",
+    judge="judge the claims of a folder of results again, without measuring: --judge results",
+    seeds="run this many seeds: seed, seed + 1, ... [1; 5 with --claim]",
     resume="continue the interrupted run in this folder",
     prompt="print the response of the model of --init (or of the world's base model)",
     compare="finished runs or sweeps beside each other, from their folders: --compare A B",
@@ -51,8 +54,10 @@ ACTIONS = dict(
     help="this text; with --method NAME: that paper and its flags",
 )
 WORLDS = ("text", "images", "table", "vectors")  # kinds of world
-BARE = ("claim", "show", "list", "help")  # actions that take no value
-TEXTS = ("data", "init", "out", "world", "prompt", "resume", "check", "compare")  # no lists
+BARE = ("claim", "smoke", "tuning", "show", "list", "help")  # actions that take no value
+TEXTS = ("data", "init", "out", "world", "prompt", "resume", "check", "compare", "judge")
+# the seeds of --claim: no release before them printed 10 to 14, and tuning has seeds from 100 on
+REPORTED, TUNING, SEEDS = 10, 100, 5
 ALIASES = dict(  # names of other libraries, for "did you mean"; they are not accepted
     batch_size="bs batchsize batch per_device_train_batch_size train_batch_size",
     check="test verify validate",
@@ -263,7 +268,7 @@ def read_command(argv):
     if len(flags) > 1:
         raise UserError("--resume takes no other flag: the run's own settings are used")
     again, chosen = read_flags(read_run(flags["resume"]))
-    for name in sorted(set(again) & (set(ACTIONS) - {"method", "claim", "seeds"})):
+    for name in sorted(set(again) & (set(ACTIONS) - {"method", "claim", "tuning", "seeds"})):
         raise UserError(
             f"--resume {flags['resume']}: its run.json asks for --{name}, not for a run"
         )
@@ -402,7 +407,20 @@ def owned(flags, method, chosen):
 
 
 def seeds_of(flags, grid):
-    """The seeds of --seeds and --seed, or None when neither is given."""
+    """The seeds of --seeds and --seed, or None when neither is given.
+
+    --claim has REPORTED as its first seed, with --tuning TUNING, and as many as SEEDS. UserError:
+    seeds from TUNING on are mixed with others, or given for what is no tuning.
+    """
+    if "claim" in flags:
+        first = TUNING if {"tuning", "smoke"} & set(flags) else REPORTED
+        grid = {"seed": [first]} | grid
+        if len({seed >= TUNING for seed in grid["seed"]}) > 1:
+            raise UserError(f"--seed: seeds from {TUNING} on are for --tuning only")
+        if (grid["seed"][0] >= TUNING) != (first == TUNING):
+            raise UserError(f"--seed {grid['seed'][0]}: --tuning has the seeds from {TUNING} on")
+        if len(grid["seed"]) == 1:
+            flags = {"seeds": "1" if "smoke" in flags else str(SEEDS)} | flags
     if "seeds" not in flags:
         return grid.get("seed")
     first = grid.get("seed", [0])
@@ -469,8 +487,11 @@ def combinations(flags, chosen):
 
 def refuse_idle_actions(flags, runs):
     """Refuse flags that have no effect together with the action. UserError: there are some."""
-    if not {"prompt", "compare"} & set(flags) and runs[0].method is None:
+    if not {"prompt", "compare", "judge"} & set(flags) and runs[0].method is None:
         raise UserError("--method is needed (see --list)")
+    for name in ("smoke", "tuning"):
+        if name in flags and "claim" not in flags:
+            raise UserError(f"--{name} needs --claim")
     model = {"init", "world", "data", "device", "dtype", "base_seed", "base_steps"}
     answer = {"temperature", "seed", "max_response", "context", "truncate"}
     one_seed = {"seeds", "seed", "out", "overwrite", "device", "dtype", "compile"}
@@ -478,8 +499,9 @@ def refuse_idle_actions(flags, runs):
     takes = dict(
         prompt=model | answer,
         compare={"out", "overwrite"},
+        judge={"method"},
         check={"world", "device", "seed"} | fields,
-        claim={"method"} | one_seed,
+        claim={"method", "smoke", "tuning"} | one_seed,
         show=set(flags) - {"out", "overwrite", "seeds", *ACTIONS} | {"method"},
     )
     for action, useful in takes.items():
@@ -497,7 +519,7 @@ def refuse_idle_actions(flags, runs):
             raise UserError(f"{runs[0].method} does not align, so there is no row to --show")
         if action == "show" and runs[0].settings.steps == 0:
             raise UserError("--steps 0 trains nothing, so there is no row to --show")
-        if action != "claim" and len(runs) > 1:
+        if action not in ("claim", "judge") and len(runs) > 1:
             raise UserError(f"--{action} takes one value for each flag, and one method")
         if action == "claim" and len({r.settings.seed for r in runs}) * len(
             {r.method for r in runs}

@@ -16,6 +16,7 @@ from data import UserError
 from lab.store import clear_half_written, commit, write_json
 
 MARK = "run.json"
+RESULTS = "README.md"  # the page of all papers in a folder of results
 
 
 def versions():
@@ -37,9 +38,11 @@ def folder(run, flags, label, resumed=None):
     run: the settings and the Config. flags: the command line, stored for --resume.
     label: METHOD-WORLD, for the default path. resumed: the folder of an interrupted run, which is
     continued in place. A run that fails before anything was trained leaves no folder. With
-    --overwrite the former run is restored if the new one fails.
+    --overwrite the former run is restored if the new one fails. The folder of a claim may hold
+    results of other papers, which stay.
     """
-    out = resumed or new_folder(run.settings, label)
+    out = resumed or new_folder(run.settings, label, adds="claim" in flags)
+    kept = resumed or os.listdir(out)
     former = aside(out)
     with contextlib.ExitStack() as held:
         held.enter_context(locked(out))
@@ -55,7 +58,7 @@ def folder(run, flags, label, resumed=None):
             raise
         except Exception as error:
             held.close()  # an open file could not be moved on Windows
-            left = out if resumed else give_back(out, former)
+            left = out if kept else give_back(out, former)
             if isinstance(error, OSError) and left:
                 hint = "the last checkpoint is kept, go on with: python train.py --resume"
                 hint = f"{error.strerror or error}; {hint} {left}"
@@ -70,8 +73,11 @@ def folder(run, flags, label, resumed=None):
             shutil.rmtree(old, ignore_errors=True)
 
 
-def new_folder(settings, label):
-    """Make the folder of a new run -> its path. UserError: it must not be used, or cannot be."""
+def new_folder(settings, label, adds=False):
+    """Make the folder of a new run -> its path. UserError: it must not be used, or cannot be.
+
+    adds: the run may add its files to those of earlier runs, which a folder of results holds.
+    """
     out = settings.out
     if out is None:
         number = 1
@@ -85,7 +91,11 @@ def new_folder(settings, label):
         )
     if os.path.exists(out) and not os.path.isdir(out):
         raise UserError(f"--out {out} is a file")
-    if os.path.isdir(out) and os.listdir(out):
+    full = os.path.isdir(out) and os.listdir(out)
+    if full and adds:
+        if not os.path.exists(os.path.join(out, RESULTS)):
+            raise UserError(f"--out {out} is not empty and has no results of claims")
+    elif full:
         if not settings.overwrite:
             raise UserError(
                 f"--out {out} is not empty; --overwrite replaces it, --resume goes on with it"
@@ -137,7 +147,7 @@ def give_back(out, former):
 def trained(out):
     """Whether this folder, or a folder in it, has results of training or of an evaluation."""
     for place, _, names in os.walk(out):
-        if any(n in ("summary.json", "claim.json", "claims.json") for n in names):
+        if any(n in ("summary.json", RESULTS) for n in names):
             return True
         if any("-checkpoint-" in n for n in names):
             return True

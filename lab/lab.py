@@ -39,7 +39,9 @@ class Lab:
     settings: the run settings.
     out: the folder of the run; None writes nothing.
     quiet: print nothing. show: print one row instead of training.
-    seeds: the number of seeds of a claim, counted from settings.seed.
+    seeds: the number of seeds of a claim, counted from settings.seed. `worlds` are four times as
+        many, for exact tables, which cost little.
+    smoke: run everything with a few steps and a handful of prompts, to see that it runs.
     world: a World object, which replaces --world. start: the model of --init, if it is loaded.
 
     Each call of a verb is a numbered stage, stored in `<out>/stages` until the run has ended.
@@ -49,10 +51,20 @@ class Lab:
     memory = {}  # the values of `cached`, for all Labs of this process
 
     def __init__(
-        self, settings, out=None, quiet=False, show=False, seeds=1, world=None, start=None
+        self,
+        settings,
+        out=None,
+        quiet=False,
+        show=False,
+        seeds=1,
+        world=None,
+        start=None,
+        smoke=False,
     ):
         self.settings, self.out, self.quiet, self.show = settings, out, quiet, show
-        self.seeds = list(range(settings.seed, settings.seed + seeds))
+        self.smoke, first = smoke, settings.seed
+        self.seeds = list(range(first, first + seeds))
+        self.worlds = list(range(first, first + (1 if smoke else 4) * seeds))
         self.device = pick_device(settings.device)
         on_cuda = self.device.type == "cuda"
         self.bf16 = settings.dtype == "bfloat16" or (settings.dtype == "auto" and on_cuda)
@@ -69,8 +81,12 @@ class Lab:
         for name in (*names, "eval_every", "eval_size"):
             given = getattr(settings, name)
             setattr(self, name, chosen.get(name) if given is None else given)
+        if smoke:
+            self.steps, self.batch_size = self.few(self.steps), min(self.batch_size, 4)
+            self.prompts, self.eval_size = min(self.prompts, 16), min(self.eval_size, 4)
         self.current, self.stages, self.children, self.round, self.races = None, 0, {}, None, 0
         self.seen = {}  # what evaluations have read from samples of each model
+        self.full_looks = False  # whether looks during training measure all prompts
         self.step = 0  # step of the current alignment, which is the key of what `prepare` draws
         self.seconds, self.reference, self.context, self.started = {}, None, None, time.time()
 
@@ -133,6 +149,10 @@ class Lab:
         finally:
             self.round = before
 
+    def few(self, n, least=2):
+        """n; in a smoke run at most `least`. For the steps and sample sizes of a measurement."""
+        return min(n, least) if self.smoke else n
+
     def cached(self, key, function):
         """`function()`, or its stored value if it was called under this key before.
 
@@ -166,7 +186,7 @@ class Lab:
         given = self.given if world is None else None if named else world
         out = self.out and os.path.join(self.out, folder)
         new = dataclasses.replace(self.settings, **settings, **named)
-        return Lab(new, out, quiet=self.quiet, show=self.show, world=given)
+        return Lab(new, out, quiet=self.quiet, show=self.show, world=given, smoke=self.smoke)
 
     # ---------------------------------------------------------------- models
 
@@ -190,7 +210,7 @@ class Lab:
             world.pretrain and not settings.init and stage != "raw" and settings.base_steps != 0
         )
         if trains:
-            steps = settings.base_steps or world.pretrain["steps"]
+            steps = self.few(settings.base_steps or world.pretrain["steps"])
             recipe = world.pretrain | {"steps": steps}
             made = ["base", settings.base_seed, recipe]
         fingerprint = digest(made, world.key(), *self.source()) if self.cacheable else None
@@ -490,21 +510,25 @@ class Lab:
         arms: {name: arm}. An arm is (loss, cfg), (loss, cfg, options of `align`), or a function
             (lab) -> model for a method with a `run` of its own.
         data(lab, base) -> rows, by default pairs sampled from the base model.
-        watch: as in `align`.
+        watch: as in `align`, but every look by default measures all `eval_size` prompts.
         end(lab, policy) -> {name: number}, which is added to the last point of a curve.
         settings: run settings for all arms, and `world` (see `at`).
+
+        Every seed has its own base model, prompts and labels. The first point of every curve has
+        `reward_sd`, the base model's standard deviation of the true reward, where there is one.
         """
         curves = {name: [] for name in arms}
         world = settings.pop("world", None)
         self.races += 1
         for seed in self.seeds:
             folder = f"race{self.races}-seed{seed}"
-            shared = self.child(folder, world, settings | {"seed": seed})
-            rows = None
+            shared = self.child(folder, world, {"base_seed": seed} | settings | {"seed": seed})
+            rows, unit = None, None
             for name, arm in arms.items():
                 with self.verb("race") as stage:
                     if not stage.done:
                         lab = shared.child(name.replace(os.sep, "_"), None, {})
+                        lab.full_looks = True
                         base = lab.base()
                         if callable(arm):
                             policy = arm(lab)
@@ -515,7 +539,10 @@ class Lab:
                             how = {"watch": watch} | options
                             policy = lab.align(base, rows, loss, cfg, **how)
                         last = end(lab, policy) if end else {}
-                        stage.value = [*policy.curve[:-1], policy.curve[-1] | last]
+                        if unit is None:
+                            unit = evaluate.spread(lab, lab.reference)
+                        curve = [*policy.curve[:-1], policy.curve[-1] | last]
+                        stage.value = [curve[0] | unit, *curve[1:]]
                 curves[name].append(stage.value)
         return curves
 

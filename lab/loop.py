@@ -48,7 +48,7 @@ def fit(
     Diverged: a loss or a metric is not finite; the last good checkpoint is kept.
     """
     get = batches if callable(batches) else lambda step: batches[step % len(batches)]
-    steps = lab.steps if steps is None else steps
+    steps = lab.few(lab.steps if steps is None else steps)
     warmup = min(lab.settings.warmup if warmup is None else warmup, max(1, steps // 5))
     clip = lab.settings.clip if clip is None else clip
     every = lab.eval_every or max(1, steps // 20)

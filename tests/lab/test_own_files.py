@@ -155,9 +155,10 @@ def test_claims_stand_beside_a_method_of_one_s_own(tmp_path, capsys):
     path = own_method(tmp_path / "mine")
     refused(capsys, ["--method", path, "--claim"], "my_method has no claims", "my_method_claims.py")
     (tmp_path / "mine" / "my_method_claims.py").write_text(CLAIMS)
-    assert train.main(["--method", path, "--claim", "--seeds", "2", "--out", "claims"]) == 0
-    rows = json.loads((tmp_path / "claims" / "claim.json").read_text())["claims"]
-    assert rows[0]["holds"] and rows[0]["paper"] == "my_method"
+    assert train.main(["--method", path, "--claim", "--seeds", "3", "--out", "claims"]) == 0
+    kept = json.loads((tmp_path / "claims" / "my_method.json").read_text())
+    assert kept["reported"]["claims"][0]["difference"] > 0 and kept["paper"] == "my_method"
+    assert kept["exact checks"] is None
 
 
 @pytest.mark.parametrize(

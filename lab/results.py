@@ -1,0 +1,391 @@
+"""Claims measured, judged and written: NAME.json, NAME.md, and README.md with all papers.
+
+A folder of results holds one NAME.json per paper, with everything that was measured, and pages that
+are made from these files alone. So the results of several machines are merged by copying their
+NAME.json into one folder, and `--judge` makes all pages anew without measuring anything.
+"""
+
+import ast
+import contextlib
+import glob
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+import time
+import traceback
+
+import numpy as np
+
+from data import UserError
+from lab import flags
+from lab.claims import as_expected, holm, judge
+from lab.folder import MARK
+from lab.lab import Lab
+from lab.report import clock, number, table, write_figure
+from lab.settings import Settings, title
+from lab.store import HERE, commit, write_json, write_text
+
+BLOCKS = ("reported", "tuning")
+
+
+def block_of(seeds):
+    """The block that seeds belong to: "tuning" from 100 on, else "reported"."""
+    return "tuning" if seeds[0] >= flags.TUNING else "reported"
+
+
+# ---------------------------------------------------------------- files
+
+
+def stored(out):
+    """{paper: content of its NAME.json} of a folder of results."""
+    found = {}
+    for path in sorted(glob.glob(os.path.join(glob.escape(out), "*.json"))):
+        with contextlib.suppress(OSError, ValueError):
+            with open(path, encoding="utf-8") as file:
+                content = json.load(file)
+            if isinstance(content, dict) and "exact checks" in content:
+                found[os.path.basename(path)[: -len(".json")]] = content
+    return found
+
+
+def refuse_measured(out, names, seeds):
+    """UserError if the folder has results of these papers already, which must not be replaced."""
+    there = stored(out) if out else {}
+    for name in names:
+        if block_of(seeds) in there.get(name, {}):
+            raise UserError(
+                f"{out}/{name}.json has results already; --overwrite measures {name} again, "
+                f"--judge {out} judges what was measured"
+            )
+
+
+def exact_checks(name):
+    """The number of tests marked `paper` in a method's tests; None where the tests are absent."""
+    path = os.path.join(HERE, "tests", "methods", f"test_{name}.py")
+    if not os.path.isfile(path):
+        return None
+    with open(path, encoding="utf-8") as file:
+        tree = ast.parse(file.read())
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    marks = [[ast.unparse(mark) for mark in node.decorator_list] for node in functions]
+    return sum("pytest.mark.paper" in each for each in marks)
+
+
+def stamp(module):
+    """A hash of a file of claims."""
+    with open(module.__file__, "rb") as file:
+        return hashlib.sha256(file.read()).hexdigest()
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def claim(runs, seeds, out):
+    """The claims of one or several papers -> exit status 0 if every verdict is the expected one.
+
+    The output of each of several papers goes to NAME/log.txt while it is measured. A paper that
+    raises an error does not stop the others, and papers that the interrupted run of --resume has
+    finished are not measured again.
+    """
+    settings, modules = plan(runs, seeds)
+    if len(modules) == 1:
+        ((name, module),) = modules.items()
+        rows = finished(out, name, seeds)
+        if rows is None:
+            rows = measured(name, module, settings, seeds, out, quiet=not sys.stderr.isatty())
+        return 0 if as_expected(rows) else 1
+    good, start, ran = True, time.time(), 0
+    for i, (name, module) in enumerate(modules.items()):
+        rows, failed = finished(out, name, seeds), ""
+        place = os.path.join(out, name)
+        if rows is None:
+            ran += 1
+            os.makedirs(place, exist_ok=True)
+            try:
+                with (
+                    open(os.path.join(place, "log.txt"), "w", encoding="utf-8") as page,
+                    contextlib.redirect_stdout(page),
+                ):
+                    rows = measured(name, module, settings, seeds, out, quiet=True)
+            except Exception as error:  # noqa: BLE001 - one paper must not stop the others
+                write_text(os.path.join(place, "error.txt"), traceback.format_exc())
+                text = " ".join(f"{type(error).__name__}: {error}".split())
+                failed = f"failed, see {place}/error.txt: {text}"
+        good = good and not failed and as_expected(rows)
+        left = (time.time() - start) / max(1, ran) * (len(modules) - i - 1)
+        line = failed or in_short(rows)
+        print(f"[{i + 1}/{len(modules)}] {name}: {line}; {clock(left)} left", flush=True)
+    print(f"{clock(time.time() - start)} in all; written to {out}/: README.md, NAME.md, NAME.json")
+    return 0 if good else 1
+
+
+def plan(runs, seeds):
+    """(settings, {name: module}) of the papers of a command line that have claims."""
+    first = runs[0].settings
+    same = {name: getattr(first, name) for name in ("device", "dtype", "compile")}
+    modules = {run.method: run.module for run in runs}
+    if len(modules) > 1:
+        for name in [name for name, module in modules.items() if not flags.claims_path(module)]:
+            print(f"left out: {name} has no claims", file=sys.stderr)
+            del modules[name]
+    return Settings(seed=seeds[0], **same), modules
+
+
+def finished(out, name, seeds):
+    """The rows of a paper that this run has measured before it was interrupted, or None."""
+    block = stored(out).get(name, {}).get(block_of(seeds))
+    return block["claims"] if block and block["run"] == run_of(out) else None
+
+
+def run_of(out):
+    """When the run that writes to this folder began, which distinguishes it from earlier ones."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        with open(os.path.join(out, MARK), encoding="utf-8") as file:
+            return json.load(file)["date"]
+    return None
+
+
+def measured(name, module, settings, seeds, out, quiet=False):
+    """Measure and judge the claims of one paper and write its pages -> a dict for each claim."""
+    start = time.time()
+    about = flags.load_claims(module)
+    print(f"{title(module)}\nclaims on seeds {', '.join(map(str, seeds))}", flush=True)
+    place = os.path.join(out, name)
+    lab = Lab(settings, place, quiet=quiet, seeds=len(seeds))
+    series = about.measure(lab)
+    rows = judge(about.CLAIMS, series)
+    block = {"command": command(name, seeds), "commit": commit(), "run": run_of(out)}
+    block |= {"seeds": seeds, "seconds": round(time.time() - start, 1), "source": stamp(about)}
+    block |= {"claims": rows, "series": series}
+    content = stored(out).get(name, {}) | {block_of(seeds): block}
+    write_paper(out, name, module, about, content)
+    shutil.rmtree(place, ignore_errors=True)
+    print("\n" + claims_table(rows))
+    print(f"{clock(block['seconds'])} in all; written to {out}/: README.md, {name}.md, {name}.json")
+    return rows
+
+
+def command(name, seeds):
+    """The command that measures a paper on these seeds."""
+    words = ["python train.py --method", name, "--claim"]
+    first = flags.TUNING if block_of(seeds) == "tuning" else flags.REPORTED
+    words += ["--tuning"] * (first == flags.TUNING)
+    words += ["--seed", str(seeds[0])] * (seeds[0] != first)
+    words += ["--seeds", str(len(seeds))] * (len(seeds) != flags.SEEDS)
+    return " ".join(words)
+
+
+def smoke(runs, seeds):
+    """Every `measure` with two steps and a handful of prompts: does it run? -> exit status.
+
+    Verdicts mean nothing there, so only errors count. Nothing is written.
+    """
+    settings, modules = plan(runs, seeds)
+    for name, module in modules.items():
+        start, about = time.time(), flags.load_claims(module)
+        lab = Lab(settings, quiet=True, seeds=len(seeds), smoke=True)
+        series = about.measure(lab)
+        rows = judge(about.CLAIMS, series)
+        if hasattr(about, "report"):
+            about.report(lab, series)
+        print(f"{name}: {len(rows)} claims in {time.time() - start:.1f} s", flush=True)
+    return 0
+
+
+def again(out, chosen):
+    """Judge what a folder of results holds with the claims as they are now -> exit status.
+
+    Nothing is measured. UserError: the folder has no results of these papers.
+    """
+    found = stored(out)
+    modules = {method.name: flags.load(method) for method in chosen if method.name in found}
+    if not modules:
+        raise UserError(f"{out} has no results to judge: there is no NAME.json of these papers")
+    good = True
+    for name, module in modules.items():
+        about, content = flags.load_claims(module), found[name]
+        for which in BLOCKS:
+            if which in content:
+                block = content[which]
+                block["claims"] = judge(about.CLAIMS, block["series"])
+                if stamp(about) != block["source"]:
+                    block["judged"] = commit()
+        write_paper(out, name, module, about, content)
+        rows = content.get("reported", content.get("tuning"))["claims"]
+        good = good and as_expected(rows)
+        print(f"{name}: {in_short(rows)}")
+    return 0 if good else 1
+
+
+# ---------------------------------------------------------------- pages
+
+
+def write_paper(out, name, module, about, content):
+    """Write NAME.json, NAME.md and pictures of one paper, and README.md of the folder."""
+    head = {"paper": name, "title": title(module), "family": module.PAPER.family}
+    content = head | {"exact checks": exact_checks(name)} | {k: content[k] for k in content}
+    content["exact checks"] = exact_checks(name)
+    pages = {}
+    block = content.get("reported", content.get("tuning"))
+    if hasattr(about, "report"):
+        settings = Settings(seed=block["seeds"][0])
+        lab = Lab(settings, quiet=True, seeds=len(block["seeds"]))
+        pages = about.report(lab, block["series"])
+    texts = {file: page for file, page in pages.items() if isinstance(page, str)}
+    for file, page in pages.items():
+        if file not in texts:
+            write_figure(os.path.join(out, file), page)
+    write_json(os.path.join(out, f"{name}.json"), content)
+    figures = [file for file in pages if file not in texts]
+    write_text(os.path.join(out, f"{name}.md"), paper_page(content, texts, figures))
+    write_text(os.path.join(out, "README.md"), overview(stored(out)))
+
+
+def in_short(rows):
+    """The verdicts of a paper in one line."""
+    primary = next((row["verdict"] for row in rows if row["kind"] == "primary"), "none")
+    agree = sum(row["verdict"] == row["expect"] for row in rows)
+    return f"primary claim {primary}; {agree} of {len(rows)} verdicts are as expected"
+
+
+def words(row):
+    """The verdict of a claim, and what was expected instead."""
+    expected = "" if row["verdict"] == row["expect"] else f" (expected: {row['expect']})"
+    return row["verdict"] + expected
+
+
+def sentence(row):
+    """The text of a claim, with the KL at which curves were compared."""
+    return row["text"] + (f" (at a KL of {row['at_kl']:.2f})" if row["at_kl"] is not None else "")
+
+
+def mean(values):
+    """The mean of the values that are numbers; None, if there are none."""
+    known = [x for x in values if x is not None and math.isfinite(x)]
+    return float(np.mean(known)) if known else None
+
+
+def bounds(row):
+    """The difference and its interval as text, "0.120 [0.080, 0.160]"."""
+    difference, (low, high) = row["difference"], row["interval"]
+    if difference is None or not math.isfinite(difference):
+        return "-"
+    spread = low is not None and math.isfinite(low)
+    return number(difference) + (f" [{number(low)}, {number(high)}]" if spread else "")
+
+
+def margin(row):
+    """The margin as text, with the base model's standard deviation that it is measured in."""
+    if row["unit"] == 1.0:
+        return number(row["margin"])
+    return f"{number(row['margin'] * row['unit'])} ({row['margin']:g} sd)"
+
+
+def claims_table(rows):
+    """Claims as a table for the terminal, with the reasons of claims that could not be read."""
+    cells = []
+    for row in rows:
+        numbers = [number(mean(row["ours"])), row["relation"], number(mean(row["baseline"]))]
+        cells.append([sentence(row), row["metric"] or "", *numbers, bounds(row), margin(row)])
+        cells[-1].append(words(row))
+    head = ["claim", "metric", "ours", "", "baseline", "difference [95 %]", "margin", "verdict"]
+    reasons = [f"{row['text']}: {row['reason']}" for row in rows if row["reason"]]
+    return "\n".join([table(cells, head), *dict.fromkeys(reasons)])
+
+
+def markdown(head, rows):
+    """A Markdown table; | in a cell becomes /."""
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    return lines + [
+        f"| {' | '.join(str(cell).replace('|', '/') for cell in row)} |" for row in rows
+    ]
+
+
+def paper_page(content, texts, figures):
+    """NAME.md: how the claims of one paper were measured, and their verdicts."""
+    lines = [f"# {content['title']}", ""]
+    if content["exact checks"]:
+        name = content["paper"]
+        lines += [
+            f"Besides these claims, {content['exact checks']} tests of "
+            f"[tests/methods/test_{name}.py](../tests/methods/test_{name}.py) check numbers, "
+            "identities and closed forms of the paper "
+            f"(`python -m pytest -m paper tests/methods/test_{name}.py`).",
+            "",
+        ]
+    for which in BLOCKS:
+        if which in content:
+            block = content[which]
+            seeds = ", ".join(map(str, block["seeds"]))
+            lines += [f"## {'Seeds' if which == 'reported' else 'Tuning seeds'} {seeds}", ""]
+            made = f"`{block['command']}`: {block['seconds']:.0f} s, "
+            made += f"commit {block['commit'] or '?'}"
+            if "judged" in block:
+                made += f"; the claims have changed since and were judged at {block['judged']}"
+            head = ["claim", "kind", "metric", "ours", "", "baseline", "difference [95 %]"]
+            lines += [made, "", *markdown([*head, "margin", "verdict"], cells_of(block["claims"]))]
+            reasons = [f"- {r['text']}: {r['reason']}" for r in block["claims"] if r["reason"]]
+            lines += [""] * bool(reasons) + reasons + [""]
+    for file, text in texts.items():
+        lines += [f"## {file.partition('.')[0]}", "", "```", text, "```", ""]
+    for file in figures:
+        lines += [f"![{file}]({file})", ""]
+    return "\n".join(lines)
+
+
+def cells_of(rows):
+    """The cells of the table in NAME.md."""
+    return [
+        [sentence(row), row["kind"], row["metric"] or "", number(mean(row["ours"]))]
+        + [row["relation"], number(mean(row["baseline"])), bounds(row), margin(row), words(row)]
+        for row in rows
+    ]
+
+
+def overview(found):
+    """README.md of a folder of results: one row per paper, with its primary claim."""
+    found = {name: content for name, content in found.items() if "reported" in content}
+    rows = [
+        (content, row)
+        for content in sorted(found.values(), key=lambda c: (c["family"], c["paper"]))
+        for row in content["reported"]["claims"]
+        if row["kind"] == "primary"
+    ]
+    adjusted = holm([row["p"] for _, row in rows])
+    count = {}
+    for _, row in rows:
+        count[row["verdict"]] = count.get(row["verdict"], 0) + 1
+    told = ", ".join(f"{n} {verdict}" for verdict, n in sorted(count.items())) or "none"
+    held = [row["verdict"] == "supported" and p < 0.05 for (_, row), p in zip(rows, adjusted)]
+    checks = sum(content["exact checks"] or 0 for content in found.values())
+    lines = [
+        "# What the papers claim, and what came out here",
+        "",
+        f"Of {len(rows)} primary claims, one per paper: {told}. After Holm's correction for "
+        f"{len(rows)} tests, {sum(held)} stay supported at 5 %. Besides, {checks} tests check "
+        "numbers, identities and closed forms of the papers (`python -m pytest -m paper`).",
+        "",
+        f"The reported seeds are {flags.REPORTED} to {flags.REPORTED + flags.SEEDS - 1}, with "
+        f"{flags.SEEDS * 4} exact tables from {flags.REPORTED} on; no earlier release printed "
+        "them, and margins and expectations were committed before they were run. Each seed has "
+        "its own base model and its own evaluation prompts. `python train.py --method all --claim "
+        "--out results --overwrite` writes these files, and `python train.py --judge results` "
+        "writes them again from what was measured. Differences are paired over seeds, with a 95 % "
+        "interval by Student's t. The verdict is *no effect* if the interval lies inside the "
+        "margin on both sides, *supported* if the interval is above 0 and the mean exceeds the "
+        "margin, *reversed* if the interval is below 0, and *inconclusive* otherwise.",
+        "",
+    ]
+    head = ["family", "paper", "claim", "world", "ours / baseline", "difference [95 %]"]
+    head += ["matched on", "verdict", "p (Holm)", "exact checks"]
+    cells = []
+    for (content, row), p in zip(rows, adjusted):
+        name = content["paper"]
+        matched = row["matched"] or f"KL {row['at_kl']:.2g}"
+        both = f"{number(mean(row['ours']))} / {number(mean(row['baseline']))}"
+        cells.append([content["family"], f"[{name}]({name}.md)", row["text"], row["world"], both])
+        cells[-1] += [bounds(row), matched, words(row), f"{p:.2g}", content["exact checks"] or ""]
+    return "\n".join([*lines, *markdown(head, cells)]) + "\n"
