@@ -578,16 +578,19 @@ def _column(values, count, length):
     return torch.from_numpy(out).to(dtype)
 
 
-def fit_context(rows, tokenizer, context, truncate=False):
+def fit_context(rows, tokenizer, context, truncate=False, keep=None):
     """Rows whose every path fits into `context` tokens -> (rows, number of rows that were cut).
+
+    keep: after this number of tokens the rows are returned without their trees, which take much
+    more memory than text and which `collate` makes again; None keeps all trees.
 
     With `truncate`, a prompt that is too long loses its beginning (it keeps at least half of the
     context), and then responses that are still too long lose their end and their end-of-text token.
     UserError: a row is too long and `truncate` is false, or the row is a chain or a tree.
     """
-    out, cut = [], 0
-    for row in rows:
-        row = encode(row, tokenizer)
+    out, cut, held = [], 0, 0
+    for given in rows:
+        row = encode(given, tokenizer)
         longest = max(row["tree"].position) + 2
         place = f"{row['where']}: " if "where" in row else ""
         if longest > context:
@@ -613,8 +616,10 @@ def fit_context(rows, tokenizer, context, truncate=False):
             ends = [bool(e) and len(t) < room for t, e in zip(texts, ends)]
             bare = {k: v for k, v in row.items() if k != "tree"}
             short = {"prompt": prompt, "responses": [t[:room] for t in texts], "ends": ends}
-            row = encode(bare | short, tokenizer)
-        out.append(row)
+            given = bare | short
+            row = encode(given, tokenizer)
+        held += len(row["tree"].tokens)
+        out.append(row if keep is None or held <= keep else given)
     return out, cut
 
 

@@ -13,13 +13,18 @@
 Lists separated by commas run all combinations. --list names the methods and worlds.
 """
 
+import os
+import signal
+import sys
+
+if __name__ == "__main__":  # Ctrl-C while the libraries are imported; main() has its own way
+    signal.signal(signal.SIGINT, lambda *about: (os.write(2, b"stopped\n"), os._exit(130)))
+
 import contextlib
 import dataclasses
 import json
-import os
 import re
 import shutil
-import sys
 import time
 
 import torch
@@ -288,4 +293,5 @@ def say_error(error):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main(sys.argv[1:]))

@@ -8,6 +8,7 @@ import csv
 import json
 import math
 import os
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,6 +47,8 @@ class Record:
 
 def read(folder):
     """The Record of a folder; UserError when it is not a run that has ended."""
+    if not os.path.exists(folder):
+        raise UserError(f"--compare {folder} does not exist")
     try:
         with open(os.path.join(folder, "run.json"), encoding="utf-8") as file:
             made = json.load(file)
@@ -90,7 +93,17 @@ def runs_in(folder):
     """The folders of the finished runs in a folder: itself, or those of its sweeps."""
     if os.path.exists(os.path.join(folder, "summary.json")):
         return [folder]
-    places = sorted(place for place, _, names in os.walk(folder) if "summary.json" in names)
+    tree = [(place, names) for place, _, names in os.walk(folder)]
+    places = sorted(place for place, names in tree if "summary.json" in names)
+    if places:
+        # a run that was killed before its first step has only the values of its stages
+        begun = {place for place, names in tree if "metrics.jsonl" in names}
+        begun |= {os.path.dirname(p) for p, _ in tree if os.path.basename(p) == "stages"}
+        begun = sorted(begun - {folder})
+        for place in begun:
+            inside = any(place == done or place.startswith(done + os.sep) for done in places)
+            if not inside:
+                print(printable(f"skipped: {place} has not ended", None), file=sys.stderr)
     return places or [folder]
 
 

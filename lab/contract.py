@@ -19,7 +19,7 @@ from data import UserError
 from lab import check as first
 from lab.flags import declared
 from lab.lab import Lab
-from lab.settings import Settings
+from lab.settings import Settings, line_in
 
 ORDER = ["logps", "ref_logps", "batch", "cfg"]
 TITLE = r"\S.* - .*\(\d{4}\), arXiv:\d{4}\.\d{4,5}"
@@ -34,12 +34,17 @@ def check(run):
     lines = form(run)
     settings = small(run)
     print(f"{run.module.__file__} on the world {settings.world}")
-    if hasattr(run.module, "loss"):
-        call = first_call(run, settings)
-        if call is None:
-            lines.append(("look", "`run` never calls `loss` here, so `loss` was not checked"))
-        else:
-            lines += of_loss(*call)
+    try:
+        if hasattr(run.module, "loss"):
+            call = first_call(run, settings)
+            if call is None:
+                lines.append(("look", "`run` never calls `loss` here, so `loss` was not checked"))
+            else:
+                lines += of_loss(*call)
+    except UserError as error:
+        lines.append(("WRONG", f"run: {error}"))
+    except Exception as error:  # noqa: BLE001 - a user's method may raise anything
+        lines.append(("WRONG", line_in(run.module.__file__, error)))
     if all(mark != "WRONG" for mark, _ in lines):
         lines.append(of_run(run, settings))
     for mark, text in lines:
@@ -251,6 +256,8 @@ def of_run(run, settings):
         result = run.module.run(Lab(settings, quiet=True), run.cfg)
     except UserError as error:
         return "WRONG", f"run: {error}"
+    except Exception as error:  # noqa: BLE001 - a user's method may raise anything
+        return "WRONG", line_in(run.module.__file__, error)
     if result is None:
         return "look", "run returns None, so a run reports nothing: is a `return` missing?"
     if isinstance(result, (dict, torch.nn.Module)):

@@ -58,6 +58,7 @@ BARE = ("claim", "smoke", "tuning", "show", "list", "help")  # actions that take
 TEXTS = ("data", "init", "out", "world", "prompt", "resume", "check", "compare", "judge")
 # the seeds of --claim: no release before them printed 10 to 14, and tuning has seeds from 100 on
 REPORTED, TUNING, SEEDS = 10, 100, 5
+ENDINGS = r"(?i)(\.(py|jsonl?|csv|parquet|npz))?(\.gz)?$"  # of files, left out of a folder's name
 ALIASES = dict(  # names of other libraries, for "did you mean"; they are not accepted
     batch_size="bs batchsize batch per_device_train_batch_size train_batch_size",
     check="test verify validate",
@@ -263,6 +264,9 @@ def read_command(argv):
 
     --resume is replaced by the flags of the interrupted run, checked like any others."""
     flags, chosen = read_flags(argv)
+    for action, useful in dict(list=set(), help={"method"}).items():
+        if action in flags and (rest := sorted(set(flags) - useful - {action})):
+            raise UserError(f"--{', --'.join(rest)} does nothing together with --{action}")
     if "resume" not in flags:
         return flags, chosen, None
     if len(flags) > 1:
@@ -581,7 +585,7 @@ def label(runs, flags):
         return "compare"
     settings = runs[0].settings
     place = os.path.basename((settings.data or settings.world or "reviews").rstrip("/" + os.sep))
-    place = "claim" if "claim" in flags else place.removesuffix(".py")
+    place = "claim" if "claim" in flags else re.sub(ENDINGS, "", place)
     name = runs[0].method if len({run.method for run in runs}) == 1 else "sweep"
     return f"{name}-{place}"
 

@@ -14,7 +14,7 @@ import torch
 import data as data_module
 import diffusion
 import nanomodel
-from data import UserError, collate, fit_context, label, preference
+from data import UserError, collate, encode, fit_context, label, preference
 from lab import align, evaluate, loop, store
 from lab.align import frozen
 from lab.hub import load_pretrained
@@ -291,7 +291,8 @@ class Lab:
         if self.context is None:
             raise UserError("the context length is the model's: call lab.base() first")
         limit, cut = self.context, self.settings.truncate
-        rows, shortened = fit_context(rows, self.world.tokenizer, limit, cut)
+        keep = None if self.world.given is None else 2**20  # a large file stays text
+        rows, shortened = fit_context(rows, self.world.tokenizer, limit, cut, keep)
         if shortened and not self.quiet:
             print(f"{shortened} of {len(rows)} rows were cut to the context of {limit} tokens")
         return rows
@@ -428,7 +429,8 @@ class Lab:
                 "more --prompts may help"
             )
         if not self.quiet and self.current is None:
-            self.say_counts(rows, k, n)
+            drawn = len(world.prompts(n, self.rng("prompts", *key)))
+            self.say_counts(rows, k, drawn)
         return self.encode(rows)
 
     def draw_preferences(self, policy, k, n, ties, key):
@@ -491,7 +493,7 @@ class Lab:
         fingerprint = getattr(model, "fingerprint", None)
         if not fingerprint:
             return self.score_rows(model, rows)
-        trees = digest([row["tree"].key() for row in rows])
+        trees = digest([encode(row, self.world.tokenizer)["tree"].key() for row in rows])
         key = ["logps", fingerprint, trees, self.batch_size]
         return self.cached(key, lambda: self.score_rows(model, rows))
 

@@ -2,18 +2,22 @@
 
 `run` of the method is called with a Lab in which nothing is trained, sampled or written. The
 rehearsal ends at the first call that needs a trained model: `lab.base()` in a world that samples
-its rows, or `align` with the rows of a file. Rows of a file are encoded and passed to the loss
-once, so that a row that the method cannot use is reported with file and line.
+its rows, or a sample of the policy. Rows of a file are encoded and passed to the loss once, in
+every round and every call of `align`, so that a row that the method cannot use is reported with
+file and line.
 """
 
 import contextlib
 import io
+import sys
 
 import torch
 
-from data import UserError
+from data import UserError, printable
 from lab.align import check_call
 from lab.lab import Lab
+from lab.settings import file_path, is_file, slips
+from nanomodel import GPT
 
 
 class Enough(Exception):
@@ -25,6 +29,8 @@ def rehearse(run, world, start):
 
     world, start: of its settings, as `make_world` and `load_pretrained` made them."""
     lab = Rehearsal(run.settings, quiet=True, world=world, start=start)
+    if run.settings.world and is_file(run.settings.world):
+        check_world(lab, file_path("world", run.settings.world))
     with contextlib.suppress(Enough), contextlib.redirect_stdout(io.StringIO()):
         if world.held_out is not None:
             lab.base()
@@ -32,7 +38,47 @@ def rehearse(run, world, start):
         if world.kind == "text" and world.reward and world.pretrain:
             lab.truth(world.demonstrations(4, lab.rng("rehearsal")))
         with torch.random.fork_rng(devices=[]):  # a method may draw from the global generator
-            run.module.run(lab, run.cfg)
+            try:
+                run.module.run(lab, run.cfg)
+            except Enough:
+                raise
+            except Exception as error:
+                # behind an `align` that trained nothing, only faults of rows are meant
+                if not lab.aligned or error is lab.fault:
+                    raise
+
+
+def check_world(lab, path):
+    """UserError: a user's own world, in the file at `path`, does not fit itself or the settings.
+
+    A world with fewer prompts than asked for is used, and that is printed."""
+    world = lab.world
+    if world.kind not in KINDS:
+        raise UserError(f"{path}: kind is {world.kind!r}, expected one of {', '.join(KINDS)}")
+    if world.kind == "table":
+        return
+    with torch.random.fork_rng(devices=[]), slips(path):
+        model, prompts = world.model(), world.prompts(lab.prompts, lab.rng("rehearsal"))
+    if not len(prompts):
+        raise UserError(f"{path}: prompts({lab.prompts}, rng) returned none")
+    if len(prompts) < lab.prompts:
+        note = f"{world.name} has {len(prompts)} prompts, {lab.prompts} were asked for"
+        print(printable(note, None), file=sys.stderr)
+    if world.kind != "text" or not isinstance(model, GPT):
+        return
+    if world.tokenizer is None or not lab.max_response:
+        missing = "tokenizer" if world.tokenizer is None else "max_response"
+        raise UserError(f"{path}: a world of text needs a {missing}")
+    own, tokens = model.config, world.tokenizer.vocab_size
+    if own.vocab_size < tokens:
+        raise UserError(
+            f"{path}: the model has vocab_size {own.vocab_size}, the tokenizer {tokens} tokens"
+        )
+    if lab.max_response >= own.max_position_embeddings:
+        raise UserError(
+            f"{path}: max_response is {lab.max_response}, but the context of the model, "
+            f"max_position_embeddings, is {own.max_position_embeddings}, prompt included"
+        )
 
 
 class Rehearsal(Lab):
@@ -41,6 +87,12 @@ class Rehearsal(Lab):
     def enough(self, *args, **kwargs):
         """Replaces every verb that needs a trained model."""
         raise Enough
+
+    aligned, fault = False, None  # whether `align` was called, and the fault that it found
+
+    def __init__(self, *about, **more):
+        super().__init__(*about, **more)
+        self.checked = set()  # hashes of the rows that were passed to a loss
 
     at = evaluate = finished = fit = logps = race = sample = stage = enough
 
@@ -53,13 +105,37 @@ class Rehearsal(Lab):
     def align(
         self, policy, data, loss, cfg, reference="start", prepare=None, score=None, **options
     ):
-        """Check the rows (of the first round) with the loss, at log-probs of 0."""
-        check_call(data, reference, options.get("every"))
-        rows = data(policy, 0) if callable(data) else data
-        if prepare is None and score is None:
-            for i in range(0, len(rows), 64):
-                self.check_rows(rows[i : i + 64], loss, cfg, reference)
-        raise Enough
+        """Check the rows of all rounds with the loss, at log-probs of 0; nothing is trained.
+
+        A method may call `align` several times, so the rehearsal goes on."""
+        try:
+            self.check_data(policy, data, loss, cfg, reference, prepare or score, **options)
+        except UserError as error:
+            self.fault = error
+            raise
+        self.aligned, policy.curve = True, []
+        return policy
+
+    def check_data(
+        self, policy, data, loss, cfg, reference, other, steps=None, every=None, **options
+    ):
+        """The checks of `align`; other: whether something else than log-probs of rows is scored."""
+        check_call(data, reference, every)
+        steps = self.steps if steps is None else steps
+        for round in range(-(-steps // every) if callable(data) else 1):
+            rows = data
+            if callable(data):
+                with self.in_round(round):
+                    rows = self.encode(data(policy, round))
+                if not len(rows):
+                    raise UserError(f"there are no rows to align on in round {round}")
+            if not other:
+                # rounds often have the same rows of a file, or some of them
+                keys = [hash((row.get("where"), str(row["responses"]), loss)) for row in rows]
+                rows = [r for r, k in zip(rows, keys) if "where" not in r or k not in self.checked]
+                self.checked.update(keys)
+                for i in range(0, len(rows), 64):
+                    self.check_rows(rows[i : i + 64], loss, cfg, reference)
 
     def check_rows(self, rows, loss, cfg, reference):
         """Pass rows to the loss. UserError: it refuses one; the message has the row's place."""

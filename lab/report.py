@@ -9,7 +9,7 @@ import time
 import numpy as np
 import torch
 
-from data import printable
+from data import encode, printable
 from lab.evaluate import interval
 from lab.settings import Settings, title
 from lab.store import write_beside
@@ -195,7 +195,8 @@ def show(lab, row, batch):
             if getattr(batch, name) is not None:
                 print(f"{name} {tuple(getattr(batch, name).shape)}")
         return
-    tree, tokenizer, scored = row["tree"], lab.world.tokenizer, {}
+    tokenizer, scored = lab.world.tokenizer, {}
+    tree = encode(row, tokenizer)["tree"]
     for k, (where, what) in enumerate(zip(tree.sources, tree.targets)):
         for i, token in zip(where, what):
             scored.setdefault(i, []).append((k, token))

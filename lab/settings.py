@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 import nanomodel
-from data import Tokenizer, UserError
+from data import Tokenizer, UserError, error_line, printable
 from lab.store import HERE
 
 # ---------------------------------------------------------------- run settings
@@ -30,7 +30,8 @@ class Settings:
 
     # a toy world (see --list), or a file of your own, path/to/my_world.py [the method's, reviews]
     world: str | None = None
-    # preferences instead of a toy world: .jsonl[.gz], .parquet, a Hub name; or images: .npz
+    # preferences instead of a toy world: .jsonl, .json, .csv (also .gz), .parquet, a Hub name; or
+    # images: .npz
     data: str | None = None
     # a checkpoint folder or Hub name to start from, instead of training a base model
     init: str | None = None
@@ -38,7 +39,7 @@ class Settings:
     batch_size: int | None = None  # rows (prompts with their responses) per step
     lr: float | None = None  # peak learning rate of alignment
     warmup: int = 20  # steps of linear warm-up, at most a fifth of all steps
-    clip: float = 1.0  # largest gradient norm of each parameter group
+    clip: float = 1.0  # largest gradient norm of each parameter group; inf: no clipping
     prompts: int | None = None  # number of training prompts (toy worlds), or of rows of --data
     k: int | None = None  # responses sampled per prompt, if the method leaves the choice
     seed: int = 0  # seed of sampling, labels and the order of the data
@@ -58,7 +59,7 @@ class Settings:
     max_response: int | None = None  # largest number of tokens sampled per response
     # cut prompts and responses that do not fit into the context, instead of refusing them
     truncate: bool = False
-    data_limit: float = 1.0  # largest size of --data in GiB, after unpacking
+    data_limit: float = 0.5  # GiB of memory that the rows or images of --data may take
     image_size: int | None = None  # height and width of images of an .npz [halved if over 16]
     out: str | None = None  # the folder to write [out/METHOD-WORLD-N]
     overwrite: bool = False  # replace the run in the --out folder
@@ -82,7 +83,9 @@ class Settings:
             if value is not None and not low <= value <= high:
                 side = f"at least {low}" if value < low else f"at most {high}"
                 raise UserError(f"--{name} {value} must be {side}")
-        for name in ("lr", "clip", "data_limit"):
+        if not self.clip > 0:
+            raise UserError(f"--clip {self.clip} must be positive; inf switches it off")
+        for name in ("lr", "data_limit"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"--{name} {getattr(self, name)} must be positive and finite")
         for name in ("temperature", "label_temperature"):
@@ -282,6 +285,24 @@ def readable(path):
         line = error.lineno if isinstance(error, SyntaxError) else (lines or ["?"])[-1]
         text = error.msg if isinstance(error, SyntaxError) else f"{type(error).__name__}: {error}"
         raise UserError(f"{path} cannot be read: line {line}: {text}") from error
+
+
+def line_in(path, error):
+    """Where an error was raised in the file at `path`, "PATH, line N: TYPE: MESSAGE"."""
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+    text = printable(f"{type(error).__name__}: {error_line(error)}")
+    return f"{path}, line {lines[-1]}: {text}" if lines else f"{path}: {text}"
+
+
+@contextlib.contextmanager
+def slips(path):
+    """Turn any error of the user's code in the file at `path` into a UserError with the line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001 - it may raise anything
+        raise UserError(line_in(path, error)) from error
 
 
 def methods():

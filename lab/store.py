@@ -210,7 +210,53 @@ def open_cache():
             f"the cache {CACHE} cannot be written ({error.strerror}); "
             "the environment variable NANOPREF_CACHE names another folder"
         ) from None
-    clear_half_written(CACHE, age=86400.0)  # other runs write there now
+    with cache_lock() as alone:
+        clear_half_written(CACHE, age=0.0 if alone else 86400.0)
+        if alone:
+            clear_orphans(CACHE)
+
+
+held = {}  # {cache: its lock file}, kept open and locked until the process ends
+
+
+@contextlib.contextmanager
+def cache_lock():
+    """Mark the cache as in use until this process ends -> whether no other process uses it.
+
+    Every process holds a shared lock. It is exclusive within this context, if nobody else has it,
+    so that nothing is removed that another run is about to use. Where there are no such locks
+    (Windows), the answer is False."""
+    try:
+        import fcntl
+
+        if CACHE not in held:
+            held[CACHE] = open(os.path.join(CACHE, ".lock"), "ab")  # noqa: SIM115
+    except (ImportError, OSError):
+        yield False
+        return
+    alone = True
+    try:
+        fcntl.flock(held[CACHE], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        alone = False
+    try:
+        yield alone
+    finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(held[CACHE], fcntl.LOCK_SH)
+
+
+def clear_orphans(folder):
+    """Remove the tensors to which no JSON in a folder points: a kill came between the two writes.
+
+    Nobody else may write there now."""
+    names = os.listdir(folder)
+    tensors = [name for name in names if re.fullmatch(r".+\.\d+-\d+\.safetensors", name)]
+    for name in tensors:
+        value = re.sub(r"\.\d+-\d+\.safetensors$", "", name)
+        if _tensor_file(os.path.join(folder, value)) != name:
+            with contextlib.suppress(OSError):
+                os.unlink(os.path.join(folder, name))
 
 
 def clear_half_written(folder, age=0.0):

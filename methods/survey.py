@@ -222,6 +222,8 @@ def check_alpha(lab, data, variant):
 
 
 def run(lab, cfg):
+    if cfg.variant == "odpo" and lab.world.verifier:  # known before the base model is trained
+        check_alpha(lab, [dict(scores=[1.0, 0.0], responses=[])], cfg.variant)
     policy = lab.base()
     data = widest_pairs(lab, policy) if cfg.variant == "odpo" else lab.preferences(policy, k=2)
     check_alpha(lab, data, cfg.variant)

@@ -10,6 +10,7 @@ distance between samples and data, which is not part of the reward, shows this.
 """
 
 import hashlib
+import math
 import warnings
 import zipfile
 
@@ -24,7 +25,7 @@ FLOOR = -5.0  # lower bound of the log-probability in the reward
 INK = 3.0  # weight of the mean pixel in the reward, up to an image that is half white
 SAMPLE = 5000  # largest number of images to which the classifier is fitted
 CLASSES, NUMBERS = 256, 4096  # largest number of classes, and of values in an image (C * H * W)
-LIMIT = 2**30  # largest size of an .npz file in bytes, after unpacking
+LIMIT = 2**29  # bytes of memory that the arrays of an .npz file and the images may take
 
 
 class World(world.World):
@@ -58,12 +59,12 @@ class World(world.World):
                 f"an image of {height} x {width} pixels in {channels} channels has more than "
                 f"{NUMBERS} numbers: --image_size shrinks it"
             )
-        white, parts = np.float64(images.max()), []
+        white = np.float64(images.max())
+        self.images = torch.empty(len(images), channels, height, width)
         for start in range(0, len(images), 1024):  # in pieces, as float64 needs much more memory
             pixels = torch.from_numpy(images[start : start + 1024] / white * 2 - 1).float()
             pixels = pixels.view(*pixels.shape[:3], channels).permute(0, 3, 1, 2)
-            parts.append(F.adaptive_avg_pool2d(pixels, self.config.size))
-        self.images = torch.cat(parts)  # (N, C, H, W)
+            self.images[start : start + 1024] = F.adaptive_avg_pool2d(pixels, self.config.size)
         self.labels = torch.from_numpy(labels.astype("int64"))
         self.moments = moments(self.images)
         self.weight, self.bias = self._classifier()
@@ -73,14 +74,21 @@ class World(world.World):
         """The world of an .npz file with the arrays `images` and `labels`.
 
         Sides of more than 16 pixels are halved (28 to 14) unless `size` is given. limit: the
-        largest size of the arrays in bytes, after unpacking. UserError, which names the file: it is
-        not an archive, it holds pickled objects, or an array is missing or does not fit.
+        largest number of bytes of memory that the arrays and the images take, after unpacking.
+        UserError, which names the file: it is not an archive, it holds pickled objects, or an array
+        is missing or does not fit.
         """
         try:
             arrays = read_arrays(path, ("images", "labels"), limit)
             shape = arrays["images"].shape[1:3]
             if size is None and min(shape, default=0) > 16:
                 size = [side // 2 for side in shape]
+            # the images are kept in float32, at the size to which they are shrunk
+            area = [size, size] if isinstance(size, int) else size or shape
+            channels = arrays["images"].shape[3] if arrays["images"].ndim == 4 else 1
+            kept = 4 * len(arrays["images"]) * math.prod(area) * channels
+            if arrays["images"].nbytes + kept > limit:
+                raise UserError(too_large(limit))
             return cls(arrays["images"], arrays["labels"], size)
         except Exception as error:  # a damaged archive raises many types
             message = " ".join(str(error).split()) or type(error).__name__
@@ -110,8 +118,9 @@ class World(world.World):
 
     def key(self):
         """A hash of the images and labels."""
-        arrays = self.images.numpy().tobytes() + self.labels.numpy().tobytes()
-        return hashlib.sha256(arrays).hexdigest()
+        hashed = hashlib.sha256(self.images.numpy())
+        hashed.update(self.labels.numpy())
+        return hashed.hexdigest()
 
     def model(self):
         """A new UNet with about 0.2M parameters."""
@@ -232,10 +241,13 @@ def read_arrays(path, names, limit):
                 raise UserError(f"no array named {name}, only {', '.join(arrays) or 'none'}")
         sizes = {info.filename: info.file_size for info in arrays.zip.infolist()}
         if sum(sizes.get(f"{name}.npy", sizes.get(name, 0)) for name in names) > limit:
-            raise UserError(
-                f"more than {limit / 2**30:g} GiB once unpacked; --data_limit allows more"
-            )
+            raise UserError(too_large(limit))
         return {name: arrays[name] for name in names}
+
+
+def too_large(limit):
+    """The message for arrays that take too much memory."""
+    return f"more than {limit / 2**30:.2g} GiB once unpacked; --data_limit allows more"
 
 
 def shown(images):
@@ -245,5 +257,11 @@ def shown(images):
 
 def moments(images):
     """Mean (D,) and covariance (D, D), float64, of images (n, C, H, W) with D = C * H * W."""
-    x = images.detach().cpu().double().flatten(1)
-    return x.mean(0), x.T.cov()
+    if len(images) <= 8192:
+        x = images.detach().cpu().double().flatten(1)
+        return x.mean(0), x.T.cov()
+    # in pieces, as float64 needs twice the memory
+    pieces = [x.detach().cpu().flatten(1) for x in images.split(8192)]
+    mean = sum(x.double().sum(0) for x in pieces) / len(images)
+    outer = sum((y := x.double() - mean).T @ y for x in pieces)
+    return mean, outer / (len(images) - 1)

@@ -1,4 +1,4 @@
-"""The world of a user's file: real preferences in JSON Lines, Parquet or a data set on the Hub.
+"""The world of a user's file: real preferences in JSON, CSV, Parquet or a data set on the Hub.
 
     {"prompt": "2 + 2 is", "chosen": " 4", "rejected": " 5"}
 
@@ -12,12 +12,16 @@ column, and nothing in a file is unpickled or executed. Rows that are valid but 
 identical responses, are dropped and counted by reason.
 """
 
+import codecs
+import contextlib
+import csv
 import gzip
 import hashlib
 import json
 import logging
 import random
 import re
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -33,7 +37,10 @@ ACCEPTED = (
 TURN, HUMAN = "\n\nAssistant:", "\n\nHuman:"  # the marks of speakers in an Anthropic HH transcript
 RESERVED = {"ref_logps", "to", *OWN, *(field.name for field in fields(Batch))}
 BLANK = b" \t\r\n\xef\xbb\xbf"  # characters that a line without a record may contain
-LIMIT = 2**30  # largest size of a file in bytes, after unpacking
+LIMIT = 2**29  # bytes of memory that the rows of a file may take; a file may be twice as large
+LINE = 128  # a line may have a 128th of that, since it takes up to 50 times its length when parsed
+PIECE = 2**16  # bytes that are read at a time from a JSON array
+CELLS = ("responses", "scores", "parents", "context", "ends", "q", "rank")  # JSON in a CSV
 LARGEST_ID = 2**31 - 1  # the largest token id if the vocabulary is not known
 
 
@@ -49,7 +56,8 @@ def plain_chat(messages, add_generation_prompt):
 def read_preferences(source, chat_template=None, seed=None, vocab_size=None, limit=LIMIT):
     """Preferences from a file or from the Hub -> (rows, counts).
 
-    source: JSON Lines (also gzipped), Parquet, or "owner/name" or "owner/name:split" on the Hub.
+    source: JSON Lines, a JSON array or CSV (each also gzipped), Parquet, or "owner/name" or
+    "owner/name:split" on the Hub.
     Its columns are one of FORMATS (see ACCEPTED). A text is a string, a list of messages {"role",
     "content"} or, if there is a prompt column, a list of token ids. Without a prompt column, the
     prompt is everything before the last assistant turn. Pairs and graded lists of two are returned
@@ -62,13 +70,14 @@ def read_preferences(source, chat_template=None, seed=None, vocab_size=None, lim
         response.
     seed: shuffles the rows; None keeps their order.
     vocab_size: token ids must be below it.
-    limit: the largest size of the file in bytes, after unpacking.
+    limit: the largest number of bytes of memory that the rows may take. The file may have twice as
+        many bytes after unpacking, and a line a LINE-th of them.
 
     rows: dicts as in docs/data.md, with their place in the column `where`. counts: {reason: number
     of rows dropped}. DataError: the file has any other error, or no row is left.
     """
     reader = _Reader(chat_template or plain_chat, vocab_size)
-    rows, counts, shared = [], {}, None
+    rows, counts, shared, size = [], {}, None, 0
     for where, record in _records(source, limit):
         try:
             row = reader.row(record, where)
@@ -77,6 +86,12 @@ def read_preferences(source, chat_template=None, seed=None, vocab_size=None, lim
         if isinstance(row, str):
             counts[row] = counts.get(row, 0) + 1
             continue
+        size += memory(row)
+        if size > limit:
+            raise DataError(
+                f"{where}: the rows up to here take more than {limit / 2**30:g} GiB of memory; "
+                "--data_limit allows more"
+            )
         rows.append(row)
         own = {(name, type(value)) for name, value in row.items() if name not in OWN}
         shared = own if shared is None else shared & own
@@ -84,10 +99,22 @@ def read_preferences(source, chat_template=None, seed=None, vocab_size=None, lim
         reasons = ", ".join(f"{reason}: {n}" for reason, n in counts.items())
         raise DataError(f"{printable(source)}: no usable row ({reasons or 'the file is empty'})")
     kept = {name for name, _ in shared}.union(OWN)
-    rows = [{name: value for name, value in row.items() if name in kept} for row in rows]
+    for row in rows:  # in place, as a second list of them would need memory
+        for name in [name for name in row if name not in kept]:
+            del row[name]
     if seed is not None:
         random.Random(seed).shuffle(rows)
     return rows, counts
+
+
+def memory(value):
+    """The bytes of memory that nested dicts and lists of texts and numbers take, roughly."""
+    if isinstance(value, dict):
+        return sys.getsizeof(value) + sum(map(memory, value.values()))
+    if isinstance(value, list):
+        numbers = value and isinstance(value[0], (int, float))
+        return sys.getsizeof(value) + (32 * len(value) if numbers else sum(map(memory, value)))
+    return sys.getsizeof(value)
 
 
 # ---------------------------------------------------------------- one record
@@ -373,25 +400,63 @@ def _records(source, limit):
     name, path, number = printable(source), Path(source).expanduser(), 0
     hub = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(:\w+)?", str(source))
     try:
-        hub = hub and path.suffix not in (".jsonl", ".json", ".gz", ".parquet")
+        hub = hub and path.suffix not in (".jsonl", ".json", ".csv", ".gz", ".parquet")
         hub = hub and not path.parent.is_dir() and not path.exists()
         if path.is_dir() or not hub and not path.exists():
             what = "is a folder" if path.is_dir() else "no such file"
             raise DataError(
-                f"{name}: {what}; a .jsonl, .jsonl.gz or .parquet file belongs here, "
-                "or owner/name of a data set on the Hub"
+                f"{name}: {what}; a .jsonl, .json, .csv (or one of them with .gz) or .parquet file "
+                "belongs here, or owner/name of a data set on the Hub"
             )
-        for number, record in enumerate(_hub(source) if hub else _raw(path, name, limit), 1):
-            if isinstance(record, bytes):
-                if not record.strip(BLANK):
-                    continue
-                record = _parsed(record, f"{name}:{number}")
+        for number, record in enumerate(_hub(source), 1) if hub else _raw(path, name, limit):
             yield f"{name}:{number}", record
     except DataError:
         raise
     except Exception as error:  # zlib, gzip, Arrow, the network and the Hub have dozens of types
         beyond = f" beyond line {number}" if number else ""
         raise DataError(f"{name}: cannot be read{beyond}: {printable(error_line(error))}") from None
+
+
+def _raw(path, name, limit):
+    """(line or row number, record) of each record of a file."""
+    with path.open("rb") as file:
+        magic = file.read(4)
+        file.seek(0)
+        if magic == b"PAR1":
+            yield from _parquet(file, name, limit)
+            return
+        file = gzip.open(file) if magic[:2] == b"\x1f\x8b" else file
+        if path.name.lower().removesuffix(".gz").endswith(".csv"):
+            yield from _csv(_lines(file, name, limit), name, limit // LINE)
+            return
+        start = b""
+        while not start.strip(BLANK) and (piece := file.read(1024)):  # until it has some text
+            start = piece
+        file.seek(0)
+        if start.lstrip(BLANK).startswith(b"["):
+            yield from _array(file, name, limit)
+            return
+        for number, line in enumerate(_lines(file, name, limit), 1):
+            if line.strip(BLANK):
+                yield number, _parsed(line, f"{name}:{number}")
+
+
+def _too_large(name, limit, what=""):
+    """The DataError for something with more than `limit` bytes."""
+    size = f"{limit / 2**30:.2g} GiB" if limit >= 2**27 else f"{limit / 2**20:.2g} MiB"
+    return DataError(f"{name}: {what}more than {size} once unpacked; --data_limit allows more")
+
+
+def _lines(file, name, limit):
+    """The lines (bytes) of a file. DataError: there are too many, or one is too long."""
+    size, longest = 0, limit // LINE
+    while line := file.readline(1 + longest):
+        size += len(line)
+        if size > 2 * limit:
+            raise _too_large(name, 2 * limit)
+        if len(line) > longest:
+            raise _too_large(name, longest, "a line has ")
+        yield line
 
 
 def _parsed(line, where):
@@ -406,34 +471,152 @@ def _parsed(line, where):
         raise DataError(f"{where}: not a line of JSON: {message}{cut}") from None
 
 
-def _raw(path, name, limit):
-    """The lines (bytes) of a text file, or the records of a Parquet file."""
-    size, longest = 0, limit // 16  # a line takes several times its length when it is parsed
+def _array(file, name, limit):
+    """(line, record) of each entry of a JSON array, which is read in pieces."""
+    decoder, scan = codecs.getincrementaldecoder("utf-8-sig")(), json.JSONDecoder().raw_decode
+    text, size, line, column, ended = "", 0, 1, 1, False
 
-    def too_large(what, most):
-        most = f"more than {most / 2**30:g} GiB once unpacked"
-        return DataError(f"{name}: {what}{most}; --data_limit allows more")
+    def more():
+        """Read on, at least as much as is waiting, so that a long entry is not scanned often."""
+        nonlocal text, size, ended
+        data = file.read(max(PIECE, len(text)))
+        size, ended = size + len(data), not data
+        if size > 2 * limit:
+            raise _too_large(name, 2 * limit)
+        try:
+            text += decoder.decode(data, final=ended)
+        except UnicodeDecodeError:
+            raise DataError(f"{name}:{line}: not text in UTF-8: a binary file?") from None
 
-    with path.open("rb") as file:
-        magic = file.read(4)
-        file.seek(0)
-        if magic == b"PAR1":
-            import pyarrow.parquet
+    def step(n):
+        """Leave n characters behind, and count their lines."""
+        nonlocal text, line, column
+        breaks = text.count("\n", 0, n)
+        line, column = line + breaks, n - text.rfind("\n", 0, n) if breaks else column + n
+        text = text[n:]
 
-            for batch in pyarrow.parquet.ParquetFile(file).iter_batches(1024):
-                size += batch.nbytes
-                if size > limit:
-                    raise too_large("", limit)
-                yield from batch.to_pylist()
+    def following():
+        """The next character that is not blank, "" at the end."""
+        while True:
+            step(len(text) - len(text.lstrip(" \t\r\n")))
+            if text or ended:
+                return text[:1]
+            more()
+
+    def wrong(what, at=0):
+        step(at)
+        cut = "; is the file cut off?" if ended and not text.strip() else ""
+        return DataError(f"{name}:{line}: not a JSON array: {what} at column {column}{cut}")
+
+    following()
+    step(1)  # the opening bracket
+    if following() == "]":
+        step(1)
+    else:
+        while True:
+            following()
+            while True:
+                try:
+                    record, end = scan(text)
+                    if end < len(text) or ended:  # else a number might go on
+                        break
+                except (ValueError, RecursionError) as error:
+                    told, at = error_line(error), getattr(error, "pos", 0)
+                    told = getattr(error, "msg", told).removesuffix(" starting at")
+                    short = told.startswith("Unterminated") or at > len(text) - 16
+                    if ended or len(text) > limit // LINE and not short:
+                        raise wrong(printable(told), at) from None
+                if len(text) > limit // LINE:
+                    raise _too_large(f"{name}:{line}", limit // LINE, "an entry has ")
+                more()
+            yield line, record
+            step(end)
+            if (mark := following()) not in (",", "]"):
+                raise wrong("Expecting ',' or ']'")
+            step(1)
+            if mark == "]":
+                break
+    if following():
+        raise wrong("Extra data")
+
+
+def _csv(lines, name, longest):
+    """(line, record) of each row of a CSV file with a header.
+
+    The cells of CELLS hold JSON; a label or a further column that looks like a number is one, and
+    an empty cell of it is null.
+    """
+    number, header = 0, None
+
+    def texts():
+        for i, line in enumerate(lines, 1):
+            try:
+                yield line.decode("utf-8-sig" if i == 1 else "utf-8")
+            except UnicodeDecodeError:
+                raise DataError(f"{name}:{i}: not text in UTF-8: a binary file?") from None
+
+    csv.field_size_limit(longest)
+    reader = csv.reader(texts(), strict=True)
+    while True:
+        number = reader.line_num + 1  # a quoted cell may span lines
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise DataError(
+                f"{name}:{number}: not a row of CSV: {printable(error_line(error))}"
+            ) from None
+        if cells is None:
             return
-        lines = gzip.open(file) if magic[:2] == b"\x1f\x8b" else file
-        while line := lines.readline(1 + min(longest, limit - size)):
-            size += len(line)
-            if size > limit:
-                raise too_large("", limit)
-            if len(line) > longest:
-                raise too_large("a line has ", longest)
-            yield line
+        if not cells:  # a blank line
+            continue
+        if header is None:
+            header = cells
+            if len(set(header)) < len(header) or "" in header:
+                raise DataError(f"{name}:{number}: a column of the header has no name or two")
+            continue
+        if len(cells) != len(header):
+            raise DataError(
+                f"{name}:{number}: {len(cells)} cells where the header has {len(header)} columns"
+            )
+        where = f"{name}:{number}"
+        yield number, {n: _cell(n, text, where) for n, text in zip(header, cells)}
+
+
+def _cell(column, text, where):
+    """The value of a cell of a CSV file."""
+    if column in ("prompt", "chosen", "rejected", "completion"):
+        return text
+    if not text.strip():
+        return None
+    if column in CELLS:
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            message = printable(error_line(error))
+            raise DataError(f"{where}: column '{column}' is not JSON: {message}") from None
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    with contextlib.suppress(ValueError):
+        return float(text)
+    return text
+
+
+def _parquet(file, name, limit):
+    """(row, record) of each row of a Parquet file."""
+    import pyarrow.parquet
+
+    size, number, table = 0, 0, pyarrow.parquet.ParquetFile(file)
+    groups = [table.metadata.row_group(i) for i in range(table.metadata.num_row_groups)]
+    for group in groups:  # as the file states; a batch is measured before it becomes objects
+        if any(group.column(i).total_uncompressed_size > limit for i in range(group.num_columns)):
+            raise _too_large(name, limit, "a column of a row group has ")
+    for batch in table.iter_batches(64):
+        size += batch.nbytes
+        if size > 2 * limit:
+            raise _too_large(name, 2 * limit)
+        for record in batch.to_pylist():
+            number += 1
+            yield number, record
 
 
 def _hub(source):
@@ -500,9 +683,11 @@ class World(world.World):
 
     def key(self):
         """Everything that the base model depends on: the rows, the tokenizer and the context."""
-        rows = json.dumps([[row["prompt"], row["responses"], row["scores"]] for row in self.train])
-        hashed = hashlib.sha256(rows.encode()).hexdigest()
-        return [self.name, self.tokenizer.name, self.context, hashed]
+        hashed = hashlib.sha256()
+        for row in self.train:
+            about = [row["prompt"], row["responses"], row["scores"]]
+            hashed.update(json.dumps(about).encode() + b"\n")
+        return [self.name, self.tokenizer.name, self.context, hashed.hexdigest()]
 
     def model(self):
         """A new GPT with four layers of width 128 and the vocabulary of the tokenizer."""

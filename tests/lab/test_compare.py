@@ -146,6 +146,25 @@ def test_what_is_no_finished_run_is_refused_in_one_line(words, capsys, tmp_path)
     assert not (tmp_path / "beside").exists()
 
 
+def test_what_does_not_exist_or_has_not_ended_is_said(capsys, tmp_path):
+    assert train.main(["--compare", "nowhere"]) == 2
+    assert "nowhere does not exist" in capsys.readouterr().err
+    sweep = ["--method", "dpo", "--beta", "0.1,0.2,0.3", *BANDIT, "--out", "sweep"]
+    assert train.main(sweep) == 0
+    cut = next((tmp_path / "sweep").glob("001*"))
+    (cut / "summary.json").unlink()
+    (cut / "seed1").mkdir()
+    capsys.readouterr()
+    assert train.main(["--compare", "sweep", "--out", "beside"]) == 0
+    error = capsys.readouterr().err
+    assert error == f"skipped: sweep/{cut.name} has not ended\n"
+    (cut / "run.json").unlink()
+    (cut / "metrics.jsonl").unlink()  # killed before its first step
+    (cut / "stages").mkdir()
+    assert train.main(["--compare", "sweep", "--out", "again"]) == 0
+    assert capsys.readouterr().err == error
+
+
 def test_a_run_without_looks_is_compared_as_far_as_it_goes(capsys, tmp_path):
     for name in ("a", "b"):
         assert train.main(["--method", "dpo", *BANDIT, "--out", name]) == 0

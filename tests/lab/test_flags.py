@@ -4,8 +4,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -160,11 +162,55 @@ def test_help_has_the_defaults_that_a_variant_fills_in(capsys):
         (["--method", "ddo", "--flip", "0.1"], ["--flip", "ddo"]),
         (["--resume", "nowhere"], ["nowhere"]),
         (["--seed", "1"], ["--method"]),
+        (["--method", "dpo", "--clip", "0"], ["--clip 0.0", "inf switches it off"]),
+        (["--list", "--steps", "3"], ["--steps does nothing together with --list"]),
+        (["--list", "--method", "dpo"], ["--method does nothing together with --list"]),
+        (["--help", "--steps", "3"], ["--steps does nothing together with --help"]),
+        (["--method", "dpo", "--help", "--beta", "2"], ["--beta does nothing together with"]),
+        (["--help", "--list"], ["does nothing together"]),
+        (["--list", "--resume", "x"], ["--resume does nothing together with --list"]),
     ],
 )
 def test_a_bad_flag_is_refused_in_one_line(tmp_path, capsys, argv, words):
     refused(capsys, argv, *words)
     assert not list(tmp_path.glob("out/*/metrics.jsonl"))
+
+
+def test_clipping_can_be_switched_off(capsys):
+    argv = ["--method", "dpo", "--world", "bandit", "--steps", "2", "--clip", "inf"]
+    assert train.main([*argv, "--out", "run"]) == 0
+    assert train.main(["--help"]) == 0
+    assert "inf: no clipping" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("pairs.jsonl", "dpo-pairs"),
+        ("pairs.jsonl.gz", "dpo-pairs"),
+        ("a.b.json", "dpo-a.b"),
+        ("x.CSV", "dpo-x"),
+        ("x.parquet", "dpo-x"),
+        ("images.npz", "dpo-images"),
+        ("owner/name", "dpo-name"),
+    ],
+)
+def test_a_default_folder_is_named_without_the_ending_of_a_file(name, label):
+    assert flags.label(runs("--method", "dpo", "--data", name), {}) == label
+    (run,) = runs("--method", "dpo", "--world", "mine/my_world.py")
+    assert flags.label([run], {}) == "dpo-my_world"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize("pause", [0.2, 0.6, 1.0])
+def test_ctrl_c_while_the_libraries_are_imported_is_one_line(tmp_path, pause):
+    command = [sys.executable, os.path.join(store.HERE, "train.py"), "--list"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    time.sleep(pause)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate()[1].decode()
+    assert "Traceback" not in error and error.count("\n") <= 1, error
+    assert process.returncode in (0, 130)
 
 
 def test_no_traceback_from_the_shell(tmp_path):

@@ -330,6 +330,60 @@ def test_a_reward_that_is_no_reward_is_named(reward, words, tmp_path, capsys):
     refused(capsys, ["--method", "dpo", "--world", str(tmp_path / "letters.py")], words)
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('return ["a"] * n', "return []", ["letters.py: prompts(16, rng) returned none"]),
+        ('return ["a"] * n', "return self.list", ["letters.py, line 23: AttributeError", "'list'"]),
+        ("vocab_size=self.tokenizer.vocab_size", "vocab_size=4", ["has vocab_size 4", "tokens"]),
+        ('"text", 4', '"text", 16', ["max_response is 16", "context", "is 16"]),
+        ('"text", 4', '"text", None', ["world of text needs a max_response"]),
+        ("self.tokenizer = ", "x = ", ["letters.py, line 19: AttributeError"]),
+        (
+            'kind, max_response = "letters", "text"',
+            'kind, max_response = "letters", "txt"',
+            ["txt"],
+        ),
+    ],
+)
+def test_a_world_that_does_not_fit_itself_is_one_line(
+    tmp_path, capsys, monkeypatch, old, new, words
+):
+    monkeypatch.setattr(Lab, "pretrain", None)  # before anything is trained
+    text = WRITING.replace("REWARD", "torch.tensor([float(r.count('a')) for r in responses])")
+    assert old in text
+    (tmp_path / "letters.py").write_text(text.replace(old, new))
+    refused(capsys, ["--method", "dpo", "--world", str(tmp_path / "letters.py")], *words)
+
+
+def test_fewer_prompts_than_asked_for_are_said(tmp_path, capsys):
+    text = WRITING.replace("REWARD", "torch.tensor([float(r.count('a')) for r in responses])")
+    (tmp_path / "few_a.py").write_text(text.replace("* n\n", "* min(n, 10)\n", 1))
+    argv = ["--method", "dpo", "--world", str(tmp_path / "few_a.py"), "--eval_size", "16"]
+    assert train.main([*argv, "--out", "run"]) == 0
+    out, error = capsys.readouterr()
+    assert "letters has 10 prompts, 16 were asked for\n" in error
+    assert "16 pairs" not in out
+    assert train.main([*argv, "--prompts", "10", "--out", "again"]) == 0
+    assert "asked for" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(end="return lab.algin(policy, data, loss, cfg)"), ["AttributeError", "algin"]),
+        (dict(end="return lab.align(policy, dta, loss, cfg)"), ["NameError", "dta"]),
+        (dict(end="return lab.align(policy, data, loss, cfg).x"), ["AttributeError", "'x'"]),
+        (dict(losses="F.relu(cfg.delta - z) + batch.nothing"), ["AttributeError", "nothing"]),
+    ],
+)
+def test_a_slip_is_one_line_of_the_check(tmp_path, capsys, changes, words):
+    path = own_method(tmp_path, **changes)
+    assert train.main(["--check", path]) == 1
+    wrong = [line for line in capsys.readouterr().out.splitlines() if "WRONG" in line]
+    assert len(wrong) == 1 and all(word in wrong[0] for word in [f"{path}, line ", *words])
+
+
 def test_a_world_with_few_prompts_and_no_demonstrations_runs(tmp_path, capsys):
     text = WRITING.replace("REWARD", "torch.tensor([float(r.count('a')) for r in responses])")
     text = text.replace(

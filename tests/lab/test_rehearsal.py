@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train
-from lab import Lab, Settings
+from lab import Lab, Settings, flags
 from lab.rehearsal import rehearse
 from lab.settings import make_world
 from tests.lab.commands import FILE, PAIRS, TINY, refused, rows_file, small
@@ -90,6 +90,78 @@ def test_rows_that_a_method_cannot_use(tmp_path, capsys, untrained, argv, rows, 
     path = rows_file(tmp_path / "rows.jsonl", rows)
     refused(capsys, [*argv.split(), "--data", path, "--context", "64"], *words)
     assert set(os.listdir(tmp_path)) <= {"cache", "rows.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("variant", "world"), [("odpo", "arithmetic"), ("r_dpo", "bandit"), ("ld_dpo", "bandit")]
+)
+def test_a_weight_that_does_nothing_is_refused_without_a_base_model(
+    tmp_path, capsys, untrained, variant, world
+):
+    argv = ["--method", "survey", "--variant", variant, "--world", world, "--prompts", "8"]
+    refused(capsys, argv, f"alpha does nothing under {variant}")
+    assert set(os.listdir(tmp_path)) <= {"cache"}
+
+
+ROUNDS = '''"""Rounds."""
+
+from dataclasses import dataclass
+
+from data import Paper
+from methods.irpo import loss as listwise, Config as Lists
+
+PAPER = Paper("lists")
+
+
+@dataclass(frozen=True)
+class Config:
+    pass
+
+
+def loss(logps, ref_logps, batch, cfg):
+    return listwise(logps, ref_logps, batch, Lists())
+
+
+def run(lab, cfg):
+    policy = lab.base()
+    rows = lab.preferences(policy)
+    half = len(rows) // 2
+    parts = [rows[:half], rows[half:]]
+    BODY
+    return policy
+'''
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "lab.align(policy, lambda policy, round: parts[round], loss, cfg, every=2, steps=4)",
+        "[lab.align(policy, part, loss, cfg, steps=2) for part in parts]",
+        "lab.align(policy, lambda p, r: parts[0] * (1 - r), loss, cfg, every=2, steps=4)",
+    ],
+)
+def test_the_rows_of_every_round_are_rehearsed(
+    tmp_path, capsys, untrained, forget, monkeypatch, body
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rounds.py").write_text(ROUNDS.replace("BODY", body))
+    bad = [row | {"scores": [1, 2, 500]} for row in LISTS[:1]] + LISTS
+    for rows in (bad, bad[::-1]):
+        path = rows_file(tmp_path / "rows.jsonl", rows)
+        words = ["no rows to align on in round 1"] if "1 - r" in body else ["500", "scores"]
+        argv = ["--method", "rounds.py", "--data", path, "--context", "64"]
+        if "1 - r" not in body or rows is not bad:
+            refused(capsys, argv, *words)
+
+
+def test_what_follows_an_align_that_trained_nothing_is_not_judged(untrained, forget, tmp_path):
+    """The rehearsed policy is no better than before, so a method may well be surprised."""
+    body = 'lab.align(policy, rows, loss, cfg, steps=2).curve[-1]["kl"]'
+    (tmp_path / "rounds.py").write_text(ROUNDS.replace("BODY", body))
+    path = rows_file(tmp_path / "rows.jsonl", LISTS)
+    given = {"method": str(tmp_path / "rounds.py"), "data": path, "context": "64"}
+    chosen = flags.chosen_methods(["--method", given["method"]])
+    assert flags.fitting(flags.combinations(given, chosen), given)
 
 
 def test_a_refused_run_under_overwrite_leaves_the_former_run_as_it_is(tmp_path, capsys):

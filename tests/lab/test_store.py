@@ -1,5 +1,6 @@
 """Values on disk: what was written comes back, or is made anew and that is said."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -15,6 +16,16 @@ from tests.lab.commands import refused
 pytestmark = pytest.mark.usefixtures("own_folder")
 
 VALUE = {"rows": [{"prompt": "a", "scores": [1.0, 0.1 + 0.2]}], "weights": torch.arange(96.0)}
+
+
+@contextlib.contextmanager
+def another_run():
+    """Hold the cache as another process does that is using it."""
+    fcntl = pytest.importorskip("fcntl")
+    os.makedirs(store.CACHE, exist_ok=True)
+    with open(os.path.join(store.CACHE, ".lock"), "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        yield
 
 
 def flipped(data):
@@ -96,18 +107,45 @@ def test_a_cache_that_cannot_be_written_is_named_before_anything_is_trained(
 def test_what_killed_runs_left_half_written_goes_from_the_cache_and_the_folder(tmp_path):
     cache = tmp_path / "cache"
     cache.mkdir()
-    # a new file may belong to a running process
     old, new = cache / ".writing-old", cache / ".writing-new"
     old.write_text("half"), new.write_text("half")
     os.utime(old, (0, 0))
     argv = ["--method", "dpo", "--world", "bandit", "--steps", "2"]
+    with another_run():  # a new file may be one that it is writing
+        assert train.main([*argv, "--out", "other"]) == 0
+        assert not old.exists() and new.exists()
     assert train.main([*argv, "--out", "run"]) == 0
-    assert not old.exists() and new.exists()
+    assert not new.exists()
     inside = tmp_path / "run" / "seed1" / "stages"
     inside.mkdir(parents=True)
     (inside / ".writing-x").write_text("half")
     assert train.main(["--resume", "run"]) == 0
     assert not (inside / ".writing-x").exists()
+
+
+def test_tensors_that_a_kill_left_without_their_json_go_from_the_cache(tmp_path):
+    """The next run removes them, unless another run is alive, which may be about to write it."""
+    store.open_cache()
+    whole, cut = (os.path.join(store.CACHE, name) for name in ("whole", "cut"))
+    for path in (whole, cut):
+        store.save_value(path, VALUE)
+    os.unlink(cut + ".json")
+    foreign = tmp_path / "cache" / "model.safetensors"  # not a name that is written here
+    foreign.write_text("mine")
+    with another_run():
+        store.open_cache()
+        assert len(list((tmp_path / "cache").glob("cut.*"))) == 1
+    store.open_cache()
+    assert not list((tmp_path / "cache").glob("cut.*")) and foreign.exists()
+    assert torch.equal(store.load_value(whole)["weights"], VALUE["weights"])
+
+
+def test_two_runs_use_the_cache_at_once(tmp_path):
+    with another_run():
+        store.open_cache()
+        store.save_value(os.path.join(store.CACHE, "a"), VALUE)
+        with another_run():
+            assert store.load_value(os.path.join(store.CACHE, "a")) is not None
 
 
 def test_an_empty_name_of_the_cache_is_not_the_current_folder(tmp_path):
