@@ -25,6 +25,7 @@ from lab.folder import read_run
 from lab.hub import load_pretrained
 from lab.rehearsal import rehearse
 from lab.settings import (
+    KINDS,
     Settings,
     file_path,
     idle,
@@ -53,7 +54,6 @@ ACTIONS = dict(
     list="the methods by family, and the worlds",
     help="this text; with --method NAME: that paper and its flags",
 )
-WORLDS = ("text", "images", "table", "vectors")  # kinds of world
 BARE = ("claim", "smoke", "tuning", "show", "list", "help")  # actions that take no value
 TEXTS = ("data", "init", "out", "world", "prompt", "resume", "check", "compare", "judge")
 # the seeds of --claim: no release before them printed 10 to 14, and tuning has seeds from 100 on
@@ -212,9 +212,9 @@ def declared(name):
     taken = sorted(set(flags or {}) & set(settings_flags()))
     if taken:
         problem = f"its Config has the field {taken[0]}, which is the name of a run setting"
-    strange = sorted(set(paper.worlds) - set(WORLDS)) if paper else []
+    strange = sorted(set(paper.worlds) - set(KINDS)) if paper else []
     if strange:
-        problem = f"its PAPER names worlds of {strange[0]}; there are {', '.join(WORLDS)}"
+        problem = f"its PAPER names worlds of {strange[0]}; there are {', '.join(KINDS)}"
     return Declared(name, path, doc, paper, flags or {}, problem)
 
 

@@ -16,7 +16,7 @@ import torch
 from data import UserError, printable
 from lab.align import check_call
 from lab.lab import Lab
-from lab.settings import file_path, is_file, slips
+from lab.settings import KINDS, file_path, is_file, slips
 from nanomodel import GPT
 
 
@@ -55,7 +55,7 @@ def check_world(lab, path):
     world = lab.world
     if world.kind not in KINDS:
         raise UserError(f"{path}: kind is {world.kind!r}, expected one of {', '.join(KINDS)}")
-    if world.kind == "table":
+    if world.kind in ("table", "vectors"):
         return
     with torch.random.fork_rng(devices=[]), slips(path):
         model, prompts = world.model(), world.prompts(lab.prompts, lab.rng("rehearsal"))

@@ -17,6 +17,8 @@ import nanomodel
 from data import Tokenizer, UserError, error_line, printable
 from lab.store import HERE
 
+KINDS = ("text", "images", "table", "vectors")  # of world
+
 # ---------------------------------------------------------------- run settings
 
 
