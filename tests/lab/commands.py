@@ -69,9 +69,9 @@ class Killed(BaseException):
     """Replaces a SIGKILL: nothing is saved afterwards."""
 
 
-def killed_at(monkeypatch, call):
-    """Make dpo's loss die at its n-th call."""
-    calls, loss = [0], methods.dpo.loss
+def killed_at(monkeypatch, call, method=methods.dpo):
+    """Make a method's loss die at its n-th call; -> the loss."""
+    calls, loss = [0], method.loss
 
     def dying(*args):
         calls[0] += 1
@@ -79,5 +79,5 @@ def killed_at(monkeypatch, call):
             raise Killed
         return loss(*args)
 
-    monkeypatch.setattr(methods.dpo, "loss", dying)
+    monkeypatch.setattr(method, "loss", dying)
     return loss
