@@ -45,7 +45,7 @@ def success_on_hard_ones(lab, method, cfg, scale, k=32, until=0.65, limit=3000):
     table = questions(lab)
     hard = table.probs()[:, 0].argsort()[: len(table.logits) // 3]
     label = torch.arange(len(table.logits))
-    for step in range(limit):
+    for step in range(lab.few(limit)):
         probs = table.probs().detach()
         if probs[:, 0].mean() >= until:
             break
@@ -98,7 +98,7 @@ def on_sums(digits, **kwargs):
         ">",
         "grpo",
         margin=0.02,
-        expect="inconclusive",
+        expect="no effect",
         **kwargs,
     )
 

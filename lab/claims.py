@@ -100,17 +100,31 @@ def claim(
 # ---------------------------------------------------------------- reading series
 
 
-def at_kl(curve, metric, kl):
-    """The metric of a curve at its first point with a KL of `kl` nats, by linear interpolation.
+def at(curve, by, value, metric):
+    """The metric of a curve where `by` first has a value, by linear interpolation.
 
-    NotReached: the curve never has this KL.
+    NotReached: it never has this value.
     """
     for a, b in zip(curve, curve[1:]):
-        if min(a["kl"], b["kl"]) <= kl <= max(a["kl"], b["kl"]):
-            share = 0.0 if a["kl"] == b["kl"] else (kl - a["kl"]) / (b["kl"] - a["kl"])
+        if min(a[by], b[by]) <= value <= max(a[by], b[by]):
+            share = 0.0 if a[by] == b[by] else (value - a[by]) / (b[by] - a[by])
             return a[metric] + share * (b[metric] - a[metric])
-    most = max(point["kl"] for point in curve)
-    raise NotReached(f"a curve never reaches a KL of {kl:.3g} nats; its largest is {most:.3g}")
+    most = max(point[by] for point in curve)
+    what = f"a KL of {value:.3g} nats" if by == "kl" else f"a {by} of {value:.3g}"
+    raise NotReached(f"a curve never reaches {what}; its largest is {most:.3g}")
+
+
+def at_or_nan(curve, by, value, metric):
+    """As `at`, but nan where the curve never has this value; a claim on it is inconclusive."""
+    try:
+        return at(curve, by, value, metric)
+    except NotReached:
+        return math.nan
+
+
+def at_kl(curve, metric, kl):
+    """The metric of a curve at its first point with a KL of `kl` nats; see `at`."""
+    return at(curve, "kl", kl, metric)
 
 
 def entries(series, name):

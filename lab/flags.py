@@ -42,7 +42,7 @@ from lab.store import HERE
 ACTIONS = dict(
     method="the paper to run (see --list), or a file of your own; several with commas, or all",
     claim="measure the paper's claims, instead of one run",
-    smoke="with --claim: measure with two steps and a few prompts, to see that everything runs",
+    smoke="with --claim: measure with a few steps and prompts, to see that everything runs",
     tuning="with --claim: seeds from 100 on, which are kept apart from the reported ones",
     judge="judge the claims of a folder of results again, without measuring: --judge results",
     seeds="run this many seeds: seed, seed + 1, ... [1; 5 with --claim]",

@@ -149,7 +149,7 @@ class Lab:
         finally:
             self.round = before
 
-    def few(self, n, least=2):
+    def few(self, n, least=4):
         """n; in a smoke run at most `least`. For the steps and sample sizes of a measurement."""
         return min(n, least) if self.smoke else n
 
@@ -414,6 +414,7 @@ class Lab:
                 raise UserError(f"{place}responses that continue each other are not a pair")
             return self.encode(rows)
         k, n, key = k or self.k, n or self.prompts, [*key, self.round]
+        ties = ties or self.smoke  # an untrained model may have no two different scores
         with self.verb("preferences") as stage:
             if not stage.done:
                 fingerprint = getattr(policy, "fingerprint", None)

@@ -179,20 +179,34 @@ def command(name, seeds):
 
 
 def smoke(runs, seeds):
-    """Every `measure` with two steps and a handful of prompts: does it run? -> exit status.
+    """Every `measure` with a few steps and a handful of prompts: does it run? -> exit status.
 
     Verdicts mean nothing there, so only errors count. Nothing is written.
     """
     settings, modules = plan(runs, seeds)
+    failed = []
     for name, module in modules.items():
-        start, about = time.time(), flags.load_claims(module)
-        lab = Lab(settings, quiet=True, seeds=len(seeds), smoke=True)
-        series = about.measure(lab)
-        rows = judge(about.CLAIMS, series)
-        if hasattr(about, "report"):
-            about.report(lab, series)
-        print(f"{name}: {len(rows)} claims in {time.time() - start:.1f} s", flush=True)
-    return 0
+        start = time.time()
+        try:
+            rows = tried(flags.load_claims(module), settings, len(seeds))
+        except Exception:  # noqa: BLE001 - the others are tried, too
+            failed.append(name)
+            traceback.print_exc()
+        else:
+            print(f"{name}: {len(rows)} claims in {time.time() - start:.1f} s", flush=True)
+    if failed:
+        print(f"failed: {', '.join(failed)}", flush=True)
+    return 1 if failed else 0
+
+
+def tried(about, settings, seeds):
+    """The judged claims and the report of a smoke run of one file of claims -> its rows."""
+    lab = Lab(settings, quiet=True, seeds=seeds, smoke=True)
+    series = about.measure(lab)
+    rows = judge(about.CLAIMS, series)
+    if hasattr(about, "report"):
+        about.report(lab, series)
+    return rows
 
 
 def again(out, chosen):

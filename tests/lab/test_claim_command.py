@@ -233,7 +233,7 @@ def test_claims_have_five_seeds_and_twenty_tables_by_default(tmp_path, monkeypat
     refused(capsys, ["--method", "dpo", "--tuning"], "--tuning needs --claim")
 
 
-def test_a_smoke_run_takes_two_steps_and_writes_nothing(tmp_path, monkeypatch, capsys):
+def test_a_smoke_run_takes_a_few_steps_and_writes_nothing(tmp_path, monkeypatch, capsys):
     seen = []
 
     def measure(lab):
@@ -243,14 +243,25 @@ def test_a_smoke_run_takes_two_steps_and_writes_nothing(tmp_path, monkeypatch, c
 
         arms = {"dpo": (dpo.loss, dpo.Config(), dict(steps=50))}
         curves = lab.race(arms, world="bandit", steps=60, end=end)["dpo"]
-        assert curves[0][-1]["step"] == 2
+        assert curves[0][-1]["step"] == 4
         return {"ours": curves, "zero": 0.0}
 
     there(monkeypatch, dpo=(measure, [claim("a", "reward", "ours", "<", "zero", at_kl=4)]))
     assert train.main(["--method", "dpo", "--claim", "--smoke"]) == 0
-    assert seen == [(2, 4, 16, 4, 2)] and not (tmp_path / "out").exists()
+    assert seen == [(4, 4, 16, 4, 4)] and not (tmp_path / "out").exists()
     assert "dpo: 1 claims in" in capsys.readouterr().out
     refused(capsys, ["--method", "dpo", "--smoke"], "--smoke needs --claim")
+
+
+def test_a_smoke_run_names_the_papers_that_fail(tmp_path, monkeypatch, capsys):
+    def broken(lab):
+        raise ValueError("a typo")
+
+    there(monkeypatch, dpo=(broken, []), rdpo=(numbers([1.0]), []))
+    assert train.main(["--method", "dpo,rdpo", "--claim", "--smoke"]) == 1
+    printed = capsys.readouterr()
+    assert "failed: dpo" in printed.out and "rdpo: 0 claims in" in printed.out
+    assert "a typo" in printed.err
 
 
 def test_a_method_without_claims_is_refused(tmp_path, capsys, monkeypatch):

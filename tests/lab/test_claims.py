@@ -5,7 +5,7 @@ import math
 import pytest
 
 from data import UserError
-from lab.claims import at_kl, claim, holm, judge, verdict
+from lab.claims import at, at_kl, at_or_nan, claim, holm, judge, verdict
 
 
 def curve(*points, **first):
@@ -102,6 +102,8 @@ def test_a_curve_is_read_where_it_first_reaches_a_kl():
     assert at_kl(curve((0, 0.0), (2, 2.0), (1, 9.0), (2, 8.0)), "reward", 1.5) == pytest.approx(1.5)
     with pytest.raises(UserError, match="never reaches a KL of 4 nats; its largest is 3"):
         at_kl(curve((0, 0.0), (3, 4.0), (2, 4.0)), "reward", 4.0)
+    assert at(curve((0, 0.0), (3, 4.0)), "reward", 1.0, "kl") == pytest.approx(0.75)
+    assert math.isnan(at_or_nan(curve((0, 0.0), (3, 4.0)), "reward", 5.0, "kl"))
 
 
 def test_a_curve_that_ends_before_its_kl_makes_one_claim_inconclusive():
