@@ -272,6 +272,18 @@ class Batch:
             )
         return columns[name]
 
+    def take(self, index):
+        """The batch of the rows `index` (n,) of a batch that was collated with packed=False."""
+        new = replace(self, columns={name: v[index] for name, v in self.columns.items()})
+        for f in fields(self):
+            if isinstance(value := getattr(self, f.name), torch.Tensor):
+                setattr(new, f.name, value[index])
+        if self.source is not None:
+            width = self.tokens.shape[1]
+            row = torch.arange(len(index), device=index.device)[:, None, None]
+            new.source = new.source % width + row * width
+        return new
+
     def to(self, device):
         """The same batch on another device."""
         moved = {
@@ -449,7 +461,7 @@ def sizes(rows, batch_size, tokenizer):
     )
 
 
-def collate(rows, tokenizer=None, fixed=False):
+def collate(rows, tokenizer=None, fixed=False, packed=True):
     """Rows -> Batch.
 
     With a tokenizer the rows are text. Without one, rows whose responses are a tensor (K, C, H, W)
@@ -458,6 +470,9 @@ def collate(rows, tokenizer=None, fixed=False):
     fixed: for compiled code, which is compiled again for every new shape. True rounds N, S, G and
     T up to one of a few sizes (`bucket`). A Sizes object does so, too, and sets minimum sizes, so
     that all batches of a data set have one shape.
+
+    packed: whether several prompt trees may share a packed row. With False the tree of row b is
+    packed row b, so that `Batch.take` can choose rows; it needs `fixed`.
     """
     count = max(len(row["responses"]) for row in rows)
     if isinstance(fixed, Sizes):
@@ -467,7 +482,8 @@ def collate(rows, tokenizer=None, fixed=False):
         if "scores" in row:
             scores[b, : len(row["scores"])] = torch.as_tensor(row["scores"])
     if tokenizer is not None:
-        tensors = _text([encode(row, tokenizer) for row in rows], count, tokenizer.pad, fixed)
+        rows = [encode(row, tokenizer) for row in rows]
+        tensors = _text(rows, count, tokenizer.pad, fixed, packed)
     elif isinstance(rows[0]["responses"], torch.Tensor):
         present = [torch.ones(len(row["responses"]), 1, dtype=torch.bool) for row in rows]
         images = _stack([row["responses"] for row in rows], count)
@@ -497,7 +513,7 @@ def _table(rows, count):
     return dict(mask=mask, target=target)
 
 
-def _text(rows, count, pad, fixed):
+def _text(rows, count, pad, fixed, packed=True):
     """The token tensors of a Batch: each packed row holds as many prompt trees as fit.
 
     Where copies of a short prompt are cheaper (`cheaper_apart`), a tree holds one response.
@@ -516,8 +532,11 @@ def _text(rows, count, pad, fixed):
             home = [(b, k) for b, group in enumerate(copies) for k in range(len(group))]
             trees = flat
     width = size(max(len(tree.tokens) for tree in trees), least.length)  # S
-    places, height = first_fit([len(tree.tokens) for tree in trees], width)
-    height = size(height, least.rows)  # N
+    if packed:
+        places, height = first_fit([len(tree.tokens) for tree in trees], width)
+        height = size(height, least.rows)  # N
+    else:
+        places, height = [(n, 0) for n in range(len(trees))], len(trees)
     groups = size(branches(trees, places) + 1, least.branches)  # G, the last one is padding
     length = size(max(len(what) for tree in trees for what in tree.targets), least.tokens)  # T
 

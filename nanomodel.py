@@ -5,6 +5,7 @@ Shapes: B prompts, K responses, T response tokens; N packed rows of S tokens wit
 V vocabulary, H heads of D dimensions; images (C, H, W).
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -27,6 +28,7 @@ from diffusion import (
 )
 
 LARGEST = "[1, 2147483647]"  # the interval of the sizes in a config
+FLEX = 512  # on CUDA, packed rows of so many tokens or more use FlexAttention
 
 # ---------------------------------------------------------------- GPT
 
@@ -207,20 +209,29 @@ class Attention(nn.Module):
         prompt_kv: keys and values (B, Hkv, P, D) of the prompts, shared by all samples of a prompt.
         seen: (B, P) bool, False on padding. own_kv: keys and values (B, K, Hkv, T, D) of the
         samples, which hold `length` tokens so far; those of the new token are written into them.
+        length: a number, or a tensor (1,) for a step that is captured in a CUDA graph.
         """
         b, n, _ = x.shape
         q, k, v = self.project(x, cos, sin)  # the K samples take the place of the sequence
         (prompt_k, prompt_v), (own_k, own_v) = prompt_kv, own_kv
-        own_k[:, :, :, length] = k.transpose(1, 2)
-        own_v[:, :, :, length] = v.transpose(1, 2)
-        own_k, own_v = own_k[:, :, :, : length + 1], own_v[:, :, :, : length + 1]
+        later = None
+        if isinstance(length, torch.Tensor):  # shapes stay fixed: later places are masked instead
+            for own, new in ((own_k, k), (own_v, v)):
+                own.index_copy_(3, length, new.transpose(1, 2)[:, :, :, None].to(own.dtype))
+            later = torch.arange(own_k.shape[3], device=length.device) > length  # (T,)
+        else:
+            own_k[:, :, :, length] = k.transpose(1, 2)
+            own_v[:, :, :, length] = v.transpose(1, 2)
+            own_k, own_v = own_k[:, :, :, : length + 1], own_v[:, :, :, : length + 1]
         # R query heads share one key-value head
         q = q.view(b, self.kv_heads, -1, n, self.head_dim) / math.sqrt(self.head_dim)
         to_prompt = torch.einsum("bgrnd,bgpd->bgrnp", q, prompt_k)  # (B, Hkv, R, K, P)
         to_prompt = to_prompt.masked_fill(~seen[:, None, None, None], -torch.inf)
         to_own = torch.einsum("bgrnd,bngtd->bgrnt", q, own_k)  # (B, Hkv, R, K, length + 1)
+        if later is not None:
+            to_own = to_own.masked_fill(later, -torch.inf)  # (B, Hkv, R, K, T)
         weight = torch.cat([to_prompt, to_own], -1).softmax(-1)
-        on_prompt, on_own = weight.split([prompt_k.shape[2], length + 1], -1)
+        on_prompt, on_own = weight.split([prompt_k.shape[2], own_k.shape[3]], -1)
         out = torch.einsum("bgrnp,bgpd->bngrd", on_prompt, prompt_v)  # (B, K, Hkv, R, D)
         out = out + torch.einsum("bgrnt,bngtd->bngrd", on_own, own_v)
         return self.o_proj(out.reshape(b, n, -1))
@@ -268,7 +279,7 @@ class Cache:
     own: list  # per layer (k, v), each (B, K, Hkv, T, D)
     seen: torch.Tensor  # (B, P) bool, False on padding
     start: torch.Tensor  # (B,) position of the first sampled token
-    length: int = 0  # sampled tokens so far
+    length: int | torch.Tensor = 0  # sampled tokens so far; a tensor (1,) in a captured step
 
     def kept(self, rows):
         """The cache of some of the prompts: rows, a tensor of indices."""
@@ -317,7 +328,7 @@ class GPT(nn.Module):
         """
         x = self.embed_tokens(batch.tokens)  # (N, S, hidden)
         cos, sin = rotary(batch.position, self.config.head_dim, self.config.rope_theta, x.dtype)
-        if x.is_cuda and x.shape[1] >= 512:
+        if x.is_cuda and x.shape[1] >= FLEX:
             mask = flex_mask(batch.branch, batch.sees)
         else:
             mask = visible(batch.branch, batch.sees)  # (N, S, S)
@@ -347,8 +358,8 @@ class GPT(nn.Module):
         They are in float32 or better, under autocast too.
         """
         mask, source, target = batch.mask, batch.source, batch.target
-        # on CUDA and in compiled code, padding is computed as well so that shapes stay fixed
-        padded = mask.is_cuda or torch.compiler.is_compiling()
+        # on a GPU and in compiled code, padding is computed as well so that shapes stay fixed
+        padded = mask.device.type != "cpu" or torch.compiler.is_compiling()
         source, target = (x.flatten() if padded else x[mask] for x in (source, target))  # (R,)
         rows = self.hidden(batch, rows=source)  # (R, hidden)
         pieces = max(1, -(-len(rows) * self.config.vocab_size // self.chunk))
@@ -356,7 +367,9 @@ class GPT(nn.Module):
         out = []
         for part, goal in zip(rows.split(size), target.split(size)):
             if pieces > 1 and torch.is_grad_enabled():
-                out.append(checkpoint(self._token_logps, part, goal, use_reentrant=False))
+                # no random numbers are drawn, and saving their state would wait for the device
+                kwargs = dict(use_reentrant=False, preserve_rng_state=False)
+                out.append(checkpoint(self._token_logps, part, goal, **kwargs))
             else:
                 out.append(self._token_logps(part, goal))
         flat = torch.cat(out)  # (R,)
@@ -381,9 +394,9 @@ class GPT(nn.Module):
         first sampled token.
         """
         device, size = self.device, max(map(len, prompts))
-        length = torch.tensor([len(p) for p in prompts])
+        length = torch.tensor([len(p) for p in prompts], device=device)
         tokens = torch.tensor([p + [0] * (size - len(p)) for p in prompts], device=device)  # (B, P)
-        seen = (torch.arange(size) < length[:, None]).to(device)
+        seen = torch.arange(size, device=device) < length[:, None]
         x = self.embed_tokens(tokens)
         position = torch.arange(size, device=device).expand(len(prompts), -1)
         cos, sin = rotary(position, self.config.head_dim, self.config.rope_theta, x.dtype)
@@ -391,10 +404,10 @@ class GPT(nn.Module):
         mask, prompt = mask.expand(len(prompts), -1, -1), []
         for layer in self.layers:
             x = layer(x, lambda attn, y: attn(y, cos, sin, mask, prompt))
-        last = self.norm(x)[torch.arange(len(prompts)), length - 1]  # (B, hidden)
+        last = self.norm(x)[torch.arange(len(prompts), device=device), length - 1]  # (B, hidden)
         shape = (len(prompts), k, self.config.num_key_value_heads, max_tokens, self.config.head_dim)
         own = [(x.new_zeros(shape), x.new_zeros(shape)) for _ in self.layers]
-        return Cache(prompt, own, seen, length.to(device)), self.unembed(last)
+        return Cache(prompt, own, seen, length), self.unembed(last)
 
     @torch.no_grad()
     def decode(self, cache, tokens):
@@ -415,13 +428,14 @@ class GPT(nn.Module):
         return self.unembed(self.norm(x))
 
     @torch.no_grad()
-    def sample(self, prompts, k, rng, max_tokens=64, temperature=1.0):
+    def sample(self, prompts, k, rng, max_tokens=64, temperature=1.0, capture=None):
         """k responses for each of B prompts: B lists of k lists of token ids.
 
         prompts: texts or lists of token ids. A finished response ends with end-of-text; a response
         without it was cut at `max_tokens` or at the end of the context. temperature 0 is greedy.
-        All random numbers come from the torch.Generator `rng`. UserError: a prompt fills the whole
-        context.
+        All random numbers come from the torch.Generator `rng`. capture(function) -> the function,
+        captured in a CUDA graph (lab/graph.py), which then computes the steps after the first.
+        UserError: a prompt fills the whole context.
         """
         eot, context = self.tokenizer.eot, self.config.max_position_embeddings
         ids = [self.tokenizer.encode(p) if isinstance(p, str) else list(p) for p in prompts]
@@ -434,6 +448,9 @@ class GPT(nn.Module):
             )
         max_tokens = min(max_tokens, max(rooms))
         cache, logits = self.prefill(prompts, k, max_tokens)
+        if capture:
+            cache.length = torch.zeros(1, dtype=torch.int64, device=self.device)
+            decode = capture(functools.partial(self.decode, cache))
         logits = logits[:, None].expand(-1, k, -1)  # (B, K, V)
         out = torch.full((len(prompts), k, max_tokens), eot, device=self.device)
         done = torch.zeros(len(prompts), k, dtype=torch.bool, device=self.device)
@@ -452,15 +469,16 @@ class GPT(nn.Module):
             done |= token == eot
             if step + 1 == max_tokens:
                 break
-            # on CUDA reading `done` forces a host-device sync, so it is read every eighth token
-            if step % 8 == 7 or not done.is_cuda:
+            # on a GPU reading `done` waits for the device, so it is read every eighth token
+            if step % 8 == 7 or done.device.type == "cpu":
                 going = (~done.all(1)).nonzero()[:, 0]
                 if not len(going):
                     break
-                if len(going) < 0.8 * len(live) and not done.is_cuda:  # drop prompts that are done
+                few = len(going) < 0.8 * len(live)
+                if few and done.device.type == "cpu" and not capture:  # drop prompts that are done
                     cache = cache.kept(going)
                     live, done, token = live[going], done[going], token[going]
-            logits = self.decode(cache, token)
+            logits = decode(token) if capture else self.decode(cache, token)
         return [
             [(ids[: ids.index(eot) + 1] if eot in ids else ids)[:room] for ids in group]
             for group, room in zip(out.tolist(), rooms)

@@ -5,8 +5,9 @@ from dataclasses import astuple
 
 import torch
 
-from data import Sizes, UserError, sizes
+from data import Sizes, UserError
 from lab import check, evaluate, report
+from lab.batches import Batches
 from lab.loop import fit, kept, restore
 
 
@@ -68,7 +69,8 @@ def align(
             lambda policy, step: evaluate.glance(lab, policy, lab.full_looks or step in (0, steps))
         )
         how = dict(steps=steps, optimizer=optimizer, watch=watch, state=(feed.save, feed.load))
-        fit(lab, policy, feed.batch, step, title="alignment", **how)
+        # a score of the method's own may depend on more than the model and the batch
+        fit(lab, policy, feed.batch, step, title="alignment", capture=score is None, **how)
         if stage.path:
             stage.value = kept(policy)
     return policy
@@ -104,8 +106,8 @@ class Feed:
         self.reference = frozen(policy) if reference == "start" else reference
         self.prepare = prepare or (self.draw_noise if lab.world.kind == "images" else None)
         self.score = score or logps_of
-        self.rows, self.order, self.round = None, None, -1
-        self.sizes = None  # Sizes for compiled code, which is recompiled for every new shape
+        self.rows, self.batches, self.round = None, None, -1
+        self.sizes = None  # Sizes for code that is captured or compiled for each shape
 
     def draw_noise(self, policy, batch):
         """One draw of t and noise for all K responses of a row."""
@@ -117,16 +119,12 @@ class Feed:
         if not len(rows):
             raise UserError(f"there are no rows to align on in round {round}")
         order = torch.randperm(len(rows), generator=lab.rng("order", len(rows), round)).tolist()
+        visited = [rows[i] for i in order[: self.share * lab.batch_size]]
         if self.kind is not None and self.cached:
-            visited = order[: self.share * lab.batch_size]
-            column = lab.cached_logps(self.reference, [rows[i] for i in visited])
-            rows = list(rows)
-            for i, values in zip(visited, column):
-                rows[i] = rows[i] | {"ref_logps": values}
-        if lab.compiled and lab.world.kind == "text":
-            least = sizes([rows[i] for i in order], lab.batch_size, lab.world.tokenizer)
-            self.sizes = least.grown(self.sizes) if self.sizes else least
-        self.rows, self.order, self.round = rows, order, round
+            column = lab.cached_logps(self.reference, visited)
+            visited = [row | {"ref_logps": values} for row, values in zip(visited, column)]
+        self.batches = Batches(lab, visited, lab.batch_size, self.sizes)
+        self.rows, self.round, self.sizes = rows, round, self.batches.sizes
 
     def batch(self, step):
         """(batch, ref_logps) of one step, with new rows when a round begins."""
@@ -138,14 +136,12 @@ class Feed:
             with lab.in_round(round):
                 rows = self.data if self.fixed else lab.encode(self.data(self.policy, round))
             self.begin(round, rows)
-        size, n = lab.batch_size, len(self.rows)
-        rows = [self.rows[self.order[i % n]] for i in range(within * size, (within + 1) * size)]
-        batch = lab.collate(rows, fixed=self.sizes or False)
+        batch = self.batches(within)
         if self.prepare:
             with torch.no_grad():
                 batch = self.prepare(self.policy, batch)
         if lab.show:
-            report.show(lab, rows[0], batch)
+            report.show(lab, self.batches.rows[0], batch)
             raise Stop
         return batch, self.ref_logps(batch)
 

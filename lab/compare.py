@@ -26,7 +26,8 @@ PANELS = {  # title: the metrics of a training step that it shows
     "accuracy of the margin": ["accuracy"],
     "log-prob of chosen, rejected dashed (nats)": ["chosen_logp", "rejected_logp"],
 }
-IDLE = ("seed", "out", "overwrite", "device", "dtype", "compile", "bf16")  # they name no run
+# settings that name no run
+IDLE = ("seed", "out", "overwrite", "device", "dtype", "compile", "capture", "bf16")
 
 
 @dataclass

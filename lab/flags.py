@@ -498,7 +498,7 @@ def refuse_idle_actions(flags, runs):
             raise UserError(f"--{name} needs --claim")
     model = {"init", "world", "data", "device", "dtype", "base_seed", "base_steps"}
     answer = {"temperature", "seed", "max_response", "context", "truncate"}
-    one_seed = {"seeds", "seed", "out", "overwrite", "device", "dtype", "compile"}
+    one_seed = {"seeds", "seed", "out", "overwrite", "device", "dtype", "compile", "capture"}
     fields = {name for name in flags if name not in settings_flags() and name not in ACTIONS}
     takes = dict(
         prompt=model | answer,
@@ -528,7 +528,7 @@ def refuse_idle_actions(flags, runs):
         if action == "claim" and len({r.settings.seed for r in runs}) * len(
             {r.method for r in runs}
         ) < len(runs):
-            raise UserError("--claim takes one value for --device, --dtype and --compile")
+            raise UserError("--claim takes one value for --device, --dtype, --compile, --capture")
         break
     greedy = "temperature" not in flags or runs[0].settings.temperature == 0
     if "prompt" in flags and "seed" in flags and greedy:

@@ -15,10 +15,12 @@ import data as data_module
 import diffusion
 import nanomodel
 from data import UserError, collate, encode, fit_context, label, preference
-from lab import align, evaluate, loop, store
+from lab import align, batches, evaluate, graph, loop, store
 from lab.align import frozen
+from lab.batches import Batches
+from lab.graph import Captured
 from lab.hub import load_pretrained
-from lab.settings import make_world, pick_device, refuse_idle
+from lab.settings import make_world, pick_compile, pick_device, refuse_idle
 from lab.store import digest, generator, load_value, save_value, source
 
 
@@ -65,14 +67,16 @@ class Lab:
         self.smoke, first = smoke, settings.seed
         self.seeds = list(range(first, first + seeds))
         self.worlds = list(range(first, first + (1 if smoke else 4) * seeds))
+        start = load_pretrained(settings.init) if settings.init and start is None else start
+        self.world = make_world(settings, start) if world is None else world
         self.device = pick_device(settings.device)
+        if self.world.kind in ("table", "vectors"):  # tiny, and made of tensors on the CPU
+            self.device = torch.device("cpu")
+        self.start = start if start is None else start.to(self.device)
+        refuse_idle(settings, self.world, self.start)
         on_cuda = self.device.type == "cuda"
         self.bf16 = settings.dtype == "bfloat16" or (settings.dtype == "auto" and on_cuda)
-        self.compiled = settings.compile == "on" or (settings.compile == "auto" and on_cuda)
-        start = load_pretrained(settings.init) if settings.init and start is None else start
-        self.start = start if start is None else start.to(self.device)
-        self.world = make_world(settings, self.start) if world is None else world
-        refuse_idle(settings, self.world, self.start)
+        self.captured = settings.capture == "on" or (settings.capture == "auto" and on_cuda)
         # World objects whose class has no `key` of its own cannot be distinguished in the cache
         self.given, self.cacheable = world, world is None or "key" in vars(type(world))
         chosen = {"k": 4, "max_response": self.world.max_response, "eval_size": 256}
@@ -84,6 +88,7 @@ class Lab:
         if smoke:
             self.steps, self.batch_size = self.few(self.steps), min(self.batch_size, 4)
             self.prompts, self.eval_size = min(self.prompts, 16), min(self.eval_size, 4)
+        self.compiled, self.compile_reason = pick_compile(settings, on_cuda, self.steps)
         self.current, self.stages, self.children, self.round, self.races = None, 0, {}, None, 0
         self.seen = {}  # what evaluations have read from samples of each model
         self.full_looks = False  # whether looks during training measure all prompts
@@ -159,6 +164,7 @@ class Lab:
         Values are stored in this process and on disk.
         """
         about = [torch.__version__, torch.get_num_threads(), str(self.device), self.bf16]
+        about += [self.captured]
         key = digest(key, *about)
         if key not in Lab.memory:
             path = os.path.join(store.CACHE, key)
@@ -258,10 +264,10 @@ class Lab:
         n = recipe.get("demonstrations", recipe["steps"] * size)
         rows = self.encode(world.demonstrations(n, generator("demonstrations", seed)))
         dims = rows[0]["responses"][0].numel() if world.kind == "images" else 1
+        batches = self.batches(rows, size)
 
         def batch(step):
-            chosen = [rows[i % len(rows)] for i in range(step * size, (step + 1) * size)]
-            found = self.collate(chosen)
+            found = batches(step)
             if world.kind == "images":
                 found = model.prepare(found, generator("base", seed, step))
             return found
@@ -271,13 +277,15 @@ class Lab:
             return nll.sum((1, 2)) * (len(nll) / batch.mask.sum()) / dims, {}
 
         how = dict(lr=recipe["lr"], warmup=20, clip=1.0, decay=True, record=False)
+        how["capture"] = True
         loop.fit(self, model, batch, loss, recipe["steps"], title="base model", **how)
         return {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
 
     def source(self):
         """The source code that base models and samples depend on, for cache keys."""
         made_by = [sys.modules[c.__module__] for c in type(self.world).__mro__[:-1]]
-        return source(data_module, diffusion, nanomodel, loop, sys.modules[__name__], *made_by)
+        ours = data_module, diffusion, nanomodel, loop, graph, batches, sys.modules[__name__]
+        return source(*ours, *made_by)
 
     # ---------------------------------------------------------------- data
 
@@ -302,6 +310,15 @@ class Lab:
         tokenizer = self.world.tokenizer if self.world.kind == "text" else None
         return collate(rows, tokenizer, fixed=fixed).to(self.device)
 
+    def batches(self, rows, size=None):
+        """A function step -> Batch of `size` rows (default --batch_size), taken in cyclic order."""
+        return Batches(self, self.encode(rows), size or self.batch_size)
+
+    def say(self, line):
+        """Print a line about the run, unless it is quiet."""
+        if not self.quiet:
+            print(line)
+
     def sample(self, policy, prompts, k, rng=None, max_tokens=None):
         """k samples per prompt -> rows without scores.
 
@@ -316,6 +333,8 @@ class Lab:
                 rng = torch.Generator(self.device).manual_seed(rng.initial_seed())
             limit = self.max_response if max_tokens is None else max_tokens
             options = dict(max_tokens=limit, temperature=self.settings.temperature)
+            if self.captured:
+                options["capture"] = lambda decode: Captured(decode, self.device, self.say)
             if self.settings.truncate:
                 room = max(self.context // 2, self.context - limit)
                 prompts = [self.tokens(prompt)[-room:] for prompt in prompts]
@@ -470,10 +489,7 @@ class Lab:
 
     def compile(self, function):
         """The compiled function if --compile is on, otherwise the function itself."""
-        if not self.compiled:
-            return function
-        mode = "reduce-overhead" if self.device.type == "cuda" else "default"
-        return torch.compile(function, mode=mode, dynamic=False)
+        return torch.compile(function, dynamic=False) if self.compiled else function
 
     @torch.no_grad()
     def score_rows(self, model, rows):

@@ -1,6 +1,7 @@
 """The training loop: schedule, batch, loss, backward, clip, step, log, evaluate, checkpoint."""
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import time
 import torch
 
 from data import UserError
+from lab.graph import Captured, capturable, packed, set_rate, unpacked
 from lab.report import Progress
 from lab.store import load_value, remove_value, save_value, write_text
 
@@ -33,6 +35,7 @@ def fit(
     state=None,
     title="training",
     record=True,
+    capture=False,
 ):
     """Train any nn.Module in place and return it.
 
@@ -45,6 +48,8 @@ def fit(
         end. Its results become `model.curve`.
     state: (save, load), two functions for what a checkpoint must hold besides the model.
     record: write the metrics of every step to metrics.jsonl.
+    capture: `loss` depends on nothing but the model and the batch, so where the Lab captures steps
+        in CUDA graphs (lab/graph.py), these may be captured.
     Diverged: a loss or a metric is not finite; the last good checkpoint is kept.
     """
     get = batches if callable(batches) else lambda step: batches[step % len(batches)]
@@ -58,10 +63,13 @@ def fit(
         params = [p for p in model.parameters() if p.requires_grad]
         make = optimizer or adamw(lab, lab.lr if lr is None else lr)
         optimizer = make(params)
-        peaks = [group["lr"] for group in optimizer.param_groups]
+        peaks = [float(group["lr"]) for group in optimizer.param_groups]
         training, model.fingerprint = model.training, None
         log = Log(lab, title, steps, record)
         step, curve = log.resume(model, optimizer, state)
+        update = functools.partial(one_step, model, optimizer, loss, clip)
+        if capture and lab.captured and capturable(optimizer, lab.device):
+            update = in_graphs(lab, update)
         with interruptible() as interrupted:
             while True:
                 # evaluate
@@ -80,23 +88,15 @@ def fit(
                 if decay:
                     share *= 0.1 + 0.45 * (1 + math.cos(math.pi * step / steps))
                 for group, peak in zip(optimizer.param_groups, peaks):
-                    group["lr"] = peak * share
+                    set_rate(group, peak * share)
 
                 # one step
-                losses, metrics = loss(model, get(step))
-                value = losses.mean()
-                optimizer.zero_grad(set_to_none=True)
-                value.backward()
-                norms = [
-                    torch.nn.utils.clip_grad_norm_(group["params"], clip)
-                    for group in optimizer.param_groups
-                ]
-                optimizer.step()
+                metrics = update(get(step))
                 step += 1
 
                 # log, checkpoint
-                own = {"loss": value.detach(), "grad_norm": torch.stack(norms).max()}
-                log.add(step, own | {"lr": group["lr"]} | metrics)
+                own = {name: metrics.pop(name) for name in ("loss", "grad_norm")}
+                log.add(step, own | {"lr": peak * share} | metrics)
                 if step % 10 == 0 or step == steps or interrupted:
                     log.write()
                 if interrupted or (step < steps and log.due()):
@@ -104,10 +104,33 @@ def fit(
                 if interrupted:
                     raise KeyboardInterrupt
         log.close()
+        optimizer.zero_grad(set_to_none=True)  # the gradients may lie in the memory of a graph
         model.curve = curve
         if stage.path:
             stage.value = kept(model)
     return model
+
+
+def one_step(model, optimizer, loss, clip, batch):
+    """Loss, backward, clipping and the optimizer's step -> the metrics as tensors.
+
+    It does not wait for the device, and it may be captured in a CUDA graph.
+    """
+    losses, metrics = loss(model, batch)
+    value = losses.mean()
+    optimizer.zero_grad(set_to_none=True)
+    value.backward()
+    norms = [
+        torch.nn.utils.clip_grad_norm_(group["params"], clip) for group in optimizer.param_groups
+    ]
+    optimizer.step()
+    return {"loss": value.detach(), "grad_norm": torch.stack(norms).max()} | metrics
+
+
+def in_graphs(lab, update):
+    """`one_step` of a batch as a replay of a CUDA graph; its metrics are written to one vector."""
+    captured = Captured(lambda batch: packed(update(batch)), lab.device, lab.say)
+    return lambda batch: unpacked(*captured(batch))
 
 
 def adamw(lab, lr):
@@ -165,8 +188,7 @@ class Log:
         Diverged: one of them is not finite.
         """
         lines, wrong = [], None
-        for step, metrics in self.pending:
-            values = {name: float(value) for name, value in metrics.items()}
+        for step, values in read(self.pending):
             bad = [name for name, value in values.items() if not math.isfinite(value)]
             if bad:
                 wrong = f"{self.title}: {bad[0]} became {values[bad[0]]} in step {step}; "
@@ -218,6 +240,19 @@ class Log:
             remove_value(self.path)
 
 
+def read(pending):
+    """[(step, {name: number or tensor})] -> the same with numbers, in one host-device sync."""
+    tensors = [x for _, metrics in pending for x in metrics.values() if isinstance(x, torch.Tensor)]
+    numbers = map(float, tensors)
+    if {x.device.type for x in tensors} == {"cuda"}:
+        numbers = iter(torch.stack([x.detach().reshape(()).double() for x in tensors]).tolist())
+
+    def number(x):
+        return next(numbers) if isinstance(x, torch.Tensor) else float(x)
+
+    return [(step, {name: number(x) for name, x in each.items()}) for step, each in pending]
+
+
 def kept(model):
     """The weights and the curve of a trained model, as a finished stage stores them."""
     weights = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
@@ -238,6 +273,8 @@ def load_optimizer(optimizer, state):
     keep indices or bytes. So the tensors are put back with the dtypes that they were saved with.
     """
     state = state | {"state": {int(k): v for k, v in state["state"].items()}}
+    for ours, group in zip(optimizer.param_groups, state["param_groups"]):
+        group["lr"] = ours["lr"]  # the loop sets it in every step
     optimizer.load_state_dict(state)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for i, values in state["state"].items():

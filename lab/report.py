@@ -81,6 +81,9 @@ def header(lab, name, module, cfg, model):
         tokenizer = model.tokenizer
         parts.append(f"tokenizer {tokenizer.name} ({tokenizer.vocab_size:,} tokens)")
     parts.append(f"{lab.device.type}, {dtype}, {torch.get_num_threads()} threads")
+    if lab.captured or lab.device.type == "cuda":
+        compiled = ("on" if lab.compiled else "off") + lab.compile_reason
+        parts.append(f"CUDA graphs {'on' if lab.captured else 'off'}, compile {compiled}")
     run = f"steps {lab.steps}   batch_size {lab.batch_size}   lr {lab.lr:g}"
     run += f"   prompts {lab.prompts}"
     if lab.settings.label_temperature != Settings.label_temperature:

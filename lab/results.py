@@ -125,7 +125,7 @@ def claim(runs, seeds, out):
 def plan(runs, seeds):
     """(settings, {name: module}) of the papers of a command line that have claims."""
     first = runs[0].settings
-    same = {name: getattr(first, name) for name in ("device", "dtype", "compile")}
+    same = {name: getattr(first, name) for name in ("device", "dtype", "compile", "capture")}
     modules = {run.method: run.module for run in runs}
     if len(modules) > 1:
         for name in [name for name, module in modules.items() if not flags.claims_path(module)]:

@@ -54,7 +54,9 @@ class Settings:
     length_bias: float = 0.0  # reward that the labels add for each token of length
     device: str = "auto"  # cpu, cuda, mps; auto: cuda or mps where there is one
     dtype: str = "auto"  # float32 or bfloat16 (autocast); auto: bfloat16 on CUDA
-    compile: str = "auto"  # on or off; auto: on CUDA only
+    compile: str = "auto"  # torch.compile: on or off; auto: on CUDA, where a run is long enough
+    # whole steps as CUDA graphs: on, off; auto: on CUDA. On a CPU, on takes the same path without
+    capture: str = "auto"
     eval_every: int | None = None  # steps between two quick evaluations during training
     eval_size: int | None = None  # largest number of prompts and held-out pairs of an evaluation
     context: int | None = None  # context length of a model trained from scratch on --data
@@ -101,6 +103,7 @@ class Settings:
             if abs(getattr(self, name)) >= 2**63:
                 raise UserError(f"--{name} {getattr(self, name)} must fit into 64 bits")
         choices = dict(dtype=("auto", "float32", "bfloat16"), compile=("auto", "on", "off"))
+        choices |= dict(capture=("auto", "on", "off"))
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise UserError(
@@ -129,6 +132,25 @@ def pick_device(name):
             f"--device {name} is not available (torch {torch.__version__} has {', '.join(here)})"
         ) from None
     return device
+
+
+PAYS = 1500  # steps from which torch.compile saves more time than it takes
+
+
+def pick_compile(settings, on_cuda, steps):
+    """Whether log-probs and losses are compiled, and why -> (bool, text for the header).
+
+    Compiling takes about a minute. Toy models gain nothing where whole steps are captured.
+    """
+    if settings.compile != "auto":
+        return settings.compile == "on", ""
+    if not on_cuda:
+        return False, ""
+    if not (settings.init or settings.data):
+        return False, " (a toy model gains nothing)"
+    if steps < PAYS:
+        return False, f" (it pays from {PAYS} steps on)"
+    return True, f" ({steps} steps pay for it)"
 
 
 def make_world(settings, start=None):

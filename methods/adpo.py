@@ -97,8 +97,8 @@ def deviation(scores, present):
 def kernel_ranks(scores, present):
     """logit F (B, K), F_i = mean_j Phi((R_i - R_j) / b), with Silverman's bandwidth b."""
     n = present.sum(1, keepdim=True)
-    quarters = torch.tensor([0.25, 0.75], dtype=scores.dtype, device=scores.device)
-    low, high = scores.masked_fill(~present, torch.nan).nanquantile(quarters, dim=1)[..., None]
+    known = scores.masked_fill(~present, torch.nan)
+    low, high = (known.nanquantile(share, dim=1, keepdim=True) for share in (0.25, 0.75))
     spread = torch.minimum(deviation(scores, present), (high - low) / 1.34)
     b = (0.9 * spread * n.to(scores.dtype) ** -0.2).clamp(min=1e-3)
     gaps = (scores[:, :, None] - scores[:, None, :]) / b[..., None]  # (B, K, K)

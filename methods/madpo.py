@@ -119,10 +119,7 @@ def reward_margins(lab, policy, rows, cfg):
     model = (RewardTable if lab.world.kind == "table" else RewardModel)(policy)
     order = torch.randperm(len(rows), generator=lab.rng("reward model")).tolist()
     size = lab.batch_size
-
-    def batches(step):
-        places = range(step * size, (step + 1) * size)
-        return lab.collate([rows[order[i % len(rows)]] for i in places])
+    batches = lab.batches([rows[i] for i in order])
 
     def margins(model, batch):
         chosen, rejected = model(batch).unbind(1)
@@ -135,7 +132,8 @@ def reward_margins(lab, policy, rows, cfg):
         return torch.optim.AdamW(params, lr=cfg.reward_lr, weight_decay=cfg.reward_decay)
 
     try:
-        lab.fit(model, batches, bradley_terry, steps=cfg.reward_steps, optimizer=adamw)
+        kwargs = dict(steps=cfg.reward_steps, optimizer=adamw, capture=True)
+        lab.fit(model, batches, bradley_terry, **kwargs)
     except UserError as error:  # the reward model diverged
         raise type(error)(str(error).replace("--lr", "--reward_lr")) from None
     with torch.no_grad():

@@ -107,12 +107,10 @@ def fit_reward(lab, policy, pairs):
     """A reward model that is fitted to pairs in `lab.steps` steps of `lab.batch_size` pairs."""
     model = (RewardTable if lab.world.kind == "table" else RewardModel)(policy)
 
-    def batches(step):
-        first = step * lab.batch_size
-        rows = [pairs[i % len(pairs)] for i in range(first, first + lab.batch_size)]
-        return lab.collate(rows)
+    def objective(model, batch):
+        return bradley_terry(model(batch))
 
-    return lab.fit(model, batches, lambda model, batch: bradley_terry(model(batch)))
+    return lab.fit(model, lab.batches(pairs), objective, capture=True)
 
 
 def rollout(lab, policy, round, prompts, score):

@@ -1,0 +1,130 @@
+"""What a CUDA device needs and a CPU can check: no host sync, one device, random numbers.
+
+Every training of every method is recorded: base model, reward models, alignment. Its first step is
+then repeated on tensors without values, whose device is called cuda. An operation that reads a
+value or that meets tensors on two devices fails there, as it would slow down or fail on a card.
+"""
+
+import copy
+import dataclasses
+import importlib
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+import data
+from data import Batch
+from lab import Lab, Settings, align, check, evaluate, loop, store
+from lab.settings import methods
+
+registration = pytest.importorskip("torch.utils.backend_registration")
+
+
+class Backend(registration._DummyBackendModule):
+    """What torch.autocast asks of a device."""
+
+    def get_amp_supported_dtype(self):
+        return [torch.bfloat16]
+
+
+registration._setup_privateuseone_for_python_backend("card", Backend())
+CARD = torch.device("card:0")
+TINY = dict(base_steps=2, prompts=16, steps=3, batch_size=4, eval_size=4)
+
+
+def papers():
+    """(method, world) for every method, on text and on images if it runs on them."""
+    for name in methods():
+        paper = importlib.import_module(f"methods.{name}").PAPER
+        if "text" in paper.worlds:
+            own = paper.needs in ("verifier", "lists")  # reviews has pairs only
+            yield name, paper.defaults["world"] if own else "reviews"
+        if "images" in paper.worlds:
+            yield name, "gaussians" if name == "ddo" else "digits"
+
+
+def moved(value, move):
+    """The value with `move` applied to all tensors in it."""
+    if isinstance(value, torch.Tensor):
+        return move(value)
+    if isinstance(value, Batch):
+        inner = {f.name: moved(getattr(value, f.name), move) for f in dataclasses.fields(value)}
+        return Batch(**inner)
+    if isinstance(value, dict):
+        return {name: moved(item, move) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(moved(item, move) for item in value)
+    return value
+
+
+def place(model, move):
+    """The model with `move` applied to all parameters and buffers, in place."""
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                new = move(p.detach())
+                module._parameters[name] = torch.nn.Parameter(new, p.requires_grad)
+        for name, b in module._buffers.items():
+            module._buffers[name] = b if b is None else move(b)
+    return model
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """One cache for the base models of all tests."""
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def trainings(cache, monkeypatch):
+    """A function (method, world) -> [(lab, model, item, loss)] of all trainings of a run."""
+    monkeypatch.setattr(store, "CACHE", cache)
+    monkeypatch.setattr(check, "first_step", lambda *about: None)  # reads values, by design
+    monkeypatch.setattr(evaluate, "glance", lambda *about: {})
+    for world in ("digits", "gaussians"):
+        path = f"toy.{world}.World.measure"
+        monkeypatch.setattr(path, lambda self, policy, lab: {"frechet": 1.0})
+    found, fit = [], loop.fit
+
+    def noted(lab, model, batches, loss, *args, **options):
+        get = batches if callable(batches) else lambda step: batches[step]
+        found.append((lab, copy.deepcopy(model), copy.deepcopy(get(0)), loss))
+        return fit(lab, model, batches, loss, *args, **options)
+
+    for owner in (loop, align, Lab):
+        monkeypatch.setattr(owner, "fit", noted)
+
+    def run(name, world):
+        module = importlib.import_module(f"methods.{name}")
+        short = {} if world in ("digits", "gaussians") else {"max_response": 8}
+        lab = Lab(Settings(**TINY | short | {"world": world}), quiet=True)
+        module.run(lab, module.Config())
+        for reader in (module, data):
+            if "readable" in vars(reader):
+                monkeypatch.setattr(reader, "readable", lambda x: False)
+        return found
+
+    return run
+
+
+@pytest.mark.parametrize("name, world", list(papers()))
+def test_no_step_reads_a_value_or_mixes_devices(trainings, name, world):
+    found = trainings(name, world)
+    assert found
+    for lab, model, item, loss in found:
+        mode = FakeTensorMode()
+
+        def card(x):
+            return FakeTensor(mode, x.to("meta"), CARD)
+
+        model, item = place(model, card), moved(item, card)
+        params = [p for p in model.parameters() if p.requires_grad]
+        optimizer = loop.adamw(lab, 1e-3)(params)
+        with mode:
+            losses, metrics = loss(model, item)
+            losses.mean().backward()
+            torch.nn.utils.clip_grad_norm_(params, 1.0)
+            optimizer.step()
+        assert losses.device == CARD
+        assert all(value.device == CARD for value in metrics.values())
