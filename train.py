@@ -30,7 +30,18 @@ import time
 import torch
 
 from data import UserError, printable
-from lab import Lab, compare, contract, evaluate, flags, folder, manual, report, results
+from lab import (
+    Lab,
+    compare,
+    contract,
+    evaluate,
+    flags,
+    folder,
+    manual,
+    report,
+    results,
+    spread,
+)
 from lab.align import Stop
 from lab.store import open_cache, write_json, write_text
 
@@ -126,34 +137,42 @@ def evaluated(run, lab, model, out, say):
 # ---------------------------------------------------------------- a sweep
 
 
-def sweep(runs, out):
+def sweep(runs, out, tasks, failed):
     """All combinations of settings, one folder per run; one table and one plot -> exit status.
 
-    A run that fails (a NaN, or rows that its method cannot use) is named, and the others go on. The
-    exit status is then 2. UserError: every run fails.
+    tasks: the indices of the runs that are done here; the others belong to other shards. failed:
+    {index: reason} of runs that have failed already. A run that fails (a NaN, or rows that its
+    method cannot use) is named, and the others go on. The exit status is then 2. UserError: every
+    run fails.
     """
     varied = list(dict.fromkeys(name for run in runs for name in run.varied if name != "seed"))
-    results, records, failed = [], [], []
+    start, places = time.time(), []
     for i, run in enumerate(runs):
-        print(f"[{i + 1}/{len(runs)}] {run.name()}", file=sys.stderr, flush=True)
         changed = "-".join(f"{k}{v}" for k, v in run.varied.items()).replace(os.sep, "_")
-        place = os.path.join(out, f"{i:03d}-{changed}")
+        places.append(os.path.join(out, f"{i:03d}-{changed}"))
+    for done, i in enumerate(tasks):
+        left = (time.time() - start) / done * (len(tasks) - done) if done else None
+        line = f"[{i + 1}/{len(runs)}] {runs[i].name()}"
+        line += "" if left is None else f"; {report.clock(left)} left"
+        print(line, file=sys.stderr, flush=True)
         try:
-            summary = one_run(run, place, quiet=True)
+            os.makedirs(places[i], exist_ok=True)
+            with folder.locked(places[i]):
+                one_run(runs[i], places[i], quiet=True)
         except UserError as error:
-            failed.append(f"{run.name()}: {error}")
-            print(printable(failed[-1], None), file=sys.stderr)
-            if not folder.trained(place):
-                shutil.rmtree(place, ignore_errors=True)
-            continue
-        about = dataclasses.asdict(run.settings) | vars(run.cfg) | {"method": run.method}
-        if "after" in summary:
-            results.append((about | {"row": "after"}, summary["after"]))
+            failed[i] = str(error)
+            print(printable(f"{runs[i].name()}: {error}", None), file=sys.stderr)
+            if not folder.trained(places[i]):
+                shutil.rmtree(places[i], ignore_errors=True)
+    results, records, missing = [], [], []
+    for i, (run, place) in enumerate(zip(runs, places)):
+        summary = None if i in failed else finished(place)
+        if summary and "after" in summary:
+            about = dataclasses.asdict(run.settings) | vars(run.cfg) | {"method": run.method}
+            results.append((about, summary["after"]))
             records.append(compare.read(place))
-        for row, values in summary.get("table", {}).items():
-            results.append((about | {"row": row}, values))
-    if any(about["row"] != "after" for about, _ in results):  # tables, one below the other
-        varied.append("row")
+        elif not summary and i not in failed:
+            missing.append(run.name())
     if results:
         text = report.sweep_table(results, varied or ["method"])
         print(text)
@@ -162,9 +181,12 @@ def sweep(runs, out):
         write_json(os.path.join(out, "sweep.json"), rows)
         path = os.path.join(out, "sweep.png")
         plot = ", sweep.png" if report.sweep_plot(path, results, varied or ["method"]) else ""
-        files = f"{compare.write(out, records, f'{len(records)} runs')}, " if records else ""
-        print(f"written to {out}/: sweep.txt, sweep.json{plot}, {files}one folder per run")
-    end = f"{len(failed)} of {len(runs)} runs failed: {' | '.join(failed)}"
+        files = compare.write(out, records, f"{len(records)} runs")
+        print(f"written to {out}/: sweep.txt, sweep.json{plot}, {files}, one folder per run")
+    if missing:
+        print(printable(f"{len(missing)} of {len(runs)} runs are not done: {' | '.join(missing)}"))
+    reasons = [f"{runs[i].name()}: {reason}" for i, reason in sorted(failed.items())]
+    end = f"{len(failed)} of {len(runs)} runs failed: {' | '.join(reasons)}"
     if len(failed) == len(runs):
         raise UserError(end)
     if failed:
@@ -226,6 +248,42 @@ def unknown_words(lab, model, prompt):
     return [w for w in words if not any(seen.issuperset(tokenizer.encode(f)) for f in forms[w])]
 
 
+# ---------------------------------------------------------------- several processes or machines
+
+
+def several(runs, given, out):
+    """A sweep, or claims, here or in --jobs processes, and of those only a --shard -> exit status.
+
+    given: the flags.
+    """
+    names = list(dict.fromkeys(r.method for r in runs)) if "claim" in given else runs
+    tasks, failed = spread.share(len(names), given.get("shard")), {}
+    if int(given.get("jobs", 1)) > 1:
+        titles = [name if isinstance(name, str) else name.name() for name in names]
+        failed = spread.in_processes(given, out, titles, int(given["jobs"]))
+        tasks = []
+    if "claim" in given:
+        for i, reason in failed.items():
+            say_error(f"{names[i]}: {reason}")
+        return results.claim(runs, sorted({run.settings.seed for run in runs}), out, tasks)
+    return sweep(runs, out, tasks, failed)
+
+
+def merged(given):
+    """Join the folders of the shards of one command, and write its tables -> exit status."""
+    folders, command = spread.parts_of(given["merge"])
+    place = {name: given[name] for name in ("out", "overwrite") if name in given}
+    known, chosen = flags.read_flags([f"--{name}={text}" for name, text in command.items()])
+    runs = flags.combinations(known | place, chosen)
+    into = None if "out" in given else folders[0]
+    with folder.folder(runs[0], known, flags.label(runs, known), into) as out:
+        if "claim" in known:
+            results.gather(folders, out)
+            return results.again(out, chosen)
+        spread.gather(folders, out)
+        return sweep(flags.fitting(runs, known), out, [], {})
+
+
 # ---------------------------------------------------------------- the command line
 
 
@@ -255,12 +313,15 @@ def main(argv):
             return 0
         if "check" in given:
             return contract.check(runs[0])
+        if "merge" in given:
+            return merged(given)
         seeds = sorted({run.settings.seed for run in runs})
         if "judge" in given:
             return results.again(given["judge"], chosen or flags.catalogue())
         if "smoke" in given:
             return results.smoke(runs, seeds)
-        if "claim" in given and not resumed and not runs[0].settings.overwrite:
+        free = resumed or "shard" in given or runs[0].settings.overwrite
+        if "claim" in given and not free:
             results.refuse_measured(runs[0].settings.out, {run.method for run in runs}, seeds)
         if not {"claim", "compare"} & set(given):
             runs = flags.fitting(runs, given)
@@ -268,13 +329,13 @@ def main(argv):
             with contextlib.suppress(Stop):
                 one_run(runs[0], None, quiet=True, show=True)
             return 0
+        if "shard" in given:
+            return several(runs, given, spread.shared_folder(runs[0], given))
         with folder.folder(runs[0], given, flags.label(runs, given), resumed) as out:
             if "compare" in given:
                 return compared(given["compare"].split("\n"), out)
-            if "claim" in given:
-                return results.claim(runs, seeds, out)
-            if len(runs) > 1:
-                return sweep(runs, out)
+            if "claim" in given or len(runs) > 1:
+                return several(runs, given, out)
             one_run(runs[0], out)
             return 0
     except KeyboardInterrupt:

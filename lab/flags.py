@@ -37,6 +37,7 @@ from lab.settings import (
     refuse_idle,
     unknown,
 )
+from lab.spread import read_shard
 from lab.store import HERE
 
 ACTIONS = dict(
@@ -48,14 +49,18 @@ ACTIONS = dict(
     seeds="run this many seeds: seed, seed + 1, ... [1; 5 with --claim]",
     resume="continue the interrupted run in this folder",
     prompt="print the response of the model of --init (or of the world's base model)",
+    jobs="run a sweep, or the claims of several papers, in this many processes at a time",
+    shard="i/n: do every n-th run of a sweep, or paper, from the i-th on; needs --out",
+    merge="join the folders of the shards of one command: --merge A B; --out DIR [the first]",
     compare="finished runs or sweeps beside each other, from their folders: --compare A B",
     show="print one row as the model sees it, and stop before the first step",
     check="test whether a method keeps the contract: --check my_method",
     list="the methods by family, and the worlds",
     help="this text; with --method NAME: that paper and its flags",
 )
+FOLDERS = ("compare", "merge")  # actions that take folders, as the shell writes them out
 BARE = ("claim", "smoke", "tuning", "show", "list", "help")  # actions that take no value
-TEXTS = ("data", "init", "out", "world", "prompt", "resume", "check", "compare", "judge")
+TEXTS = ("data", "init", "out", "world", "prompt", "resume", "check", "judge", *FOLDERS)
 # the seeds of --claim: no release before them printed 10 to 14, and tuning has seeds from 100 on
 REPORTED, TUNING, SEEDS = 10, 100, 5
 ENDINGS = r"(?i)(\.(py|jsonl?|csv|parquet|npz))?(\.gz)?$"  # of files, left out of a folder's name
@@ -272,7 +277,8 @@ def read_command(argv):
     if len(flags) > 1:
         raise UserError("--resume takes no other flag: the run's own settings are used")
     again, chosen = read_flags(read_run(flags["resume"]))
-    for name in sorted(set(again) & (set(ACTIONS) - {"method", "claim", "tuning", "seeds"})):
+    allowed = {"method", "claim", "tuning", "seeds", "jobs"}
+    for name in sorted(set(again) & (set(ACTIONS) - allowed)):
         raise UserError(
             f"--resume {flags['resume']}: its run.json asks for --{name}, not for a run"
         )
@@ -302,7 +308,7 @@ def read_flags(argv):
         if name not in known:
             raise UserError(no_such_flag(name, known, chosen))
         i += 1
-        if name == "compare":  # folders, as the shell writes them out
+        if name in FOLDERS:
             first, folders = i, [value] * bool(equals)
             while i < len(argv) and not argv[i].startswith("--"):
                 i += 1
@@ -491,7 +497,7 @@ def combinations(flags, chosen):
 
 def refuse_idle_actions(flags, runs):
     """Refuse flags that have no effect together with the action. UserError: there are some."""
-    if not {"prompt", "compare", "judge"} & set(flags) and runs[0].method is None:
+    if not {"prompt", "judge", *FOLDERS} & set(flags) and runs[0].method is None:
         raise UserError("--method is needed (see --list)")
     for name in ("smoke", "tuning"):
         if name in flags and "claim" not in flags:
@@ -499,13 +505,15 @@ def refuse_idle_actions(flags, runs):
     model = {"init", "world", "data", "device", "dtype", "base_seed", "base_steps"}
     answer = {"temperature", "seed", "max_response", "context", "truncate"}
     one_seed = {"seeds", "seed", "out", "overwrite", "device", "dtype", "compile", "capture"}
+    spread = {"jobs", "shard"}
     fields = {name for name in flags if name not in settings_flags() and name not in ACTIONS}
     takes = dict(
         prompt=model | answer,
         compare={"out", "overwrite"},
+        merge={"out", "overwrite"},
         judge={"method"},
         check={"world", "device", "seed"} | fields,
-        claim={"method", "smoke", "tuning"} | one_seed,
+        claim={"method", "smoke", "tuning"} | one_seed | spread,
         show=set(flags) - {"out", "overwrite", "seeds", *ACTIONS} | {"method"},
     )
     for action, useful in takes.items():
@@ -530,9 +538,32 @@ def refuse_idle_actions(flags, runs):
         ) < len(runs):
             raise UserError("--claim takes one value for --device, --dtype, --compile, --capture")
         break
+    refuse_idle_spread(flags, runs)
     greedy = "temperature" not in flags or runs[0].settings.temperature == 0
     if "prompt" in flags and "seed" in flags and greedy:
         raise UserError("--seed does nothing with a greedy --prompt; --temperature 1 samples")
+
+
+def refuse_idle_spread(flags, runs):
+    """Refuse --jobs and --shard where they cannot work. UserError: they cannot."""
+    given = [name for name in ("jobs", "shard") if name in flags]
+    if given and "smoke" in flags:
+        raise UserError(f"--{given[0]} does nothing together with --smoke")
+    if len(given) > 1:
+        raise UserError("--jobs and --shard exclude each other: a shard is one process")
+    tasks = {run.method for run in runs} if "claim" in flags else runs
+    if given and len(tasks) < 2:
+        what = "the claims of one paper" if "claim" in flags else "one run"
+        raise UserError(f"--{given[0]} does nothing with {what}")
+    if "shard" in flags and "out" not in flags:
+        raise UserError("--shard needs --out: a folder that all shards share, or one for each")
+    if "shard" in flags and "overwrite" in flags:
+        raise UserError("--overwrite would remove what other shards have finished")
+    if "shard" in flags:
+        read_shard(flags["shard"])
+    jobs = convert("jobs", flags.get("jobs", "1"), "int")
+    if not 1 <= jobs <= 1024:
+        raise UserError(f"--jobs {jobs} must be between 1 and 1024")
 
 
 def fitting(runs, flags):

@@ -13,7 +13,7 @@ import time
 import torch
 
 from data import UserError
-from lab.store import clear_half_written, commit, write_json
+from lab.store import clear_half_written, commit, lock, write_json
 
 MARK = "run.json"
 RESULTS = "README.md"  # the page of all papers in a folder of results
@@ -163,14 +163,8 @@ def trained(out):
 
 def write_run(out, run, flags):
     """Write run.json: flags, settings, Config, versions, and hashes of the files that are read."""
-    paths = {n: flags[n] for n in ("data", "init", "world") if os.path.exists(flags.get(n, ""))}
-    flags = flags | {name: os.path.abspath(path) for name, path in paths.items()}
-    methods = flags["method"].split(",") if "method" in flags else []
-    methods = [os.path.abspath(m) if os.path.exists(m) else m for m in methods]
-    if methods:
-        flags["method"] = ",".join(methods)
-    files = [flags[n] for n in ("data", "world") if n in paths]
-    files += [m for m in methods if os.path.isfile(m)]
+    flags = absolute(flags)
+    files = [flags.get("data", ""), flags.get("world", ""), *flags.get("method", "").split(",")]
     write_json(
         os.path.join(out, MARK),
         {
@@ -184,6 +178,17 @@ def write_run(out, run, flags):
             "files": {path: stamp(path) for path in files if os.path.isfile(path)},
         },
     )
+
+
+def absolute(flags):
+    """Flags with absolute paths, which mean the same in any folder."""
+    out = dict(flags)
+    for name in ("data", "init", "world", "method"):
+        parts = flags.get(name, "").split(",") if name == "method" else [flags.get(name, "")]
+        if any(os.path.exists(part) for part in parts):
+            paths = [os.path.abspath(part) if os.path.exists(part) else part for part in parts]
+            out[name] = ",".join(paths)
+    return out
 
 
 def note_resolved(out, lab):
@@ -244,15 +249,3 @@ def locked(out):
         yield
     with contextlib.suppress(OSError):
         os.unlink(path)
-
-
-def lock(file):
-    """Lock an open file for this process without waiting. OSError: another process holds it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        import msvcrt
-
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -21,7 +21,7 @@ from lab.batches import Batches
 from lab.graph import Captured
 from lab.hub import load_pretrained
 from lab.settings import make_world, pick_compile, pick_device, refuse_idle
-from lab.store import digest, generator, load_value, save_value, source
+from lab.store import alone, digest, generator, load_value, save_value, source
 
 
 @dataclasses.dataclass
@@ -170,8 +170,11 @@ class Lab:
             path = os.path.join(store.CACHE, key)
             value = load_value(path)
             if value is None:
-                value = function()
-                save_value(path, value)
+                with alone(path):
+                    value = load_value(path)  # another run may have made it meanwhile
+                    if value is None:
+                        value = function()
+                        save_value(path, value)
             Lab.memory[key] = value
         return Lab.memory[key]
 

@@ -62,6 +62,15 @@ def refuse_measured(out, names, seeds):
             )
 
 
+def gather(folders, out):
+    """Copy the results of several folders into `out`; those of a paper once."""
+    for folder in folders:
+        for name in stored(folder):
+            target = os.path.join(out, f"{name}.json")
+            if not os.path.exists(target):
+                shutil.copy(os.path.join(folder, f"{name}.json"), target)
+
+
 def exact_checks(name):
     """The number of tests marked `paper` in a method's tests; None where the tests are absent."""
     path = os.path.join(HERE, "tests", "methods", f"test_{name}.py")
@@ -83,14 +92,16 @@ def stamp(module):
 # ---------------------------------------------------------------- measuring
 
 
-def claim(runs, seeds, out):
+def claim(runs, seeds, out, tasks):
     """The claims of one or several papers -> exit status 0 if every verdict is the expected one.
 
     The output of each of several papers goes to NAME/log.txt while it is measured. A paper that
     raises an error does not stop the others, and papers that the interrupted run of --resume has
-    finished are not measured again.
+    finished are not measured again. tasks: the indices of the papers that are measured here; the
+    others belong to other shards.
     """
     settings, modules = plan(runs, seeds)
+    here = [name for i, name in enumerate(modules) if i in tasks]
     if len(modules) == 1:
         ((name, module),) = modules.items()
         rows = finished(out, name, seeds)
@@ -101,6 +112,9 @@ def claim(runs, seeds, out):
     for i, (name, module) in enumerate(modules.items()):
         rows, failed = finished(out, name, seeds), ""
         place = os.path.join(out, name)
+        if rows is None and name not in here:
+            print(f"[{i + 1}/{len(modules)}] {name}: not done", flush=True)
+            continue
         if rows is None:
             ran += 1
             os.makedirs(place, exist_ok=True)

@@ -279,6 +279,45 @@ def source(*modules):
     return [inspect.getsource(m) for m in modules]
 
 
+def lock(file):
+    """Lock an open file for this process without waiting. OSError: another process holds it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@contextlib.contextmanager
+def alone(path):
+    """Hold the lock of a value in the cache, so that it is made by one process at a time.
+
+    Another process that holds it is waited for; if it is killed, its lock is released.
+    """
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path + ".lock", "a+b") as file:
+        waiting = False
+        while True:
+            try:
+                lock(file)
+                break
+            except (BlockingIOError, PermissionError):  # the latter on Windows
+                if not waiting:
+                    print("another run is making what this run needs: waiting", file=sys.stderr)
+                waiting = True
+                time.sleep(0.2)
+            except OSError:  # a file system without locks: the value may be made twice
+                break
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(path + ".lock")
+
+
 def remove_value(path):
     """Delete what `save_value` wrote."""
     for name in (_tensor_file(path), os.path.basename(path) + ".json"):

@@ -1,0 +1,124 @@
+"""One command on several processes or machines: --jobs, --shard and --merge.
+
+A sweep, or the claims of several papers, is a list of tasks with one folder each. A shard i/n does
+every n-th task, from the i-th on. Shards share one --out folder, or --merge joins their folders.
+"""
+
+import concurrent.futures
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+from data import UserError, printable
+from lab import report
+from lab.folder import MARK, absolute, write_run
+from lab.store import HERE
+
+OWN = ("out", "overwrite", "jobs", "shard")  # flags in which the parts of a command may differ
+
+
+def read_shard(text):
+    """ "2/4" -> (2, 4). UserError: it is not such a pair."""
+    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    i, n = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= i <= n:
+        raise UserError(f"--shard {text}: expected i/n with i from 1 to n, such as 2/4")
+    return i, n
+
+
+def share(count, shard):
+    """The indices of the tasks of a shard ("2/4"), or of all `count` tasks for None."""
+    i, n = read_shard(shard) if shard else (1, 1)
+    return range(i - 1, count, n)
+
+
+def same_command(flags):
+    """The flags of a command, without those in which its parts may differ."""
+    return {name: text for name, text in absolute(flags).items() if name not in OWN}
+
+
+def flags_of(folder):
+    """The flags in the run.json of a folder. UserError: it has none."""
+    try:
+        with open(os.path.join(folder, MARK), encoding="utf-8") as file:
+            return dict(json.load(file)["flags"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{folder} has no readable {MARK}") from None
+
+
+def shared_folder(run, given):
+    """The --out folder that the shards of one command share, made by the first of them -> its path.
+
+    UserError: it is not empty and not of the same command.
+    """
+    out = run.settings.out
+    try:
+        os.makedirs(out, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror}") from None
+    flags = same_command(given)
+    if not os.listdir(out):
+        write_run(out, run, flags)
+    if same_command(flags_of(out)) != flags:
+        raise UserError(f"--out {out} is of another command, so this shard does not fit into it")
+    return out
+
+
+def in_processes(given, out, names, jobs):
+    """Do all tasks of a command, each in a process of its own and `jobs` of them at a time.
+
+    given: the flags of the command. names: what to print for each task. Returns {index: reason} of
+    the tasks that failed.
+    """
+    flags = [f"--{name}={text}" for name, text in same_command(given).items()]
+    command = [sys.executable, os.path.join(HERE, "train.py"), *flags, "--out", out]
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    environment = {"OMP_NUM_THREADS": threads} | dict(os.environ)
+    start, failed = time.time(), {}
+
+    def do(i):
+        shard = ["--shard", f"{i + 1}/{len(names)}"]
+        return subprocess.run([*command, *shard], env=environment, capture_output=True, text=True)
+
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        asked = {pool.submit(do, i): i for i in range(len(names))}
+        try:
+            for done, future in enumerate(concurrent.futures.as_completed(asked), 1):
+                i, ended = asked[future], future.result()
+                if ended.returncode not in (0, 1):  # 1: a claim does not hold
+                    said = ended.stderr.strip().splitlines() or [f"status {ended.returncode}"]
+                    failed[i] = said[-1].removeprefix("train.py: ")
+                left = (time.time() - start) / done * (len(names) - done)
+                line = f"[{done}/{len(names)}] {names[i]}{' failed' * (i in failed)}"
+                print(f"{printable(line)}; {report.clock(left)} left", file=sys.stderr, flush=True)
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return failed
+
+
+def gather(folders, out):
+    """Copy the runs that the folders of shards have finished into `out`, each run once."""
+    for folder in folders:
+        for name in sorted(os.listdir(folder)):
+            place, target = os.path.join(folder, name), os.path.join(out, name)
+            if os.path.exists(f"{place}/summary.json") and not os.path.exists(target):
+                shutil.copytree(place, target)
+
+
+def parts_of(text):
+    """The folders of --merge -> (folders, the flags of their command).
+
+    UserError: one is not the folder of a sweep or of claims, or they are of different commands.
+    """
+    folders = text.split("\n")
+    flags = [same_command(flags_of(folder)) for folder in folders]
+    for folder, other in zip(folders, flags):
+        if other != flags[0]:
+            names = sorted(n for n in {*other, *flags[0]} if other.get(n) != flags[0].get(n))
+            raise UserError(f"{folder} and {folders[0]} differ in --{', --'.join(names)}")
+    return folders, flags[0]

@@ -1,0 +1,170 @@
+"""--jobs, --shard and --merge: one command on several processes or machines."""
+
+import json
+import os
+import threading
+import time
+
+import pytest
+
+import train
+from data import UserError
+from lab import flags, folder, results, spread, store
+from tests.lab.commands import refused
+
+pytestmark = pytest.mark.usefixtures("own_folder")
+SWEEP = ["--method", "dpo", "--world", "bandit", "--steps", "3", "--beta", "0.1,1", "--seeds", "2"]
+
+
+def table(folder):
+    return json.loads((folder / "sweep.json").read_text())
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """The sweep in one process."""
+    assert train.main([*SWEEP, "--out", "whole"]) == 0
+    return table(tmp_path / "whole")
+
+
+def test_shards_that_share_a_folder_end_with_the_table_of_the_whole_sweep(tmp_path, whole, capsys):
+    assert train.main([*SWEEP, "--shard", "2/2", "--out", "s"]) == 0
+    assert "2 of 4 runs are not done" in capsys.readouterr().out
+    assert len(table(tmp_path / "s")) == 2
+    assert train.main([*SWEEP, "--shard", "1/2", "--out", "s"]) == 0
+    assert "not done" not in capsys.readouterr().out
+    assert table(tmp_path / "s") == whole
+
+
+def test_a_shard_that_is_given_again_repeats_nothing(tmp_path):
+    argv = [*SWEEP, "--shard", "1/4", "--out", "s"]
+    assert train.main(argv) == 0
+    (summary,) = (tmp_path / "s").glob("*/summary.json")
+    before = summary.stat().st_mtime_ns
+    assert train.main(argv) == 0
+    assert summary.stat().st_mtime_ns == before
+
+
+def test_resume_of_a_shared_folder_does_what_no_shard_has_done(tmp_path, whole):
+    assert train.main([*SWEEP, "--shard", "3/4", "--out", "s"]) == 0
+    assert train.main(["--resume", "s"]) == 0
+    assert table(tmp_path / "s") == whole
+
+
+def test_merge_joins_the_folders_of_shards(tmp_path, whole, capsys):
+    for i in (1, 2):
+        assert train.main([*SWEEP, "--shard", f"{i}/2", "--out", f"part{i}"]) == 0
+    assert train.main(["--merge", "part1", "part2", "--out", "all"]) == 0
+    assert table(tmp_path / "all") == whole
+    assert len(table(tmp_path / "part1")) == 2  # what is joined stays as it was
+    capsys.readouterr()
+    assert train.main(["--merge", "part1"]) == 0  # in place
+    assert "2 of 4 runs are not done: seed 0, beta 1.0" in capsys.readouterr().out
+
+
+def test_jobs_make_the_table_of_one_process_and_name_a_run_that_fails(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("NANOPREF_CACHE", str(tmp_path / "cache"))
+    argv = ["--method", "dpo", "--world", "bandit", "--steps", "3", "--lr", "0.01,1e300"]
+    assert train.main([*argv, "--out", "one"]) == 2
+    assert train.main([*argv, "--jobs", "2", "--out", "two"]) == 2
+    said = capsys.readouterr()
+    assert "1 of 2 runs failed: lr 1e+300: " in said.err and "not done" not in said.out
+    assert "[2/2]" in said.err
+    assert table(tmp_path / "two") == table(tmp_path / "one") and len(table(tmp_path / "two")) == 1
+
+
+def test_the_claims_of_several_papers_are_shared_and_joined(tmp_path, monkeypatch, capsys):
+    known = []
+
+    def measured(name, module, settings, seeds, out, quiet=False):
+        known.append(name)
+        about = flags.load_claims(module)
+        block = {"command": "", "commit": "", "run": results.run_of(out), "seeds": seeds}
+        block |= {"seconds": 1.0, "source": results.stamp(about), "claims": [], "series": {}}
+        results.write_json(f"{out}/{name}.json", {"exact checks": 1, "reported": block})
+        return []
+
+    monkeypatch.setattr(results, "measured", measured)
+    argv = ["--method", "dpo,sft,rdpo", "--claim"]
+    assert train.main([*argv, "--out", "c", "--shard", "1/2"]) == 0
+    assert known == ["dpo", "rdpo"] and "sft: not done" in capsys.readouterr().out
+    assert train.main([*argv, "--out", "c", "--shard", "2/2"]) == 0
+    assert known == ["dpo", "rdpo", "sft"] and "not done" not in capsys.readouterr().out
+    for i in (1, 2):
+        assert train.main([*argv, "--out", f"c{i}", "--shard", f"{i}/2"]) == 0
+    judged = []
+    monkeypatch.setattr(results, "again", lambda out, chosen: judged.append(out) or 0)
+    assert train.main(["--merge", "c1", "c2", "--out", "all"]) == 0
+    assert sorted(results.stored("all")) == ["dpo", "rdpo", "sft"] and judged == ["all"]
+
+
+@pytest.mark.parametrize(
+    "argv, word",
+    [
+        ([*SWEEP, "--shard", "1/2"], "--shard needs --out"),
+        ([*SWEEP, "--shard", "3/2", "--out", "s"], "from 1 to n"),
+        ([*SWEEP, "--shard", "0/2", "--out", "s"], "from 1 to n"),
+        ([*SWEEP, "--shard", "half", "--out", "s"], "such as 2/4"),
+        ([*SWEEP, "--shard", "1/2", "--jobs", "2", "--out", "s"], "exclude each other"),
+        ([*SWEEP, "--shard", "1/2", "--out", "s", "--overwrite"], "other shards"),
+        ([*SWEEP, "--jobs", "0"], "between 1 and"),
+        ([*SWEEP, "--jobs", "two"], "whole number"),
+        (["--method", "dpo", "--jobs", "2"], "does nothing with one run"),
+        (["--method", "dpo", "--claim", "--jobs", "2"], "claims of one paper"),
+        (["--method", "dpo,sft", "--claim", "--smoke", "--jobs", "2"], "together with --smoke"),
+        (["--merge", "nowhere"], "nowhere has no readable run.json"),
+        (["--merge", "nowhere", "--steps", "3"], "--steps does nothing together with --merge"),
+        (["--method", "dpo", "--show", "--jobs", "2"], "--jobs"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(tmp_path, capsys, argv, word):
+    refused(capsys, argv, word)
+    assert not (tmp_path / "s").exists()
+
+
+def test_shards_of_another_command_are_refused(tmp_path, capsys):
+    assert train.main([*SWEEP, "--shard", "1/4", "--out", "s"]) == 0
+    other = [*SWEEP, "--flip", "0.1"]
+    refused(capsys, [*other, "--shard", "2/4", "--out", "s"], "of another command")
+    assert train.main([*other, "--shard", "2/4", "--out", "t"]) == 0
+    refused(capsys, ["--merge", "s", "t"], "differ in --flip")
+
+
+def test_a_run_that_another_shard_is_doing_is_left_to_it(tmp_path, capsys):
+    assert train.main([*SWEEP, "--shard", "1/4", "--out", "s"]) == 0
+    (place,) = (tmp_path / "s").glob("000-*")
+    os.remove(place / "summary.json")
+    with folder.locked(str(place)):
+        assert train.main([*SWEEP, "--shard", "1/4", "--out", "s"]) == 2
+    assert "is being written by another run" in capsys.readouterr().err
+    assert place.exists()
+
+
+def test_a_value_of_the_cache_is_made_by_one_process_at_a_time(tmp_path):
+    order, path = [], str(tmp_path / "value")
+
+    def make(name):
+        with store.alone(path):
+            order.append(name)
+            time.sleep(0.3)
+            order.append(name)
+
+    threads = [threading.Thread(target=make, args=(name,)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert order in (list("aabb"), list("bbaa")) and not os.path.exists(path + ".lock")
+
+
+def test_a_value_that_cannot_be_made_leaves_no_lock(tmp_path):
+    with pytest.raises(UserError), store.alone(str(tmp_path / "value")):
+        raise UserError("no")
+    assert not list(tmp_path.iterdir())
+
+
+def test_shares_are_disjoint_and_cover_all_tasks():
+    parts = [list(spread.share(7, f"{i}/3")) for i in (1, 2, 3)]
+    assert parts == [[0, 3, 6], [1, 4], [2, 5]] and list(spread.share(3, None)) == [0, 1, 2]
