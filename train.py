@@ -7,6 +7,7 @@
     python train.py --judge results                                stored results, judged again
     python train.py --method dpo --init DIR --data FILE            your checkpoint and preferences
     python train.py --init OUT --prompt "..."                      ask a finished model
+    python train.py --method dpo --beta 0.1,1 --jobs 2             a sweep in two processes
     python train.py --compare OUT OUT                              finished runs beside each other
     python train.py --method dpo --help                            one paper and its flags
 
