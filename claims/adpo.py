@@ -64,7 +64,7 @@ def noisy_bandit(lab, seed, noise):
     best, found = (new @ world).argmax(1, keepdim=True), {}
     for name, (target, count, anchored) in ARMS.items():
         model, anchor = copy.deepcopy(start).requires_grad_(True), start if anchored else None
-        model = train(model, anchor, scores, adpo.Config(target=target), count, 400)
+        model = train(model, anchor, scores, adpo.Config(target=target), count, 300)
         found[name] = model(new).softmax(1).gather(1, best).mean().item()
     return found
 
@@ -86,7 +86,7 @@ def measure(lab):
     def data(lab, base):
         return lab.preferences(base, k=4)
 
-    how = dict(flip=0.3, k=4, steps=100, batch_size=32, eval_size=512, eval_every=10)
+    how = dict(flip=0.3, k=4, steps=100, batch_size=32, eval_size=1000, eval_every=20)
     return series | lab.race(arms, data, **how)
 
 
@@ -100,10 +100,11 @@ for noise, name in dict(gaussian="Gaussian", cauchy="Cauchy").items():
             f"lists, {noise}",
             ">",
             f"dpo, {noise}",
+            margin=0.02,
             kind="primary" if noise == "gaussian" else "mechanism",
-            world="a bandit",
-            matched="steps",
-            expect="inconclusive",
+            world="noisy bandit",
+            matched="lists, steps",
+            expect="reversed",
         ),
         claim(
             f"In a bandit with {name} noise, pairs with an anchor (DPO) put more probability on "
@@ -130,6 +131,7 @@ for noise, name in dict(gaussian="Gaussian", cauchy="Cauchy").items():
             f"lists, kde, {noise}",
             ">",
             f"lists, raw, {noise}",
+            margin=0.02,
             expect="inconclusive",
         ),
     ]

@@ -9,9 +9,11 @@ three exact rounds with a moving reference are one round with beta / 3 is a test
 (tests/methods/test_curry_dpo.py). Reviews: the curriculum and the easiest pair after equal steps.
 
 What theory expects: the curriculum sees more pairs than the easiest pair alone, and so does
-pooling; the order is not what helps. On tuning seeds 100 to 102 the easiest pair had more reward on
-reviews at a slightly larger KL, and whether easy to hard or hard to easy had more reward in a
-bandit with noisy ratings depended on the random stream.
+pooling; the order is not what helps. In the bandit of tuning seeds 100 to 102, the pooled pairs had
+more reward than the curriculum, and so had the easiest pair on average, but not on every seed. On
+the same seeds the easiest pair had more reward on reviews at a slightly larger KL, and whether easy
+to hard or hard to easy had more reward in a bandit with noisy ratings depended on the random
+stream.
 """
 
 import copy
@@ -29,7 +31,7 @@ ARMS = {
     "pooled": Config(beta=0.1 / 3, order="pooled", rounds=1),
     "easiest pair": Config(beta=0.1 / 3, order="pooled", pairs="single", rounds=1),
 }
-STEPS = 600  # optimizer steps in the bandit, in all rounds together
+STEPS = 300  # optimizer steps in the bandit, in all rounds together
 PROMPTS = 60  # of the bandit; few, so that more pairs of the same prompts can help
 
 
@@ -130,9 +132,10 @@ CLAIMS = [
         kind="primary",
         world="bandit of 60 prompts",
         matched="steps, beta",
+        expect="inconclusive",
     ),
-    in_the_bandit("the same pairs pooled", "pooled", expect="no effect"),
-    in_the_bandit("the rounds in the opposite order", "hard to easy", expect="no effect"),
+    in_the_bandit("the same pairs pooled", "pooled", expect="reversed"),
+    in_the_bandit("the rounds in the opposite order", "hard to easy", expect="inconclusive"),
     claim(
         "On reviews the curriculum ends with a higher true reward than DPO on the easiest pair "
         "alone, after equal steps at the same effective beta",

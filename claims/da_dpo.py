@@ -128,25 +128,15 @@ def measure(lab):
 
     def end(lab, policy):
         found = lab.evaluate(policy)
-        names = dict(chair_s="chair_s", accuracy="accuracy", final_reward="reward")
+        names = dict(chair_s="chair_s", accuracy="accuracy")
         return {name: found[key] for name, key in names.items()}
 
-    return series | lab.race(arms, end=end, world="captions", steps=64, eval_size=512)
+    return series | lab.race(
+        arms, end=end, world="captions", steps=64, eval_size=1000, eval_every=16
+    )
 
 
 CLAIMS = [
-    claim(
-        "On captions, at the same mean beta and after as many steps, DA-DPO leaves fewer captions "
-        "with a hallucination than DPO",
-        "chair_s",
-        "da_dpo",
-        "<",
-        "dpo",
-        kind="primary",
-        world="captions",
-        matched="steps",
-        expect="inconclusive",
-    ),
     claim(
         "On captions, at the same mean beta and at matched KL, DA-DPO has a higher true reward "
         "than DPO",
@@ -155,6 +145,19 @@ CLAIMS = [
         ">",
         "dpo",
         at_kl="shared",
+        margin=0.1,
+        kind="primary",
+        world="captions",
+        expect="no effect",
+    ),
+    claim(
+        "On captions, at the same mean beta and after as many steps, DA-DPO leaves fewer captions "
+        "with a hallucination than DPO",
+        "chair_s",
+        "da_dpo",
+        "<",
+        "dpo",
+        margin=0.02,
         expect="inconclusive",
     ),
     claim(
@@ -164,23 +167,7 @@ CLAIMS = [
         "da_dpo",
         "<",
         "shuffled",
-        expect="inconclusive",
-    ),
-    claim(
-        "On captions, at the same mean beta and after as many steps, DA-DPO has a higher true "
-        "reward than DPO",
-        "final_reward",
-        "da_dpo",
-        ">",
-        "dpo",
-        expect="inconclusive",
-    ),
-    claim(
-        "On captions, DA-DPO ranks more held-out pairs as labelled than DPO at the same mean beta",
-        "accuracy",
-        "da_dpo",
-        ">",
-        "dpo",
+        margin=0.02,
         expect="inconclusive",
     ),
 ]

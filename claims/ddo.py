@@ -6,13 +6,12 @@ once on clean points. It is then trained on clean points for 400 steps by DDO, b
 more than 3 standard deviations from every mode. That DDO reaches the optimum of theorem 3.3 on
 sequences is a test (tests/methods/test_ddo.py).
 
-Not reproduced on tuning seed 100:
-1. DDO covers the modes less evenly than maximum likelihood.
-2. With twice the steps, which are as many rows as DDO sees, maximum likelihood comes near.
-3. After pretraining on clean points, DDO leaves more points off the ring than maximum likelihood.
-   Theory expects no gain there: an exact likelihood at its maximum would not change, since E[grad
-   log p_ref] is 0 under p_ref, and the bound is not the likelihood of the sampler.
-4. Fully trained digits, arithmetic and reviews gain nothing.
+What theory expects: no gain after pretraining on clean points, since an exact likelihood at its
+maximum would not change (E[grad log p_ref] is 0 under p_ref), and the bound is not the likelihood
+of the sampler; otherwise more precision for less coverage. On tuning seed 100, maximum likelihood
+with twice the steps, which are as many rows as DDO sees, came near DDO, and DDO covered the modes
+less evenly. After pretraining on clean points DDO left more points off the ring than maximum
+likelihood. Fully trained digits, arithmetic and reviews gained nothing.
 """
 
 import copy
@@ -57,7 +56,7 @@ def pretrained(lab, clean):
     def nll(model, batch):
         return -how["score"](model, batch)[:, 0].sum(-1), {}
 
-    return here.fit(base, batches, nll, steps=3500, lr=3e-3, decay=True)
+    return here.fit(base, batches, nll, steps=here.few(3500), lr=3e-3, decay=True)
 
 
 def arm(loss, cfg, steps=400, **options):
@@ -76,7 +75,7 @@ def arm(loss, cfg, steps=400, **options):
 
 def off_the_ring(lab, policy):
     """The share of 6,000 samples off the ring, and the entropy over the eight modes."""
-    points = lab.sample(policy, [0], 6000, lab.rng("measured points"))[0]["responses"]
+    points = lab.sample(policy, [0], lab.few(6000, 16), lab.rng("measured points"))[0]["responses"]
     return {
         "off the ring": lab.world.off_manifold(points),
         "mode entropy": lab.world.mode_entropy(points),
@@ -109,9 +108,7 @@ BASELINES = {
 }
 
 
-def fewer(start, baseline):
-    expected = start == "dirt" and baseline != "likelihood, 800 steps"
-    primary = start == "dirt" and baseline == "likelihood"
+def fewer(start, baseline, **kwargs):
     return claim(
         f"On a ring of Gaussians, {STARTS[start]}, 400 steps of DDO leave fewer points off the "
         f"ring than {BASELINES[baseline]}",
@@ -120,24 +117,30 @@ def fewer(start, baseline):
         "<",
         f"{baseline}, {start}",
         margin=0.02,
-        kind="primary" if primary else "mechanism" if start == "dirt" else "control",
-        world="gaussians",
-        matched="steps",
-        expect="supported" if expected else "inconclusive",
+        **kwargs,
     )
 
 
-def even(start):
-    return claim(
-        f"On a ring of Gaussians, {STARTS[start]}, DDO covers the eight modes more evenly than "
-        "maximum likelihood",
-        "mode entropy",
-        f"ddo, {start}",
-        ">",
-        f"likelihood, {start}",
+CLAIMS = [
+    fewer(
+        "dirt",
+        "likelihood, 800 steps",
+        kind="primary",
+        world="ring of Gaussians",
+        matched="rows",
         expect="inconclusive",
-    )
-
-
-CLAIMS = [fewer("dirt", name) for name in BASELINES] + [even("dirt")]
-CLAIMS += [fewer("clean", name) for name in BASELINES] + [even("clean")]
+    ),
+    fewer("dirt", "likelihood"),
+    fewer("dirt", "alpha 0"),
+    fewer("clean", "likelihood", expect="reversed"),
+    claim(
+        f"On a ring of Gaussians, {STARTS['dirt']}, DDO covers the eight modes more evenly than "
+        "twice the steps of maximum likelihood",
+        "mode entropy",
+        "ddo, dirt",
+        ">",
+        "likelihood, 800 steps, dirt",
+        margin=0.01,
+        expect="reversed",
+    ),
+]

@@ -16,8 +16,7 @@ points. If the reference is not split, responses become much shorter and the
 reward rises.
 """
 
-from data import UserError
-from lab.claims import claim
+from lab.claims import at_or_nan, claim
 from methods import dpo, ld_dpo
 
 ARMS = {
@@ -29,16 +28,7 @@ ARMS = {
         ld_dpo.Config(beta=0.5, alpha=0.5, on_reference=False),
     ),
 }
-SETTINGS = dict(world="reviews", length_bias=0.1, steps=100, eval_every=25, eval_size=1024)
-
-
-def length_at(curve, reward):
-    """The length at which a curve first reaches a reward, by linear interpolation."""
-    for a, b in zip(curve, curve[1:]):
-        if min(a["reward"], b["reward"]) <= reward <= max(a["reward"], b["reward"]):
-            share = (reward - a["reward"]) / ((b["reward"] - a["reward"]) or 1.0)
-            return a["length"] + share * (b["length"] - a["length"])
-    raise UserError(f"the curve never reaches a reward of {reward:.3g}")
+SETTINGS = dict(world="reviews", length_bias=0.1, steps=100, eval_every=25, eval_size=1000)
 
 
 def measure(lab):
@@ -47,10 +37,13 @@ def measure(lab):
     both = [*zip(curves["DPO"], curves["alpha 0"])]
     rewards = [min(max(look["reward"] for look in curve) for curve in pair) for pair in both]
     return curves | {
-        "base model": [curve[0] for curve in curves["DPO"]],
-        "DPO, at one reward": [length_at(a, r) for (a, _), r in zip(both, rewards)],
-        "alpha 0, at one reward": [length_at(b, r) for (_, b), r in zip(both, rewards)],
-        "reward lost": [a[-1]["reward"] - b[-1]["reward"] for a, b in both],
+        "DPO, longer by": [a[-1]["length"] - a[0]["length"] for a in curves["DPO"]],
+        "DPO, at one reward": [
+            at_or_nan(a, "reward", r, "length") for (a, _), r in zip(both, rewards)
+        ],
+        "alpha 0, at one reward": [
+            at_or_nan(b, "reward", r, "length") for (_, b), r in zip(both, rewards)
+        ],
     }
 
 
@@ -65,15 +58,7 @@ CLAIMS = [
         at_kl="shared",
         margin=0.5,
         kind="primary",
-        world="reviews",
-    ),
-    claim(
-        f"{WHERE}, LD-DPO with alpha 0 writes shorter responses than DPO after equal steps",
-        "length",
-        "alpha 0",
-        "<",
-        "DPO",
-        margin=0.5,
+        world="reviews, length-biased",
     ),
     claim(
         f"{WHERE}, LD-DPO with alpha 0 writes shorter responses than DPO where both first reach "
@@ -82,26 +67,31 @@ CLAIMS = [
         "alpha 0, at one reward",
         "<",
         "DPO, at one reward",
+        margin=0.5,
     ),
     claim(
-        f"{WHERE}, LD-DPO with alpha 0.5 writes shorter responses than DPO after equal steps",
+        f"{WHERE}, LD-DPO with alpha 0.5 writes shorter responses than DPO at matched KL",
         "length",
         "alpha 0.5",
         "<",
         "DPO",
+        at_kl="shared",
+        margin=0.5,
         expect="inconclusive",
     ),
     claim(
-        f"{WHERE}, LD-DPO with alpha 0 loses less than 0.1 of true reward to DPO",
-        None,
-        "reward lost",
+        f"{WHERE}, LD-DPO with alpha 0 has a lower true reward than DPO at matched KL",
+        "reward",
+        "alpha 0",
         "<",
-        0.1,
-        expect="inconclusive",
+        "DPO",
+        at_kl="shared",
+        margin=0.1,
+        expect="no effect",
     ),
     claim(
-        f"{WHERE}, LD-DPO with alpha 0.5 writes far shorter responses than DPO when the reference "
-        "is not split",
+        f"{WHERE}, LD-DPO with alpha 0.5 writes far shorter responses than DPO after equal steps "
+        "when the reference is not split",
         "length",
         "not on the reference",
         "<",
@@ -109,21 +99,12 @@ CLAIMS = [
         margin=5.0,
     ),
     claim(
-        f"{WHERE}, LD-DPO with alpha 0.5 has a higher true reward than DPO when the reference is "
-        "not split",
-        "reward",
-        "not on the reference",
+        "Length-biased labels make DPO's responses on reviews longer than the base model's: by "
+        "more than 2 tokens",
+        None,
+        "DPO, longer by",
         ">",
-        "DPO",
-        margin=0.05,
-    ),
-    claim(
-        "Length-biased labels make DPO's responses on reviews longer than the base model's",
-        "length",
-        "DPO",
-        ">",
-        "base model",
-        margin=2.0,
+        2.0,
         kind="control",
         expect="supported",
     ),

@@ -122,13 +122,11 @@ def measure(lab):
             chosen, rejected = three_d.log_ratios(lab, policy, data(lab, lab.base())[:256]).mean(0)
             return {"chosen_ratio": chosen.item(), "rejected_ratio": rejected.item()}
 
-        settings = dict(steps=60, prompts=2048, eval_size=1024, eval_every=20)
+        settings = dict(steps=60, prompts=2048, eval_size=1000, eval_every=20)
         return lab.race(arms, data=data, end=end, world="reviews", **settings)
 
     both = {"DPO": (dpo.loss, dpo.Config()), "flex": (three_d.loss, Config("flex"))}
-    unwatched = dict(watch=lambda policy, step: {})
     own = {f"{name}, on-policy": arm for name, arm in both.items()}
-    own["sft, on-policy"] = (three_d.loss, Config("sft", gamma=0.05), unwatched)
     other = {f"{name}, off-policy": arm for name, arm in both.items()}
     toy = lab.stage("toy", lambda: in_the_toy(lab.seeds))
     return toy | race(own, on_policy) | race(other, off_policy)
@@ -146,16 +144,16 @@ def flex_above_dpo(data, **kwargs):
         f"flex, {data}",
         ">",
         f"DPO, {data}",
-        margin=0.02,
+        margin=0.1,
         **kwargs,
     )
 
 
 CLAIMS = [
-    flex_above_dpo("on-policy", at_kl="shared", kind="primary", world="reviews"),
-    flex_above_dpo("on-policy", expect="inconclusive"),
+    flex_above_dpo(
+        "on-policy", at_kl="shared", kind="primary", world="reviews", expect="inconclusive"
+    ),
     flex_above_dpo("off-policy", at_kl="shared", expect="inconclusive"),
-    flex_above_dpo("off-policy"),
     claim(
         "On reviews DPO on off-policy pairs has a lower true reward than on on-policy pairs at "
         "matched KL",
@@ -164,46 +162,25 @@ CLAIMS = [
         "<",
         "DPO, on-policy",
         at_kl="shared",
-        margin=0.05,
+        margin=0.1,
     ),
     claim(
-        "On reviews DPO lowers the log-prob of the chosen responses that it is trained on",
-        "chosen_ratio",
-        "DPO, on-policy",
-        "<",
-        0.0,
-        margin=0.3,
-    ),
-    claim(
-        "On reviews DPO lowers the log-prob of the rejected responses far more",
-        "rejected_ratio",
-        "DPO, on-policy",
-        "<",
-        0.0,
-        margin=1.5,
-    ),
-    claim(
-        "On reviews DPO lowers the chosen log-prob further on off-policy than on on-policy pairs",
+        "On reviews DPO lowers the chosen log-prob further on off-policy than on on-policy pairs "
+        "after equal steps",
         "chosen_ratio",
         "DPO, off-policy",
         "<",
         "DPO, on-policy",
+        margin=0.3,
+        expect="inconclusive",
     ),
     claim(
-        "On reviews the chosen log-prob ends higher with flex than with DPO",
+        "On reviews the chosen log-prob ends higher with flex than with DPO after equal steps",
         "chosen_ratio",
         "flex, on-policy",
         ">",
         "DPO, on-policy",
         margin=0.3,
-    ),
-    claim(
-        "On reviews sft raises the chosen log-prob",
-        "chosen_ratio",
-        "sft, on-policy",
-        ">",
-        0.0,
-        margin=0.05,
     ),
     in_toy("DPO's chosen likelihood ends below its peak", "DPO, end", "<", "DPO, peak", margin=0.1),
     in_toy(
@@ -214,18 +191,12 @@ CLAIMS = [
         margin=0.1,
     ),
     in_toy(
-        "the chosen likelihood ends higher with sft than with DPO",
-        "sft, end",
-        ">",
-        "DPO, end",
-        margin=0.1,
-    ),
-    in_toy(
         "DPO's chosen likelihood ends higher in scenario 1 than in scenario 3, where rejected "
         "responses start unlikely",
         "DPO, end",
         ">",
         "DPO, scenario 3, end",
+        margin=0.02,
         expect="inconclusive",
     ),
     in_toy(
@@ -233,6 +204,6 @@ CLAIMS = [
         "DPO, 8 and 9 at the end",
         ">",
         "DPO, 8 and 9 at the start",
-        expect="inconclusive",
+        expect="reversed",
     ),
 ]

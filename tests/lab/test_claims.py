@@ -106,6 +106,15 @@ def test_a_curve_is_read_where_it_first_reaches_a_kl():
     assert math.isnan(at_or_nan(curve((0, 0.0), (3, 4.0)), "reward", 5.0, "kl"))
 
 
+def test_a_metric_where_another_one_is_first_reached():
+    curve = [dict(kl=9.0, reward=r, length=n) for r, n in ((0.0, 10.0), (0.2, 20.0), (0.1, 50.0))]
+    assert at(curve, "reward", 0.1, "length") == 15.0
+    assert at(curve, "reward", 0.2, "length") == 20.0
+    assert at([curve[1], curve[1], curve[0]], "reward", 0.2, "length") == 20.0
+    with pytest.raises(UserError, match="never reaches a reward of 0.3; its largest is 0.2"):
+        at(curve, "reward", 0.3, "length")
+
+
 def test_a_curve_that_ends_before_its_kl_makes_one_claim_inconclusive():
     series = {"a": [curve((0, 0), (5, 2))] * 2, "b": [curve((0, 0), (5, 1)), curve((0, 0), (3, 1))]}
     rows = judge([claim("s", "reward", "a", ">", "b", at_kl=kl) for kl in (4, 2)], series)

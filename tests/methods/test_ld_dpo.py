@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 
 import train
-from claims.ld_dpo import length_at
 from data import UserError
 from lab import Lab, Settings
 from methods import dpo
@@ -392,15 +391,6 @@ def test_dpo_at_the_optimum_lengthens_by_the_bias_over_beta():
 
 
 # ---- runs
-
-
-def test_the_length_where_a_reward_is_first_reached():
-    curve = [dict(kl=9.0, reward=r, length=n) for r, n in ((0.0, 10.0), (0.2, 20.0), (0.1, 50.0))]
-    assert length_at(curve, 0.1) == 15.0
-    assert length_at(curve, 0.2) == 20.0
-    assert length_at([curve[1], curve[1], curve[0]], 0.2) == 20.0
-    with pytest.raises(UserError, match="never reaches"):
-        length_at(curve, 0.3)
 
 
 def test_a_run_trains_in_every_variant():
