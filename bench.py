@@ -3,6 +3,7 @@
     python bench.py                  pairs of 128 + 2 x 64 tokens, 3.4M parameters, padded rows
     python bench.py --k 8            8 responses per prompt
     python bench.py --against trl    TRL's DPOTrainer (pip install trl transformers)
+    python bench.py --sampling off   training steps only
     python bench.py --layers 2 --dim 96 --vocab 400 --prompt 6 --response 28 --batch_size 32
 
 A step consists of collate, log-probs, loss, backward, clipping and AdamW. The loss is that of
@@ -13,10 +14,12 @@ has the same weights, rows, loss and optimizer:
     rows    the plain way: every response is a right-padded row of its own, after a copy of
             the prompt, and logits are computed at all positions
     trl     DPOTrainer.training_step on a LlamaForCausalLM, with precomputed reference log-probs
-            and without gradient checkpointing
+            and without gradient checkpointing; trl_compiled with torch.compile, too
 
-Both first take the same few steps in float32, and their losses must agree. Then they are timed in
-turns (A B A B ...), and the medians are printed.
+Both first take the same few steps in float32, plainly, and their losses must agree. Then they are
+timed in turns (A B A B ...), compiled or captured where that is on, and the medians are printed.
+With --capture the rows are collated once, and a step is one CUDA graph; on a CPU the same code runs
+without a graph.
 
 Peak memory is measured in one further step that is not compiled. It includes weights and optimizer
 state. On CUDA it is max_memory_allocated; on a CPU it is the peak of the profiler's allocations,
@@ -45,6 +48,7 @@ import torch.nn.functional as F
 from data import UserError, collate, fit_context
 from lab import report
 from lab.flags import convert, fields_of
+from lab.graph import Captured, capturable
 from lab.settings import pick_device, unknown
 from methods import dpo
 from nanomodel import GPT, GPTConfig, rotary
@@ -58,6 +62,8 @@ PEAK = {
     "L40S": (362, 92),
     "L4": (121, 30),
 }
+
+PEERS = ("rows", "trl", "trl_compiled", "none")
 
 
 @dataclass
@@ -74,10 +80,12 @@ class Settings:
     k: int = 2  # responses per prompt
     batch_size: int = 4  # prompts per step
     steps: int = 10  # timed steps; each sampler runs at most 3 times
-    against: str = "rows"  # the peer: rows, trl or none
+    against: str = "rows"  # the peer: rows, trl, trl_compiled or none
     device: str = "auto"  # cpu, cuda or mps; auto takes CUDA where there is one
     dtype: str = "auto"  # float32 or bfloat16 (autocast); auto is bfloat16 on CUDA
-    compile: str = "auto"  # on or off; auto is on for CUDA only. A peer is never compiled
+    compile: str = "off"  # torch.compile for nanopref: on or off
+    capture: str = "auto"  # whole steps as CUDA graphs: on or off; auto is on for CUDA only
+    sampling: str = "on"  # time sampling as well: on or off
     json: bool = False  # print one JSON line last
 
     def __post_init__(self):
@@ -87,8 +95,9 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < low:
                 raise UserError(f"--{name} {value} must be at least {low}")
-        choices = dict(against=("rows", "trl", "none"), dtype=("auto", "float32", "bfloat16"))
-        choices |= dict(compile=("auto", "on", "off"))
+        choices = dict(against=PEERS, dtype=("auto", "float32", "bfloat16"))
+        choices |= dict(compile=("on", "off"), capture=("auto", "on", "off"))
+        choices |= dict(sampling=("on", "off"))
         for name, allowed in choices.items():
             value = getattr(self, name)
             if value not in allowed:
@@ -97,8 +106,8 @@ class Settings:
             raise UserError(f"--dim {self.dim} must be a multiple of twice --heads {self.heads}")
         if self.heads % (self.kv_heads or 1):
             raise UserError(f"--kv_heads {self.kv_heads} must divide --heads {self.heads}")
-        if self.against == "trl" and self.k != 2:
-            raise UserError(f"--against trl compares pairs, not --k {self.k}")
+        if self.against.startswith("trl") and self.k != 2:
+            raise UserError(f"--against {self.against} compares pairs, not --k {self.k}")
 
 
 def own_flags():
@@ -139,8 +148,10 @@ class Bench:
         self.settings, self.device = s, pick_device(s.device)
         self.cuda = self.device.type == "cuda"
         self.bf16 = s.dtype == "bfloat16" or (s.dtype == "auto" and self.cuda)
-        self.compiled = s.compile == "on" or (s.compile == "auto" and self.cuda)
+        self.compiled = s.compile == "on"
+        self.captured = s.capture == "on" or (s.capture == "auto" and self.cuda)
         self.exact = True  # no autocast while losses are compared
+        self.fast = False  # compiled and captured, while steps are timed
         self.loss, self.cfg = dpo.loss if s.k == 2 else listwise, dpo.Config()
         self.tokenizer = SimpleNamespace(eot=s.vocab - 2, pad=s.vocab - 1)
         rng, scores = random.Random(0), [1.0] + [0.0] * (s.k - 1)
@@ -208,8 +219,12 @@ class Contender:
         )
 
     def step(self, i):
+        return self.update(lambda: self.score(i))
+
+    def update(self, score):
+        """A step with the loss score()."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.score(i)
+        loss = score()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         return loss
@@ -242,21 +257,34 @@ def ours(bench, model, reference):
     rows = [row | {"ref_logps": x} for row, x in zip(bench.rows, known)]
     plain = compiled = lambda model, batch: model.logps(batch), bench.loss
     if bench.compiled:
-        mode = "reduce-overhead" if bench.cuda else "default"
-        compiled = [torch.compile(f, mode=mode, dynamic=False) for f in plain]
+        compiled = [torch.compile(f, dynamic=False) for f in plain]
+    if bench.captured:  # rows are collated once
+        whole = collate(rows, bench.tokenizer, fixed=True, packed=False).to(bench.device)
 
-    def score(i):
-        if bench.compiled and bench.cuda:
-            torch.compiler.cudagraph_mark_step_begin()
-        logps_of, loss = compiled if bench.compiled else plain
-        batch = collate(bench.pick(rows, i), bench.tokenizer, fixed=bench.compiled).to(bench.device)
+    def item(i):
+        """The batch of step i and the reference's log-probs."""
+        if bench.fast and bench.captured:
+            places = torch.tensor(bench.pick(range(len(rows)), i)).to(bench.device)
+            batch = whole.take(places)
+        else:
+            fixed = bench.fast and bench.compiled
+            batch = collate(bench.pick(rows, i), bench.tokenizer, fixed=fixed).to(bench.device)
         ref_logps = batch.columns.pop("ref_logps")
-        ref_logps = F.pad(ref_logps, (0, batch.mask.shape[2] - ref_logps.shape[2]))
+        return batch, F.pad(ref_logps, (0, batch.mask.shape[2] - ref_logps.shape[2]))
+
+    def score(item):
+        logps_of, loss = compiled if bench.fast else plain
+        batch, ref_logps = item
         with bench.autocast():
             logps = logps_of(model, batch)
         return backward(loss(logps, ref_logps, batch, bench.cfg)[0])
 
-    return Contender("nanopref", model, score)
+    contender = Contender("nanopref", model, lambda i: score(item(i)))
+    if bench.captured and capturable(contender.optimizer, bench.device):
+        step = Captured(lambda item: contender.update(lambda: score(item)), bench.device)
+        plainly = contender.step
+        contender.step = lambda i: step(item(i)) if bench.fast else plainly(i)
+    return contender
 
 
 def plain_hidden(model, tokens):
@@ -384,6 +412,21 @@ def trl(bench, model, reference):
     return Contender("trl", trainer.model, score)
 
 
+def trl_compiled(bench, model, reference):
+    """`trl` with its model compiled by torch.compile, from the first timed step on."""
+    contender = trl(bench, model, reference)
+    contender.name, plainly, done = "trl_compiled", contender.step, []
+
+    def step(i):
+        if bench.fast and not done:
+            contender.model.compile()
+            done.append(True)
+        return plainly(i)
+
+    contender.step = step
+    return contender
+
+
 # ---------------------------------------------------------------- measuring
 
 
@@ -406,7 +449,7 @@ def memory(bench, contender):
 
     None on devices whose allocations cannot be counted (mps).
     """
-    compiled, bench.compiled = bench.compiled, False  # CUDA graphs keep a memory pool of their own
+    fast, bench.fast = bench.fast, False  # CUDA graphs keep a memory pool of their own
     contender.optimizer.zero_grad(set_to_none=True)
     state = [value for values in contender.optimizer.state.values() for value in values.values()]
     tensors = [*contender.model.parameters(), *state]
@@ -426,7 +469,7 @@ def memory(bench, contender):
         events = [e for e in profile.kineto_results.events() if e.name() == "[memory]"]
         events.sort(key=lambda e: e.start_ns())
         peak = max(itertools.accumulate(e.nbytes() for e in events))
-    bench.compiled = compiled
+    bench.fast = fast
     return peak and kept + peak
 
 
@@ -512,16 +555,17 @@ def run(s):
     """Measure everything -> one flat dict of the settings and the numbers, as --json prints it."""
     bench = Bench(s)
     model, reference = bench.gpt(), bench.gpt()
-    makers = {"rows": [ours, plain_rows], "trl": [ours, trl], "none": [ours]}[s.against]
+    peers = dict(rows=[plain_rows], trl=[trl], trl_compiled=[trl_compiled], none=[])
+    makers = [ours, *peers[s.against]]
     contenders = [make(bench, copy.deepcopy(model), reference) for make in makers]
-    losses, bench.exact = first_losses(contenders), False
+    losses, bench.exact, bench.fast = first_losses(contenders), False, True
     times = [[bench.seconds(c.step, i) for c in contenders] for i in range(3 + s.steps)]
     times = zip(*times[3:])  # the first three steps are a warm-up
     out = asdict(s) | dict(
         params=report.count(model),
         device=str(bench.device),
         dtype="bfloat16" if bench.bf16 else "float32",
-        compile="on" if bench.compiled else "off",
+        capture="on" if bench.captured else "off",
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         card=torch.cuda.get_device_name() if bench.cuda else None,
@@ -538,12 +582,12 @@ def run(s):
     out["mfu"] = peak and flops(s, model) / out["step_s"] / peak / 1e12
     if s.against != "none":
         out["speedup"] = out["against_step_s"] / out["step_s"]
-    return out | sampling(bench, model)
+    return out | (sampling(bench, model) if s.sampling == "on" else {})
 
 
 HEADER = """
 {layers} layers of {dim}, vocabulary {vocab}, {millions:.2f}M parameters
-{where}, {dtype}, compile {compile}, {threads} threads, torch {torch}
+{where}, {dtype}, CUDA graphs {capture}, compile {compile}, {threads} threads, torch {torch}
 {batch_size} prompts of {prompt} tokens, {k} responses of {response}; medians of {steps} steps
 """
 SPEEDUP = "{speedup:.2f} times the speed of {against}; the first losses agree ({first_loss:.6f})"
@@ -567,7 +611,8 @@ def text(out):
     where, millions = out["card"] or out["device"], out["params"] / 1e6
     parts = [HEADER.strip().format(**out, where=where, millions=millions), "", table]
     parts += [SPEEDUP.format(**out)] if compared else []
-    return "\n".join([*parts, SAMPLING.format(**out)])
+    parts += [SAMPLING.format(**out)] if "sample_s" in out else []
+    return "\n".join(parts)
 
 
 def main(argv):

@@ -134,6 +134,22 @@ def test_memory_holds_weights_moments_gradients_and_activations():
 # ---- the command line
 
 
+def test_without_sampling_only_steps_are_timed_and_captured_ones_train_as_plain_ones(capsys):
+    assert bench.cli([*FLAGS, "--sampling=off", "--capture=on", "--json"]) == 0
+    printed = capsys.readouterr().out
+    out = json.loads(printed.splitlines()[-1])
+    assert "sample_s" not in out and out["capture"] == "on" and "uncached" not in printed
+    weights = []
+    for capture in ("on", "off"):
+        it, model, reference = made(capture=capture)
+        contender = bench.ours(it, model, reference)
+        it.exact, it.fast = False, True
+        losses = [float(contender.step(i)) for i in range(6)]
+        weights.append([torch.tensor(losses), *model.parameters()])
+    for ours, plain in zip(*weights):
+        torch.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -189,10 +205,11 @@ def test_trl_has_the_same_losses_or_one_line_says_that_it_is_missing(capsys):
         (["dpo"], "unexpected 'dpo': flags begin with --"),
         (["--dim", "64", "--heads", "3"], "--dim 64 must be a multiple of twice --heads 3"),
         (["--heads", "4", "--kv_heads", "3"], "--kv_heads 3 must divide --heads 4"),
-        (["--against", "dpo"], "--against dpo must be one of rows, trl, none"),
+        (["--against", "dpo"], "--against dpo must be one of rows, trl, trl_compiled, none"),
         (["--against", "trl", "--k", "8"], "--against trl compares pairs, not --k 8"),
         (["--dtype", "float16"], "--dtype float16 must be one of auto, float32, bfloat16"),
-        (["--compile", "yes"], "--compile yes must be one of auto, on, off"),
+        (["--compile", "yes"], "--compile yes must be one of on, off"),
+        (["--sampling", "no"], "--sampling no must be one of on, off"),
         (["--device", "tpu"], "--device tpu is not available"),
     ],
 )
