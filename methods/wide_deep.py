@@ -44,7 +44,7 @@ VARIANTS = dict(
     relu=dict(),
     gelu=dict(),
 )
-DEPTH = 500  # layers after which no digit of kappa changes
+DIGITS = 37.0  # -log of the rounding error of float64
 TERMS = 64  # coefficients of an activation that is no polynomial
 
 
@@ -74,10 +74,10 @@ def hermite(phi):
 
     z, weight = np.polynomial.hermite_e.hermegauss(200)
     weight = weight / weight.sum()
-    values, before, now = phi(torch.from_numpy(z)).numpy(), 0 * z, 0 * z + 1
-    found = []
+    values, now = phi(torch.from_numpy(z)).numpy(), np.ones_like(z)
+    before, found = now, []
     for k in range(TERMS):
-        found.append(float((weight * values * now).sum()))
+        found.append((weight * values * now).sum())
         before, now = now, (z * now - math.sqrt(k) * before) / math.sqrt(k + 1)
     return torch.tensor(found, dtype=torch.float64)
 
@@ -93,7 +93,7 @@ def coefficients(cfg):
     elif cfg.variant == "poly":
         terms = {1: p, cfg.degree: 1 - p}
     elif cfg.variant == "sine":
-        terms = {j: s**j / math.factorial(j) / math.sinh(s) for j in range(1, TERMS + 1, 2)}
+        terms = {j: s**j / math.factorial(j) / math.sinh(s) for j in range(1, TERMS, 2)}
     elif cfg.variant == "square":
         terms = {2: 1.0}
     else:
@@ -126,7 +126,7 @@ def limit(cfg):
     """The classifier of infinite depth and its order alpha, nan where there is no such kernel."""
     ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
     value, slope = dual(ends, cfg)
-    mean, linear, growth = value[0].item(), slope[0].item(), slope[1].item()  # A^2, A'^2, B'
+    mean, linear, growth = value[0], slope[0], slope[1]  # A^2, A'^2, B'
     if mean > 1e-12:
         return "majority vote", math.nan
     if linear < 1e-12:
@@ -138,11 +138,18 @@ def kappa(gap, cfg):
     """The singular kernel kappa(xi) at gap = 1 - xi, 0 < gap <= 1.
 
     1 - phihat(xi) = (1 - xi) sum_j xi^j sum_{k > j} a_k^2 is computed without cancellation.
+    UserError: the limit is another classifier.
     """
+    name, alpha = limit(cfg)
+    if name != "singular kernel":
+        raise UserError(f"the limit of {cfg.variant} is not a singular kernel but the {name}")
     weights = coefficients(cfg)
     tails = weights.flip(0).cumsum(0).flip(0)[1:]  # tails_j = sum_{k > j} a_k^2
+    growth = -math.log(weights[1]) / alpha  # log B'
+    # layers until every gap has grown to about 1, and then until every xi has vanished
+    layers = math.ceil(DIGITS / growth + DIGITS / (alpha * growth))
     total = 1 - gap
-    for _ in range(DEPTH):
+    for _ in range(layers):
         xi = 1 - gap
         total = total * horner(weights[1:], xi) / weights[1]  # phihat(xi) / (A'^2 xi)
         gap = gap * horner(tails, xi)
@@ -154,7 +161,7 @@ def tabulated(gap, cfg, cells=4000):
     low = math.log(1e-16)
     grid = torch.linspace(low, 0, cells + 1, dtype=torch.float64).exp().clamp(max=1 - 1e-9)
     values = (kappa(grid, cfg) / (1 - grid)).log()
-    place = (gap.clamp(1e-16, 1).log() / -low + 1) * cells
+    place = (gap.clamp(min=1e-16).log() / -low + 1) * cells
     cell = place.long().clamp(max=cells - 1)
     return (1 - gap) * torch.lerp(values[cell], values[cell + 1], place - cell).exp()
 
@@ -175,10 +182,10 @@ def gaps(a, b):
     UserError: they do not lie on the positive part of the unit sphere.
     """
     for x in (a, b):
-        if (x < 0).any() or not torch.allclose(x.norm(dim=1), torch.ones(len(x)).to(x)):
+        if (x < 0).any() or (x.norm(dim=1) - 1).abs().max() > 1e-6:
             raise UserError("the points must lie on the positive part of the unit sphere")
     apart = torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist")
-    return (apart.square() / 2).clamp(max=1)
+    return apart.square() / 2
 
 
 def votes(x, y, z, cfg):
@@ -188,7 +195,8 @@ def votes(x, y, z, cfg):
     """
     gap = gaps(z, x)
     if cfg.depth:
-        square = finite(gaps(x, x), cfg) + cfg.ridge * torch.eye(len(x), dtype=x.dtype)
+        square = finite(gaps(x, x), cfg)
+        square.diagonal().add_(cfg.ridge)
         if not square.isfinite().all() or torch.linalg.cond(square) > 1e15:
             raise UserError(f"at depth {cfg.depth} the kernel is singular: change depth or ridge")
         return finite(gap, cfg) @ torch.linalg.solve(square, y)

@@ -311,7 +311,7 @@ def test_points_off_the_positive_sphere_are_refused():
         for pair in ((x, bad), (bad, x)):
             with pytest.raises(UserError, match="positive part of the unit sphere"):
                 gaps(*pair)
-    assert gaps(x, numbers(0.0, 1.0)[None]).tolist() == [[1.0]]
+    assert gaps(x, numbers(0.0, 1.0)[None]).item() == pytest.approx(1.0)
     near = numbers(math.cos(1e-9), math.sin(1e-9))[None]
     assert gaps(x, near).item() == pytest.approx(5e-19)
 
@@ -322,6 +322,12 @@ def test_a_kernel_that_is_singular_or_overflows_is_refused():
         with pytest.raises(UserError, match="change depth or ridge"):
             votes(x, y, z, cfg)
     assert votes(x, y, z, Config(depth=1, ridge=0.1)).isfinite().all()
+
+
+def test_a_singular_kernel_is_refused_where_the_limit_is_another():
+    for name in ("relu", "gelu", "square"):
+        with pytest.raises(UserError, match="not a singular kernel"):
+            kappa(numbers(0.5), Config(name))
 
 
 def test_fields_that_do_nothing_are_refused():
@@ -350,7 +356,9 @@ def test_a_run_compares_classifiers(name):
 CASES = [
     dict(),
     dict(d=3),
-    dict(variant="poly"),
+    dict(variant="poly", p=0.9, degree=2),
+    dict(variant="poly", depth=1500, kernel="ntk", ridge=0.1),
+    dict(variant="relu"),
     dict(variant="poly", p=0.25, degree=4, depth=6, kernel="ntk", ridge=0.3),
     dict(variant="sine", depth=2),
     dict(variant="square"),
@@ -362,7 +370,7 @@ CASES = [
 def INPUTS():
     x, y, z = on_arc(12)
     inside = torch.tensor([0.0, 0.2, 0.7, 1.0], dtype=torch.float64)
-    gap = numbers(1e-12, 1e-3, 0.1, 0.5, 0.9, 1.0)
+    gap = numbers(1e-12, 1e-3, 0.1, 0.5, 0.9, 0.995, 1.0)
     beyond = numbers(0.5, 1 + 1e-9)
     calls = [("coefficients", "cfg"), ("dual", inside, "cfg"), ("dual", beyond, "cfg")]
     calls += [("limit", "cfg"), ("kappa", gap, "cfg"), ("tabulated", gap, "cfg")]
@@ -370,6 +378,7 @@ def INPUTS():
     calls += [("votes", x, y, x, "cfg"), ("votes", x, y, -z, "cfg"), ("votes", x / 2, y, z, "cfg")]
     far = torch.eye(2, dtype=torch.float64)
     calls += [("votes", torch.cat([x, x]), torch.cat([y, y]), z, "cfg"), ("gaps", far, far)]
+    calls += [("gaps", far, numbers(-0.6, 0.8)[None]), ("hermite", torch.nn.functional.gelu)]
     return calls
 
 
