@@ -48,6 +48,7 @@ class World:
 
     # rows that the world provides itself
     teacher = None  # (n, rng) -> n demonstrations by a better writer; None: there is none
+    writers = {}  # {name: (prompts, rng) -> responses}: responses of other models and of people
     lists = None  # (n, rng, k=None) -> n graded lists; None: lists are sampled and labelled
     given = None  # k responses per row -> the user's training rows; None: rows are sampled
     held_out = None  # rows of the user's file that are held out for the evaluation
