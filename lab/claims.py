@@ -100,16 +100,22 @@ def claim(
 # ---------------------------------------------------------------- reading series
 
 
+def finite(value):
+    """Whether a value is a finite number; JSON holds null for one that is not."""
+    return value is not None and math.isfinite(value)
+
+
 def at(curve, by, value, metric):
     """The metric of a curve where `by` first has a value, by linear interpolation.
 
     NotReached: it never has this value.
     """
+    curve = [point for point in curve if finite(point[by])]
     for a, b in zip(curve, curve[1:]):
         if min(a[by], b[by]) <= value <= max(a[by], b[by]):
             share = 0.0 if a[by] == b[by] else (value - a[by]) / (b[by] - a[by])
             return a[metric] + share * (b[metric] - a[metric])
-    most = max(point[by] for point in curve)
+    most = max((point[by] for point in curve), default=math.nan)
     what = f"a KL of {value:.3g} nats" if by == "kl" else f"a {by} of {value:.3g}"
     raise NotReached(f"a curve never reaches {what}; its largest is {most:.3g}")
 
@@ -206,7 +212,7 @@ def judge(claims, series):
         kl, reason = c.at_kl, ""
         if kl == "shared":
             curves = [x for side in found for x in side if isinstance(x, list)]
-            kl = min(max(point["kl"] for point in curve) for curve in curves)
+            kl = min(max(p["kl"] for p in curve if finite(p["kl"])) for curve in curves)
         both = []
         for name, side in zip((c.ours, c.baseline), found):
             both.append([])
@@ -226,7 +232,7 @@ def judge(claims, series):
         if not reason and not np.isfinite(differences).all():
             reason = f"{c.ours} or {c.baseline} is not a finite number on some seed"
         unit = unit_of([*found[0], *found[1]], c.metric)
-        row = dataclasses.asdict(c) | {"at_kl": kl, "ours": ours, "baseline": baseline}
+        row = dataclasses.asdict(c) | {"kl": kl, "ours": ours, "baseline": baseline}
         row |= {"series": [c.ours, c.baseline], "unit": unit, "reason": reason}
         row |= {"difference": mean, "interval": [low, high], "p": p_value(differences)}
         rows.append(row | {"verdict": verdict(low, high, mean, c.margin * unit)})

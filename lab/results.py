@@ -26,7 +26,7 @@ from lab.folder import MARK
 from lab.lab import Lab
 from lab.report import clock, number, table, write_figure
 from lab.settings import Settings, title
-from lab.store import HERE, commit, write_json, write_text
+from lab.store import HERE, commit, write_text
 
 BLOCKS = ("reported", "tuning")
 
@@ -169,7 +169,7 @@ def measured(name, module, settings, seeds, out, quiet=False):
     print(f"{title(module)}\nclaims on seeds {', '.join(map(str, seeds))}", flush=True)
     place = os.path.join(out, name)
     lab = Lab(settings, place, quiet=quiet, seeds=len(seeds))
-    series = about.measure(lab)
+    series = rounded(about.measure(lab))
     rows = judge(about.CLAIMS, series)
     block = {"command": command(name, seeds), "commit": commit(), "run": run_of(out)}
     block |= {"seeds": seeds, "seconds": round(time.time() - start, 1), "source": stamp(about)}
@@ -180,6 +180,18 @@ def measured(name, module, settings, seeds, out, quiet=False):
     print("\n" + claims_table(rows))
     print(f"{clock(block['seconds'])} in all; written to {out}/: README.md, {name}.md, {name}.json")
     return rows
+
+
+def rounded(value):
+    """Series as they are stored: six digits of every number, None for what is not finite.
+
+    They are judged in this form, so that judging them again gives the same verdicts.
+    """
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: rounded(each) for name, each in value.items()}
+    return [rounded(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def command(name, seeds):
@@ -266,10 +278,21 @@ def write_paper(out, name, module, about, content):
     for file, page in pages.items():
         if file not in texts:
             write_figure(os.path.join(out, file), page)
-    write_json(os.path.join(out, f"{name}.json"), content)
+    write_text(os.path.join(out, f"{name}.json"), as_json(rounded(content)))
     figures = [file for file in pages if file not in texts]
     write_text(os.path.join(out, f"{name}.md"), paper_page(content, texts, figures))
     write_text(os.path.join(out, "README.md"), overview(stored(out)))
+
+
+def as_json(content, depth=0):
+    """JSON text of NAME.json, with each claim and each series on a line of its own."""
+    if depth == 3 or not isinstance(content, (dict, list)) or not content:
+        return json.dumps(content)
+    inner, outer = "\n" + " " * (depth + 1), "\n" + " " * depth
+    if isinstance(content, dict):
+        lines = [f"{json.dumps(k)}: {as_json(v, depth + 1)}" for k, v in content.items()]
+        return "{" + inner + f",{inner}".join(lines) + outer + "}" + "\n" * (depth == 0)
+    return "[" + inner + f",{inner}".join(as_json(v, depth + 1) for v in content) + outer + "]"
 
 
 def in_short(rows):
@@ -286,8 +309,9 @@ def words(row):
 
 
 def sentence(row):
-    """The text of a claim, with the KL at which curves were compared."""
-    return row["text"] + (f" (at a KL of {row['at_kl']:.2f})" if row["at_kl"] is not None else "")
+    """The text of a claim, with the KL that its curves share."""
+    shared = f" (at a KL of {row['kl']:.2f})" if row["at_kl"] == "shared" else ""
+    return row["text"] + shared
 
 
 def mean(values):
@@ -382,11 +406,13 @@ def overview(found):
         for row in content["reported"]["claims"]
         if row["kind"] == "primary"
     ]
+    if not rows:
+        return "# Results\n\nThere are no results of the reported seeds here.\n"
     adjusted = holm([row["p"] for _, row in rows])
     count = {}
     for _, row in rows:
         count[row["verdict"]] = count.get(row["verdict"], 0) + 1
-    told = ", ".join(f"{n} {verdict}" for verdict, n in sorted(count.items())) or "none"
+    told = ", ".join(f"{n} {verdict}" for verdict, n in sorted(count.items()))
     held = [row["verdict"] == "supported" and p < 0.05 for (_, row), p in zip(rows, adjusted)]
     checks = sum(content["exact checks"] or 0 for content in found.values())
     lines = [
@@ -412,7 +438,7 @@ def overview(found):
     cells = []
     for (content, row), p in zip(rows, adjusted):
         name = content["paper"]
-        matched = row["matched"] or f"KL {row['at_kl']:.2g}"
+        matched = row["matched"] or f"KL {row['kl']:.2g}"
         both = f"{number(mean(row['ours']))} / {number(mean(row['baseline']))}"
         cells.append([content["family"], f"[{name}]({name}.md)", row["text"], row["world"], both])
         cells[-1] += [bounds(row), matched, words(row), f"{p:.2g}", content["exact checks"] or ""]

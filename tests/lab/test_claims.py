@@ -128,12 +128,19 @@ def test_a_curve_that_ends_before_its_kl_makes_one_claim_inconclusive():
 def test_what_json_turned_into_null_is_not_a_number():
     row = one(ours=(1.0, None, 1.0))
     assert row["verdict"] == "inconclusive" and "not a finite number" in row["reason"]
+    broken = [*curve((0, 0), (2, 2)), {"kl": None, "reward": None}, {"kl": 4.0, "reward": 3.0}]
+    assert at_kl(broken, "reward", 3) == 2.5
 
 
 def test_a_shared_kl_is_the_largest_that_all_curves_reach():
     series = {"a": [curve((0, 0), (2, 2)), curve((0, 0), (4, 4))], "b": [curve((0, 0), (8, 4))] * 2}
     (row,) = judge([claim("s", "reward", "a", ">", "b", at_kl="shared")], series)
-    assert row["at_kl"] == 2 and row["ours"] == [2.0, 2.0] and row["baseline"] == [1.0, 1.0]
+    assert (
+        row["kl"] == 2
+        and row["at_kl"] == "shared"
+        and row["ours"] == [2.0, 2.0]
+        and row["baseline"] == [1.0, 1.0]
+    )
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import train
 from data import UserError
 from lab import flags, folder, results, spread, store
+from lab.store import write_json
 from tests.lab.commands import refused
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -83,7 +84,7 @@ def test_the_claims_of_several_papers_are_shared_and_joined(tmp_path, monkeypatc
         about = flags.load_claims(module)
         block = {"command": "", "commit": "", "run": results.run_of(out), "seeds": seeds}
         block |= {"seconds": 1.0, "source": results.stamp(about), "claims": [], "series": {}}
-        results.write_json(f"{out}/{name}.json", {"exact checks": 1, "reported": block})
+        write_json(f"{out}/{name}.json", {"exact checks": 1, "reported": block})
         return []
 
     monkeypatch.setattr(results, "measured", measured)
