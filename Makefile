@@ -34,6 +34,5 @@ claims:  ## the claims of all papers on five seeds, into out/ (about an hour on 
 bench:  ## the speed of a training step, side by side with a peer where it is installed
 	$(BIN)/python bench.py
 
-gpu:  ## what needs a card: a default run on CUDA and the speed of a step there
-	$(BIN)/python train.py --method dpo --device cuda
-	$(BIN)/python bench.py --device cuda
+gpu:  ## what needs a card, in five minutes: runs, step times and the tests, into out/gpu/
+	$(BIN)/python tests/gpu.py

@@ -115,7 +115,11 @@ class Settings:
 
 
 def pick_device(name):
-    """The torch device of --device. UserError: this machine does not have it."""
+    """The torch device of --device. UserError: this machine does not have it.
+
+    auto is what the environment variable NANOPREF_DEVICE says, or else the best that there is.
+    """
+    name = os.environ.get("NANOPREF_DEVICE", "auto") if name == "auto" else name
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")

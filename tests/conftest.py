@@ -13,6 +13,11 @@ from lab import Lab, compare, render, settings, store
 draw_curves = compare.picture
 
 
+def pytest_configure(config):
+    """Tests run on the CPU, unless --device says otherwise; the commands they start do so, too."""
+    os.environ["NANOPREF_DEVICE"] = config.getoption("--device")
+
+
 @pytest.fixture
 def own_folder(tmp_path, monkeypatch):
     """An empty cache and an empty current folder; curves.png, which is slow, is not drawn."""
@@ -48,7 +53,9 @@ def impatient(tmp_path, monkeypatch):
 
 
 def pytest_addoption(parser):
-    """How much tests/fuzz.py tries."""
+    """The device of all tests, and how much tests/fuzz.py tries."""
+    about = "device of what does not name one: cpu or cuda"
+    parser.addoption("--device", default="cpu", choices=("cpu", "cuda"), help=about)
     group = parser.getgroup("fuzz", "random and hostile input (pytest -m fuzz tests/fuzz.py)")
     group.addoption("--fuzz-seed", type=int, default=0, help="seed of the first case of each kind")
     group.addoption("--fuzz-cases", type=int, default=300, help="number of cases, of all kinds")
