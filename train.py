@@ -63,6 +63,7 @@ def one_run(run, out, quiet=False, show=False):
     lab = Lab(run.settings, out, quiet, show)
     model = None if lab.world.kind == "vectors" else lab.base()
     say(report.header(lab, run.method, run.module, run.cfg, model))
+    del model  # a second copy of a large one
     for reason, n in lab.world.counts.items():
         say(f"{n} rows of {lab.world.name} are left out: {reason}")
     result = run.module.run(lab, run.cfg)
@@ -89,6 +90,9 @@ def one_run(run, out, quiet=False, show=False):
             "it must return the trained model, a table {name: number} or {row: {column: number}}, "
             "or None"
         )
+    if lab.stopped:
+        summary["stopped"] = lab.stopped
+        print(f"{run.method}: {lab.stopped}", file=sys.stderr)
     names = ("base", "preferences", "align", "evaluate")
     summary["seconds"] = {name: round(lab.seconds.get(name, 0.0), 2) for name in names}
     write_json(os.path.join(out, "summary.json"), summary)
@@ -119,6 +123,8 @@ def evaluated(run, lab, model, out, say):
     before, after = (look(lab, m) for m in (lab.reference, model))
     found = {"before": before, "after": after}
     say("\n" + report.before_after(before, after))
+    if meaning := lab.world.explain(after):
+        say(meaning)
     if lab.world.reward is None:
         say("There is no true reward in this data, so none is reported.")
     elif lab.world.kind == "text":
@@ -292,8 +298,9 @@ def main(argv):
     """Carry out one command line -> exit status.
 
     0: done. 1: a claim has another verdict than its file expects, or --check found a broken
-    contract. 2: a user's mistake, which is printed as one line on stderr. 130: interrupted.
-    141: stdout was closed.
+    contract. 2: a user's mistake, which is printed as one line on stderr. 3: the training on a file
+    was stopped, as the policy unlearned the chosen responses; the last good weights are saved. 130:
+    interrupted. 141: stdout was closed.
     """
     for stream in (sys.stdout, sys.stderr):  # characters that a terminal lacks must not stop a run
         with contextlib.suppress(AttributeError, ValueError):
@@ -337,8 +344,7 @@ def main(argv):
                 return compared(given["compare"].split("\n"), out)
             if "claim" in given or len(runs) > 1:
                 return several(runs, given, out)
-            one_run(runs[0], out)
-            return 0
+            return 3 if one_run(runs[0], out).get("stopped") else 0
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # whoever read the output, head for example, has seen enough

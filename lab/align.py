@@ -48,6 +48,7 @@ def align(
     check_call(data, reference, every)
     with lab.verb("align") as stage:
         if stage.done:
+            lab.stopped = stage.value.get("stopped") or lab.stopped
             return restore(policy, stage.value)
         feed = Feed(lab, policy, data, reference, prepare, score, steps, every)
         run_score = lab.compile(feed.score)
@@ -72,7 +73,7 @@ def align(
         # a score of the method's own may depend on more than the model and the batch
         fit(lab, policy, feed.batch, step, title="alignment", capture=score is None, **how)
         if stage.path:
-            stage.value = kept(policy)
+            stage.value = kept(policy) | {"stopped": lab.stopped}
     return policy
 
 
@@ -103,7 +104,7 @@ class Feed:
         # reference log-probs are cached if the rows are text and every score is that of logps
         self.cached = lab.world.kind == "text" and not (prepare or score or self.moving)
         self.kind = reference
-        self.reference = frozen(policy) if reference == "start" else reference
+        self.reference = lab.as_reference(policy) if reference == "start" else reference
         self.prepare = prepare or (self.draw_noise if lab.world.kind == "images" else None)
         self.score = score or logps_of
         self.rows, self.batches, self.round = None, None, -1
@@ -120,7 +121,7 @@ class Feed:
             raise UserError(f"there are no rows to align on in round {round}")
         order = torch.randperm(len(rows), generator=lab.rng("order", len(rows), round)).tolist()
         visited = [rows[i] for i in order[: self.share * lab.batch_size]]
-        if self.kind is not None and self.cached:
+        if self.kind is not None and self.cached and not lab.show:
             column = lab.cached_logps(self.reference, visited)
             visited = [row | {"ref_logps": values} for row, values in zip(visited, column)]
         self.batches = Batches(lab, visited, lab.batch_size, self.sizes)

@@ -2,7 +2,7 @@
 
 import torch
 
-from data import Sizes, collate, sizes
+from data import Sizes, collate, encode, sizes
 
 ROOM = 2**30  # bytes that rows may take on the device once they are collated
 SMALL = 2**15  # tokens of a batch below which padding hardly costs time on a GPU
@@ -37,7 +37,7 @@ class Batches:
             row = self.rows[0]["responses"]
             each = row.numel() * row.element_size() if isinstance(row, torch.Tensor) else 1024
             return n * each <= ROOM
-        used = sum(len(row["tree"].tokens) for row in self.rows)
+        used = sum(len(encode(row, self.tokenizer)["tree"].tokens) for row in self.rows)
         dense = n * found.length <= 1.5 * used or self.size * found.length <= SMALL
         each = 24 * found.length + found.branches**2 + 32 * found.responses * found.tokens
         return dense and n * each <= ROOM

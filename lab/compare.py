@@ -20,6 +20,7 @@ from lab.evaluate import interval
 from lab.store import write_beside
 
 GRID = (0.5, 1.0, 2.0, 4.0)  # nats at which runs are compared
+XLABEL = "KL from the base model (nats)"
 PANELS = {  # title: the metrics of a training step that it shows
     "loss": ["loss"],
     "margin (nats, without beta)": ["margin"],
@@ -243,8 +244,10 @@ def picture(path, grouped, title):
         points = [(0.0, whole.summary["before"]["reward"])]
         points += [(point["kl"], point["reward"]) for point in best]
         axes[6].plot(*zip(*points), "k--o", markersize=3, label="best of n from the base model")
-    axes[6].set_title("true reward against KL", fontsize=10)
-    axes[6].set_xlabel("KL from the base model (nats)", fontsize=8)
+    images = priced(whole) != "kl"
+    axes[6].set_title(f"true reward against {'Frechet distance' if images else 'KL'}", fontsize=10)
+    unit = "Frechet distance of 512 samples to the data" if images else XLABEL
+    axes[6].set_xlabel(unit, fontsize=8)
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
         if ax.get_legend_handles_labels()[0]:
@@ -269,9 +272,15 @@ def draw(axes, record, color, label):
         points = [(look["step"], look[key]) for look in looks if key in look]
         if points:
             ax.plot(*zip(*points), "o-", markersize=3, color=color)
-    both = [(look["kl"], look["reward"]) for look in looks if "kl" in look]
+    price = priced(record)
+    both = [(look[price], look["reward"]) for look in looks if price in look]
     if both:
         axes[6].plot(*zip(*both), "o-", markersize=3, color=color, label=label)
+
+
+def priced(record):
+    """What the reward of a run is shown against: the KL, or for images the Frechet distance."""
+    return "frechet_512" if any("frechet_512" in look for look in record.looks) else "kl"
 
 
 def parts_against_kl(ax, record):
@@ -289,4 +298,4 @@ def parts_against_kl(ax, record):
         right.plot(*zip(*known), ":", color="0.4")
         right.set_ylabel("fitted margin (nats, dotted)", fontsize=8)
     ax.set_title("parts of the reward, and the margin", fontsize=10)
-    ax.set_xlabel("KL from the base model (nats)", fontsize=8)
+    ax.set_xlabel(XLABEL, fontsize=8)

@@ -64,8 +64,8 @@ def sequence_kl(lab, policy, reference, rows):
     """
     temperature = lab.settings.temperature or 1.0
     logits = reference.config.vocab_size * max(2, lab.max_response) * len(rows[0]["responses"])
-    size, out = max(1, min(64, 2**27 // logits)), []  # rows per batch, for at most 2^27 logits
-    for start in range(0, len(rows), size):
+    size, out = max(1, min(64, 2**25 // logits)), []  # rows per batch, for at most 2^25 logits
+    for start in lab.pieces("KL", len(rows), size):
         batch = lab.collate(rows[start : start + size])
         with lab.autocast():
             p, q = (
@@ -189,6 +189,7 @@ def glance(lab, policy, full):
         found = pair_stats(lab, policy) if lab.settings.eval_every else {}
     else:
         found = of_samples(lab, policy, lab.eval_size if full else max(2, lab.eval_size // 8))
+    found |= lab.world.look(policy, lab)
     return {name: value for name, value in found.items() if not isinstance(value, list)}
 
 

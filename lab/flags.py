@@ -459,11 +459,31 @@ def defaults_of(paper, grid):
     return defaults
 
 
+def followed(picked, follow, settings, cfg, kinds):
+    """The flags {name: value} that take the value of another one: {name: its name}.
+
+    UserError: there is no such flag, or it follows another one itself."""
+    out = {}
+    for name, other in follow.items():
+        known = vars(cfg) | vars(settings)
+        if other not in known or other in follow:
+            why = "follows another flag itself" if other in follow else "is not one of this run"
+            raise UserError(f"--{name} ={other}: --{other} {why}")
+        value = picked.get(other, known[other])
+        out[name] = value if value is None else convert(name, str(value), kinds[name])
+    return out
+
+
 def combinations(flags, chosen):
-    """The runs of a command line: all combinations of the values of its flags, checked."""
+    """The runs of a command line: all combinations of the values of its flags, checked.
+
+    A flag with the value =NAME follows another one: --flip 0.1,0.2 --epsilon =flip."""
     run, grid = settings_flags(), {}
+    follow = {n: text[1:] for n, text in flags.items() if text.startswith("=") and n not in TEXTS}
+    if follow and not chosen:
+        raise UserError(f"--{next(iter(follow))} ={next(iter(follow.values()))} needs --method")
     for name, text in flags.items():
-        if name in run:
+        if name in run and name not in follow:
             kind = run[name].kind
             grid[name] = [text] if name in TEXTS else values(name, text, kind)
     if seeds := seeds_of(flags, grid):
@@ -475,17 +495,26 @@ def combinations(flags, chosen):
     for method in chosen:
         module = load(method)
         own = owned(flags, method, chosen)
-        full = dict(grid)
-        full |= {n: values(g, text, method.flags[n].kind) for n, (g, text) in own.items()}
+        full, after = dict(grid), {n: other for n, other in follow.items() if n in run}
+        for n, (g, text) in own.items():
+            if g in follow:
+                after[n] = follow[g]
+            else:
+                full[n] = values(g, text, method.flags[n].kind)
+        kinds = {n: (run.get(n) or method.flags.get(n)).kind for n in after}
         defaults = defaults_of(method.paper, grid) if len(chosen) == 1 else {}
         for name in method.paper.ignores:
-            if name in grid:
+            if name in grid or name in after:
                 raise UserError(f"--{name} does nothing under {method.name}")
         for point in itertools.product(*full.values()):
             picked = dict(zip(full, point))
             both = defaults | picked
             settings = Settings(**{k: v for k, v in both.items() if k in run})
             cfg = module.Config(**{k: v for k, v in both.items() if k not in run})
+            if after:
+                both |= followed(both, after, settings, cfg, kinds)
+                settings = Settings(**{k: v for k, v in both.items() if k in run})
+                cfg = module.Config(**{k: v for k, v in both.items() if k not in run})
             varied = {"method": method.name} if len(chosen) > 1 else {}
             varied |= {k: v for k, v in picked.items() if len(full[k]) > 1}
             runs.append(Run(method.name, module, method.paper, settings, cfg, varied))

@@ -105,12 +105,13 @@ def shown(value):
 class Weights:
     """The weights in the safetensors files of a folder, sharded or not.
 
-    The constructor reads only the headers: `shapes` is {name: shape}. `read` returns the tensors.
+    The constructor reads only the headers: `shapes` is {name: shape}. `fill` puts them into a model
+    in float32; `dtypes` are those that they had.
     prefix: removed from the names. UserError: a file is missing, damaged or of another dtype.
     """
 
     def __init__(self, folder, prefix=""):
-        self.folder, self.shapes, self.where = folder, {}, {}
+        self.folder, self.shapes, self.where, self.dtypes = folder, {}, {}, set()
         for file in self._files():
             path = os.path.join(folder, file)
             if not os.path.isfile(path):
@@ -168,21 +169,18 @@ class Weights:
                 raise UserError(
                     f"{self.folder}: weight {printable(name)} has no place in this model"
                 )
-        model.load_state_dict(self.read(list(own)))
-        return model
-
-    def read(self, names):
-        """{name: tensor} in float32. UserError: a weight is not finite."""
-        out = {}
-        for path in sorted({self.where[name][0] for name in names}):
+        places = model.state_dict()  # of the parameters themselves, filled one by one
+        for path in sorted({self.where[name][0] for name in own}):
             with self._open(path) as tensors:
-                for name in (name for name in names if self.where[name][0] == path):
-                    out[name] = tensors.get_tensor(self.where[name][1]).float()
-                    if not out[name].isfinite().all():
+                for name in (name for name in own if self.where[name][0] == path):
+                    stored = tensors.get_tensor(self.where[name][1])
+                    places[name].copy_(stored)
+                    self.dtypes.add(stored.dtype)
+                    if not places[name].isfinite().all():
                         raise UserError(
                             f"{self.folder}: weight {name} holds values that are not finite"
                         )
-        return out
+        return model
 
 
 def described(kind, found, folder, what):
@@ -212,6 +210,7 @@ LLAMA = dict(  # default values of fields that a Llama config.json may omit
     rope_theta=10000.0,
     tie_word_embeddings=False,
 )
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 NEEDED = (
     "vocab_size",
     "hidden_size",
@@ -228,8 +227,8 @@ def load_gpt(folder):
     that this GPT does not have.
     """
     folder = find(folder)
-    found = read_object(os.path.join(folder, "config.json"))
-    found = {name: value for name, value in found.items() if value is not None}
+    raw = read_object(os.path.join(folder, "config.json"))
+    found = {name: value for name, value in raw.items() if value is not None}
     if found.get("model_type") != "llama":
         raise UserError(
             f"{folder}: model_type {shown(found.get('model_type'))} is not of the Llama family"
@@ -280,31 +279,34 @@ def load_gpt(folder):
         )
     model = weights.fill(built(GPT, c))
     model.tokenizer = tokenizer
+    # what `save_gpt` writes again
+    model.stored_as = weights.dtypes.pop() if len(weights.dtypes) == 1 else torch.float32
+    model.special_ids = {n: raw[n] for n in SPECIAL_IDS if n in raw}
     return model
 
 
 def save_gpt(model, folder):
-    """Write config.json, model.safetensors and the tokenizer in Hugging Face's layout."""
+    """Write config.json, model.safetensors and the tokenizer in Hugging Face's layout.
+
+    A model that came from a checkpoint keeps the dtype and the special ids that it had there."""
+    dtype = model.stored_as or torch.float32
     config = asdict(model.config) | {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
-        "torch_dtype": "float32",
+        "torch_dtype": str(dtype).removeprefix("torch."),
     }
     if model.tokenizer is not None:
-        config |= {
-            "eos_token_id": model.tokenizer.eot,
-            "pad_token_id": model.tokenizer.pad,
-            "bos_token_id": None,
-        }
+        own = dict(zip(SPECIAL_IDS, (None, model.tokenizer.eot, model.tokenizer.pad)))
+        config |= own if model.special_ids is None else model.special_ids
         save_tokenizer(model.tokenizer, folder)
     weights = {
         name if name.startswith("lm_head") else "model." + name: tensor
         for name, tensor in model.state_dict().items()
     }
-    save_tensors(os.path.join(folder, "model.safetensors"), weights)
+    save_tensors(os.path.join(folder, "model.safetensors"), weights, dtype=dtype)
     write_text(os.path.join(folder, "config.json"), json.dumps(config, indent=1))
 
 
@@ -348,6 +350,7 @@ def save_unet(model, folder):
 # tiktoken's spelling of GPT-2's pattern means something else to the `tokenizers` library
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 TOKENIZER_FILES = ("tokenizer.json", "chat_template.jinja", "tokenizer_config.json")
+COPIED = ("special_tokens_map.json", "added_tokens.json", "generation_config.json")
 
 
 def load_tokenizer(folder):
@@ -358,7 +361,8 @@ def load_tokenizer(folder):
     """
     import tokenizers
 
-    files = {name: read_text(os.path.join(folder, name)) for name in TOKENIZER_FILES}
+    names = (*TOKENIZER_FILES, *COPIED)
+    files = {name: read_text(os.path.join(folder, name)) for name in names}
     files = {name: text for name, text in files.items() if text is not None}
     if "tokenizer.json" not in files:
         raise UserError(f"{folder} has no tokenizer.json")

@@ -15,13 +15,15 @@ import data as data_module
 import diffusion
 import nanomodel
 from data import UserError, collate, encode, fit_context, label, preference
-from lab import align, batches, evaluate, graph, loop, store
+from lab import align, batches, evaluate, graph, loop, report, store
 from lab.align import frozen
 from lab.batches import Batches
 from lab.graph import Captured
 from lab.hub import load_pretrained
 from lab.settings import make_world, pick_compile, pick_device, refuse_idle
 from lab.store import alone, digest, generator, load_value, save_value, source
+
+LARGE = 2**25  # parameters of a model with which memory is short
 
 
 @dataclasses.dataclass
@@ -94,6 +96,7 @@ class Lab:
         self.full_looks = False  # whether looks during training measure all prompts
         self.step = 0  # step of the current alignment, which is the key of what `prepare` draws
         self.seconds, self.reference, self.context, self.started = {}, None, None, time.time()
+        self.stopped = None  # why a training was stopped before its end
 
     # ---------------------------------------------------------------- stages and random numbers
 
@@ -195,7 +198,9 @@ class Lab:
         given = self.given if world is None else None if named else world
         out = self.out and os.path.join(self.out, folder)
         new = dataclasses.replace(self.settings, **settings, **named)
-        return Lab(new, out, quiet=self.quiet, show=self.show, world=given, smoke=self.smoke)
+        start = self.start if new.init == self.settings.init else None
+        how = dict(quiet=self.quiet, show=self.show, smoke=self.smoke)
+        return Lab(new, out, world=given, start=start, **how)
 
     # ---------------------------------------------------------------- models
 
@@ -208,7 +213,8 @@ class Lab:
         """
         settings, world = self.settings, self.world
         if settings.init:
-            model, made = copy.deepcopy(self.start), ["init", *folder_stamp(settings.init)]
+            model = copy.deepcopy(self.start).requires_grad_(True)
+            made = ["init", *folder_stamp(settings.init)]
         else:
             with torch.random.fork_rng(devices=[]):  # nn.init draws from the global generator
                 torch.manual_seed(settings.base_seed)
@@ -218,6 +224,8 @@ class Lab:
         trains = (
             world.pretrain and not settings.init and stage != "raw" and settings.base_steps != 0
         )
+        if self.show and world.given is not None:
+            trains = False  # the rows of a file look the same to any model
         if trains:
             steps = self.few(settings.base_steps or world.pretrain["steps"])
             recipe = world.pretrain | {"steps": steps}
@@ -231,9 +239,19 @@ class Lab:
                 else:
                     self.pretrain(model, recipe)
         model.fingerprint = fingerprint
-        if self.reference is None:
+        if self.reference is None and settings.init:  # one copy in memory serves for both
+            self.reference = self.start.requires_grad_(False).eval()
+            self.reference.fingerprint = fingerprint
+        elif self.reference is None:
             self.reference = frozen(model)
         return model
+
+    def as_reference(self, model):
+        """A model that is never trained and equals this one: the base model, or a copy."""
+        mark = getattr(model, "fingerprint", None)
+        if mark and mark == getattr(self.reference, "fingerprint", None):
+            return self.reference
+        return frozen(model)
 
     def finished(self):
         """The model of --init, which is the folder of a finished run; nothing is trained.
@@ -329,7 +347,9 @@ class Lab:
         table. rng: a torch.Generator, by default that of the name "sample" and the round.
         max_tokens: where responses of text are cut, by default at --max_response tokens.
         """
-        rng, rows, chunk = rng or self.rng("sample", self.round), [], max(1, 1024 // k)
+        # a large model gets few prompts at once, since its cache of keys is large, too
+        most = 1024 if report.count(policy) < LARGE else 16
+        rng, rows, chunk = rng or self.rng("sample", self.round), [], max(1, most // k)
         kind, options = self.world.kind, {}
         if kind == "text":
             if self.device.type != "cpu":  # draw on the logits' device, without a sync per token
@@ -341,7 +361,7 @@ class Lab:
             if self.settings.truncate:
                 room = max(self.context // 2, self.context - limit)
                 prompts = [self.tokens(prompt)[-room:] for prompt in prompts]
-        for start in range(0, len(prompts), chunk):
+        for start in self.pieces("sampling", len(prompts), chunk):
             part = prompts[start : start + chunk]
             with self.autocast():
                 groups = policy.sample(part, k, rng, **options)
@@ -480,6 +500,14 @@ class Lab:
             if same:
                 print(f"{same} of {len(rows)} rows hold the same response {k} times")
 
+    def pieces(self, title, total, size):
+        """0, size, 2 size, ... below total, with a progress line if that takes many seconds."""
+        bar = report.Progress(title, total, quiet=self.quiet, patience=5.0)
+        for start in range(0, total, size):
+            yield start
+            bar.show(min(total, start + size), {})
+        bar.close()
+
     def rows(self, dicts):
         """Rows that the method made itself; without `scores` they get zeros."""
         return self.encode([{"scores": [0.0] * len(row["responses"])} | row for row in dicts])
@@ -498,7 +526,7 @@ class Lab:
     def score_rows(self, model, rows):
         """Log-probs of every response: for each row K lists of T numbers."""
         out, size = [], self.batch_size
-        for start in range(0, len(rows), size):
+        for start in self.pieces("log-probs", len(rows), size):
             part = rows[start : start + size]
             batch = self.collate(part)
             with self.autocast():

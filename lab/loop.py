@@ -59,6 +59,7 @@ def fit(
     every = lab.eval_every or max(1, steps // 20)
     with lab.verb("fit") as stage:
         if stage.done:
+            lab.stopped = stage.value.get("stopped") or lab.stopped
             return restore(model, stage.value)
         params = [p for p in model.parameters() if p.requires_grad]
         make = optimizer or adamw(lab, lab.lr if lr is None else lr)
@@ -99,6 +100,11 @@ def fit(
                 log.add(step, own | {"lr": peak * share} | metrics)
                 if step % 10 == 0 or step == steps or interrupted:
                     log.write()
+                if log.fall and step % 10 == 0 and not interrupted:
+                    if log.fall.happened():
+                        lab.stopped = log.give_back(model, step)
+                        break
+                    log.keep(model, step, steps)
                 if interrupted or (step < steps and log.due()):
                     log.checkpoint(step, curve, model, optimizer, state)
                 if interrupted:
@@ -107,7 +113,7 @@ def fit(
         optimizer.zero_grad(set_to_none=True)  # the gradients may lie in the memory of a graph
         model.curve = curve
         if stage.path:
-            stage.value = kept(model)
+            stage.value = kept(model) | {"stopped": lab.stopped}
     return model
 
 
@@ -143,6 +149,44 @@ def adamw(lab, lr):
     return make
 
 
+class Fall:
+    """Whether a policy unlearns the chosen responses themselves while its loss is nearly 0.
+
+    Preferences constrain differences of log-probs alone, so few pairs are fitted perfectly by a
+    policy to which chosen and rejected responses are both improbable, and which writes noise. It
+    compares means over SPAN steps, where the first of them are the beginning."""
+
+    SPAN, NATS, SHARE = 10, 20.0, 0.25  # a fall by NATS nats and a SHARE of the first log-prob
+
+    def __init__(self):
+        self.seen = []  # (log-prob of the chosen responses, loss) of each step
+
+    def add(self, values):
+        """Note the metrics of a step."""
+        if "chosen_logp" in values:
+            self.seen.append((values["chosen_logp"], values["loss"]))
+            del self.seen[self.SPAN : -self.SPAN]
+
+    def means(self):
+        """Chosen log-prob and loss of the first and of the last steps: (2,), (2,)."""
+        first, last = self.seen[: self.SPAN], self.seen[self.SPAN :]
+        return [[sum(column) / len(part) for column in zip(*part)] for part in (first, last)]
+
+    def fallen(self, share=1.0):
+        """Whether the chosen log-prob has fallen by this share of what is too much."""
+        if len(self.seen) < 2 * self.SPAN:
+            return False
+        (before, _), (now, _) = self.means()
+        return before - now > share * (self.NATS + self.SHARE * abs(before))
+
+    def happened(self):
+        """Whether it has fallen and the loss is less than a tenth of what it was."""
+        if not self.fallen():
+            return False
+        (_, before), (_, now) = self.means()
+        return abs(now) < 0.1 * abs(before)
+
+
 class Log:
     """Metrics on the terminal and in metrics.jsonl, and the checkpoints of one call of `fit`."""
 
@@ -155,6 +199,9 @@ class Log:
         self.file = os.path.join(lab.out, "metrics.jsonl") if lab.out and record else None
         self.bar = Progress(title, steps, quiet=lab.quiet)
         self.pending, self.saved, self.cost = [], time.time(), 0.0
+        # in a world with a true reward, the reward shows it
+        watched = record and self.path and lab.world.given is not None
+        self.fall = Fall() if watched else None
         self.pause = lab.checkpoint_every
 
     def resume(self, model, optimizer, state):
@@ -175,6 +222,12 @@ class Log:
         if self.file and os.path.exists(self.file):
             with open(self.file, "r+b") as file:
                 file.truncate(found["log"])
+            if self.fall:
+                with open(self.file, encoding="utf-8") as file:
+                    lines = [json.loads(line) for line in file]
+                for line in lines:
+                    if line["stage"] == self.number and "loss" in line:
+                        self.fall.add(line)
         self.bar.first = found["step"]
         return found["step"], found["curve"]
 
@@ -202,11 +255,33 @@ class Log:
             self.bar.show(step, values)
         self.pending.clear()
         self.append(lines)
+        for line in lines if self.fall else ():
+            self.fall.add(line)
         if wrong:
             good = load_value(self.path) if self.path else None
             if good:
                 wrong += f". The checkpoint of step {good['step']} is kept in {self.folder}"
             raise Diverged(wrong)
+
+    def keep(self, model, step, steps):
+        """Keep the weights while all is well, at most a hundred times in a training."""
+        if step % max(10, steps // 1000 * 10) == 0 and not self.fall.fallen(0.5):
+            save_value(f"{self.path}-good", {"step": step, "model": model.state_dict()})
+
+    def give_back(self, model, step):
+        """Give the model its last good weights -> what happened, for the report."""
+        self.write()
+        (before, _), (now, loss) = self.fall.means()
+        good = load_value(f"{self.path}-good")
+        if good:
+            model.load_state_dict(good["model"])
+        kept = f"the weights of step {good['step']} are kept" if good else "no weights were kept"
+        return (
+            f"stopped in step {step}: the loss is {loss:.2g}, but the log-prob of the chosen "
+            f"responses has fallen from {before:.0f} to {now:.0f} nats: the policy unlearns them "
+            f"together with the rejected ones; {kept}. Fewer --steps, a smaller --lr or more pairs "
+            "may help"
+        )
 
     def append(self, lines):
         """Add lines, dicts of numbers, to metrics.jsonl: of training steps and of what was seen."""
@@ -238,6 +313,7 @@ class Log:
         self.bar.close()
         if self.path:
             remove_value(self.path)
+            remove_value(f"{self.path}-good")
 
 
 def read(pending):
@@ -254,8 +330,8 @@ def read(pending):
 
 
 def kept(model):
-    """The weights and the curve of a trained model, as a finished stage stores them."""
-    weights = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+    """The weights and the curve of a trained model, as a finished stage stores them at once."""
+    weights = {k: v.detach().cpu() for k, v in model.state_dict().items()}
     return {"weights": weights, "curve": model.curve}
 
 

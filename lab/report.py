@@ -20,10 +20,12 @@ from lab.store import write_beside
 class Progress:
     """A progress line: the step, the loss, margin and accuracy, and the time left.
 
-    If stderr is not a terminal, a line is printed after every tenth of the steps.
+    If stderr is not a terminal, a line is printed after every tenth of the steps. patience: nothing
+    is printed where all steps together take less than this number of seconds.
     """
 
-    def __init__(self, title, steps, first=0, quiet=False):
+    def __init__(self, title, steps, first=0, quiet=False, patience=0.0):
+        self.patience, self.shown = patience, False
         self.title, self.steps, self.first = title, steps, first
         self.quiet = quiet or not steps
         self.start, self.tty, self.tenth = time.time(), sys.stderr.isatty(), -1
@@ -34,6 +36,10 @@ class Progress:
             return
         spent = time.time() - self.start
         left = spent / max(1, step - self.first) * (self.steps - step)
+        if not self.shown and (spent + left < self.patience or step == self.steps):
+            if self.patience:
+                return
+        self.shown = True
         names = [name for name in ("loss", "margin", "accuracy") if name in values]
         seen = "  ".join(f"{name} {values[name]:.3f}" for name in names)
         line = f"{self.title} {step:>4}/{self.steps}  {seen}  {clock(left)} left"
@@ -47,7 +53,7 @@ class Progress:
 
     def close(self):
         """End the line."""
-        if self.tty and not self.quiet:
+        if self.tty and self.shown:
             sys.stderr.write("\n")
 
 
@@ -245,17 +251,44 @@ def write_picture(out, fig):
         write_figure(os.path.join(out, "samples.png"), fig, dpi=150)
 
 
-def sweep_table(results, varied):
+FIRST = ("reward", "accuracy", "win_rate", "kl", "frechet", "length")  # columns that matter most
+
+
+def fitted(head, rows, keys, width):
+    """The columns that fit into a width, the first `keys` and then those of FIRST -> head, rows.
+
+    A column is kept whole or left out. Of the left-out ones, the last line of the table tells."""
+    order = [*range(keys), *sorted(range(keys, len(head)), key=lambda i: place(head[i]))]
+    used, kept = 0, []
+    for i in order:
+        used += 2 + max(len(str(row[i])) for row in [head, *rows])
+        if i < keys or used <= width + 2:
+            kept.append(i)
+    return [head[i] for i in kept], [[row[i] for i in kept] for row in rows]
+
+
+def place(name):
+    """The place of a column in a table: that in FIRST, or behind them."""
+    return FIRST.index(name) if name in FIRST else len(FIRST)
+
+
+def short(value):
+    """A setting for a table or a legend: numbers without needless digits."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def sweep_table(results, varied, width=None):
     """The table of a sweep: one line per setting, with means over seeds and their 95 % intervals.
 
     results: a list of (settings dict, evaluation dict). The interval of a single seed is that of
-    its evaluation. If only the method varies, methods are ranked by reward.
+    its evaluation. If only the method varies, methods are ranked by reward. width: of the table,
+    the terminal's by default; columns that do not fit are named below it.
     """
     groups = {}
     for settings, after in results:
         groups.setdefault(tuple(settings[name] for name in varied), []).append(after)
-    names = [n for n in results[0][1] if not n.endswith("_interval")]
-    rows = []
+    names = dict.fromkeys(n for _, after in results for n in after if not n.endswith("_interval"))
+    names, rows = list(names), []
     if varied == ["method"] and "reward" in names:  # a ranking
         groups = dict(
             sorted(
@@ -269,39 +302,58 @@ def sweep_table(results, varied):
             values = [after[name] for after in group if name in after]
             spread = interval(values) if len(values) > 1 else group[0].get(name + "_interval")
             cells.append(number(float(np.mean(values)), spread) if values else "-")
-        rows.append([*key, len(group), *cells])
-    return table(rows, [*varied, "seeds", *names])
+        rows.append([*map(short, key), len(group), *cells])
+    head = [*varied, "seeds", *names]
+    width = width or shutil.get_terminal_size((100, 24)).columns
+    shown, rows = fitted(head, rows, len(varied) + 1, width)
+    text = table(rows, shown)
+    left = [name for name in names if name not in shown]
+    return text + (f"\nnot shown (see sweep.json): {', '.join(left)}" if left else "")
+
+
+def spread_out(values):
+    """Whether an axis should be logarithmic: positive values over at least a factor of 10."""
+    values = sorted({v for v in values if v is not None})
+    return len(values) > 2 and values[0] > 0 and values[-1] / values[0] >= 10
 
 
 def sweep_plot(path, results, varied):
     """The plot of a sweep, with 95 % error bars -> whether there was anything to draw.
 
     It shows the reward (or the accuracy) against a numeric setting, with one line per method, or
-    against the KL if no numeric setting varies.
+    against the KL if no numeric setting varies. Lines at the same setting stand a little apart, so
+    that their error bars can be told apart, and a setting that spans a factor of 10 has a
+    logarithmic axis.
     """
     metric = "reward" if "reward" in results[0][1] else "accuracy"
     if metric not in results[0][1]:
         return False
     numeric = [
-        n
-        for n in varied
-        if n != "method" and all(isinstance(s[n], (int, float)) for s, _ in results)
+        n for n in varied if n != "method" and all(type(s[n]) in (int, float) for s, _ in results)
     ]
     axis = numeric[0] if numeric else None
     if axis is None and "kl" not in results[0][1]:
         return False
     groups = {}
     for settings, after in results:
-        key = tuple(str(settings[n]) for n in varied if n != axis)
+        key = [str(settings[n]) if n == "method" else f"{n} {short(settings[n])}" for n in varied]
+        key = ", ".join(label for label, n in zip(key, varied) if n != axis)
         groups.setdefault(key, {}).setdefault(settings[axis] if axis else 0, []).append(after)
+    at = sorted({settings[axis] for settings, _ in results}) if axis else []
+    log = spread_out(at)
+    gap = min((math.log(b / a) if log else b - a for a, b in zip(at, at[1:])), default=0.0)
 
     def draw(fig):
         ax = fig.subplots()
         for i, (key, points) in enumerate(groups.items()):
+            aside = gap * 0.3 * ((i + 0.5) / len(groups) - 0.5)
             xs, ys, bars = [], [], []
             for x, afters in sorted(points.items()):
-                values = [a[metric] for a in afters]
-                xs.append(x if axis else float(np.mean([a["kl"] for a in afters])))
+                values = [a[metric] for a in afters if metric in a]
+                if not values:
+                    continue
+                x = (x * math.exp(aside) if log else x + aside) if axis else mean_kl(afters)
+                xs.append(x)
                 ys.append(float(np.mean(values)))
                 low, high = (
                     interval(values)
@@ -309,31 +361,34 @@ def sweep_plot(path, results, varied):
                     else afters[0].get(metric + "_interval", [math.nan, math.nan])
                 )
                 bars.append((high - low) / 2 if math.isfinite(low) else 0.0)
-            mark = "osD^v"[i // 10 % 5]  # there are ten colors, so every ten lines change the mark
+            mark = "osD^vP*X<>"[i // 10 % 10]  # after ten colors the mark changes
             ax.errorbar(
                 xs,
                 ys,
                 bars,
                 fmt=mark + "-" if axis else mark,
-                color=f"C{i}",
+                color=f"C{i % 10}",
                 capsize=3,
-                label=" ".join(key),
+                label=printable(key).replace("$", r"\$"),
             )
-            if not axis:
-                ax.annotate(
-                    " ".join(key),
-                    (xs[0], ys[0]),
-                    xytext=(6, 4),
-                    textcoords="offset points",
-                    fontsize=8,
-                    color=f"C{i}",
-                )
+        if log:
+            ax.set_xscale("log")
+            ax.set_xticks(at, [short(x) for x in at])
+            ax.minorticks_off()
         ax.set_xlabel(axis or "KL from the base model (nats)")
         where = "" if "row" in varied else " on held-out pairs"
         ax.set_ylabel("true reward" if metric == "reward" else "accuracy" + where)
         ax.spines[["top", "right"]].set_visible(False)
-        if axis and any(any(key) for key in groups):
-            ax.legend(frameon=False)
+        if any(groups):
+            # beside the plot, so that no label covers a point or another label
+            columns = 1 + (len(groups) - 1) // 20
+            fig.legend(loc="outside right upper", frameon=False, fontsize=8, ncols=columns)
 
-    figure(path, draw, (7, 4.5))
+    wide = 7 + (1.6 * (1 + (len(groups) - 1) // 20) if any(groups) else 0)
+    figure(path, draw, (wide, 4.5))
     return True
+
+
+def mean_kl(afters):
+    """The mean KL of several evaluations."""
+    return float(np.mean([after["kl"] for after in afters]))

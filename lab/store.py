@@ -60,21 +60,51 @@ def write_text(path, text):
     write_beside(path, write)
 
 
-def save_tensors(path, tensors, metadata=None):
+DTYPES = {  # safetensors' names
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def save_tensors(path, tensors, metadata=None, dtype=None):
     """Write {name: tensor} as safetensors in one step -> the sha256 of the file's bytes.
 
-    Tied or strided tensors are copied."""
-    from safetensors.torch import save
-
-    copies = {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}
-    data = save(copies, metadata or {"format": "pt"})
+    dtype: that of all tensors in the file; None keeps their own. One tensor after the other is
+    converted and written, so that a large model needs no second copy in memory. A tied tensor is
+    written under each of its names."""
+    kinds = {name: dtype or x.dtype for name, x in tensors.items()}
+    # the format wants the widest numbers first, which aligns all of them
+    names, start = sorted(tensors, key=lambda name: (-kinds[name].itemsize, name)), 0
+    head = {"__metadata__": metadata or {"format": "pt"}}
+    for name in names:
+        end = start + tensors[name].numel() * kinds[name].itemsize
+        about = dict(dtype=DTYPES[kinds[name]], shape=list(tensors[name].shape))
+        head[name], start = about | {"data_offsets": [start, end]}, end
+    text = json.dumps(head, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    hashed = hashlib.sha256()
 
     def write(temporary):
         with open(temporary, "wb") as file:
-            file.write(data)
+            for piece in (len(text).to_bytes(8, "little"), text):
+                file.write(piece)
+                hashed.update(piece)
+            for name in names:
+                x = tensors[name].detach().to("cpu", kinds[name]).contiguous().reshape(-1)
+                piece = x.view(torch.uint8).numpy()
+                file.write(piece)
+                hashed.update(piece)
 
     write_beside(path, write)
-    return hashlib.sha256(data).hexdigest()
+    return hashed.hexdigest()
 
 
 def load_tensors(path):
@@ -170,7 +200,8 @@ def load_value(path):
 
 def _unsealed(path, data):
     """The value in the JSON `data` of `path`; ValueError: it is damaged."""
-    from safetensors.torch import load
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
 
     found = SEALED.match(data)
     body = b"{" + data[found.end() :] if found else b""
@@ -178,11 +209,14 @@ def _unsealed(path, data):
         raise ValueError
     kept, tensors = json.loads(body), {}
     if kept["tensors"]:
-        with open(os.path.join(os.path.dirname(path), kept["tensors"]), "rb") as file:
-            stored = file.read()
-        if _sha256(stored) != kept["tensors_sha256"]:
-            raise ValueError
-        tensors = load(stored)
+        stored = os.path.join(os.path.dirname(path), kept["tensors"])
+        with open(stored, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != kept["tensors_sha256"]:
+                raise ValueError
+        try:
+            tensors = load_file(stored)
+        except SafetensorError as error:
+            raise ValueError from error
     return unpack(kept["value"], tensors)
 
 

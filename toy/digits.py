@@ -11,6 +11,7 @@ distance between samples and data, which is not part of the reward, shows this.
 
 import hashlib
 import math
+import os
 import warnings
 import zipfile
 
@@ -89,7 +90,9 @@ class World(world.World):
             kept = 4 * len(arrays["images"]) * math.prod(area) * channels
             if arrays["images"].nbytes + kept > limit:
                 raise UserError(too_large(limit))
-            return cls(arrays["images"], arrays["labels"], size)
+            made = cls(arrays["images"], arrays["labels"], size)
+            made.name = printable(os.path.basename(path), 60)
+            return made
         except Exception as error:  # a damaged archive raises many types
             message = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{printable(path)}: {printable(message)}") from None
@@ -154,6 +157,35 @@ class World(world.World):
         ink = shown(images).flatten(1).mean(1)
         return agreement.clamp(min=FLOOR) + INK * ink.clamp(max=0.0)
 
+    def parts(self, prompt, response):
+        """The two terms of the reward of one image (C, H, W): {name: number}."""
+        log_prob = float(self.classify(response[None])[0, int(prompt)])
+        ink = float(shown(response).mean())
+        return {"log_prob": max(FLOOR, log_prob), "ink": INK * min(0.0, ink)}
+
+    def halves(self):
+        """The Frechet distance between two random halves of the data: what chance alone makes."""
+        order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(0))
+        one, other = (moments(self.images[part]) for part in order.chunk(2))
+        return distance(*one, *other)
+
+    def explain(self, found):
+        """A sentence on what the Frechet distance in an evaluation means."""
+        root = math.sqrt(found["frechet"])
+        return (
+            f"A Frechet distance of {found['frechet']:.3g} between samples and data is that "
+            f"of two clouds of images that lie {root:.2g} apart as vectors of pixels (black -1, "
+            f"white 1), or differ as much in their spread; two random halves of the data have "
+            f"{self.halves():.2g}."
+        )
+
+    def look(self, policy, lab):
+        """The Frechet distance of 512 samples, for a look during training: {name: number}."""
+        rng = lab.eval_rng("look")
+        label = self.labels[torch.randperm(len(self.labels), generator=rng)[:512]]
+        images = policy.sample(label.tolist(), 1, rng)[:, 0].cpu()
+        return {"frechet_512": self.frechet(images)}
+
     def frechet(self, images):
         """Frechet distance in pixel space between images (n, C, H, W) and the data.
 
@@ -162,13 +194,7 @@ class World(world.World):
         """
         if not images.isfinite().all():
             return float("inf")
-        (mean, cov), (own_mean, own_cov) = moments(images), self.moments
-        # S S' has the eigenvalues of the symmetric R S R with R = S'^(1/2)
-        values, vectors = torch.linalg.eigh(own_cov)
-        root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-        cross = torch.linalg.eigvalsh(root @ cov @ root).clamp(min=0).sqrt().sum()
-        shift = (mean - own_mean).square().sum()
-        return max(0.0, float(shift + cov.trace() + own_cov.trace() - 2 * cross))
+        return distance(*moments(images), *self.moments)
 
     def measure(self, policy, lab):
         """{frechet, agreement} of at most 2,000 samples, in the data's class proportions.
@@ -182,16 +208,39 @@ class World(world.World):
         return {"frechet": self.frechet(images), "agreement": float(agreement)}
 
     def picture(self, before, after):
-        """A Figure of samples (classes, k, C, H, W) of two models, one row per class."""
+        """A Figure of samples (classes, k, C, H, W) of two models, one row per class.
+
+        Both have the same noise. Beside a row stand its class and the mean reward of its images."""
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(9, 0.45 * len(before) + 0.6), layout="constrained")
+        figure = Figure(figsize=(10, 0.45 * len(before) + 0.8), layout="constrained")
+        classes, k = before.shape[:2]
         for axes, images, title in zip(figure.subplots(1, 2), (before, after), ("before", "after")):
+            prompts = [c for c in range(classes) for _ in range(k)]
+            rewards = self.reward(prompts, images.flatten(0, 1)).view(classes, k).mean(1).tolist()
             tiles = F.pad(shown(images) / 2 + 0.5, (1, 1, 1, 1), value=0.5)
             grid = tiles.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)  # (classes H, k W, C)
             axes.imshow(grid.expand(-1, -1, 3).numpy(), interpolation="nearest")
-            axes.set(title=title, xticks=[], yticks=[])
+            mean = sum(rewards) / classes
+            axes.set_title(f"{title} (mean reward {mean:.2f})", fontsize=10)
+            middle = [(c + 0.5) * grid.shape[0] / classes - 0.5 for c in range(classes)]
+            axes.set_xticks([])
+            axes.set_yticks(middle, [f"{c}" for c in range(classes)], fontsize=8)
+            axes.set_ylabel("class")
+            right = axes.secondary_yaxis("right")
+            right.set_yticks(middle, [f"{reward:.2f}" for reward in rewards], fontsize=8)
+            right.tick_params(length=0)
         return figure
+
+
+def distance(mean, cov, own_mean, own_cov):
+    """The Frechet distance of two normal distributions with these means and covariances."""
+    # S S' has the eigenvalues of the symmetric R S R with R = S'^(1/2)
+    values, vectors = torch.linalg.eigh(own_cov)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov @ root).clamp(min=0).sqrt().sum()
+    shift = (mean - own_mean).square().sum()
+    return max(0.0, float(shift + cov.trace() + own_cov.trace() - 2 * cross))
 
 
 def check_arrays(images, labels):

@@ -66,6 +66,7 @@ def read_preferences(source, chat_template=None, seed=None, vocab_size=None, lim
     or one per response, are kept if every row has them and the Batch does not use their name.
 
     chat_template: a function of messages and add_generation_prompt -> text; None: `plain_chat`.
+        With a function, transcripts in the form of Anthropic HH become messages, too.
         The text that it writes after the last message is cut off, since end-of-text closes a
         response.
     seed: shuffles the rows; None keeps their order.
@@ -76,7 +77,7 @@ def read_preferences(source, chat_template=None, seed=None, vocab_size=None, lim
     rows: dicts as in docs/data.md, with their place in the column `where`. counts: {reason: number
     of rows dropped}. DataError: the file has any other error, or no row is left.
     """
-    reader = _Reader(chat_template or plain_chat, vocab_size)
+    reader = _Reader(chat_template, vocab_size)
     rows, counts, shared, size = [], {}, None, 0
     for where, record in _records(source, limit):
         try:
@@ -124,7 +125,8 @@ class _Reader:
     """Turns the records of a file into rows; the first record decides which format the file has."""
 
     def __init__(self, template, vocab_size):
-        self.template, self.form = template, None
+        # a transcript is made into messages only for a template that a model was trained with
+        self.template, self.form, self.turns = template or plain_chat, None, template is not None
         self.ids_below = LARGEST_ID + 1 if vocab_size is None else vocab_size
 
     def row(self, record, where):
@@ -246,6 +248,11 @@ class _Reader:
 
     def speak(self, prompt, texts, columns, at):
         """(prompt, responses) as text or token ids, or the reason for dropping the row."""
+        if self.turns and (spoken := _messages(prompt, texts)):
+            try:
+                return self.speak(*spoken, columns, at)
+            except DataError:
+                return "a transcript that the chat template refuses"
         chat = any(
             isinstance(text, list) and text and isinstance(text[0], dict)
             for text in [prompt, *texts]
@@ -313,6 +320,32 @@ class _Reader:
         elif re.search("[\ud800-\udfff]", value):
             raise DataError(f"{at} holds half a character (a lone surrogate)")
         return value
+
+
+def _messages(prompt, texts):
+    """(prompt, texts) of an Anthropic HH transcript as messages; None if it is something else.
+
+    The prompt is None where the texts contain it, as in the original data."""
+    parts = [*texts] if prompt is None else [prompt]
+    if not all(isinstance(part, str) and part.lstrip().startswith(HUMAN.strip()) for part in parts):
+        return None
+    if not all(isinstance(text, str) for text in texts):
+        return None
+    if prompt is not None:
+        if not prompt.rstrip().endswith(TURN.strip()):
+            return None
+        head = _turns(prompt.rstrip().removesuffix(TURN.strip()))
+        return head, [[{"role": "assistant", "content": text.strip()}] for text in texts]
+    return None, [_turns(text) for text in texts]
+
+
+def _turns(text):
+    """The messages of a transcript."""
+    parts = re.split(r"(?:^|\n\n)\s*(Human|Assistant):", text)[1:]
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [
+        {"role": roles[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2])
+    ]
 
 
 def _apart(texts, chat):

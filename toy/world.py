@@ -91,6 +91,14 @@ class World:
         """The world's own measurements of a model, {name: number}, for every evaluation."""
         return {}
 
+    def look(self, policy, lab):
+        """The world's own quick measurements of a model, for the looks during training."""
+        return {}
+
+    def explain(self, found):
+        """A sentence on what a number of an evaluation {name: number} means, or ""."""
+        return ""
+
     def picture(self, before, after):
         """A Figure of samples (classes, k, C, H, W) of two models, or None if there is none."""
         return None
