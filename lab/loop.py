@@ -112,6 +112,7 @@ def fit(
         log.close()
         optimizer.zero_grad(set_to_none=True)  # the gradients may lie in the memory of a graph
         model.curve = curve
+        model.zero_grad(set_to_none=True)  # as large as the model
         if stage.path:
             stage.value = kept(model) | {"stopped": lab.stopped}
     return model
@@ -330,8 +331,8 @@ def read(pending):
 
 
 def kept(model):
-    """The weights and the curve of a trained model, as a finished stage stores them at once."""
-    weights = {k: v.detach().cpu() for k, v in model.state_dict().items()}
+    """The weights and the curve of a trained model, as a finished stage stores them."""
+    weights = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
     return {"weights": weights, "curve": model.curve}
 
 
