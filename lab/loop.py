@@ -112,7 +112,6 @@ def fit(
         log.close()
         optimizer.zero_grad(set_to_none=True)  # the gradients may lie in the memory of a graph
         model.curve = curve
-        model.zero_grad(set_to_none=True)  # as large as the model
         if stage.path:
             stage.value = kept(model) | {"stopped": lab.stopped}
     return model
