@@ -579,6 +579,7 @@ class Lab:
                     if not stage.done:
                         lab = shared.child(name.replace(os.sep, "_"), None, {})
                         lab.full_looks = True
+                        lab.seen = shared.seen  # all arms begin with the same look
                         base = lab.base()
                         if callable(arm):
                             policy = arm(lab)

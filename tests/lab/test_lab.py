@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from data import UserError
-from lab import Lab, Settings, store
+from lab import Lab, Settings, evaluate, store
 from methods import dpo
 from toy import bandit
 
@@ -101,6 +101,34 @@ def test_every_arm_of_a_race_sees_the_same_rows_order_and_noise():
     assert curves["a"][0] != curves["a"][1]  # the second seed
     assert curves["a"][0][-1]["extra"] == 1.0 and "extra" not in curves["a"][0][0]
     assert curves["a"][0][0]["kl"] == 0
+
+
+def test_the_arms_of_a_race_share_the_first_look_which_has_the_spread_of_the_reward(monkeypatch):
+    calls, look = [], evaluate.from_samples
+
+    def counting(lab, policy, n):
+        calls.append((lab.settings.base_seed, n))
+        return look(lab, policy, n)
+
+    monkeypatch.setattr(evaluate, "from_samples", counting)
+    lab = Lab(Settings(seed=7), quiet=True, seeds=2)
+    arms = {f"beta {beta}": (dpo.loss, dpo.Config(beta=beta)) for beta in (0.1, 1.0)}
+    curves = lab.race(arms, max_response=6, eval_every=2, **TINY)
+    # the first look, and two looks at each arm, on all prompts
+    assert calls == [(7, 8)] * 5 + [(8, 8)] * 5
+    first, other = (curves[name][0][0] for name in arms)
+    assert first == other and first["reward_sd"] > 0
+    assert curves["beta 0.1"][1][0]["reward"] != first["reward"]  # another base model
+
+
+def test_the_spread_of_the_reward_is_exact_in_a_table():
+    lab = table()
+    base, r = lab.base(), lab.world.rewards()
+    p = base.probs()
+    mean = (p * r).sum()
+    assert evaluate.spread(lab, base)["reward_sd"] == pytest.approx(
+        (p * (r - mean).square()).sum().sqrt().item()
+    )
 
 
 def test_a_race_goes_on_where_it_was_interrupted(tmp_path):
