@@ -79,7 +79,7 @@ def hermite(phi):
     for k in range(TERMS):
         found.append((weight * values * now).sum())
         before, now = now, (z * now - math.sqrt(k) * before) / math.sqrt(k + 1)
-    return torch.tensor(found, dtype=torch.float64)
+    return torch.from_numpy(np.array(found))
 
 
 def coefficients(cfg):

@@ -288,16 +288,22 @@ def observe_call(names, cfg, item):
     """What one call of a core without a loss returns: tensors and gradient, or the error.
 
     item: (function, *arguments); the string "cfg" stands for the Config. Arguments are copied. The
-    gradient is that of the sum of the tensors that carry one, in the arguments that require it.
+    gradient is that of the sum of the tensors that carry one, in the arguments (or members of an
+    argument that is a tuple) that require it.
     """
     function, *arguments = item
+    leaves = []
 
     def copied(x):
-        return x.detach().clone().requires_grad_(x.requires_grad)
+        if isinstance(x, tuple):
+            return tuple(copied(part) for part in x)
+        if not isinstance(x, torch.Tensor):
+            return cfg if isinstance(x, str) and x == "cfg" else copy.deepcopy(x)
+        new = x.detach().clone().requires_grad_(x.requires_grad)
+        leaves.extend([new] * new.requires_grad)
+        return new
 
-    arguments = [cfg if isinstance(x, str) and x == "cfg" else x for x in arguments]
-    arguments = [copied(x) if isinstance(x, torch.Tensor) else copy.deepcopy(x) for x in arguments]
-    leaves = [x for x in arguments if isinstance(x, torch.Tensor) and x.requires_grad]
+    arguments = [copied(x) for x in arguments]
     try:
         values, kinds = flatten(names[function](*arguments))
         graphs = [x.sum() for x in values if x.requires_grad]

@@ -1,6 +1,6 @@
 """Blobs: three classes on a circle, each of two blobs that lie opposite each other.
 
-    x (4.0, 0.0)    P(class 0) 1.000
+    x (4.0, 0.0)    P(class 0) 0.999
 
 Six normal blobs of unit variance have their centers on a circle of radius 4; class c owns the blobs
 c and c + 3. Points of one class are therefore not similar: two neighboring blobs, of other classes,

@@ -378,8 +378,13 @@ def INPUTS():
     calls += [("votes", x, y, x, "cfg"), ("votes", x, y, -z, "cfg"), ("votes", x / 2, y, z, "cfg")]
     far = torch.eye(2, dtype=torch.float64)
     calls += [("votes", torch.cat([x, x]), torch.cat([y, y]), z, "cfg"), ("gaps", far, far)]
+    calls += [("gaps", torch.cat([far, far[:1] / 2]), far)]
     calls += [("gaps", far, numbers(-0.6, 0.8)[None]), ("hermite", torch.nn.functional.gelu)]
     return calls
 
 
-SURVIVORS = {}
+SURVIVORS = {
+    "kappa: alpha * growth -> growth": "layers beyond the convergence change no digit",
+    "votes: square.isfinite() -> square": "where the diagonal overflows, the rest underflows to 0",
+    "votes: 1000000000000000.0 -> 1000000000000001.0": "a bound that need not be exact",
+}

@@ -85,3 +85,33 @@ def test_the_example_of_the_arc():
     assert [round(v, 3) for v in x[0].tolist()] == [0.991, 0.131]
     assert made("arc").bayes(x)[0].tolist() == pytest.approx([0.15, 0.85])
     assert arc.World(high=0.7).key() != arc.World().key()
+
+
+# ---- the other worlds
+
+
+def test_the_example_of_blobs_and_that_neighbors_are_of_other_classes():
+    world = made("blobs")
+    x = torch.tensor([[4.0, 0.0]], dtype=torch.float64)
+    assert round(world.bayes(x)[0, 0].item(), 3) == 0.999
+    near = torch.cdist(world.centers, world.centers).sort(1)[1][:, 1:3]
+    own = torch.arange(6) % 3
+    assert (own[near] != own[:, None]).all()
+
+
+def test_the_example_of_warped_is_a_point_of_it():
+    world = made("warped")
+    x, y = world.points(3, rng())
+    assert [round(v, 2) for v in x[0, :2].tolist()] == [-1.29, -0.37] and y[0] == 5
+    assert round(world.bayes(x)[0, 5].item(), 3) == 0.997
+
+
+def test_the_example_of_pixels_is_a_zero_and_mates_are_pairs_of_digits():
+    world = made("pixels")
+    first = (world.x[:, 2] - 5 / 16).abs() < 1e-9
+    assert (world.y[first & (world.x[:, :2] == 0).all(1)] == 0).any()
+    assert len(world.x) == 1797 and 0 <= world.x.min() and world.x.max() == 1
+    mates = made("mates")
+    counts = torch.bincount(world.y)
+    assert torch.bincount(mates.y).tolist() == (counts[:3] + counts[3:6]).tolist()
+    assert made("pixels").key() == world.key()
