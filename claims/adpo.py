@@ -86,7 +86,7 @@ def measure(lab):
     def data(lab, base):
         return lab.preferences(base, k=4)
 
-    how = dict(flip=0.3, k=4, steps=100, batch_size=32, eval_size=1000, eval_every=20)
+    how = dict(flip=0.3, k=4, steps=100, batch_size=32, eval_size=1000, eval_every=25)
     return series | lab.race(arms, data, **how)
 
 

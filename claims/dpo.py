@@ -26,7 +26,7 @@ ARMS = {
 def measure(lab):
     """Curves of DPO at beta 0.1 and 1, of RLHF and of SFT, on the same pairs of reviews."""
     arms = ARMS | {"rlhf": lambda lab: rlhf.run(lab, rlhf.Config())}
-    return lab.race(arms, world="reviews", steps=120, eval_size=1000, eval_every=20)
+    return lab.race(arms, world="reviews", steps=120, eval_size=1000, eval_every=30)
 
 
 CLAIMS = [

@@ -53,7 +53,7 @@ def families():
 
 
 def call(words, seconds, device):
-    """Run python with these words -> a dict: ok, seconds, and its output (the end, if it failed)."""
+    """Run python with words -> a dict: ok, seconds, and its output (if it failed, the end)."""
     environment = os.environ | {"NANOPREF_DEVICE": device}
     start = time.time()
     try:
