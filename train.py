@@ -174,12 +174,16 @@ def sweep(runs, out, tasks, failed):
     results, records, missing = [], [], []
     for i, (run, place) in enumerate(zip(runs, places)):
         summary = None if i in failed else finished(place)
+        about = dataclasses.asdict(run.settings) | vars(run.cfg) | {"method": run.method}
         if summary and "after" in summary:
-            about = dataclasses.asdict(run.settings) | vars(run.cfg) | {"method": run.method}
-            results.append((about, summary["after"]))
+            results.append((about | {"row": "after"}, summary["after"]))
             records.append(compare.read(place))
+        elif summary and "table" in summary:
+            results += [(about | {"row": row}, values) for row, values in summary["table"].items()]
         elif not summary and i not in failed:
             missing.append(run.name())
+    if any(about["row"] != "after" for about, _ in results):  # tables, one below the other
+        varied.append("row")
     if results:
         text = report.sweep_table(results, varied or ["method"])
         print(text)
@@ -188,8 +192,8 @@ def sweep(runs, out, tasks, failed):
         write_json(os.path.join(out, "sweep.json"), rows)
         path = os.path.join(out, "sweep.png")
         plot = ", sweep.png" if report.sweep_plot(path, results, varied or ["method"]) else ""
-        files = compare.write(out, records, f"{len(records)} runs")
-        print(f"written to {out}/: sweep.txt, sweep.json{plot}, {files}, one folder per run")
+        files = f"{compare.write(out, records, f'{len(records)} runs')}, " if records else ""
+        print(f"written to {out}/: sweep.txt, sweep.json{plot}, {files}one folder per run")
     if missing:
         print(printable(f"{len(missing)} of {len(runs)} runs are not done: {' | '.join(missing)}"))
     reasons = [f"{runs[i].name()}: {reason}" for i, reason in sorted(failed.items())]
