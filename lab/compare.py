@@ -246,7 +246,7 @@ def picture(path, grouped, title):
         axes[6].plot(*zip(*points), "k--o", markersize=3, label="best of n from the base model")
     images = priced(whole) != "kl"
     axes[6].set_title(f"true reward against {'Frechet distance' if images else 'KL'}", fontsize=10)
-    unit = "Frechet distance of 512 samples to the data" if images else XLABEL
+    unit = "Frechet distance of 256 samples to the data" if images else XLABEL
     axes[6].set_xlabel(unit, fontsize=8)
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
@@ -280,7 +280,7 @@ def draw(axes, record, color, label):
 
 def priced(record):
     """What the reward of a run is shown against: the KL, or for images the Frechet distance."""
-    return "frechet_512" if any("frechet_512" in look for look in record.looks) else "kl"
+    return "frechet_256" if any("frechet_256" in look for look in record.looks) else "kl"
 
 
 def parts_against_kl(ax, record):

@@ -189,7 +189,9 @@ def glance(lab, policy, full):
         found = pair_stats(lab, policy) if lab.settings.eval_every else {}
     else:
         found = of_samples(lab, policy, lab.eval_size if full else max(2, lab.eval_size // 8))
-    found |= lab.world.look(policy, lab)
+    between = lab.eval_every or max(1, lab.steps // 20)
+    if full or (lab.step + 1) // between % 5 == 0:  # in every fifth look, since it takes seconds
+        found |= lab.world.look(policy, lab)
     return {name: value for name, value in found.items() if not isinstance(value, list)}
 
 

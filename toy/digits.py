@@ -180,11 +180,11 @@ class World(world.World):
         )
 
     def look(self, policy, lab):
-        """The Frechet distance of 512 samples, for a look during training: {name: number}."""
+        """The Frechet distance of 256 samples, for a look during training: {name: number}."""
         rng = lab.eval_rng("look")
-        label = self.labels[torch.randperm(len(self.labels), generator=rng)[:512]]
+        label = self.labels[torch.randperm(len(self.labels), generator=rng)[:256]]
         images = policy.sample(label.tolist(), 1, rng)[:, 0].cpu()
-        return {"frechet_512": self.frechet(images)}
+        return {"frechet_256": self.frechet(images)}
 
     def frechet(self, images):
         """Frechet distance in pixel space between images (n, C, H, W) and the data.

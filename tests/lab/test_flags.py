@@ -252,3 +252,24 @@ def test_no_traceback_from_the_shell(tmp_path):
 def test_what_does_nothing_or_is_out_of_range_is_refused(tmp_path, capsys, line, words):
     refused(capsys, line.split(), *words)
     assert set(os.listdir(tmp_path)) <= {"cache"}
+
+
+def test_a_flag_may_follow_another_one(capsys):
+    argv = ["--method", "rdpo", "--flip", "0.1,0.2", "--epsilon", "=flip"]
+    both = runs(*argv)
+    assert [(r.settings.flip, r.cfg.epsilon) for r in both] == [(0.1, 0.1), (0.2, 0.2)]
+    assert [r.varied for r in both] == [{"flip": 0.1}, {"flip": 0.2}]
+    (run,) = runs("--method", "rdpo", "--epsilon==flip")
+    assert run.cfg.epsilon == run.settings.flip == 0.3  # the default of the method
+    (run,) = runs("--method", "dpo", "--base_seed", "=seed", "--seed", "4")
+    assert run.settings.base_seed == 4
+    for value, words in (
+        ("=flop", "--flop is not one of this run"),
+        ("=", "-- is not one of this run"),
+        ("=label_temperature", "epsilon"),
+    ):
+        refused(capsys, [*argv[:-1], value], words)
+    refused(capsys, ["--method", "dpo", "--seed", "=base_seed", "--base_seed", "=seed"], "itself")
+    refused(capsys, ["--method", "dpo", "--steps", "=lr", "--lr", "0.5"], "--steps 0.5", "whole")
+    refused(capsys, ["--prompt", "hi", "--temperature", "=seed"], "needs --method")
+    refused(capsys, ["--method", "dpo", "--k", "=seed"], "--k")

@@ -367,3 +367,58 @@ def test_names_in_an_archive_and_its_own_are_printed_without_control_characters(
     with pytest.raises(UserError) as error:
         World.from_npz(tmp_path / "\x1b[2J.npz")
     assert str(error.value).isprintable() and len(str(error.value)) < 500
+
+
+def test_the_terms_of_the_reward_make_it_up(tmp_path):
+    world = World()
+    images, labels = world.images[:50], world.labels[:50].tolist()
+    parts = [world.parts(label, image) for label, image in zip(labels, images)]
+    total = torch.tensor([sum(part.values()) for part in parts])
+    torch.testing.assert_close(total.double(), world.reward(labels, images), atol=1e-5, rtol=0)
+    assert set(parts[0]) == {"log_prob", "ink"}
+    noise = [world.parts(3, torch.full((1, 8, 8), value)) for value in (-1.0, 1.0)]
+    assert noise[0]["ink"] == -3.0 and noise[1]["ink"] == 0.0
+
+
+def test_halves_of_the_data_differ_less_than_other_images():
+    world = World()
+    assert 0.0 < world.halves() < 1.0 < world.frechet(torch.zeros(9, 1, 8, 8))
+    said = world.explain({"frechet": 12.25})
+    assert "12.2" in said and "3.5 apart" in said and f"{world.halves():.2g}" in said
+    assert said.count(".") == 4 and said.endswith(".")
+
+
+def test_the_world_of_a_file_has_its_name(tmp_path):
+    images, labels = np.random.default_rng(0).random((40, 8, 8)), np.arange(40) % 2
+    np.savez(tmp_path / "mine.npz", images=images, labels=labels)
+    assert World.from_npz(tmp_path / "mine.npz").name == "mine.npz" and World().name == "digits"
+
+
+def test_classes_and_rewards_stand_beside_the_pictures():
+    world = World()
+    figure = world.picture(-torch.ones(10, 4, 1, 8, 8), torch.ones(10, 4, 1, 8, 8))
+    for axes, images in zip(figure.axes[:2], (-torch.ones(10, 1, 8, 8), torch.ones(10, 1, 8, 8))):
+        rewards = world.reward(list(range(10)), images)
+        assert [text.get_text() for text in axes.get_yticklabels()] == list("0123456789")
+        (right,) = axes.child_axes
+        shown = [text.get_text() for text in right.get_yticklabels()]
+        assert shown == [f"{reward:.2f}" for reward in rewards.tolist()]
+        assert f"{rewards.mean():.2f}" in axes.get_title()
+
+
+def test_moments_in_pieces_are_those_of_all_images():
+    images = torch.rand(9000, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    mean, cov = moments(images)
+    flat = images.double().flatten(1)
+    torch.testing.assert_close(mean, flat.mean(0))
+    torch.testing.assert_close(cov, flat.T.cov())
+
+
+def test_the_limit_counts_the_images_that_are_kept(tmp_path):
+    images, labels = np.zeros((1000, 16, 16), np.uint8), np.arange(1000) % 2
+    images[0, 0, 0] = 1
+    np.savez_compressed(tmp_path / "a.npz", images=images, labels=labels)
+    arrays = images.nbytes + labels.nbytes
+    with pytest.raises(UserError, match="--data_limit"):
+        World.from_npz(tmp_path / "a.npz", limit=3 * arrays)
+    World.from_npz(tmp_path / "a.npz", size=8, limit=3 * arrays)
