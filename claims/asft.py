@@ -112,7 +112,15 @@ def measure(lab):
             means = {metric: value.mean().item() for metric, value in values.items()}
             series.setdefault(f"{name}, shared features", []).append(means)
     arms = {n: (*LOSSES[n], dict(reference=REFERENCE[n])) for n in ("asft", "dpo")}
-    tuned = lab.race(arms, end=looked_at, world="reviews", steps=100, eval_size=1000, eval_every=20)
+    tuned = lab.race(
+        arms,
+        end=looked_at,
+        world="reviews",
+        steps=100,
+        batch_size=32,
+        eval_size=1000,
+        eval_every=25,
+    )
     for name in ("asft", "dpo"):
         for curve in tuned[name]:
             curve[-1]["pull"] = curve[-1][f"pull of {name}"]
@@ -122,6 +130,7 @@ def measure(lab):
         end=lambda lab, policy: lab.evaluate(policy),
         world="reviews",
         steps=120,
+        batch_size=32,
         lr=3e-3,
         eval_size=500,
         eval_every=120,

@@ -89,7 +89,7 @@ def measure(lab):
             found = lab.stage("tree", lambda: in_tree(here, loss, cfg))
             series[f"{name}, tree"].append(found)
     arms = {name: ARMS[name] for name in ("rkl", "fkl", "js")}
-    how = dict(world="reviews", steps=100, eval_size=1000, eval_every=100)
+    how = dict(world="reviews", steps=100, batch_size=32, eval_size=1000, eval_every=100)
     curves = lab.race(arms, end=log_ratios, **how)
     for name, (_, cfg) in arms.items():
         for curve in curves[name]:

@@ -18,7 +18,8 @@ from lab.claims import claim
 def measure(lab):
     """Curves of DPO at beta 1 and of SFT, on the same pairs of reviews."""
     arms = {name: of_dpo.ARMS[name] for name in ("dpo, beta 1", "sft")}
-    return lab.race(arms, world="reviews", steps=120, eval_size=1000, eval_every=20)
+    how = dict(steps=120, batch_size=32, eval_size=1000, eval_every=30)
+    return lab.race(arms, world="reviews", **how)
 
 
 CLAIMS = [
