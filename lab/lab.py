@@ -88,8 +88,10 @@ class Lab:
             given = getattr(settings, name)
             setattr(self, name, chosen.get(name) if given is None else given)
         if smoke:
-            self.steps, self.batch_size = self.few(self.steps), min(self.batch_size, 4)
-            self.prompts, self.eval_size = min(self.prompts, 16), min(self.eval_size, 4)
+            most = dict(steps=self.few(2**30), batch_size=4, prompts=16, eval_size=4)
+            for name, n in most.items():
+                if getattr(self, name) is not None:  # a world of vectors has no prompts
+                    setattr(self, name, min(getattr(self, name), n))
         self.compiled, self.compile_reason = pick_compile(settings, on_cuda, self.steps)
         self.current, self.stages, self.children, self.round, self.races = None, 0, {}, None, 0
         self.seen = {}  # what evaluations have read from samples of each model
