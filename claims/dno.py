@@ -7,6 +7,11 @@ see the teacher's 1,536 responses besides. Games: random games of six responses 
 which 100 rounds of Algorithm 1 are in closed form. That the average policy converges in the
 paper's game, what one exact round does, and the bound on its improvement are tests
 (tests/methods/test_dno.py).
+
+Tried on tuning seed 100 only: DNO, DPO on pairs sampled once and iterated DPO. The expectations
+about SPIN, the restrictive arm and the margin come from trials with another choice of pairs. Up to
+two nats DNO and DPO are equal at matched KL; moving references let DNO go on to a larger KL, where
+it has more reward. Iterated DPO does not fail on cycles: with fresh pairs it is DNO with a smaller eta.
 """
 
 import torch
@@ -122,6 +127,7 @@ CLAIMS = [
     on_reviews(
         "pairs that differ by two wins end with a higher true reward than pairs that differ by one",
         "no margin",
+        expect="inconclusive",
     ),
     in_games("the last policy", "last policy"),
     in_games("rounds whose win rates are over the first policy", "fixed opponent"),
