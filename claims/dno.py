@@ -8,10 +8,11 @@ which 100 rounds of Algorithm 1 are in closed form. That the average policy conv
 paper's game, what one exact round does, and the bound on its improvement are tests
 (tests/methods/test_dno.py).
 
-Tried on tuning seed 100 only: DNO, DPO on pairs sampled once and iterated DPO. The expectations
-about SPIN, the restrictive arm and the margin come from trials with another choice of pairs. Up to
+Tried on tuning seed 100 only: DNO, DPO on pairs sampled once, iterated DPO, SPIN. The expectations
+about the restrictive arm and the margin come from trials with another choice of pairs. Up to
 two nats DNO and DPO are equal at matched KL; moving references let DNO go on to a larger KL, where
-it has more reward. Iterated DPO does not fail on cycles: with fresh pairs it is DNO with a smaller eta.
+it has more reward. Iterated DPO does not fail on cycles: with fresh pairs it is DNO with a smaller
+eta.
 """
 
 import torch
