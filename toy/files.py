@@ -39,6 +39,7 @@ RESERVED = {"ref_logps", "to", *OWN, *(field.name for field in fields(Batch))}
 BLANK = b" \t\r\n\xef\xbb\xbf"  # characters that a line without a record may contain
 LIMIT = 2**29  # bytes of memory that the rows of a file may take; a file may be twice as large
 LINE = 128  # a line may have a 128th of that, since it takes up to 50 times its length when parsed
+FEW = 400  # rows below which alignment has gentler defaults
 PIECE = 2**16  # bytes that are read at a time from a JSON array
 CELLS = ("responses", "scores", "parents", "context", "ends", "q", "rank")  # JSON in a CSV
 LARGEST_ID = 2**31 - 1  # the largest token id if the vocabulary is not known
@@ -711,8 +712,12 @@ class World(world.World):
         if not self.held_out:
             raise DataError(f"{printable(source)}: only one prompt, so there are no held-out pairs")
         self.single = len(rows[0]["responses"]) == 1
-        lr = 5e-6 if from_checkpoint else 3e-4
-        self.align = dict(steps=100, batch_size=8, lr=lr, prompts=len(self.train))
+        # few pairs are soon fitted perfectly, so they are seen about twice and at a lower rate
+        n = len(self.train)
+        few = n < FEW
+        lr = 5e-6 if from_checkpoint else 1e-4 if few else 3e-4
+        steps = max(10, -(-2 * n // 8)) if few else 100
+        self.align = dict(steps=steps, batch_size=8, lr=lr, prompts=n)
 
     def key(self):
         """Everything that the base model depends on: the rows, the tokenizer and the context."""

@@ -809,6 +809,18 @@ def test_the_world_of_a_file_takes_the_tokenizer_that_it_is_given(tmp_path):
         files.World(ids, Tokenizer.toy([]))
 
 
+def test_a_small_file_has_gentler_defaults(tmp_path):
+    def world(n, **more):
+        records = [PAIR | {"prompt": str(i)} for i in range(n)]
+        return files.World(write(tmp_path / "p.jsonl", *records), Tokenizer.toy([]), **more)
+
+    small, large = world(200), world(600)
+    assert (small.align["steps"], small.align["lr"]) == (45, 1e-4)  # 180 rows, 8 a step
+    assert (large.align["steps"], large.align["lr"]) == (100, 3e-4)
+    assert world(10).align["steps"] == 10
+    assert world(200, from_checkpoint=True).align["lr"] == 5e-6
+
+
 def test_lists_become_pairs_of_the_best_and_the_worst(tmp_path):
     lists = [GRADED | {"prompt": p, "scores": [1, 0, 2], "rank": [2, 3, 1]} for p in "abc"]
     world = files.World(write(tmp_path / "g.jsonl", *lists), Tokenizer.toy([]))
