@@ -17,7 +17,7 @@ Differences from the paper
 3. The learning rate decays instead of early stopping.
 
     python train.py --method lls                            far above k-means on the features
-    python train.py --method lls --alpha 10                 less shift: NMF loses, SPA hardly
+    python train.py --method lls --alpha 10                 less shift: NMF loses more than SPA
     python train.py --method lls --world mates              the same on handwritten digits
 """
 

@@ -15,9 +15,9 @@ Differences from the paper
 1. With several classes, the class of the largest vote wins; for two this is the sign.
 2. At a finite depth a ridge is possible.
 
-    python train.py --method wide_deep                          as accurate as the Hilbert kernel
-    python train.py --method wide_deep --variant relu           the majority vote
-    python train.py --method wide_deep --variant poly --p 0.1   little better than 1-NN
+    python train.py --method wide_deep                 as accurate as the Hilbert kernel
+    python train.py --method wide_deep --variant relu  the majority vote
+    python train.py --method wide_deep --variant poly --p 0.1 --degree 3      close to 1-NN
 """
 
 import math
@@ -219,6 +219,7 @@ def run(lab, cfg):
 
     def table():
         _, alpha = limit(cfg)
+        alpha = alpha if math.isfinite(alpha) else None
         return {
             "wide and deep": row(votes(x, onehot, z, cfg).argmax(1), alpha),
             "Hilbert kernel": row((gap.clamp(min=1e-16) ** (-cfg.d / 2) @ onehot).argmax(1)),
