@@ -17,6 +17,7 @@ import data
 from data import Batch
 from lab import Lab, Settings, align, check, evaluate, loop, store
 from lab.settings import methods
+from tests.test_contract import LOSSES, accepted
 
 registration = pytest.importorskip("torch.utils.backend_registration")
 
@@ -128,3 +129,26 @@ def test_no_step_reads_a_value_or_mixes_devices(trainings, name, world):
             optimizer.step()
         assert losses.device == CARD
         assert all(value.device == CARD for value in metrics.values())
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_is_compiled_as_one_graph(name):
+    loss, done = importlib.import_module(f"methods.{name}").loss, 0
+    for cfg, items in accepted(name)[:2]:
+        for logps, ref_logps, batch in items:
+            if logps.dtype != torch.float64 or ref_logps is None or done > 1:
+                continue
+            torch._dynamo.reset()
+            compiled = torch.compile(loss, backend="aot_eager", fullgraph=True, dynamic=False)
+            outs = []
+            for function in (compiled, loss):
+                x = logps.detach().clone().requires_grad_()
+                losses, metrics = function(x, ref_logps, batch, cfg)
+                slope = torch.zeros(()) if not losses.requires_grad else None
+                if slope is None:
+                    (slope,) = torch.autograd.grad(losses.sum(), x)
+                outs.append([losses.detach(), slope, *map(torch.as_tensor, metrics.values())])
+            for ours, plain in zip(*outs, strict=True):
+                torch.testing.assert_close(ours, plain, equal_nan=True)
+            done += 1
+    assert done
