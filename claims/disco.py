@@ -68,7 +68,7 @@ def success_on_hard_ones(lab, method, cfg, scale, k=32, until=0.65, limit=3000):
 def measure(lab):
     """{method, tables: success on the hard questions} and {method: curve of success on sums}."""
     series = {name: [] for name in ARMS}
-    for seed in lab.seeds:
+    for seed in lab.worlds:
         here = lab.at(seed=seed)
         for name, (method, cfg, scale) in ARMS.items():
             found = lab.stage("tables", lambda: success_on_hard_ones(here, method, cfg, scale))
