@@ -7,8 +7,8 @@ pairs with beta = 0.1. That sources share their prompts, that pairs without a di
 dropped, and that features of style saturate the loss are tests
 (tests/methods/test_more_is_less.py).
 
-Tried on tuning seed 100 only, without the losses and the probes. The three ranked sources are too
-close for the paper's order among them. The headline holds, but own samples also lead to more
+Tried on tuning seed 100 only. The three ranked sources are too close for the paper's order among
+them. The headline holds, and so do the losses and the probes, but own samples also lead to more
 refusals of harmless requests and to fewer right tools: the attack rate alone misleads. The stronger
 model's pairs with beta = 0.1 have a low attack rate too, as their policy has left its own style.
 """
