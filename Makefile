@@ -28,8 +28,8 @@ mutants:  ## every single edit of a loss makes a test fail (many minutes)
 fuzz:  ## random and hostile files, checkpoints, command lines and kills (CASES=10000 is hours)
 	$(BIN)/python -m pytest -m fuzz tests/fuzz.py --fuzz-cases $(or $(CASES),300)
 
-claims:  ## the claims of all papers on five seeds, into out/ (about an hour on two cores)
-	$(BIN)/python train.py --method all --claim
+claims:  ## the claims of all papers on five seeds, in two processes, into out/
+	$(BIN)/python train.py --method all --claim --jobs 2
 
 bench:  ## the speed of a training step, side by side with a peer where it is installed
 	$(BIN)/python bench.py

@@ -11,8 +11,8 @@ three exact rounds with a moving reference are one round with beta / 3 is a test
 What theory expects: the curriculum sees more pairs than the easiest pair alone, and so does
 pooling; the order is not what helps. In the three bandits of tuning seeds 100 to 102, the pooled
 pairs and the easiest pair had more reward than the curriculum on average, the easiest pair not on
-every seed, and the order made hardly a difference. On the same seeds the easiest pair had more
-reward on reviews at a slightly larger KL.
+every seed, and the order made hardly a difference. On the same seeds of reviews, with beta instead
+of beta / 3, the easiest pair had more reward at a slightly larger KL.
 """
 
 import copy
