@@ -559,7 +559,9 @@ def test_random_and_hostile_input(kind, tmp_path, request, limited, monkeypatch)
     if kind == "command":
         monkeypatch.setattr(train, "one_run", lambda *about, **more: {})
         monkeypatch.setattr(train, "ask", lambda *about: None)
-        monkeypatch.setattr(train, "claim", lambda *about: 0)
+        monkeypatch.setattr(train, "several", lambda *about: 0)  # sweeps and claims
+        for name in ("again", "smoke"):
+            monkeypatch.setattr(train.results, name, lambda *about: 0)
         monkeypatch.setattr(train.contract, "check", lambda run: 0)
     for case in range(seed, seed + max(1, round(cases * SHARES[kind]))):
         Lab.memory.clear()
