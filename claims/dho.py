@@ -6,7 +6,7 @@ network is trained with labels only, with the teacher only, with both on one hea
 heads (DHO), whose mix is searched on as many validation labels. The cosine of the two gradients of
 the backbone is averaged over the training.
 
-On tuning seeds 100 to 104 every claim has the expected verdict. The teacher of pixels is right on
+The expectations come from the means of tuning seeds 100 to 104. The teacher of pixels is right on
 0.70 of the pictures, less than a network that sees 8 labels per class, so that DHO exceeds it says
 nothing; that one head falls far below labels only, and two heads do not, is what the paper says.
 

@@ -6,7 +6,7 @@ compared with k-means on the features and with an oracle that knows the class sh
 is large (alpha 0.5), medium (3) or small (10). Exact tables, in which NMF fits perfectly and finds
 other classes, are in tests/methods/test_lls.py.
 
-On tuning seeds 100 to 109 every claim has the expected verdict. What NMF loses with little shift is
+The expectations come from the means of tuning seeds 100 to 109. What NMF loses with little shift is
 not the discriminator's fault, since anchors on the same table stay close to the oracle.
 On real digits anchors lose about 0.01 to the true W at alpha 0.5 and about 0.03 at alpha 3.
 """

@@ -119,7 +119,7 @@ def on_sums(lab):
             for step in steps_of(world, row["prompt"], row["responses"][0], values)[:-1]
         ]
         total = torch.tensor([sum(values) for _, values, _ in steps])
-        found[name] = auc(-total, ~torch.tensor([correct for *_, correct in steps]))
+        found[name] = auc(-total, ~torch.tensor([good for *_, good in steps], dtype=torch.bool))
     prompts = world.prompts(lab.few(64), lab.rng("beams"))
     found["greedy"], found["beam"] = r2q.beam_rewards(lab, policy, prompts).values()
     return found

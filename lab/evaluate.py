@@ -179,7 +179,7 @@ def evaluate(lab, policy):
 
 
 @torch.no_grad()
-def glance(lab, policy, full):
+def glance(lab, policy, step, full):
     """A look during training: the numbers of `evaluate` that come from samples, without intervals.
 
     full: on all prompts of an evaluation, so that both agree; otherwise on an eighth of them. In a
@@ -190,7 +190,7 @@ def glance(lab, policy, full):
     else:
         found = of_samples(lab, policy, lab.eval_size if full else max(2, lab.eval_size // 8))
     between = lab.eval_every or max(1, lab.steps // 20)
-    if full or (lab.step + 1) // between % 5 == 0:  # in every fifth look, since it takes seconds
+    if full or step // between % 5 == 0:  # in every fifth look, since it takes seconds
         found |= lab.world.look(policy, lab)
     return {name: value for name, value in found.items() if not isinstance(value, list)}
 

@@ -503,9 +503,13 @@ def combinations(flags, chosen):
                 full[n] = values(g, text, method.flags[n].kind)
         kinds = {n: (run.get(n) or method.flags.get(n)).kind for n in after}
         defaults = defaults_of(method.paper, grid) if len(chosen) == 1 else {}
-        for name in method.paper.ignores:
-            if name in grid or name in after:
-                raise UserError(f"--{name} does nothing under {method.name}")
+        ignored = [name for name in method.paper.ignores if name in grid or name in after]
+        if ignored and flags.get("method", "").lower() == "all":
+            line = f"left out: --{', --'.join(ignored)} does nothing under {method.name}"
+            print(line, file=sys.stderr)
+            continue
+        if ignored:
+            raise UserError(f"--{', --'.join(ignored)} does nothing under {method.name}")
         for point in itertools.product(*full.values()):
             picked = dict(zip(full, point))
             both = defaults | picked

@@ -175,6 +175,7 @@ def write_run(out, run, flags):
             "versions": versions(),
             "commit": commit(),
             "date": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "began": time.time_ns(),
             "files": {path: stamp(path) for path in files if os.path.isfile(path)},
         },
     )

@@ -155,10 +155,10 @@ def finished(out, name, seeds):
 
 
 def run_of(out):
-    """When the run that writes to this folder began, which distinguishes it from earlier ones."""
+    """When the run that writes to this folder began, which tells it from earlier ones."""
     with contextlib.suppress(OSError, ValueError, KeyError):
         with open(os.path.join(out, MARK), encoding="utf-8") as file:
-            return json.load(file)["date"]
+            return json.load(file)["began"]
     return None
 
 

@@ -36,7 +36,7 @@ PAPER = Paper(
     worlds=("text", "images", "table"),
     ignores=("k",),
     defaults=dict(world="reviews"),
-    demo=dict(prompts=12800, label_temperature=0.25, beta=0.75),
+    demo=dict(prompts=12800, label_temperature=0.0, beta=1.0),
 )
 
 

@@ -189,7 +189,7 @@ def test_a_rehearsal_changes_nothing(tmp_path, capsys, monkeypatch):
     path = rows_file(tmp_path / "rows.jsonl", PAIRS)
     seen = []
     monkeypatch.setattr(
-        train, "one_run", lambda *about, **more: seen.append(torch.random.get_rng_state())
+        train, "one_run", lambda *about, **more: seen.append(torch.random.get_rng_state()) or {}
     )
     torch.manual_seed(5)
     state = torch.random.get_rng_state()
@@ -205,12 +205,13 @@ def test_rows_that_are_wrong_in_a_file_are_left_out_of_all_methods(tmp_path, cap
     small(monkeypatch)
     path = rows_file(tmp_path / "rows.jsonl", [row | {"scores": [1, 2, 500]} for row in LISTS])
     ran = []
-    monkeypatch.setattr(train, "sweep", lambda runs, out: ran.extend(r.method for r in runs) or 0)
+    monkeypatch.setattr(train, "sweep", lambda runs, *rest: ran.extend(r.method for r in runs) or 0)
     argv = ["--method", "all", "--data", path, "--context", "64", *TINY[:4], "--out", "s"]
     assert train.main(argv) == 0
     error = capsys.readouterr().err
     assert "left out: irpo: " in error and "left out: curry_dpo: " in error
     assert "left out: disco needs a world with a verifier" in error
+    assert "left out: --steps does nothing under wide_deep" in error
     assert "dpo" in ran and "irpo" not in ran
 
 
