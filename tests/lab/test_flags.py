@@ -59,7 +59,7 @@ def test_the_first_run_of_a_method_has_settings_of_its_own(capsys):
         assert {run.settings.prompts for run in runs(*argv)} == {None}
         assert {run.cfg.beta for run in runs(*argv)} == {Config().beta}
     assert train.main(["--method", "dpo", "--help"]) == 0
-    assert "--beta 0.75" in capsys.readouterr().out
+    assert f"--beta {PAPER.demo['beta']}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", ["did", "ld_dpo"])
