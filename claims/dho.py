@@ -56,7 +56,7 @@ for world, where in dict(pixels="On handwritten digits", warped="On warped").ite
             f"one head, {world}",
             margin=0.01,
             kind="primary" if world == "pixels" else "mechanism",
-            world="pixels",
+            world=world,
             matched="steps and data",
         ),
         claim(

@@ -57,7 +57,7 @@ for world, where in dict(blobs="On blobs", mates="On pairs of handwritten digits
             f"k-means on x, {world}, 0.5",
             margin=0.2,
             kind="primary" if world == "mates" else "mechanism",
-            world="mates",
+            world=world,
             matched="points and domains",
         ),
         claim(

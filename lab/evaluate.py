@@ -203,13 +203,13 @@ def of_samples(lab, policy, n):
     """
     if lab.world.kind == "table":
         return {"reward": policy.expect(lab.world.rewards()), "kl": policy.kl(lab.reference)}
-    key = n, fingerprint(policy)
+    key = n, hash_of_weights(policy)
     if key not in lab.seen:
         lab.seen[key] = from_samples(lab, policy, n)
     return dict(lab.seen[key])
 
 
-def fingerprint(model):
+def hash_of_weights(model):
     """A hash of the weights of a model."""
     found = hashlib.sha256()
     for value in model.state_dict().values():

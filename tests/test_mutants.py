@@ -18,8 +18,6 @@ from lab import settings
 from tests import builders, mutation
 
 CORES = {name: importlib.import_module(f"methods.{name}").PAPER.core for name in settings.methods()}
-METHODS = [name for name, core in CORES.items() if "loss" in core]
-OTHERS = [name for name, core in CORES.items() if "loss" not in core]
 
 
 def check(made, alive, reasons):
@@ -30,27 +28,18 @@ def check(made, alive, reasons):
 
 
 @pytest.mark.mutants
-@pytest.mark.parametrize("name", METHODS)
-def test_no_mutant_of_the_loss_survives_without_a_reason(name):
+@pytest.mark.parametrize("name", CORES)
+def test_no_mutant_of_a_core_survives_without_a_reason(name):
+    """Without a loss, INPUTS are calls (function, *arguments); "cfg" stands for the Config."""
     module = importlib.import_module(f"methods.{name}")
     here = importlib.import_module(f"tests.methods.test_{name}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    functions, observe = None, mutation.observe_call
+    if "loss" in CORES[name]:
         functions = mutation.reachable(inspect.getsource(module), ["loss"])
-        made, alive = mutation.survivors(module, here.CASES, here.INPUTS, functions)
-    check(made, alive, here.SURVIVORS)
-
-
-@pytest.mark.mutants
-@pytest.mark.parametrize("name", OTHERS)
-def test_no_mutant_of_a_core_without_a_loss_survives_without_a_reason(name):
-    """INPUTS are calls (function, *arguments), in which the string "cfg" stands for the Config."""
-    module = importlib.import_module(f"methods.{name}")
-    here = importlib.import_module(f"tests.methods.test_{name}")
+        observe = mutation.observe_loss
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        observe = mutation.observe_call
-        made, alive = mutation.survivors(module, here.CASES, here.INPUTS, observe=observe)
+        made, alive = mutation.survivors(module, here.CASES, here.INPUTS, functions, observe)
     check(made, alive, here.SURVIVORS)
 
 
