@@ -15,7 +15,7 @@ import torch
 
 from data import UserError
 
-SCHEDULES = ("linear", "scaled_linear", "cosine")
+SCHEDULES = ("linear", "scaled_linear", "cosine", "flow")
 PREDICTIONS = ("eps", "x0", "v_vp", "v_flow", "u", "edm")
 
 
@@ -34,12 +34,16 @@ def alpha_bar(schedule="linear", steps=1000):
     """alpha_bar after each of `steps` noise steps: (steps,) float64, decreasing.
 
     schedule: "linear" (DDPM, Ho et al. 2020), "scaled_linear" (Stable Diffusion: linear in the
-    square root of beta) or "cosine" (Nichol & Dhariwal 2021). UserError: any other name.
+    square root of beta), "cosine" (Nichol & Dhariwal 2021) or "flow" (flow matching: step i has
+    the time t = 1 - i / (steps + 1) of `to_flow`, so that DDIM is Euler's method on straight
+    paths). UserError: any other name.
     """
     if schedule == "cosine":
         angle = (torch.arange(steps, dtype=torch.float64) / steps + 0.008) / 1.008 * math.pi / 2
         # without the clamp, step 0 would have no noise, and ln(sigma) would be -inf
         return (angle.cos() / angle[0].cos()).square().clamp(max=1 - 1e-5)
+    if schedule == "flow":
+        return from_flow(1 - torch.arange(1, steps + 1, dtype=torch.float64) / (steps + 1))
     if schedule == "linear":
         beta = torch.linspace(1e-4, 2e-2, steps, dtype=torch.float64)
     elif schedule == "scaled_linear":

@@ -19,6 +19,7 @@ from diffusion import (
     PREDICTIONS,
     SCHEDULES,
     alpha_bar,
+    ddim_logprob,
     ddim_step,
     mixture,
     q_sample,
@@ -517,6 +518,8 @@ class Denoiser(nn.Module):
     an unknown prediction or schedule.
     """
 
+    k = 0.5  # of the prediction "u" = k x0 - (1 - k) eps; a subclass may learn it
+
     def __init__(self, shape, classes, prediction="eps", sd=1.0, schedule="linear"):
         super().__init__()
         self.shape, self.classes, self.prediction, self.sd = tuple(shape), classes, prediction, sd
@@ -538,7 +541,7 @@ class Denoiser(nn.Module):
             output = self(x if self.sd == 1 else x * spread(scale, x), sigma.log() / 4, label)
         if self.prediction == "eps":
             return output
-        return to_eps(self.prediction, output, x, a, sd=self.sd)
+        return to_eps(self.prediction, output, x, a, k=self.k, sd=self.sd)
 
     def prepare(self, batch, rng, times=None, shared=True):
         """Draw batch.t (B,) and batch.noise, and return the batch.
@@ -580,34 +583,95 @@ class Denoiser(nn.Module):
         part = torch.arange(1, steps + 1, device=last.device)[:, None]
         return (part * (last + 1) // steps - 1).clamp(min=0)
 
+    def labels(self, prompts):
+        """Class labels (n,) int64 on this device. UserError: an unknown class."""
+        labels = torch.as_tensor(prompts, dtype=torch.long).reshape(-1)
+        if len(labels) and not 0 <= labels.min() <= labels.max() < self.classes:
+            raise UserError(
+                f"prompts = {labels.unique().tolist()}: expected classes 0 to {self.classes - 1}"
+            )
+        return labels.to(self.device)
+
+    def grid(self, steps):
+        """The noise levels of a sampler: times (steps, 1) and alpha_bar (steps + 1, 1).
+
+        alpha_bar[i] belongs to times[i - 1], and alpha_bar[0] = 1 to the image itself.
+        """
+        times = self.times(steps)
+        return times, torch.cat([torch.ones_like(self.alpha_bar[:1])[None], self.alpha_bar[times]])
+
+    def draw(self, shape, rng):
+        """Standard normal noise from the torch.Generator `rng`, on this device."""
+        noise = torch.randn(shape, generator=rng, dtype=self.alpha_bar.dtype, device=rng.device)
+        return noise.to(self.device)
+
     @torch.no_grad()
+    def states(self, x, label, rng, steps, eta):
+        """Yield the states (n, *shape) of DDIM's sampler, from the noise x to the images."""
+        times, levels = self.grid(steps)
+        yield x
+        for i in range(steps, 0, -1):
+            z = self.draw(x.shape, rng) if eta else None
+            a, b = spread(levels[i], x), spread(levels[i - 1], x)
+            x = ddim_step(x, self.eps(x, times[i - 1], label), a, b, eta, z)
+            yield x
+
     def sample(self, prompts, k, rng, steps=25, eta=0.0):
         """k images for each of n class labels: (n, k, *shape), by DDIM.
 
         eta = 1 is ancestral sampling. All random numbers come from the torch.Generator `rng`.
         UserError: an unknown class.
         """
-        labels = torch.as_tensor(prompts, dtype=torch.long).reshape(-1)
-        if len(labels) and not 0 <= labels.min() <= labels.max() < self.classes:
-            raise UserError(
-                f"prompts = {labels.unique().tolist()}: expected classes 0 to {self.classes - 1}"
-            )
-        device, images, times = self.device, [], self.times(steps)
-        # alpha_bar is 1 at the image itself, before the first step
-        levels = torch.cat([torch.ones(1, 1, device=device), self.alpha_bar[times]])
-
-        def noise(shape):
-            return torch.randn(shape, generator=rng, dtype=levels.dtype).to(device)
-
+        labels, images = self.labels(prompts), []
         for label in labels.repeat_interleave(k).split(512):
-            shape = len(label), *self.shape
-            x = noise(shape)
-            for i in range(steps, 0, -1):
-                z = noise(shape) if eta else None
-                eps = self.eps(x, times[i - 1], label.to(device))
-                x = ddim_step(x, eps, spread(levels[i], x), spread(levels[i - 1], x), eta, z)
-            images.append(x)
+            x = self.draw((len(label), *self.shape), rng)
+            for state in self.states(x, label, rng, steps, eta):
+                last = state
+            images.append(last)
         return torch.cat(images).view(len(labels), k, *self.shape)
+
+    def walk(self, prompts, k, rng, steps=10, eta=1.0, shared=True):
+        """The whole paths of a random sampler: (steps + 1, n, k, *shape), from noise to images.
+
+        shared: the k paths of a prompt begin with the same noise; their steps differ.
+        """
+        labels = self.labels(prompts)
+        noise = self.draw((len(labels), 1 if shared else k, *self.shape), rng)
+        noise = noise.expand(-1, k, *self.shape).flatten(0, 1)  # (n k, *shape)
+        states = list(self.states(noise, labels.repeat_interleave(k), rng, steps, eta))
+        return torch.stack(states).view(steps + 1, len(labels), k, *self.shape)
+
+    def transition_logps(self, x, after, step, label, steps, eta):
+        """log p(after | x) of one step of `walk`, averaged over the dimensions of an image: (B, K).
+
+        x, after: (B, K, *shape), consecutive states. step (B,): the place of x in the walk, 0 for
+        noise, up to steps - 2, since the last step of a walk is deterministic. label: (B,).
+        Gradients pass through the mean of the step. UserError: eta is 0.
+        """
+        times, levels = self.grid(steps)
+        place = (steps - step).repeat_interleave(x.shape[1])  # (B K,) in levels
+        images, label = x.flatten(0, 1), label.repeat_interleave(x.shape[1])
+        a, b = spread(levels[place, 0], images), spread(levels[place - 1, 0], images)
+        eps = self.eps(images, times[place - 1, 0], label)
+        logp = ddim_logprob(after.flatten(0, 1), images, eps, a, b, eta)
+        return logp.view(x.shape[:2]) / images[0].numel()
+
+    @torch.no_grad()
+    def path_kl(self, other, prompts, rng, steps=10):
+        """KL of this model's ancestral sampler from another's, in nats: (n,), one path per prompt.
+
+        It is the sum over the steps of |mean - other mean|^2 / (2 variance) along sampled paths,
+        and an upper bound on the KL of the images. It depends on the number of steps. The last
+        step, which is deterministic, is left out. Both models need the same noise schedule.
+        """
+        label, (times, levels) = self.labels(prompts), self.grid(steps)
+        noise, total = self.draw((len(label), *self.shape), rng), 0.0
+        for place, x in zip(range(steps, 1, -1), self.states(noise, label, rng, steps, 1.0)):
+            a, b = spread(levels[place], x), spread(levels[place - 1], x)
+            noises = (model.eps(x, times[place - 1], label) for model in (self, other))
+            (mean, std), (other_mean, _) = (ddim_step(x, eps, a, b, 1.0) for eps in noises)
+            total = total + ((mean - other_mean) / std).square().flatten(1).sum(1) / 2
+        return total
 
     @torch.no_grad()
     def invert(self, x, times, label, rounds=1, average=False):

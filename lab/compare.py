@@ -285,7 +285,7 @@ def priced(record):
 
 def parts_against_kl(ax, record):
     """What the reward of one run is made of, against KL, and the margin that was fitted."""
-    known = ("stage", "step", "reward", "win_rate", "kl", "length", "diversity")
+    known = ("stage", "step", "reward", "win_rate", "kl", "length", "diversity", "frechet_256")
     looks = [look for look in record.looks if "kl" in look]
     names = [name for name in looks[0] if name not in known] if looks else []
     kls = [look["kl"] for look in looks]

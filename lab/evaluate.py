@@ -235,6 +235,9 @@ def from_samples(lab, policy, n):
     if world.parts:
         parts = [world.parts(row["prompt"], row["responses"][0]) for row in rows]
         out |= {name: float(np.mean([part[name] for part in parts])) for name in parts[0]}
+    if world.kind == "images" and torch.equal(policy.alpha_bar, lab.reference.alpha_bar):
+        kls = policy.path_kl(lab.reference, prompts, lab.eval_rng("paths"))
+        out["kl"] = float(kls.mean())
     if world.kind == "text":
         responses = [row["responses"][0] for row in rows]
         rows = lab.encode(rows)

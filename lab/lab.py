@@ -480,18 +480,27 @@ class Lab:
 
     def draw_preferences(self, policy, k, n, ties, key):
         """Sample responses to n prompts, score and label them -> rows."""
-        settings, world = self.settings, self.world
-        prompts = world.prompts(n, self.rng("prompts", *key))
+        prompts = self.world.prompts(n, self.rng("prompts", *key))
         rows = self.sample(policy, prompts, k, self.rng("responses", *key))
+        rows = self.label(rows, key)
+        return [row for row in rows if ties or k > 2 or row["scores"][0] != row["scores"][1]]
+
+    def label(self, rows, key=None):
+        """Rows of one's own with the true `reward` and the labels of an annotator of this run.
+
+        Pairs get the chosen response first, and any column of K values follows their order (see
+        `data.label`). key: of the random numbers of the labels, by default the round.
+        """
+        settings, world = self.settings, self.world
+        key = [self.round] if key is None else key
         rows = [row | {"reward": reward} for row, reward in zip(rows, self.truth(rows))]
         prefers = None
-        if world.prefers is not None and k == 2:
+        if world.prefers is not None and all(len(row["responses"]) == 2 for row in rows):
             a, b = ([self.text(row["responses"][i]) for row in rows] for i in (0, 1))
-            prefers = world.prefers(prompts, a, b).tolist()
+            prefers = world.prefers([row["prompt"] for row in rows], a, b).tolist()
         lengths = [[len(response) for response in row["responses"]] for row in rows]
         noise = (settings.label_temperature, settings.flip, settings.length_bias)
-        rows = label(rows, self.rng("labels", *key), *noise, world.verifier, prefers, lengths)
-        return [row for row in rows if ties or k > 2 or row["scores"][0] != row["scores"][1]]
+        return label(rows, self.rng("labels", *key), *noise, world.verifier, prefers, lengths)
 
     def say_counts(self, rows, k, n):
         """Print how many rows were left out, and how many hold the same response k times."""

@@ -64,6 +64,22 @@ def test_schedules_have_the_published_values_of_alpha_bar(schedule, steps, expec
     )
 
 
+def test_the_flow_schedule_has_equal_steps_of_flow_time():
+    table = diffusion.alpha_bar("flow", 4)
+    close(diffusion.to_flow(table), [0.8, 0.6, 0.4, 0.2], 1e-12)
+    whole = diffusion.alpha_bar("flow")
+    assert (whole.diff() < 0).all() and 0 < whole.min() and whole.max() < 1
+
+
+def test_ddim_on_the_flow_schedule_is_euler_on_straight_paths():
+    a, b = diffusion.alpha_bar("flow", 9)[[6, 3]]
+    t, s = diffusion.to_flow(a), diffusion.to_flow(b)
+    out, z = torch.randn(2, 5, generator=rng(), dtype=torch.float64)  # velocity, and t x0 + ...
+    x = z * (a.sqrt() + (1 - a).sqrt())
+    after = ddim_step(x, to_eps("v_flow", out, x, a), a, b)
+    close(after / (b.sqrt() + (1 - b).sqrt()), z + (s - t) * out, 1e-12)
+
+
 def test_unknown_schedule_and_prediction_are_refused():
     with pytest.raises(ValueError, match="schedule = 'sqrt'"):
         diffusion.alpha_bar("sqrt")
@@ -460,6 +476,85 @@ def test_sampling_takes_the_ddim_steps_of_the_formula():
             model.alpha_bar[s] if s else torch.ones((), dtype=torch.float64),
         )
     close(model.sample([7], 1, rng(), steps=4)[0], x, 1e-12)
+
+
+def test_a_walk_is_the_path_of_the_sampler_and_shares_its_first_noise():
+    model = small()
+    for eta in (0.0, 1.0):
+        one = model.walk([3], 1, rng(1), steps=4, eta=eta)
+        assert one.shape == (5, 1, 1, 1, 4, 6)
+        assert torch.equal(one[-1], model.sample([3], 1, rng(1), steps=4, eta=eta))
+    states = model.walk([3, 1], 3, rng(2), steps=4)
+    assert torch.equal(states[0, :, :1].expand(-1, 3, -1, -1, -1), states[0])
+    assert not torch.equal(states[1, :, 0], states[1, :, 1])  # the steps differ
+    apart = model.walk([3, 1], 3, rng(2), steps=4, shared=False)
+    assert not torch.equal(apart[0, :, 0], apart[0, :, 1])
+    with pytest.raises(ValueError, match="expected classes 0 to 9"):
+        model.walk([10], 2, rng())
+
+
+def test_transition_logps_are_those_of_the_steps_that_were_walked():
+    """The noise that a step added is recovered from its log density, for every step and row."""
+    model, steps = small(), 4
+    states = model.walk([3, 1, 2], 2, rng(), steps)
+    label, table = torch.tensor([3, 1, 2]), model.alpha_bar
+    step = torch.tensor([0, 2, 1])
+    x = torch.stack([states[s, i] for i, s in enumerate(step)])
+    after = torch.stack([states[s + 1, i] for i, s in enumerate(step)])
+    logps = model.transition_logps(x, after, step, label, steps, 1.0)
+    assert logps.shape == (3, 2)
+    for i, (t, s) in enumerate([(999, 749), (499, 249), (749, 499)]):
+        noise = model.eps(x[i], torch.tensor([t]), label[i : i + 1].expand(2))
+        mean, std = ddim_step(x[i], noise, table[t], table[s], 1.0)
+        assert 0.5 < ((after[i] - mean) / std).std() < 1.5  # the noise that was drawn
+        expected = torch.distributions.Normal(mean, std).log_prob(after[i]).flatten(1).mean(1)
+        close(logps[i], expected, 1e-9)
+    with pytest.raises(ValueError, match="eta = 0"):
+        model.transition_logps(x, after, step, label, steps, 0.0)
+
+
+def test_the_gradient_of_a_transition_is_that_of_its_mean():
+    model = small()
+    states = model.walk([5], 2, rng(), 3)
+    label, step = torch.tensor([5]), torch.tensor([1])
+    logps = model.transition_logps(states[1], states[2], step, label, 3, 1.0)
+    bias = model.output.bias
+    (slope,) = torch.autograd.grad(logps.sum(), bias)
+    assert model.times(3)[:, 0].tolist() == [332, 665, 999]
+    a, b = model.alpha_bar[[665, 332]]
+    eps = model.eps(states[1, 0], torch.tensor([665]), label.expand(2))
+    mean, std = ddim_step(states[1, 0], eps, a, b, 1.0)
+    (direct,) = torch.autograd.grad(mean, bias, ((states[2, 0] - mean) / std**2 / 24).detach())
+    close(slope, direct, 1e-9)
+
+
+def test_path_kl_is_zero_for_one_model_and_is_the_mean_of_the_log_ratio():
+    model, other = Gaussian(0.5), Gaussian(1.0)
+    assert model.path_kl(Gaussian(0.5), [0] * 3, rng(), 5).abs().max() == 0
+    n, label, ratio = 4000, torch.zeros(1, dtype=torch.long), 0.0
+    kl = model.path_kl(other, [0] * n, rng(), 5)
+    assert kl.shape == (n,) and (kl > 0).all()
+    states = model.walk([0], n, rng(1), 5, shared=False)
+    for step in range(4):
+        about = states[step], states[step + 1], torch.tensor([step]), label, 5, 1.0
+        ours, theirs = (m.transition_logps(*about) for m in (model, other))
+        ratio = ratio + 2 * (ours - theirs)[0]  # two dimensions
+    error = ((ratio.var() + kl.var()) / n).sqrt()
+    assert (kl.mean() - ratio.mean()).abs() < 4 * error < 0.3 * kl.mean()
+
+
+@pytest.mark.parametrize("k", [0.0, 0.3, 1.0])
+def test_a_denoiser_of_u_reads_its_output_with_its_own_k(k):
+    class U(Gaussian):
+        def forward(self, x, noise_level, label):
+            a = diffusion.from_sigma((4 * noise_level).exp())[:, None]
+            eps = (1 - a).sqrt() * x / (a * self.std**2 + 1 - a)
+            return predict("u", to_x0("eps", eps, x, a), eps, a, k=k)
+
+    plain, other = Gaussian(0.5), U(0.5, "u")
+    other.k = k
+    batch = plain.prepare(image_batch(plain, 6, 2), rng())
+    close(other.logps(batch), plain.logps(batch), 1e-6)
 
 
 def test_unet_sees_class_and_noise_level():

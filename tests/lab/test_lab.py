@@ -186,6 +186,23 @@ def test_pairs_are_labelled_with_the_probability_that_prefers_returns(settings, 
     assert (1 / p).mean().item() == pytest.approx(expected, abs=0.15)
 
 
+def test_rows_of_ones_own_are_labelled_as_preferences_are():
+    world = bandit.World(3, 1, rewards=torch.tensor([0.0, 1.0, 3.0]))
+    lab = Lab(Settings(world="bandit", label_temperature=0), quiet=True, world=world)
+    rows = [dict(prompt=0, responses=[[0], [2]], scores=[9, 9], path=["to 0", "to 2"], step=4)]
+    (row,) = lab.label(rows)
+    assert row["responses"] == [[2], [0]] and row["reward"] == [3, 0] and row["scores"] == [1, 0]
+    assert row["path"] == ["to 2", "to 0"] and row["step"] == 4
+    (row,) = lab.label([dict(prompt=0, responses=[[1], [0], [2]])])
+    assert row["scores"] == [1, 0, 3]
+    noisy = Lab(Settings(world="bandit"), quiet=True, world=world)
+    many = rows * 200
+    with noisy.in_round(3):
+        first = noisy.label(many)
+    again = noisy.label(many, key=[3])
+    assert first == again != noisy.label(many)  # the labels depend on the round
+
+
 def test_preferences_have_the_noise_of_the_run():
     world = bandit.World(3, 1, rewards=torch.tensor([0.0, 1.0, 3.0]))
     one, two = [[0], [2]], [[1], [1]]
