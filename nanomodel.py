@@ -514,15 +514,20 @@ class Denoiser(nn.Module):
 
     A subclass defines forward(x, noise_level, label) -> (n, *shape), with x (n, *shape) of about
     unit variance, noise_level (n,) = ln(sigma) / 4 and the classes label (n,). `prediction` says
-    what the output means (see `diffusion.mixture`). sd: standard deviation of the data. UserError:
-    an unknown prediction or schedule.
+    what the output means (see `diffusion.mixture`). sd: standard deviation of the data. error:
+    whose error `logps` weights equally at all noise levels, that of the noise ("eps") or that of
+    the network's own output ("output"). `free`: the label `classes` stands for no label, which
+    guidance needs. UserError: an unknown prediction or schedule.
     """
 
     k = 0.5  # of the prediction "u" = k x0 - (1 - k) eps; a subclass may learn it
 
-    def __init__(self, shape, classes, prediction="eps", sd=1.0, schedule="linear"):
+    def __init__(
+        self, shape, classes, prediction="eps", sd=1.0, schedule="linear", error="eps", free=False
+    ):
         super().__init__()
         self.shape, self.classes, self.prediction, self.sd = tuple(shape), classes, prediction, sd
+        self.error, self.free = error, free
         self.register_buffer("alpha_bar", alpha_bar(schedule).float(), persistent=False)
         mixture(prediction, self.alpha_bar)  # refuses an unknown prediction
 
@@ -530,8 +535,19 @@ class Denoiser(nn.Module):
     def device(self):
         return self.alpha_bar.device
 
-    def eps(self, x, t, label):
-        """The predicted noise (n, *shape) in x (n, *shape) at steps t (n,) or (1,); label (n,)."""
+    def eps(self, x, t, label, guidance=1.0):
+        """The predicted noise (n, *shape) in x (n, *shape) at steps t (n,) or (1,); label (n,).
+
+        With guidance g (Ho & Salimans 2022) it is e0 + g (e - e0), where e0 is predicted without a
+        label. UserError: guidance needs a model that was trained with dropped labels.
+        """
+        if guidance != 1:
+            if not self.free:
+                raise UserError(
+                    f"guidance = {guidance}: this model was not trained with dropped labels"
+                )
+            nothing = self.eps(x, t, torch.full_like(label, self.classes))
+            return nothing + guidance * (self.eps(x, t, label) - nothing)
         level = self.alpha_bar[t].expand(len(x))
         a, sigma = spread(level, x), to_sigma(level)
         # scale * x_t is EDM's input c_in x; for sd = 1 it is x_t itself
@@ -560,11 +576,14 @@ class Denoiser(nn.Module):
     def logps(self, batch, weight=None):
         """Minus the squared noise error, summed over the image: (B, K, 1), 0 outside batch.mask.
 
-        weight(t) -> (B,) multiplies it, by default 1. It replaces log p(image | class) by a
+        weight(t) -> (B,) multiplies it. By default it is 1, or, for error = "output", it makes the
+        sum the squared error of the network's output. It replaces log p(image | class) by a
         one-sample estimate of the variational bound, at the draw (t, noise) of `prepare`. It has no
         factor 1/2, so beta here is Diffusion-DPO's beta on means (Wallace et al. 2023) divided by
         twice the number of dimensions.
         """
+        if weight is None and self.error == "output":
+            weight = self.output_weight
         K = batch.images.shape[1]
         a = spread(self.alpha_bar[batch.t], batch.images)
         x = q_sample(batch.images, batch.noise, a)  # (B, K, *shape)
@@ -572,6 +591,15 @@ class Denoiser(nn.Module):
         eps = self.eps(x.flatten(0, 1), t, label).view_as(x)
         error = (eps - batch.noise).square().flatten(2).sum(2, keepdim=True)  # (B, K, 1)
         return -(error if weight is None else error * spread(weight(batch.t), error)) * batch.mask
+
+    def output_weight(self, t):
+        """The squared error of the output, in units of that of the noise, at steps t (B,): (B,).
+
+        It is at most 100, as it would grow without bound towards pure noise.
+        """
+        a = self.alpha_bar[t]
+        c, d = mixture(self.prediction, a, k=self.k, sd=self.sd)
+        return ((d * a.sqrt() - c * (1 - a).sqrt()) ** 2 / a).clamp(max=100.0)
 
     def times(self, steps, last=None):
         """An increasing grid of noise steps (steps, 1) that ends at the last step of the schedule.
@@ -606,26 +634,27 @@ class Denoiser(nn.Module):
         return noise.to(self.device)
 
     @torch.no_grad()
-    def states(self, x, label, rng, steps, eta):
+    def states(self, x, label, rng, steps, eta, guidance=1.0):
         """Yield the states (n, *shape) of DDIM's sampler, from the noise x to the images."""
         times, levels = self.grid(steps)
         yield x
         for i in range(steps, 0, -1):
             z = self.draw(x.shape, rng) if eta else None
             a, b = spread(levels[i], x), spread(levels[i - 1], x)
-            x = ddim_step(x, self.eps(x, times[i - 1], label), a, b, eta, z)
+            eps = self.eps(x, times[i - 1], label, guidance)
+            x = ddim_step(x, eps, a, b, eta, z)
             yield x
 
-    def sample(self, prompts, k, rng, steps=25, eta=0.0):
+    def sample(self, prompts, k, rng, steps=25, eta=0.0, guidance=1.0):
         """k images for each of n class labels: (n, k, *shape), by DDIM.
 
-        eta = 1 is ancestral sampling. All random numbers come from the torch.Generator `rng`.
-        UserError: an unknown class.
+        eta = 1 is ancestral sampling. guidance: as in `eps`. All random numbers come from the
+        torch.Generator `rng`. UserError: an unknown class.
         """
         labels, images = self.labels(prompts), []
         for label in labels.repeat_interleave(k).split(512):
             x = self.draw((len(label), *self.shape), rng)
-            for state in self.states(x, label, rng, steps, eta):
+            for state in self.states(x, label, rng, steps, eta, guidance):
                 last = state
             images.append(last)
         return torch.cat(images).view(len(labels), k, *self.shape)
@@ -693,22 +722,37 @@ class Denoiser(nn.Module):
         return x
 
 
-class NoiseEmbedding(nn.Module):
-    """An embedding (n, width) of the noise level (n,) and the class (n,)."""
+class Words(nn.Module):
+    """Embeddings (n, words, width) of the words of prompts, which are numbers (n,).
 
-    def __init__(self, classes, width, frequencies=8):
+    table: the numbers of the words of each prompt, lists of equal length.
+    """
+
+    def __init__(self, table, width):
+        super().__init__()
+        self.register_buffer("table", torch.tensor(table), persistent=False)
+        self.embedding = nn.Embedding(int(self.table.max()) + 1, width)
+
+    def forward(self, label):
+        return self.embedding(self.table[label])
+
+
+class NoiseEmbedding(nn.Module):
+    """An embedding (n, width) of the noise level (n,) and of a label (n, width)."""
+
+    def __init__(self, label, width, frequencies=8):
         super().__init__()
         # noise levels lie between about -1.2 and 1.3, which is less than half a period of the
         # lowest frequency and about a dozen periods of the highest
         frequency = 2.0 ** torch.linspace(0, 5, frequencies)
         self.register_buffer("frequency", frequency, persistent=False)
-        self.label = nn.Embedding(classes, width)
+        self.label = label  # the module that embeds labels; its weights are saved under this name
         self.up, self.down = nn.Linear(2 * frequencies, width), nn.Linear(width, width)
 
     def forward(self, noise_level, label):
         angle = noise_level[:, None] * self.frequency  # (n, frequencies)
         waves = torch.cat([angle.sin(), angle.cos()], 1)  # (n, 2 frequencies)
-        return self.down(F.silu(self.up(waves) + self.label(label)))
+        return self.down(F.silu(self.up(waves) + label))
 
 
 class ConvBlock(nn.Module):
@@ -727,6 +771,27 @@ class ConvBlock(nn.Module):
         return self.skip(x) + self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
 
 
+class CrossAttention(nn.Module):
+    """Every place of a map (n, width, H, W) reads the words (n, words, width) of its prompt."""
+
+    def __init__(self, width, heads=4):
+        super().__init__()
+        self.heads, self.norm = heads, nn.GroupNorm(8, width)
+        self.query, self.output = nn.Linear(width, width), nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        nn.init.zeros_(self.output.weight)
+        nn.init.zeros_(self.output.bias)
+
+    def forward(self, x, words):
+        def split(tokens):  # (n, tokens, width) -> (n, heads, tokens, width / heads)
+            return tokens.unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+        places = self.norm(x).flatten(2).transpose(1, 2)  # (n, H W, width)
+        key, value = map(split, self.key_value(words).chunk(2, 2))
+        read = F.scaled_dot_product_attention(split(self.query(places)), key, value)
+        return x + self.output(read.transpose(1, 2).flatten(2)).transpose(1, 2).view_as(x)
+
+
 @dataclass
 class UNetConfig:
     """The sizes of a UNet, and what its output means (see `Denoiser`)."""
@@ -738,10 +803,19 @@ class UNetConfig:
     prediction: str = "v_vp"  # what the output means; see diffusion.mixture
     schedule: str = "linear"  # noise schedule; see diffusion.alpha_bar
     sd: float = 1.0  # standard deviation of the data
+    error: str = "eps"  # whose error counts equally at all noise levels: eps, or output
+    patch: int = 1  # the network sees squares of this side as one pixel with more channels
+    words: list | None = None  # the numbers of the words of each prompt; None: prompts are classes
+    place: bool = False  # add a learned map, from which the network knows where it is
+    free: bool = False  # one more label, which stands for no label and has the last row of words
 
     def __post_init__(self):
         check_fields(
             self,
+            error=("eps", "output"),
+            patch="[1, 64]",
+            place=(False, True),
+            free=(False, True),
             channels=LARGEST,
             classes=LARGEST,
             width=LARGEST,
@@ -756,36 +830,78 @@ class UNetConfig:
                 f"size = {self.size}: expected an even height and width of 2 to 4096, "
                 "since the second resolution is half as large"
             )
+        if any(n % (2 * self.patch) for n in sides):
+            raise UserError(f"size = {self.size}: expected multiples of twice patch = {self.patch}")
         if self.width % 8:
             raise UserError(f"width = {self.width}: expected a multiple of 8")
         self.size = tuple(sides)
+        if self.words is not None:
+            check_words(self.words, self.classes + self.free)
+
+
+def check_words(table, rows):
+    """UserError: this is not a table of word numbers of so many rows of equal length."""
+    whole = isinstance(table, list) and all(isinstance(row, list) and row for row in table)
+    fits = whole and len(table) == rows and len({len(row) for row in table}) == 1
+    if not fits or not all(type(n) is int and 0 <= n < 2**16 for row in table for n in row):
+        raise UserError(
+            f"words: expected {rows} lists of equal length, one per label, of whole numbers from "
+            f"0 to {2**16 - 1}"
+        )
 
 
 class UNet(Denoiser):
-    """Class-conditional U-Net of two resolutions, 0.2M parameters at width 32."""
+    """Conditional U-Net of two resolutions, 0.2M parameters at width 32.
+
+    Classes and the words of prompts, summed, enter by FiLM. With words there is also an attention
+    to each of them at the lower resolution.
+    """
 
     def __init__(self, config):
-        shape = config.channels, *config.size
-        super().__init__(shape, config.classes, config.prediction, config.sd, config.schedule)
+        super().__init__(
+            (config.channels, *config.size),
+            config.classes,
+            config.prediction,
+            config.sd,
+            config.schedule,
+            config.error,
+            config.free,
+        )
         self.config, width, wide = config, config.width, 2 * config.width
-        self.condition = NoiseEmbedding(config.classes, wide)
-        self.input = nn.Conv2d(config.channels, width, 3, padding=1)
+        labels, channels = config.classes + config.free, config.channels * config.patch**2
+        if config.words is None:
+            label = nn.Embedding(labels, wide)
+        else:
+            label = Words(config.words, wide)
+        self.condition = NoiseEmbedding(label, wide)
+        self.input = nn.Conv2d(channels, width, 3, padding=1)
+        if config.place:
+            height, across = (side // config.patch for side in config.size)
+            self.place = nn.Parameter(0.02 * torch.randn(1, width, height, across))
         self.encoder = ConvBlock(width, width, wide)
         self.middle = nn.ModuleList([ConvBlock(width, wide, wide), ConvBlock(wide, wide, wide)])
+        if config.words is not None:
+            self.attention = nn.ModuleList([CrossAttention(wide) for _ in self.middle])
         self.decoder = ConvBlock(wide + width, width, wide)
         self.norm = nn.GroupNorm(8, width)
-        self.output = nn.Conv2d(width, config.channels, 3, padding=1)
+        self.output = nn.Conv2d(width, channels, 3, padding=1)
         nn.init.zeros_(self.output.weight)
         nn.init.zeros_(self.output.bias)
 
     def forward(self, x, noise_level, label):
-        condition = F.silu(self.condition(noise_level, label))
-        full = self.encoder(self.input(x), condition)  # (n, width, H, W)
+        config, told = self.config, self.condition.label(label)  # (n, 2 width), or of each word
+        whole = told if config.words is None else told.sum(1)
+        condition = F.silu(self.condition(noise_level, whole))
+        full = self.input(F.pixel_unshuffle(x, config.patch))  # (n, width, H / patch, W / patch)
+        full = self.encoder(full + self.place if config.place else full, condition)
         half = F.avg_pool2d(full, 2)
-        for block in self.middle:
-            half = block(half, condition)  # (n, 2 width, H/2, W/2)
+        for i, block in enumerate(self.middle):
+            half = block(half, condition)  # (n, 2 width, H / (2 patch), W / (2 patch))
+            if config.words is not None:
+                half = self.attention[i](half, told)
         full = torch.cat([full, F.interpolate(half, scale_factor=2.0)], 1)
-        return self.output(F.silu(self.norm(self.decoder(full, condition))))
+        output = self.output(F.silu(self.norm(self.decoder(full, condition))))
+        return F.pixel_shuffle(output, config.patch)
 
     # -- folders (lab/hub.py)
 

@@ -73,7 +73,8 @@ def align(
         )
         how = dict(steps=steps, optimizer=optimizer, watch=watch, state=(feed.save, feed.load))
         # a score of the method's own may depend on more than the model and the batch
-        fit(lab, policy, feed.batch, step, title="alignment", capture=score is None, **how)
+        how |= dict(title="alignment", capture=score is None, ema=lab.settings.ema)
+        fit(lab, policy, feed.batch, step, **how)
         if stage.path:
             stage.value = kept(policy) | {"stopped": lab.stopped}
     return policy

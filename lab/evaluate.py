@@ -85,7 +85,7 @@ def of_base(lab, name, n, look):
     """`look()` on n prompts, cached; it must depend only on the base model, world and settings."""
     fingerprint = getattr(lab.reference, "fingerprint", None)
     key = [name, n, fingerprint, lab.world.key(), lab.settings.base_seed]
-    key += [lab.settings.temperature, lab.max_response]
+    key += [lab.settings.temperature, lab.settings.guidance, lab.max_response]
     return lab.cached(key, look) if fingerprint else look()
 
 

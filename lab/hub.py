@@ -322,17 +322,22 @@ def load_unet(folder):
             f"{folder}/config.json does not describe a UNet: "
             f"model_type is {shown(found.get('model_type'))}"
         )
-    names = [field.name for field in fields(UNetConfig)]
+    # the fields that were added later have their defaults in older folders
+    later = ("error", "patch", "words", "place", "free")
+    names = [field.name for field in fields(UNetConfig) if field.name not in later]
     missing = [name for name in names if name not in found]
     if missing:
         raise UserError(f"{folder}/config.json does not describe a UNet: no {', '.join(missing)}")
 
     c, weights = described(UNetConfig, found, folder, "UNet"), Weights(folder)
     # before anything of its size is built, the config must fit the weights in the file
+    name, rows = "condition.label.weight", c.classes + c.free
+    if c.words is not None:
+        name, rows = "condition.label.embedding.weight", max(map(max, c.words)) + 1
     weights.check(
         {
-            "condition.label.weight": (c.classes, 2 * c.width),
-            "input.weight": (c.width, c.channels, 3, 3),
+            name: (rows, 2 * c.width),
+            "input.weight": (c.width, c.channels * c.patch**2, 3, 3),
         }
     )
     return weights.fill(built(UNet, c))

@@ -24,6 +24,7 @@ from lab.settings import make_world, pick_compile, pick_device, refuse_idle
 from lab.store import alone, digest, generator, load_value, save_value, source
 
 LARGE = 2**25  # parameters of a model with which memory is short
+DROPPED = 0.1  # share of the prompts that a base model for guidance is trained without
 
 
 @dataclasses.dataclass
@@ -292,7 +293,12 @@ class Lab:
         def batch(step):
             found = batches(step)
             if world.kind == "images":
-                found = model.prepare(found, generator("base", seed, step))
+                rng = generator("base", seed, step)
+                found = model.prepare(found, rng)
+                if world.guided:
+                    dropped = torch.rand(len(found.label), generator=rng) < DROPPED
+                    dropped = dropped.to(found.label.device)
+                    found.label = torch.where(dropped, model.classes, found.label)
             return found
 
         def loss(model, batch):
@@ -352,7 +358,7 @@ class Lab:
         # a large model gets few prompts at once, since its cache of keys is large, too
         most = 1024 if report.count(policy) < LARGE else 16
         rng, rows, chunk = rng or self.rng("sample", self.round), [], max(1, most // k)
-        kind, options = self.world.kind, {}
+        kind, options, settings = self.world.kind, {}, self.settings
         if kind == "text":
             if self.device.type != "cpu":  # draw on the logits' device, without a sync per token
                 rng = torch.Generator(self.device).manual_seed(rng.initial_seed())
@@ -363,6 +369,9 @@ class Lab:
             if self.settings.truncate:
                 room = max(self.context // 2, self.context - limit)
                 prompts = [self.tokens(prompt)[-room:] for prompt in prompts]
+        elif kind == "images":
+            # a model of one's own need not know of guidance
+            options = {} if settings.guidance == 1 else dict(guidance=settings.guidance)
         for start in self.pieces("sampling", len(prompts), chunk):
             part = prompts[start : start + chunk]
             with self.autocast():
@@ -464,6 +473,7 @@ class Lab:
                 fingerprint = getattr(policy, "fingerprint", None)
                 draw = functools.partial(self.draw_preferences, policy, k, n, ties, key)
                 noise = [settings.temperature, settings.label_temperature, settings.flip]
+                noise += [settings.guidance]
                 noise += [settings.length_bias, self.max_response, settings.seed, *key]
                 about = ["preferences", fingerprint, world.key(), k, n, ties, noise]
                 stage.value = self.cached(about, draw) if fingerprint else draw()

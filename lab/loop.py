@@ -36,6 +36,7 @@ def fit(
     title="training",
     record=True,
     capture=False,
+    ema=0.0,
 ):
     """Train any nn.Module in place and return it.
 
@@ -50,6 +51,8 @@ def fit(
     record: write the metrics of every step to metrics.jsonl.
     capture: `loss` depends on nothing but the model and the batch, so where the Lab captures steps
         in CUDA graphs (lab/graph.py), these may be captured.
+    ema: decay of an exponential moving average of the weights, which `watch` sees and which the
+        model has at the end; 0 is none. The first steps decay faster, as (1 + step) / (10 + step).
     Diverged: a loss or a metric is not finite; the last good checkpoint is kept.
     """
     get = batches if callable(batches) else lambda step: batches[step % len(batches)]
@@ -67,6 +70,8 @@ def fit(
         peaks = [float(group["lr"]) for group in optimizer.param_groups]
         training, model.fingerprint = model.training, None
         log = Log(lab, title, steps, record)
+        average = Average(model, ema)
+        state = average.kept_with(state)
         step, curve = log.resume(model, optimizer, state)
         update = functools.partial(one_step, model, optimizer, loss, clip)
         if capture and lab.captured and capturable(optimizer, lab.device):
@@ -78,7 +83,8 @@ def fit(
                 if watch and not seen and (step % every == 0 or step == steps):
                     log.write()
                     model.eval()
-                    curve.append({"step": step} | watch(model, step))
+                    with average.used():
+                        curve.append({"step": step} | watch(model, step))
                     model.train(training)
                     log.append([curve[-1]])
                 if step == steps:
@@ -93,6 +99,7 @@ def fit(
 
                 # one step
                 metrics = update(get(step))
+                average.add(step)
                 step += 1
 
                 # log, checkpoint
@@ -103,6 +110,7 @@ def fit(
                 if log.fall and step % 10 == 0 and not interrupted:
                     if log.fall.happened():
                         lab.stopped = log.give_back(model, step)
+                        average.restart()
                         break
                     log.keep(model, step, steps)
                 if interrupted or (step < steps and log.due()):
@@ -110,6 +118,7 @@ def fit(
                 if interrupted:
                     raise KeyboardInterrupt
         log.close()
+        average.swap()
         optimizer.zero_grad(set_to_none=True)  # the gradients may lie in the memory of a graph
         model.curve = curve
         if stage.path:
@@ -147,6 +156,54 @@ def adamw(lab, lr):
         return torch.optim.AdamW(params, lr=lr, weight_decay=0.0, betas=(0.9, 0.95), fused=fused)
 
     return make
+
+
+class Average:
+    """An exponential moving average of the weights of a model, or nothing if the decay is 0."""
+
+    def __init__(self, model, decay):
+        self.params = [p for p in model.parameters() if p.requires_grad] if decay else []
+        self.decay = decay
+        self.restart()
+
+    def restart(self):
+        """Forget what was averaged."""
+        self.values = [p.detach().clone() for p in self.params]
+
+    @torch.no_grad()
+    def add(self, step):
+        """Move the average towards the weights after the step number `step`, counted from 0."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for value, param in zip(self.values, self.params):
+            value.lerp_(param, 1 - decay)
+
+    @torch.no_grad()
+    def swap(self):
+        """Exchange the weights of the model and their average."""
+        for value, param in zip(self.values, self.params):
+            weight = param.clone()
+            param.copy_(value)
+            value.copy_(weight)
+
+    @contextlib.contextmanager
+    def used(self):
+        """A context in which the model has the averaged weights."""
+        self.swap()
+        yield
+        self.swap()
+
+    def kept_with(self, state):
+        """The functions (save, load) of a checkpoint that holds the average, too."""
+        if not self.values:
+            return state
+        save, load = state or (lambda: None, lambda _: None)
+
+        def load_both(found):
+            load(found["state"])
+            for value, old in zip(self.values, found["average"]):
+                value.copy_(old)
+
+        return lambda: {"state": save(), "average": self.values}, load_both
 
 
 class Fall:

@@ -185,13 +185,17 @@ def side_by_side(lab, policy, n=4, among=32):
 
 
 def pictures(lab, policy, k=8):
-    """k images of every class from the base model and from the policy, from the same noise.
+    """k images of every class, or of the world's gallery, from the base model and from the policy.
 
-    -> two tensors (classes, k, C, H, W).
+    Both have the same noise. -> two tensors (prompts, k, C, H, W).
     """
-    prompts = list(range(policy.classes))
-    models = (lab.reference, policy)
-    return [model.sample(prompts, k, lab.eval_rng("samples")).cpu() for model in models]
+    prompts = lab.world.gallery or list(range(policy.classes))
+
+    def drawn(model):
+        rows = lab.sample(model, prompts, k, lab.eval_rng("samples"))
+        return torch.stack([row["responses"] for row in rows])
+
+    return [drawn(model) for model in (lab.reference, policy)]
 
 
 def show(lab, row, batch):

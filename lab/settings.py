@@ -48,6 +48,10 @@ class Settings:
     base_seed: int = 0  # seed of the base model; it does not depend on --seed
     base_steps: int | None = None  # supervised steps of the base model
     temperature: float = 1.0  # temperature of sampling
+    # classifier-free guidance of sampled images: 1 is none, more follows the prompt more closely
+    guidance: float = 1.0
+    # decay of a moving average of the weights, with which aligned models are evaluated; 0: none
+    ema: float = 0.0
     # temperature of the labels; 0 always prefers the response with more reward
     label_temperature: float = 1.0
     flip: float = 0.0  # share of labels that are flipped, 0 to 1
@@ -97,6 +101,10 @@ class Settings:
                 raise UserError(f"--{name} {getattr(self, name)} must be 0 or more and finite")
         if not 0 <= self.flip <= 1:
             raise UserError(f"--flip {self.flip} must be between 0 and 1")
+        if not 0 <= self.guidance <= 100:
+            raise UserError(f"--guidance {self.guidance} must be between 0 and 100")
+        if not 0 <= self.ema < 1:
+            raise UserError(f"--ema {self.ema} must be at least 0 and below 1")
         if not abs(self.length_bias) < million:
             raise UserError(f"--length_bias {self.length_bias} must be below a million")
         for name in ("seed", "base_seed"):
@@ -210,9 +218,11 @@ def idle(settings, world):
         names += ["label_temperature", "length_bias"]
     if world.kind != "text":
         names += ["max_response", "length_bias", "temperature", "context", "truncate"]
+    if not world.guided:
+        names += ["guidance"]
     if world.kind == "vectors":  # no policy, no labels of preference, and nothing random but --seed
         names += ["prompts", "k", "flip", "label_temperature", "eval_size", "base_seed"]
-        names += ["dtype", "compile"]
+        names += ["dtype", "compile", "ema"]
     if settings.init:
         names += ["base_steps", "context"]
     if not world.pretrain:

@@ -9,7 +9,18 @@ import torch
 import torch.nn.functional as F
 
 import diffusion
-from diffusion import ddim_logprob, ddim_step, edm, mixture, q_sample, to_eps, to_sigma, to_x0
+from data import UserError
+from diffusion import (
+    ddim_logprob,
+    ddim_step,
+    edm,
+    mixture,
+    q_sample,
+    spread,
+    to_eps,
+    to_sigma,
+    to_x0,
+)
 from nanomodel import Denoiser, UNet, UNetConfig
 
 A, X0, EPS = (
@@ -581,4 +592,128 @@ def test_unet_sees_class_and_noise_level():
 )
 def test_wrong_configs_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
+        UNet(UNetConfig(**wrong))
+
+
+# ---------------------------------------------------------------- patches, words, guidance
+
+
+TABLE = [[0, 1], [0, 2], [3, 1], [0, 1], [4, 4]]  # the last row is that of no label
+
+
+def worded(**how):
+    """A UNet of four prompts of two words whose attention is not zero."""
+    model = small(**(dict(classes=4, words=TABLE, free=True) | how))
+    for layer in model.attention:
+        torch.nn.init.normal_(layer.output.weight, 0.0, 0.5)
+    return model
+
+
+def noisy(model, n, seed=0):
+    """n images of the shape that the model has."""
+    return torch.randn(n, *model.shape, generator=rng(seed), dtype=torch.float64)
+
+
+def test_a_prompt_is_known_by_its_words():
+    model, t = worded(), torch.tensor([500])
+    x = noisy(model, 1).expand(4, -1, -1, -1)
+    out = model.eps(x, t, torch.arange(4))
+    close(out[0], out[3], 1e-12)  # the same words under another number
+    assert all((out[0] - out[i]).abs().max() > 1e-3 for i in (1, 2))
+
+
+def test_attention_tells_apart_what_the_sum_of_the_words_cannot():
+    model = worded(classes=2, words=[[0, 3], [1, 2], [4, 4]])
+    with torch.no_grad():
+        weight = model.condition.label.embedding.weight
+        weight[3] = weight[1] + weight[2] - weight[0]  # both prompts have one sum
+    x = noisy(model, 1).expand(2, -1, -1, -1)
+    out = model.eps(x, torch.tensor([500]), torch.arange(2))
+    assert (out[0] - out[1]).abs().max() > 1e-3
+    for layer in model.attention:
+        torch.nn.init.zeros_(layer.output.weight)
+    out = model.eps(x, torch.tensor([500]), torch.arange(2))
+    close(out[0], out[1], 1e-12)
+
+
+def test_patches_cost_no_resolution():
+    model = small(size=(8, 12), patch=2, channels=3)
+    x, t = noisy(model, 2), torch.tensor([300])
+    out = model.eps(x, t, torch.tensor([0, 1]))
+    assert out.shape == x.shape and model.input.weight.shape[1] == 12
+    x[0, 0, 3, 5] += 1  # one pixel is seen
+    assert not torch.allclose(out[0], model.eps(x, t, torch.tensor([0, 1]))[0])
+
+
+def test_the_learned_map_of_places_is_added_to_the_image_s_features():
+    plain, model = small(), small(place=True)
+    model.load_state_dict(plain.state_dict() | {"place": torch.zeros_like(model.place)})
+    x, t, label = noisy(model, 1), torch.tensor([300]), torch.tensor([0])
+    close(model.eps(x, t, label), plain.eps(x, t, label), 1e-12)
+    with torch.no_grad():
+        model.place[..., 1, 2] += 1
+    assert (model.eps(x, t, label) - plain.eps(x, t, label)).abs().max() > 1e-3
+
+
+def test_guidance_moves_the_noise_away_from_that_without_a_label():
+    model, t, label = worded(), torch.tensor([400]), torch.tensor([0, 2])
+    x = noisy(model, 2)
+    told, untold = model.eps(x, t, label), model.eps(x, t, torch.tensor([4, 4]))
+    assert (told - untold).abs().max() > 1e-3
+    close(model.eps(x, t, label, guidance=3.0), untold + 3 * (told - untold), 1e-12)
+    close(model.eps(x, t, label, guidance=0.0), untold, 1e-12)
+    plain, free = (model.sample([1], 2, rng(1), steps=3, guidance=g) for g in (1.0, 0.0))
+    assert torch.equal(plain, model.sample([1], 2, rng(1), steps=3))
+    assert torch.equal(free, model.sample([2], 2, rng(1), steps=3, guidance=0.0))
+    assert not torch.allclose(plain, free)
+    with pytest.raises(UserError, match="guidance = 2.0: .* not trained with dropped labels"):
+        small().sample([1], 1, rng(), guidance=2.0)
+    with pytest.raises(UserError, match="expected classes 0 to 3"):
+        model.sample([4], 1, rng())  # no label is not a prompt
+
+
+@pytest.mark.parametrize("prediction", ["v_vp", "eps", "x0", "edm"])
+def test_logps_can_be_the_error_of_the_output(prediction):
+    model = small(error="output", prediction=prediction, schedule="cosine", sd=0.7)
+    batch = model.prepare(image_batch(model, 3, 2), rng(2))
+    batch.t = torch.tensor([10, 300, 700])
+    a = model.alpha_bar[batch.t]
+    kept = {}
+    model.register_forward_hook(lambda module, _, output: kept.update(output=output))
+    found = model.logps(batch)
+    a = spread(a, batch.images)
+    c, d = mixture(prediction, a, sd=0.7)
+    target = c * batch.images + d * batch.noise
+    error = (kept["output"].view_as(target) - target).square().flatten(2).sum(2, keepdim=True)
+    small_weight = model.output_weight(batch.t) < 100
+    assert small_weight.any()
+    close(found[small_weight], -error[small_weight], 1e-9)
+    assert (
+        model.logps(batch, weight=lambda t: torch.ones_like(t, dtype=torch.float64)) != found
+    ).any()
+
+
+def test_the_weight_of_the_output_s_error_is_bounded():
+    model = small(error="output", schedule="cosine")
+    weight = model.output_weight(torch.tensor([0, 500, 999]))
+    close(weight[:2], 1 / model.alpha_bar[[0, 500]], 1e-6)
+    assert weight[2] == 100
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(patch=3),
+        dict(size=(8, 12), patch=4),
+        dict(error="v"),
+        dict(free=2),
+        dict(words=[[0, 1]]),
+        dict(words=[[0]] * 9 + [[0, 1]]),
+        dict(words=[[-1]] * 10),
+        dict(words=[[0.5]] * 10),
+        dict(words=[[0]] * 10, free=True),
+    ],
+)
+def test_wrong_patches_and_words_are_refused(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
         UNet(UNetConfig(**wrong))

@@ -183,7 +183,7 @@ class World(world.World):
         """The Frechet distance of 256 samples, for a look during training: {name: number}."""
         rng = lab.eval_rng("look")
         label = self.labels[torch.randperm(len(self.labels), generator=rng)[:256]]
-        images = policy.sample(label.tolist(), 1, rng)[:, 0].cpu()
+        images = samples(policy, lab, label.tolist(), rng)
         return {"frechet_256": self.frechet(images)}
 
     def frechet(self, images):
@@ -203,7 +203,7 @@ class World(world.World):
         """
         rng = lab.rng("measure")
         label = self.labels[torch.randperm(len(self.labels), generator=rng)[:2000]]
-        images = policy.sample(label.tolist(), 1, rng)[:, 0].cpu()
+        images = samples(policy, lab, label.tolist(), rng)
         agreement = (self.classify(images).argmax(1) == label).double().mean()
         return {"frechet": self.frechet(images), "agreement": float(agreement)}
 
@@ -231,6 +231,11 @@ class World(world.World):
             right.set_yticks(middle, [f"{reward:.2f}" for reward in rewards], fontsize=8)
             right.tick_params(length=0)
         return figure
+
+
+def samples(policy, lab, prompts, rng):
+    """One image for each prompt, (n, C, H, W) on the CPU, with the guidance of the run."""
+    return torch.cat([row["responses"] for row in lab.sample(policy, prompts, 1, rng)])
 
 
 def distance(mean, cov, own_mean, own_cov):

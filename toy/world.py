@@ -39,6 +39,9 @@ class World:
     verifier = False  # True: rewards are 0 or 1 and are the labels, without an annotator's noise
     verify_steps = None  # (prompt, response) -> a bool per step; None: steps cannot be checked
     frechet = None  # images (n, C, H, W) -> distance from the data; None: it is not defined
+    guided = False  # True: the base model is trained with dropped prompts, so --guidance works
+    gallery = None  # the prompts of the pictures of a run; None: every class
+    opinions = None  # (prompts, images) -> {name: (n,)}: imperfect reward models; None: none
 
     # a world of vectors
     features = None  # the number of features of a point
@@ -100,5 +103,5 @@ class World:
         return ""
 
     def picture(self, before, after):
-        """A Figure of samples (classes, k, C, H, W) of two models, or None if there is none."""
+        """A Figure of samples (prompts, k, C, H, W) of two models, or None if there is none."""
         return None

@@ -478,6 +478,27 @@ for name, values in dict(
         UNET_FAULTS[f"{name} {value!r}"] = (edited(**{name: value}), NOT_UNET + name)
 
 
+def test_a_unet_of_words_and_patches_comes_back_exactly(tmp_path):
+    how = dict(classes=2, words=[[0, 1], [2, 1], [3, 3]], free=True, place=True, error="output")
+    model = saved_unet(tmp_path, patch=2, size=(8, 12), **how)
+    back = UNet.from_pretrained(str(tmp_path))
+    assert back.config == model.config and back.error == "output" and back.free
+    rng = torch.Generator().manual_seed(0)
+    one = model.sample([1], 1, rng, steps=2, guidance=2.0)
+    assert torch.equal(one, back.sample([1], 1, rng.manual_seed(0), steps=2, guidance=2.0))
+
+
+def test_a_unet_of_before_there_were_words_and_patches_loads(tmp_path):
+    model, path = saved_unet(tmp_path), tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    for name in ("error", "patch", "words", "place", "free"):
+        del config[name]
+    path.write_text(json.dumps(config))
+    back = UNet.from_pretrained(str(tmp_path))
+    assert back.config == model.config
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), back.parameters()))
+
+
 @pytest.mark.parametrize("name", UNET_FAULTS)
 def test_a_damaged_unet_folder_is_refused_in_one_line(tmp_path, name):
     fault, message = UNET_FAULTS[name]

@@ -65,8 +65,33 @@ def test_the_learning_rate_warms_up_and_may_follow_a_cosine(tmp_path):
         assert rates[-1] == pytest.approx(last) if last else 1e-3 < rates[-1] < 1.2e-3
 
 
+def test_looks_and_the_trained_model_have_averaged_weights():
+    seen, path = [], []
+
+    def loss(model, batch):
+        path.append(model.weight.detach().clone())  # the weights that are trained
+        return squares(model, batch)
+
+    def look(model, step):
+        seen.append(model.weight.detach().clone())
+        return {}
+
+    model, batches = line()
+    plain = make().fit(line()[0], batches, squares, steps=6, lr=0.1)
+    model = make(eval_every=1).fit(model, batches, loss, steps=6, lr=0.1, watch=look, ema=0.3)
+    average = path[0]
+    for step, weight in enumerate([*path[1:], plain.weight]):
+        assert torch.equal(seen[step], average)
+        decay = min(0.3, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * weight
+        torch.testing.assert_close(seen[step + 1], average)
+        average = seen[step + 1]
+    assert torch.equal(model.weight, seen[-1])  # and averaging does not change the training
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
 @pytest.mark.parametrize("optimizer", [None, Indexed])
-def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path, optimizer):
+def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path, optimizer, ema):
     class Interrupted(Exception):
         pass
 
@@ -88,7 +113,7 @@ def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path, optimizer):
             return made
 
         looks = lambda model, step: {"slope": model.weight.item()}  # noqa: E731
-        return lab.fit(model, batches, loss, optimizer=build, watch=looks)
+        return lab.fit(model, batches, loss, optimizer=build, watch=looks, ema=ema)
 
     whole, state = train("whole", None), train.optimizer.state_dict()["state"]
     with pytest.raises(Interrupted):

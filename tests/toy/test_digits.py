@@ -117,13 +117,14 @@ def test_model_fits_and_is_measured(world):
     assert (
         isinstance(model, UNet) and 100_000 < sum(p.numel() for p in model.parameters()) < 350_000
     )
-    copycat = SimpleNamespace(
-        sample=lambda labels, k, rng: torch.stack(
-            [world.images[world.labels == c][:k] for c in labels]
-        )
+    lab = SimpleNamespace(
+        rng=lambda name: rng(),
+        sample=lambda policy, labels, k, rng: [
+            {"responses": world.images[world.labels == c][:k]} for c in labels
+        ],
     )
     assert world.model().sample([1, 2], 3, rng(), steps=1).shape == (2, 3, 1, 8, 8)
-    values = world.measure(copycat, SimpleNamespace(rng=lambda name: rng()))
+    values = world.measure(None, lab)
     assert (
         set(values) == {"frechet", "agreement"}
         and values["agreement"] > 0.85
