@@ -1,10 +1,11 @@
-"""The models: GPT (an architecture of the Llama family), Denoiser and UNet; scoring and sampling.
+"""The models: GPT (an architecture of the Llama family), LoRA, Denoiser and UNet.
 
 Every model has `logps(batch)` -> log-probs (B, K, T) and `sample(prompts, k, rng)`.
 Shapes: B prompts, K responses, T response tokens; N packed rows of S tokens with G branches each;
 V vocabulary, H heads of D dimensions; images (C, H, W).
 """
 
+import copy
 import functools
 import math
 from dataclasses import dataclass
@@ -500,10 +501,85 @@ class GPT(nn.Module):
         return load_gpt(folder)
 
     def save_pretrained(self, folder):
-        """Write config.json, model.safetensors and the tokenizer in Hugging Face's layout."""
+        """Write config.json, model.safetensors and the tokenizer in Hugging Face's layout.
+
+        The updates of LoRA are merged into the weights.
+        """
         from lab.hub import save_gpt
 
-        save_gpt(self, folder)
+        save_gpt(LoRA.merged(self) if LoRA.of(self) else self, folder)
+
+
+# ---------------------------------------------------------------- LoRA
+
+
+class LoRA(nn.Module):
+    """A frozen Linear plus a trained update of low rank, W x + 2 B A x (Hu et al. 2021).
+
+    A (rank, in) starts as N(0, 1 / in) and B (out, rank) as 0, so a model is unchanged at first.
+    The factor 2 is alpha / rank of the usual alpha = 2 rank. Only A and B are trained: gradients
+    and the state of an optimizer take little memory. UserError: the rank is not below both sides.
+    """
+
+    scale = 2.0
+
+    def __init__(self, linear, rank, rng=None):
+        super().__init__()
+        side = linear.weight.shape
+        if not 1 <= rank <= min(side):
+            raise UserError(f"rank {rank} of LoRA: expected 1 to {min(side)} for this model")
+        self.linear = linear.requires_grad_(False)
+        a = torch.randn(rank, side[1], generator=rng) / math.sqrt(side[1])
+        self.A = nn.Parameter(a.to(linear.weight))
+        self.B = nn.Parameter(linear.weight.new_zeros(side[0], rank))
+
+    def forward(self, x):
+        return self.linear(x) + self.scale * F.linear(F.linear(x, self.A), self.B)
+
+    def delta(self):
+        """The update of the weight, (out, in)."""
+        return self.scale * self.B @ self.A
+
+    @classmethod
+    def adapt(cls, model, rank, rng=None):
+        """Freeze a GPT and give every Linear of its layers an update of this rank -> the model.
+
+        rng: the torch.Generator (CPU) of A.
+        """
+        model.requires_grad_(False)
+        for module in [m for m in model.layers.modules() if not isinstance(m, LoRA)]:
+            for name, child in list(module.named_children()):
+                if isinstance(child, nn.Linear):
+                    setattr(module, name, cls(child, rank, rng))
+        return model
+
+    @classmethod
+    def of(cls, model):
+        """The adapters of a model by name, {name: LoRA}; {} if it has none."""
+        return {name: m for name, m in model.named_modules() if isinstance(m, cls)}
+
+    @classmethod
+    def frozen(cls, model):
+        """The weights of a model that stay as they are, by name; {} if it has no adapters."""
+        named = model.named_parameters() if cls.of(model) else ()
+        return {name: p for name, p in named if not name.endswith((".A", ".B"))}
+
+    @classmethod
+    def copied(cls, model):
+        """A copy of a model; with adapters it shares the frozen weights, which are large."""
+        return copy.deepcopy(model, {id(p): p for p in cls.frozen(model).values()})
+
+    @classmethod
+    @torch.no_grad()
+    def merged(cls, model):
+        """A copy of a GPT in which plain Linears hold the sums W + 2 B A; others are shared."""
+        out = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+        for name, adapter in cls.of(model).items():
+            place, _, last = name.rpartition(".")
+            linear = copy.deepcopy(adapter.linear)
+            linear.weight += adapter.delta()
+            setattr(out.get_submodule(place), last, linear)
+        return out
 
 
 # ---------------------------------------------------------------- denoisers

@@ -1,6 +1,5 @@
 """Alignment: preferences -> batches -> log-probs -> the method's loss, inside the training loop."""
 
-import copy
 from dataclasses import astuple
 
 import torch
@@ -9,6 +8,7 @@ from data import Sizes, UserError
 from lab import check, evaluate, report
 from lab.batches import Batches
 from lab.loop import fit, kept, restore
+from nanomodel import LoRA
 
 
 class Stop(Exception):
@@ -190,4 +190,4 @@ def logps_of(model, batch):
 
 def frozen(model):
     """A copy that is never trained."""
-    return copy.deepcopy(model).requires_grad_(False).eval()
+    return LoRA.copied(model).requires_grad_(False).eval()

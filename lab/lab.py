@@ -22,6 +22,7 @@ from lab.graph import Captured
 from lab.hub import load_pretrained
 from lab.settings import make_world, pick_compile, pick_device, refuse_idle
 from lab.store import alone, digest, generator, load_value, save_value, source
+from nanomodel import LoRA
 
 LARGE = 2**25  # parameters of a model with which memory is short
 DROPPED = 0.1  # share of the prompts that a base model for guidance is trained without
@@ -212,11 +213,12 @@ class Lab:
 
         It is the model of --init, or it is trained on the world's demonstrations and cached under a
         hash of everything that it depends on. stage="raw" gives random weights. Random numbers
-        depend only on --base_seed.
+        depend only on --base_seed. With --lora the model has adapters, and they alone are trained.
         """
         settings, world = self.settings, self.world
         if settings.init:
-            model = copy.deepcopy(self.start).requires_grad_(True)
+            weights = self.start.parameters() if settings.lora else ()  # shared, as they are frozen
+            model = copy.deepcopy(self.start, {id(p): p for p in weights}).requires_grad_(True)
             made = ["init", *folder_stamp(settings.init)]
         else:
             with torch.random.fork_rng(devices=[]):  # nn.init draws from the global generator
@@ -229,6 +231,8 @@ class Lab:
         )
         if self.show and world.given is not None:
             trains = False  # the rows of a file look the same to any model
+        if trains and settings.lora:  # a rank that does not fit is refused before the training
+            LoRA.adapt(copy.deepcopy(model), settings.lora)
         if trains:
             steps = self.few(settings.base_steps or world.pretrain["steps"])
             recipe = world.pretrain | {"steps": steps}
@@ -247,6 +251,8 @@ class Lab:
             self.reference.fingerprint = fingerprint
         elif self.reference is None:
             self.reference = frozen(model)
+        if settings.lora:
+            LoRA.adapt(model, settings.lora, self.rng("lora"))
         return model
 
     def as_reference(self, model):

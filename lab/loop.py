@@ -14,6 +14,7 @@ from data import UserError
 from lab.graph import Captured, capturable, packed, set_rate, unpacked
 from lab.report import Progress
 from lab.store import load_value, remove_value, save_value, write_text
+from nanomodel import LoRA
 
 
 class Diverged(UserError):
@@ -274,7 +275,7 @@ class Log:
             return 0, []
         if state:
             state[1](found["state"])
-        model.load_state_dict(found["model"])
+        load_weights(model, found["model"])
         load_optimizer(optimizer, found["optimizer"])
         if self.file and os.path.exists(self.file):
             with open(self.file, "r+b") as file:
@@ -323,7 +324,7 @@ class Log:
     def keep(self, model, step, steps):
         """Keep the weights while all is well, at most a hundred times in a training."""
         if step % max(10, steps // 1000 * 10) == 0 and not self.fall.fallen(0.5):
-            save_value(f"{self.path}-good", {"step": step, "model": model.state_dict()})
+            save_value(f"{self.path}-good", {"step": step, "model": weights(model)})
 
     def give_back(self, model, step):
         """Give the model its last good weights -> what happened, for the report."""
@@ -331,7 +332,7 @@ class Log:
         (before, _), (now, loss) = self.fall.means()
         good = load_value(f"{self.path}-good")
         if good:
-            model.load_state_dict(good["model"])
+            load_weights(model, good["model"])
         kept = f"the weights of step {good['step']} are kept" if good else "no weights were kept"
         return (
             f"stopped in step {step}: the loss is {loss:.2g}, but the log-prob of the chosen "
@@ -360,7 +361,7 @@ class Log:
         self.write()
         start = time.time()
         value = dict(step=step, curve=curve, state=state[0]() if state else None)
-        value |= dict(model=model.state_dict(), optimizer=optimizer.state_dict())
+        value |= dict(model=weights(model), optimizer=optimizer.state_dict())
         written = self.file and os.path.exists(self.file)
         save_value(self.path, value | {"log": os.path.getsize(self.file) if written else 0})
         self.saved, self.cost = time.time(), time.time() - start
@@ -386,15 +387,26 @@ def read(pending):
     return [(step, {name: number(x) for name, x in each.items()}) for step, each in pending]
 
 
+def weights(model):
+    """The state of a model; with LoRA, without the weights that are never trained."""
+    frozen = LoRA.frozen(model)
+    return {name: value for name, value in model.state_dict().items() if name not in frozen}
+
+
+def load_weights(model, state):
+    """Load what `weights` returned."""
+    model.load_state_dict(model.state_dict() | state)
+
+
 def kept(model):
     """The weights and the curve of a trained model, as a finished stage stores them."""
-    weights = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
-    return {"weights": weights, "curve": model.curve}
+    state = {name: value.detach().cpu().clone() for name, value in weights(model).items()}
+    return {"weights": state, "curve": model.curve}
 
 
 def restore(model, value):
     """Give a model the weights and the curve of a finished training."""
-    model.load_state_dict(value["weights"])
+    load_weights(model, value["weights"])
     model.fingerprint, model.curve = None, value["curve"]
     return model
 

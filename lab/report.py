@@ -79,10 +79,11 @@ def header(lab, name, module, cfg, model):
         )
         return "\n".join([line, world, f"seed {lab.settings.seed}   {config}".rstrip()])
     dtype = "bfloat16 autocast" if lab.bf16 and lab.world.kind != "table" else "float32"
-    parts = [
-        f"world {lab.world.name}",
-        f"model {type(model).__name__}, {count(model):,} parameters",
-    ]
+    size = f"model {type(model).__name__}, {count(model):,} parameters"
+    if lab.settings.lora:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        size += f", of which LoRA of rank {lab.settings.lora} trains {trained:,}"
+    parts = [f"world {lab.world.name}", size]
     if lab.world.kind == "text":
         tokenizer = model.tokenizer
         parts.append(f"tokenizer {tokenizer.name} ({tokenizer.vocab_size:,} tokens)")

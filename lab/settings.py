@@ -40,6 +40,9 @@ class Settings:
     steps: int | None = None  # optimizer steps of alignment in all; 0 evaluates without training
     batch_size: int | None = None  # rows (prompts with their responses) per step
     lr: float | None = None  # peak learning rate of alignment
+    # rank of LoRA: text models get adapters of this rank, and everything else is frozen; a larger
+    # --lr is usual, such as ten times as much [all weights are trained]
+    lora: int | None = None
     warmup: int = 20  # steps of linear warm-up, at most a fifth of all steps
     clip: float = 1.0  # largest gradient norm of each parameter group; inf: no clipping
     prompts: int | None = None  # number of training prompts (toy worlds), or of rows of --data
@@ -81,6 +84,7 @@ class Settings:
             warmup=(0, billion),
             prompts=(1, 100 * million),
             k=(2, 4096),
+            lora=(1, million),
             eval_every=(1, billion),
             eval_size=(2, million),
             max_response=(1, million),
@@ -217,7 +221,7 @@ def idle(settings, world):
     if world.verifier:
         names += ["label_temperature", "length_bias"]
     if world.kind != "text":
-        names += ["max_response", "length_bias", "temperature", "context", "truncate"]
+        names += ["max_response", "length_bias", "temperature", "context", "truncate", "lora"]
     if not world.guided:
         names += ["guidance"]
     if world.kind == "vectors":  # no policy, no labels of preference, and nothing random but --seed
