@@ -35,6 +35,7 @@ class Paper:
         --world nor --data is given: what makes the first run a good one.
     core: the functions that the contract tests and the mutants examine; a method is named
         "Class.method". Papers that are not about preferences have their own core, without a loss.
+    start: the stage of `lab.base` at which the method begins: "sft", or "raw" for random weights.
     """
 
     family: str
@@ -44,6 +45,7 @@ class Paper:
     defaults: dict = field(default_factory=dict)
     demo: dict = field(default_factory=dict)
     core: tuple = ("loss",)
+    start: str = "sft"
 
 
 def check_fields(cfg, **allowed):

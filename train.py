@@ -61,7 +61,7 @@ def one_run(run, out, quiet=False, show=False):
         say(f"{out} is finished already")
         return done
     lab = Lab(run.settings, out, quiet, show)
-    model = None if lab.world.kind == "vectors" else lab.base()
+    model = None if lab.world.kind == "vectors" else lab.base(run.paper.start)
     say(report.header(lab, run.method, run.module, run.cfg, model))
     del model  # a second copy of a large one
     for reason, n in lab.world.counts.items():

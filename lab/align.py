@@ -39,11 +39,15 @@ def align(
     prepare(policy, batch) -> batch draws random numbers that policy and reference must share.
     score(model, batch) -> logps, by default model.logps(batch).
     steps: by default those of the Lab.
-    optimizer(params) -> a torch Optimizer, by default AdamW.
+    optimizer(params) -> a torch Optimizer, by default that of --optimizer.
     watch(policy, step) -> {name: number}, by default the true reward and the KL from the base
         model. Its results become `policy.curve`.
     UserError: an argument does not fit, there are no rows, or the loss breaks its contract.
     """
+    if optimizer is not None and lab.optimizer is not None:
+        raise UserError(
+            f"--optimizer {lab.settings.optimizer} would do nothing: this method has its own"
+        )
     steps = lab.few(lab.steps if steps is None else steps)
     check_call(data, reference, every)
     with lab.verb("align") as stage:

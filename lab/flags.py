@@ -78,6 +78,7 @@ ALIASES = dict(  # names of other libraries, for "did you mean"; they are not ac
     label_temperature="label_temp",
     lr="learning_rate learningrate eta",
     max_response="max_new_tokens max_tokens max_length max_completion_length",
+    optimizer="optim optimiser opt",
     method="algo algorithm loss loss_type trainer paper name",
     out="output_dir output out_dir save_dir logdir",
     prompt="query question ask",

@@ -20,7 +20,7 @@ from lab.align import frozen
 from lab.batches import Batches
 from lab.graph import Captured
 from lab.hub import load_pretrained
-from lab.settings import make_world, pick_compile, pick_device, refuse_idle
+from lab.settings import make_world, pick_compile, pick_device, pick_optimizer, refuse_idle
 from lab.store import alone, digest, generator, load_value, save_value, source
 from nanomodel import LoRA
 
@@ -78,6 +78,7 @@ class Lab:
             self.device = torch.device("cpu")
         self.start = start if start is None else start.to(self.device)
         refuse_idle(settings, self.world, self.start)
+        self.optimizer = pick_optimizer(settings.optimizer)
         on_cuda = self.device.type == "cuda"
         self.bf16 = settings.dtype == "bfloat16" or (settings.dtype == "auto" and on_cuda)
         self.captured = settings.capture == "on" or (settings.capture == "auto" and on_cuda)
@@ -312,7 +313,7 @@ class Lab:
             return nll.sum((1, 2)) * (len(nll) / batch.mask.sum()) / dims, {}
 
         how = dict(lr=recipe["lr"], warmup=20, clip=1.0, decay=True, record=False)
-        how["capture"] = True
+        how |= dict(capture=True, optimizer=loop.adamw(self, recipe["lr"]))
         loop.fit(self, model, batch, loss, recipe["steps"], title="base model", **how)
         return {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
 

@@ -43,7 +43,7 @@ def fit(
 
     batches: a function step -> batch, or a sequence that is taken in cyclic order.
     loss(model, batch) -> losses of any shape, whose mean is minimized, and {name: detached tensor}.
-    optimizer(params) -> a torch Optimizer, by default AdamW with learning rate `lr`.
+    optimizer(params) -> a torch Optimizer, by default that of --optimizer with learning rate `lr`.
     warmup, decay: the learning rate rises linearly over `warmup` steps and then is constant, or
         with `decay` follows a cosine down to 10 %.
     watch(model, step) -> {name: number}, called at step 0, every `lab.eval_every` steps and at the
@@ -66,7 +66,7 @@ def fit(
             lab.stopped = stage.value.get("stopped") or lab.stopped
             return restore(model, stage.value)
         params = [p for p in model.parameters() if p.requires_grad]
-        make = optimizer or adamw(lab, lab.lr if lr is None else lr)
+        make = optimizer or chosen(lab, lab.lr if lr is None else lr)
         optimizer = make(params)
         peaks = [float(group["lr"]) for group in optimizer.param_groups]
         training, model.fingerprint = model.training, None
@@ -147,6 +147,13 @@ def in_graphs(lab, update):
     """`one_step` of a batch as a replay of a CUDA graph; its metrics are written to one vector."""
     captured = Captured(lambda batch: packed(update(batch)), lab.device, lab.say)
     return lambda batch: unpacked(*captured(batch))
+
+
+def chosen(lab, lr):
+    """The optimizer of --optimizer -> a function of the parameters."""
+    if lab.optimizer is None:
+        return adamw(lab, lr)
+    return functools.partial(lab.optimizer, lr=lr)
 
 
 def adamw(lab, lr):

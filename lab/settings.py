@@ -44,6 +44,8 @@ class Settings:
     # --lr is usual, such as ten times as much [all weights are trained]
     lora: int | None = None
     warmup: int = 20  # steps of linear warm-up, at most a fifth of all steps
+    # adamw, or a method or a file of your own that has one (dct_adamw); base models have AdamW
+    optimizer: str = "adamw"
     clip: float = 1.0  # largest gradient norm of each parameter group; inf: no clipping
     prompts: int | None = None  # number of training prompts (toy worlds), or of rows of --data
     k: int | None = None  # responses sampled per prompt, if the method leaves the choice
@@ -167,6 +169,22 @@ def pick_compile(settings, on_cuda, steps):
     if steps < PAYS:
         return False, f" (it pays from {PAYS} steps on)"
     return True, f" ({steps} steps pay for it)"
+
+
+def pick_optimizer(name):
+    """The function (params, lr) -> optimizer of --optimizer; None is AdamW.
+
+    UserError: there is no such method or file, or it has no function `optimizer`.
+    """
+    if name == "adamw":
+        return None
+    if not is_file(name) and name not in methods():
+        raise UserError(unknown("optimizer", name, ["adamw", *methods()]))
+    own = is_file(name)
+    module = load_file("optimizer", name) if own else importlib.import_module(f"methods.{name}")
+    if not hasattr(module, "optimizer"):
+        raise UserError(f"--optimizer {name}: the file has no function optimizer(params, lr)")
+    return module.optimizer
 
 
 def make_world(settings, start=None):

@@ -31,7 +31,7 @@ PAPER = Paper(
     "beyond",
     worlds=("vectors",),
     needs="points",
-    ignores=("steps", "batch_size", "lr", "warmup", "clip", "eval_every", "device"),
+    ignores=("steps", "batch_size", "lr", "optimizer", "warmup", "clip", "eval_every", "device"),
     defaults=dict(world="arc"),
     core=("coefficients", "dual", "limit", "kappa", "finite", "votes"),
 )
