@@ -779,14 +779,8 @@ class Denoiser(nn.Module):
         return total
 
     @torch.no_grad()
-    def invert(self, x, times, label, rounds=1, average=False):
-        """DDIM inversion: the noisy images x_t (n, *shape) from which DDIM samples the images x.
-
-        times: (m, n) or (m, 1), from the first noise step to the last. Each step evaluates the
-        noise prediction at the t of its destination. With rounds > 1 the prediction is evaluated
-        again at the provisional result. The average of two rounds is ReNoise (used in SmPO); many
-        rounds without averaging converge to the exact inverse of `sample` on the same grid.
-        """
+    def inversion(self, x, times, label, rounds, average):
+        """Yield the states (n, *shape) of DDIM inversion of the images x, one per row of times."""
         levels = self.alpha_bar[times]
         for t, a, b in zip(times, torch.cat([torch.ones_like(levels[:1]), levels[:-1]]), levels):
             a, b = spread(a, x), spread(b, x)
@@ -795,7 +789,28 @@ class Denoiser(nn.Module):
                 again = self.eps(ddim_step(x, eps, a, b), t, label)
                 eps = eps + (again - eps) / (i + 1) if average else again
             x = ddim_step(x, eps, a, b)
-        return x
+            yield x
+
+    def invert(self, x, times, label, rounds=1, average=False):
+        """DDIM inversion: the noisy images x_t (n, *shape) from which DDIM samples the images x.
+
+        times: (m, n) or (m, 1), from the first noise step to the last. Each step evaluates the
+        noise prediction at the t of its destination. With rounds > 1 the prediction is evaluated
+        again at the provisional result. The average of two rounds is ReNoise (used in SmPO); many
+        rounds without averaging converge to the exact inverse of `sample` on the same grid.
+        """
+        for state in self.inversion(x, times, label, rounds, average):
+            last = state
+        return last
+
+    def latents(self, images, times, label, rounds=1, average=False):
+        """The inversions of images (B, K, *shape) to all steps of a grid: (B, K, m, *shape).
+
+        times: (m, 1). label: (B,). rounds, average: as in `invert`.
+        """
+        flat, label = images.flatten(0, 1), label.repeat_interleave(images.shape[1])
+        states = list(self.inversion(flat, times, label, rounds, average))
+        return torch.stack(states, 1).view(*images.shape[:2], *times.shape[:1], *self.shape)
 
 
 class Words(nn.Module):

@@ -288,9 +288,9 @@ def parts_against_kl(ax, record):
     known = ("stage", "step", "reward", "win_rate", "kl", "length", "diversity", "frechet_256")
     looks = [look for look in record.looks if "kl" in look]
     names = [name for name in looks[0] if name not in known] if looks else []
-    kls = [look["kl"] for look in looks]
-    for i, name in enumerate(names):
-        ax.plot(kls, [look[name] for look in looks], color=f"C{i + 1}", label=name)
+    for i, name in enumerate(names):  # some are measured in every fifth look only
+        points = [(look["kl"], look[name]) for look in looks if name in look]
+        ax.plot(*zip(*points), color=f"C{i + 1}", label=name)
     margins = {line["step"]: line.get("margin") for line in record.steps}
     known = [(look["kl"], margins[look["step"]]) for look in looks if margins.get(look["step"])]
     if names and known:

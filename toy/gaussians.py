@@ -19,6 +19,8 @@ from data import UserError
 from nanomodel import Denoiser
 from toy import world
 
+BIASED = (1.0, 0.15)  # weights of the two coordinates in the biased reward model
+
 
 class MLP(Denoiser):
     """Denoiser of points (D,): two hidden layers on the point and 8 smooth features of the time.
@@ -137,6 +139,16 @@ class World(world.World):
 
     def _nearest(self, x):
         return torch.cdist(points(x), self.modes).min(1)
+
+    @property
+    def proxies(self):
+        """{"biased"}: a reward model that also likes the second coordinate within the plane."""
+        return {"biased": lambda prompts, x: points(x) @ self.plane @ self.plane.new_tensor(BIASED)}
+
+    def look(self, policy, lab):
+        """{off_manifold} of 1,000 samples."""
+        x = policy.sample([0], 1000, lab.eval_rng("look"), steps=25)[0]
+        return {"off_manifold": self.off_manifold(x)}
 
     def measure(self, policy, lab):
         """{off_manifold, mode_entropy} of 4,000 samples."""
