@@ -5,8 +5,8 @@ each at the learning rate that was best for it on tuning seeds (RATES). On revie
 model, and its held-out loss is compared. On a Markov chain it is a network of two matrices, whose
 loss above the entropy rate is exact. Moments of all optimizers of low rank have a quarter of the
 columns. The SVD is taken anew in every step, with error feedback and rotation, as in LDAdamW; the
-fixed subset are the first cosines. The page of the claims also has the size of the states and the time of
-a step, which no claim compares.
+fixed subset are the first cosines. A page beside the claims has the size of the states and the
+time of a step, which no claim compares.
 
 Learning rates were chosen on tuning seeds: 3e-3 to 1e-1 on the chain (seeds 100 and 101), 5e-3 to
 2e-2 on reviews (seed 100; three times that for Trion and Dion). At a common small rate, all
