@@ -35,6 +35,7 @@ class World:
     reward = None  # (prompts, responses) -> (n,) float64, the true reward; None: it is unknown
     prefers = None  # (prompts, a, b) -> (n,) P(a beats b); None: sigmoid of the reward difference
     proxies = {}  # {name: (prompts, responses) -> (n,)}: imperfect estimators of the truth
+    tastes = ()  # rewards (prompts, responses) -> (n,) of groups that annotate one after the other
     parts = None  # (prompt, response) -> {name: number}: the terms of the reward of a response
     verifier = False  # True: rewards are 0 or 1 and are the labels, without an annotator's noise
     verify_steps = None  # (prompt, response) -> a bool per step; None: steps cannot be checked

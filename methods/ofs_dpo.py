@@ -1,0 +1,229 @@
+"""OFS-DPO - Online DPO: Online Direct Preference Optimization with Fast-Slow Chasing (2024),
+arXiv:2406.05534
+
+Preferences arrive as a stream and their source changes, so DPO's gradient fades once it has fitted
+its pairs, and it forgets the first source while it learns from the next. OFS-DPO trains two LoRA
+modules of one frozen model, F fast and S slow. Each sees the margin of the other as a constant:
+
+    m = beta [ log pi(y_w) / pi_ref(y_w) - log pi(y_l) / pi_ref(y_l) ]
+    L_F = -log sigmoid(m_F) - alpha log sigmoid(m_F - m_S)
+    L_S = -log sigmoid(m_S) + alpha log sigmoid(m_F - m_S)
+
+Every N steps the module with the lower DPO loss takes the role of F; learning rates stay. COFS-DPO
+trains two modules for each source and combines their F by weights that minimize the DPO loss on a
+small memory of pairs.
+
+Differences from the paper
+1. We had no access to the paper's equations; they are those of a public implementation.
+2. The weights of COFS are the best of a grid on the simplex.
+3. Each source begins with new adapters in COFS.
+
+    python train.py --method ofs_dpo                           both tastes, after the second source
+    python train.py --method ofs_dpo --variant cofs            modules of both sources, combined
+    python train.py --method ofs_dpo --alpha 0                 DPO through adapters
+"""
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from data import Paper, UserError, check_fields, fill_variant, label, pair
+from nanomodel import LoRA
+
+PAPER = Paper(
+    "online",
+    worlds=("text",),
+    needs="reward",
+    ignores=("k", "lora"),
+    defaults=dict(world="drift"),
+)
+VARIANTS = dict(ofs={}, cofs=dict(memory=100, combine="deltas"))
+
+
+@dataclass(frozen=True)
+class Config:
+    beta: float = 0.1  # strength of the pull to the reference, as in DPO
+    alpha: float = 0.1  # weight of the chase
+    rho: float = 0.2  # learning rate of the slow module, as a share of that of the fast one
+    every: int = 20  # steps between two assignments of the roles
+    rank: int = 4  # of the adapters
+    variant: str = "ofs"  # ofs: one stream; cofs: one pair of modules for each source
+    memory: int | None = None  # cofs: pairs of each source that choose the weights
+    combine: str | None = None  # cofs: deltas B A are combined, or parameters, A and B apart
+
+    def __post_init__(self):
+        fill_variant(self, VARIANTS)
+        check_fields(
+            self,
+            beta="(0, inf)",
+            alpha="[0, inf)",
+            rho="(0, 1]",
+            every="[1, inf)",
+            rank="[1, inf)",
+            memory="[1, inf)",
+            combine=("deltas", "parameters"),
+        )
+
+
+def loss(logps, ref_logps, batch, cfg):
+    """logps, ref_logps (B, 2, T), chosen first, 0 outside batch.mask -> losses (B,), metrics.
+
+    Of one module. batch.other (B,): the log-ratio margin of the other one, without beta. batch.fast
+    (B,): 1 if this module plays F, 0 if it plays S.
+    """
+    logps, ref_logps = pair(logps, ref_logps, batch)
+    chosen, rejected = (logps - ref_logps).sum(-1).unbind(1)  # (B,) log-ratios: SUM over tokens
+    m = cfg.beta * (chosen - rejected)  # (B,)
+    other = cfg.beta * batch.other.to(m.dtype)  # a constant
+    sign = 2 * batch.fast.to(m.dtype) - 1  # 1 for F, -1 for S
+    losses = -F.logsigmoid(m) - cfg.alpha * sign * F.logsigmoid(sign * (m - other))
+    return losses, {"gap": (sign * (m - other)).detach().mean()}
+
+
+class Chase(nn.Module):
+    """Two modules of adapters on one frozen model, and the roles that they play."""
+
+    def __init__(self, base, rank, rng):
+        super().__init__()
+        first = LoRA.adapt(base, rank, rng)
+        self.modules_of = nn.ModuleList([first, LoRA.copied(first)])  # learning rates lr, rho lr
+        self.register_buffer("lead", torch.zeros((), dtype=torch.long))  # which of them plays F
+        self.register_buffer("seen", torch.zeros(2, dtype=torch.float64))  # summed DPO losses
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def note(self, losses, every):
+        """Add the DPO losses (2,) of one step; every N steps the lower sum decides who plays F."""
+        self.seen += losses.detach()
+        self.steps += 1
+        if self.steps % every == 0:
+            self.lead.copy_(self.seen.argmin())
+            self.seen.zero_()
+
+    def fast(self):
+        """The module that plays F."""
+        return self.modules_of[int(self.lead)]
+
+
+def stream(lab, policy, d, n):
+    """Labelled pairs of the policy from the d-th source of preferences, in order of arrival."""
+    tastes = lab.world.tastes or (lab.world.reward,)
+    prompts = lab.world.prompts(n, lab.rng("prompts", d))
+    rows = lab.sample(policy, prompts, 2, lab.rng("responses", d))
+    for row in rows:
+        texts = [lab.text(response) for response in row["responses"]]
+        row["reward"] = tastes[d]([row["prompt"]] * 2, texts).tolist()
+    s, lengths = lab.settings, [[len(y) for y in row["responses"]] for row in rows]
+    noise = s.label_temperature, s.flip, s.length_bias, lab.world.verifier
+    rows = label(rows, lab.rng("labels", d), *noise, lengths=lengths)
+    return [row for row in rows if row["scores"][0] != row["scores"][1]]
+
+
+def margin(logps, ref_logps):
+    """The difference (B,) of the log-ratios of chosen and rejected responses, without beta."""
+    chosen, rejected = (logps - ref_logps).detach().float().sum(-1).unbind(1)
+    return chosen - rejected
+
+
+def chase(lab, base, rows, cfg, rng, steps):
+    """OFS-DPO on rows in order of arrival, at most one pass -> the module that plays F last."""
+    steps = min(steps, max(1, len(rows) // lab.batch_size))
+    reference = lab.as_reference(base)
+    model = Chase(base, cfg.rank, rng)
+
+    def objective(model, batch):
+        with lab.autocast(), torch.no_grad():
+            ref_logps = reference.logps(batch)
+        with lab.autocast():
+            both = [module.logps(batch) for module in model.modules_of]
+        margins = [margin(logps, ref_logps) for logps in both]
+        losses, metrics = 0.0, {}
+        for i, logps in enumerate(both):
+            batch.other = margins[1 - i]
+            batch.fast = torch.full_like(margins[i], float(i == int(model.lead)))
+            own, found = loss(logps, ref_logps, batch, cfg)
+            losses, metrics = losses + own, metrics | found
+        model.note(-F.logsigmoid(cfg.beta * torch.stack(margins)).mean(1).cpu(), cfg.every)
+        return losses, metrics | {"accuracy": (margins[0] > 0).float().mean()}
+
+    def optimizer(params):
+        groups = [[p for p in m.parameters() if p.requires_grad] for m in model.modules_of]
+        rates = lab.lr, cfg.rho * lab.lr
+        return torch.optim.AdamW(
+            [dict(params=group, lr=rate) for group, rate in zip(groups, rates)],
+            lr=lab.lr,
+            betas=(0.9, 0.95),
+            weight_decay=0.0,
+        )
+
+    lab.fit(model, lab.batches(lab.rows(rows)), objective, steps=steps, optimizer=optimizer)
+    return model.fast()
+
+
+def combined(modules, weights, cfg):
+    """A GPT whose adapters are combined with these weights, merged into it."""
+    out = LoRA.merged(modules[0])
+    adapters = [LoRA.of(module) for module in modules]
+    with torch.no_grad():
+        for name, first in adapters[0].items():
+            each = [found[name] for found in adapters]
+            if cfg.combine == "parameters":
+                a, b = (
+                    sum(w * p for w, p in zip(weights, side)) for side in zip(*map(sides, each))
+                )
+                delta = first.scale * b @ a
+            else:
+                delta = sum(w * adapter.delta() for w, adapter in zip(weights, each))
+            out.get_submodule(name).weight.copy_(first.linear.weight + delta)
+    return out
+
+
+def sides(adapter):
+    """A and B of an adapter."""
+    return adapter.A, adapter.B
+
+
+def simplex(count, parts=20):
+    """All weights of `count` modules that are multiples of 1 / parts and sum to 1."""
+    grid = itertools.product(range(parts + 1), repeat=count - 1)
+    return [[(parts - sum(w)) / parts, *(x / parts for x in w)] for w in grid if sum(w) <= parts]
+
+
+def choose(lab, base, modules, rows, cfg):
+    """The weights of the simplex with the least DPO loss on the rows of the memory."""
+    known, best = lab.score_rows(base, rows), None
+    for weights in simplex(len(modules)):
+        ours = lab.score_rows(combined(modules, weights, cfg), rows)
+        ratios = [[sum(a) - sum(b) for a, b in zip(*two)] for two in zip(ours, known)]
+        z = (
+            cfg.beta
+            * torch.tensor(ratios, dtype=torch.float64)
+            @ torch.tensor([1.0, -1.0]).double()
+        )
+        value = -F.logsigmoid(z).mean().item()
+        if best is None or value < best[0]:
+            best = value, weights
+    return best[1]
+
+
+def run(lab, cfg):
+    sources = max(1, len(lab.world.tastes))
+    if 0 < lab.steps < sources or lab.prompts < sources:
+        raise UserError(f"--steps and --prompts: at least {sources}, one for each source")
+    if cfg.variant == "cofs" and sources < 2:
+        raise UserError(f"variant = cofs: {lab.world.name} has one source of preferences")
+    base, n = lab.base(), lab.prompts // sources
+    streams = [lab.stage("stream", lambda d=d: stream(lab, base, d, n)) for d in range(sources)]
+    if cfg.variant == "ofs":
+        rows = sum(streams, [])
+        return LoRA.merged(chase(lab, base, rows, cfg, lab.rng("adapters"), lab.steps))
+    modules = []
+    for rows in streams:
+        share = lab.steps // sources
+        modules.append(chase(lab, lab.base(), rows, cfg, lab.rng("adapters"), share))
+    kept = lab.rows([row for rows in streams for row in rows[-cfg.memory :]])
+    weights = lab.stage("weights", lambda: choose(lab, base, modules, kept, cfg))
+    lab.say("weights of the sources: " + ", ".join(f"{w:.2f}" for w in weights))
+    return combined(modules, weights, cfg)
