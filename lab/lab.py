@@ -350,6 +350,11 @@ class Lab:
         """A function step -> Batch of `size` rows (default --batch_size), taken in cyclic order."""
         return Batches(self, self.encode(rows), size or self.batch_size)
 
+    def draw(self, name, figure):
+        """Write a matplotlib Figure as NAME.png into the folder of the run, if there is one."""
+        if self.out:
+            report.write_figure(os.path.join(self.out, f"{name}.png"), figure)
+
     def say(self, line):
         """Print a line about the run, unless it is quiet."""
         if not self.quiet:

@@ -22,7 +22,7 @@ class World(world.World):
     """The digits. bias: by how much the teacher lowers the logits of the odd digits."""
 
     name, kind = "pixels", "vectors"
-    features, classes = 64, 10
+    features, classes, side = 64, 10, 8
     align = dict(steps=500, lr=3e-3, batch_size=64)
 
     def __init__(self, bias=4.5):

@@ -47,6 +47,7 @@ class World:
     # a world of vectors
     features = None  # the number of features of a point
     classes = None  # the number of classes
+    side = None  # a point is a picture of side x side pixels; None: it is none
     bayes = None  # x (n, features) -> (n, classes), the true class probabilities; None: unknown
     soft_labels = None  # x (n, features) -> logits (n, classes) of a teacher; None: there is none
 
