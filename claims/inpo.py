@@ -7,9 +7,9 @@ steps on the same rows. A point is off the ring if it lies more than 3 standard 
 every mode. "At a reward of 0.95" is read off the curve of each run, measured every 20 steps.
 
 What theory expects: at equal steps and beta, Diffusion-DPO moves farther, so that alone says
-little. At a matched reward, a trial had 0.25 of the points off the ring with inversions by the
-reference, 0.36 with those by the policy, and 0.37 to 0.41 with Diffusion-DPO at either beta. On the
-way to a lower reward, InPO by the policy was worse than Diffusion-DPO with a larger beta.
+little. On tuning seed 100, at a matched reward of 0.95, inversions by the reference left 0.26 of
+the points off the ring, those by the policy 0.44, and Diffusion-DPO 0.50, or 0.45 with the larger
+beta. At a reward of 0.65, InPO by the policy had 0.53, more than Diffusion-DPO.
 
 The page of the claim has the processor seconds per step. A step of InPO by the policy evaluates the
 network ten more times per image without a gradient; by the reference, inversions are computed once.

@@ -1,0 +1,148 @@
+"""k-Diff - Revisiting Diffusion Model Predictions Through Dimensionality (2026), arXiv:2601.21419
+
+A denoiser may predict the noise n, the image x, or the velocity x - n; all are equivalent for an
+unlimited network. k-Diff puts them on one line and learns the place k with the network:
+
+    x_t = t x + (1 - t) n                                     flow matching, t = 1 is the image
+    u   = k x - (1 - k) n                                     k: 0 noise, 1/2 velocity, 1 image
+    v   = (u + (1 - 2k) x_t) / (k (1 - t) + (1 - k) t)        the velocity that u implies
+    loss = |v - (x - n)|^2,   k = sigmoid(w)
+
+The energy of the target u for data of intrinsic dimension d in D dimensions is smallest at
+k* = D / (D + d): the velocity if the data fill the space, and the image if they do not. At the
+optimum of the network k has no gradient, so it depends on the course of the training. There are no
+preferences and no reference; the model is trained from scratch.
+
+Differences from the paper
+1. We had no access to its training details; the loss in velocity space is our reading.
+2. Steps, batch size and learning rate are those of the world's base model, unless given.
+
+    python train.py --method kdiff                          k rises towards 64 / 66
+    python train.py --method kdiff --fixed_k 0,0.5,1        fixed targets
+    python train.py --method kdiff --world digits           a k between velocity and image
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from data import Paper, check_fields
+from diffusion import q_sample, spread, to_flow, to_sigma
+from nanomodel import Denoiser
+
+PAPER = Paper(
+    "beyond",
+    worlds=("images",),
+    needs="demonstrations",
+    ignores=("k", "flip", "label_temperature", "length_bias", "prompts"),
+    defaults=dict(world="subspace"),
+    core=("optimal_k", "target_energy", "velocity", "flow_loss", "flow_steps"),
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    fixed_k: float | None = None  # a fixed k, 0 noise, 0.5 velocity, 1 image; none: it is learned
+    lr_k: float = 0.05  # learning rate of w in k = sigmoid(w); it needs more than the network
+    space: str = "velocity"  # where errors are measured: velocity, or target (of u, an ablation)
+    t_mean: float = 0.0  # the training times t are sigmoids of normal numbers with this mean
+    t_std: float = 1.0  # their standard deviation
+
+    def __post_init__(self):
+        check_fields(self, fixed_k="[0, 1]", lr_k="(0, inf)", space=("velocity", "target"))
+        check_fields(self, t_mean="(-inf, inf)", t_std="(0, inf)")
+
+
+class KDiff(Denoiser):
+    """A network that predicts u; `net` is a Denoiser whose raw output is read as u.
+
+    fixed_k: k, or None for a learned one, which begins at 1/2.
+    """
+
+    def __init__(self, net, fixed_k=None):
+        super().__init__(net.shape, net.classes, "u", schedule="flow")
+        self.net, self.fixed_k = net, fixed_k
+        self.w = nn.Parameter(torch.zeros(())) if fixed_k is None else None
+
+    @property
+    def k(self):
+        return torch.sigmoid(self.w) if self.fixed_k is None else self.fixed_k
+
+    def forward(self, x, noise_level, label):
+        return self.net(x, noise_level, label)
+
+
+def optimal_k(ambient, intrinsic, variance=1.0):
+    """k* = D / (D + s^2 d), where `target_energy` is smallest."""
+    return ambient / (ambient + variance * intrinsic)
+
+
+def target_energy(k, ambient, intrinsic, variance=1.0):
+    """E |u|^2 of data with a variance s^2 in each of d directions of D."""
+    return k**2 * variance * intrinsic + (1 - k) ** 2 * ambient
+
+
+def velocity(u, x_t, t, k):
+    """The velocity x - n that a prediction u implies, given x_t = t x + (1 - t) n."""
+    return (u + (1 - 2 * k) * x_t) / (k * (1 - t) + (1 - k) * t)
+
+
+def flow_loss(u, x, n, t, k, space):
+    """The squared error of a prediction u (B, ...), summed over the image: (B,)."""
+    if space == "target":
+        error = u - (k * x - (1 - k) * n)
+    else:
+        error = velocity(u, t * x + (1 - t) * n, t, k) - (x - n)
+    return error.square().flatten(1).sum(1)
+
+
+def flow_steps(normal, mean, std, steps):
+    """Steps (B,) of the schedule "flow" from normal numbers (B,), with t from 0.02 to 0.98."""
+    t = torch.sigmoid(mean + std * normal).clamp(0.02, 0.98)
+    return ((1 - t) * (steps + 1)).round().long() - 1
+
+
+def train(lab, model, cfg, steps, batch_size, lr):
+    """Train a KDiff on fresh demonstrations and return it."""
+
+    def times(n, rng):
+        normal = torch.randn(n, generator=rng)
+        return flow_steps(normal, cfg.t_mean, cfg.t_std, len(model.alpha_bar))
+
+    def batches(step):
+        rows = lab.world.demonstrations(batch_size, lab.rng("demonstrations", step))
+        return model.prepare(lab.collate(rows), lab.rng("noise", step), times=times)
+
+    def loss(model, batch):
+        x, n, level = batch.images[:, 0], batch.noise[:, 0], model.alpha_bar[batch.t]
+        x_t = q_sample(x, n, spread(level, x))  # the network's input has about unit variance
+        u = model(x_t, to_sigma(level).log() / 4, batch.label)
+        losses = flow_loss(u, x, n, spread(to_flow(level), x), model.k, cfg.space)
+        k = torch.as_tensor(model.k, dtype=u.dtype, device=u.device)
+        return losses / x[0].numel(), {"k": k.detach()}
+
+    def optimizer(params):
+        """w has a learning rate of its own, and no weight decay, which would pull k to 1/2."""
+        groups = [dict(params=[p for p in params if p is not model.w], lr=lr)]
+        groups += [dict(params=[model.w], lr=cfg.lr_k)] if cfg.fixed_k is None else []
+        return torch.optim.Adam(groups)
+
+    return lab.fit(model, batches, loss, steps=steps, optimizer=optimizer, decay=True)
+
+
+def evaluate(lab, model):
+    """The evaluation of the Lab, and of a KDiff its k."""
+    k = {"k": float(torch.as_tensor(model.k).detach())} if isinstance(model, KDiff) else {}
+    return lab.evaluate(model) | k
+
+
+def run(lab, cfg):
+    model = KDiff(lab.base(stage="raw"), cfg.fixed_k).to(lab.device)
+    recipe = {name: getattr(lab, name) for name in ("steps", "batch_size", "lr")}
+    own = {k: v for k, v in (lab.world.pretrain or {}).items() if k in recipe}
+    given = {k: getattr(lab.settings, k) for k in recipe}
+    recipe |= own | {k: v for k, v in given.items() if v is not None}
+    lab.say("trained from scratch: " + "  ".join(f"{k} {v:g}" for k, v in recipe.items()))
+    lab.steps = recipe["steps"] = lab.few(recipe["steps"])
+    return train(lab, model, cfg, **recipe)
