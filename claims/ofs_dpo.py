@@ -9,6 +9,11 @@ labelled by two groups of readers, one after the other.
 Theory expects that a module of the second source forgets the first and that the combination keeps
 both, close to joint training on shuffled pairs. It does not expect that the chase learns faster
 than DPO: in a convex problem its extra push acts as a larger learning rate.
+
+Tried on tuning seed 100: OFS-DPO through both groups of drift ended at short captions that name
+half as many objects as before, while COFS-DPO kept what the first group likes, improved on what the
+second dislikes, and moved little. The taste that is pleased less, that of the second group, is then
+higher for the stream, at a much larger KL.
 """
 
 import torch
@@ -188,7 +193,7 @@ CLAIMS = [
         ">",
         "dpo",
         margin=0.2,
-        expect="inconclusive",
+        expect="reversed",
     ),
     claim(
         "On drift, captions name more objects of the picture with COFS-DPO than with DPO on the "
@@ -198,6 +203,5 @@ CLAIMS = [
         ">",
         "dpo",
         margin=0.05,
-        expect="inconclusive",
     ),
 ]

@@ -1,0 +1,96 @@
+"""What SPINAL claims, and whether it holds here.
+
+Deep: a GPT of six layers, aligned by DPO with three values of beta on the same pairs. alpha is the
+decay of a layer's spectrum and the path is the step of its next-token belief, both as changes from
+the base model, averaged over the last two layers or the four before; the share is that of the last
+two layers in the gradient. That the instrument finds planted spectra, and that frozen layers do not
+change, are tests (tests/methods/test_spinal.py).
+
+Tried on tuning seed 100: alpha rose in all layers, and not more in the last two. So the localized
+signature is not expected on deep. It would have to appear in models of the paper's depth: the same
+command measures any checkpoint with --init and --data.
+"""
+
+from lab.claims import claim
+from methods.spinal import Config, loss
+from methods.spinal import measure as measured
+
+BETAS = (0.03, 0.1, 1.0)
+
+
+def end(lab, policy):
+    """The measurements after an alignment."""
+    return measured(lab, policy)
+
+
+def measure(lab):
+    """Curves on deep, whose last looks have the measurements of the layers."""
+    arms = {f"beta {beta:g}": (loss, Config(beta)) for beta in BETAS}
+    curves = lab.race(arms, end=end, world="deep", eval_size=512, eval_every=150)
+    out = dict(curves)
+    for name, columns in dict(
+        terminal=("alpha_terminal", "path_terminal"), early=("alpha_early", "path_early")
+    ).items():
+        out[name] = [
+            dict(alpha=abs(c[-1][columns[0]]), path=c[-1][columns[1]]) for c in curves["beta 0.1"]
+        ]
+    return out
+
+
+CLAIMS = [
+    claim(
+        "On deep, DPO changes the spectral exponent alpha more in the last third of the layers "
+        "than in the others",
+        "alpha",
+        "terminal",
+        ">",
+        "early",
+        margin=0.02,
+        kind="primary",
+        expect="inconclusive",
+        world="deep",
+        matched="model",
+    ),
+    claim(
+        "On deep, DPO raises alpha in the last third of the layers",
+        "alpha_terminal",
+        "beta 0.1",
+        ">",
+        0.0,
+        margin=0.02,
+    ),
+    claim(
+        "On deep, DPO shortens the path of beliefs in the last third of the layers",
+        "path_terminal",
+        "beta 0.1",
+        "<",
+        0.0,
+        margin=0.02,
+        expect="inconclusive",
+    ),
+    claim(
+        "On deep, after DPO the last third of the layers has more than its share of the gradient",
+        "terminal_share",
+        "beta 0.1",
+        ">",
+        1 / 3,
+        margin=0.02,
+        expect="inconclusive",
+    ),
+    claim(
+        "On deep, the paths of all layers change less with beta = 1 than with beta = 0.1",
+        "moved",
+        "beta 1",
+        "<",
+        "beta 0.1",
+        margin=0.02,
+    ),
+    claim(
+        "On deep, the paths of all layers change less with beta = 0.1 than with beta = 0.03",
+        "moved",
+        "beta 0.1",
+        "<",
+        "beta 0.03",
+        margin=0.02,
+    ),
+]
