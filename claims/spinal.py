@@ -6,9 +6,10 @@ the base model, averaged over the last two layers or the four before; the share 
 two layers in the gradient. That the instrument finds planted spectra, and that frozen layers do not
 change, are tests (tests/methods/test_spinal.py).
 
-Tried on tuning seed 100: alpha rose in all layers, and not more in the last two. So the localized
-signature is not expected on deep. It would have to appear in models of the paper's depth: the same
-command measures any checkpoint with --init and --data.
+Tried on tuning seed 100, with beta = 0.1 only: alpha rose in all layers and hardly more in the last
+two, the path there was as before, and the last two layers had less than a third of the gradient.
+So the localized signature is not expected on deep. It would have to appear in models of the paper's
+depth: the same command measures any checkpoint with --init and --data.
 """
 
 from lab.claims import claim

@@ -44,6 +44,11 @@ class World:
     gallery = None  # the prompts of the pictures of a run; None: every class
     opinions = None  # (prompts, images) -> {name: (n,)}: imperfect reward models; None: none
 
+    # a world of programs
+    execute = None  # (program, test) -> bool, texts; None: there is no interpreter
+    asks_test = None  # prompts -> prompts that ask for a test of the same task
+    agreement = None  # (prompt, program) -> the share of inputs on which a program is right
+
     # a world of vectors
     features = None  # the number of features of a point
     classes = None  # the number of classes
