@@ -20,6 +20,13 @@ class UserError(ValueError):
     """A mistake that the user can correct: the command line prints one line and exits with 2."""
 
 
+class StopTraining(Exception):
+    """Raised by a data function of `lab.align`: the training ends here, and the run reports why.
+
+    The policy keeps its weights.
+    """
+
+
 @dataclass(frozen=True)
 class Paper:
     """What a method file says about itself, as `PAPER = Paper("pairs", ...)`.

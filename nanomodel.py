@@ -683,7 +683,7 @@ class Denoiser(nn.Module):
         With last (n,) the grid is (steps, n), and column i ends at step last[i].
         """
         if last is None:
-            last = torch.tensor([len(self.alpha_bar) - 1], device=self.device)
+            last = torch.full((1,), len(self.alpha_bar) - 1, device=self.device)
         part = torch.arange(1, steps + 1, device=last.device)[:, None]
         return (part * (last + 1) // steps - 1).clamp(min=0)
 

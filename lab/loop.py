@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from data import UserError
+from data import StopTraining, UserError
 from lab.graph import Captured, capturable, packed, set_rate, unpacked
 from lab.report import Progress
 from lab.store import load_value, remove_value, save_value, write_text
@@ -41,7 +41,8 @@ def fit(
 ):
     """Train any nn.Module in place and return it.
 
-    batches: a function step -> batch, or a sequence that is taken in cyclic order.
+    batches: a function step -> batch, or a sequence that is taken in cyclic order. The function may
+        raise `data.StopTraining`, which ends the training early.
     loss(model, batch) -> losses of any shape, whose mean is minimized, and {name: detached tensor}.
     optimizer(params) -> a torch Optimizer, by default that of --optimizer with learning rate `lr`.
     warmup, decay: the learning rate rises linearly over `warmup` steps and then is constant, or
@@ -77,17 +78,21 @@ def fit(
         update = functools.partial(one_step, model, optimizer, loss, clip)
         if capture and lab.captured and capturable(optimizer, lab.device):
             update = in_graphs(lab, update)
+
+        def look(step):
+            log.write()
+            model.eval()
+            with average.used():
+                curve.append({"step": step} | watch(model, step))
+            model.train(training)
+            log.append([curve[-1]])
+
         with interruptible() as interrupted:
             while True:
                 # evaluate
                 seen = curve and curve[-1]["step"] == step
                 if watch and not seen and (step % every == 0 or step == steps):
-                    log.write()
-                    model.eval()
-                    with average.used():
-                        curve.append({"step": step} | watch(model, step))
-                    model.train(training)
-                    log.append([curve[-1]])
+                    look(step)
                 if step == steps:
                     break
 
@@ -99,7 +104,14 @@ def fit(
                     set_rate(group, peak * share)
 
                 # one step
-                metrics = update(get(step))
+                try:
+                    batch = get(step)
+                except StopTraining as reason:
+                    lab.stopped = f"stopped after step {step}: {reason}"
+                    if watch and curve[-1]["step"] != step:
+                        look(step)
+                    break
+                metrics = update(batch)
                 average.add(step)
                 step += 1
 
