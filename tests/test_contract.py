@@ -22,6 +22,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from classroom import properties
 from data import Paper, UserError
 from lab import settings
 from lab.settings import Settings
@@ -247,9 +248,10 @@ LAYERS = {
     "claims": {"data", "diffusion", "nanomodel", "toy", "methods", "claims", "lab"},
 }
 OURS = {"data", "diffusion", "nanomodel", "toy", "methods", "claims", "lab", "train", "bench"}
+OURS |= {"classroom"}
 FILES = [
     path.relative_to(ROOT).as_posix()
-    for pattern in ("*.py", "toy/*.py", "methods/*.py", "claims/*.py", "lab/*.py")
+    for pattern in ("*.py", "toy/*.py", "methods/*.py", "claims/*.py", "lab/*.py", "classroom/*.py")
     for path in sorted(ROOT.glob(pattern))
 ]
 
@@ -483,6 +485,22 @@ def test_a_loss_reads_no_value_on_a_device_that_would_have_to_wait(name):
             losses, metrics = module_of(name).loss(logps.requires_grad_(), ref_logps, batch, cfg)
             assert losses.is_meta and losses.shape == logps.shape[:1], cfg
             assert all(value.is_meta for value in metrics.values()), cfg
+
+
+EVERY = {"padding", "prompt", "arguments", "no state", "finite"}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_has_the_properties_that_handouts_test(name):
+    """The same list makes the visible tests of an assignment (classroom/properties.py)."""
+    module = module_of(name)
+    found = set()
+    for cfg, items in accepted(name):
+        exact = [fresh(x) for x in items if x[0].dtype == torch.float64 and moved(x)]
+        if exact:
+            found = set(properties.holding(module, exact[:1], cfg))
+            assert EVERY <= found, (cfg, EVERY - found)
+    assert found or name == "sft"
 
 
 # ---- what is refused

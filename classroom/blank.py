@@ -1,0 +1,175 @@
+"""Blank functions of a source by its syntax tree, and look for what gives a blank away.
+
+A target is the name of a function, "loss" or "Class.method", whose body is blanked, or "loss:2",
+the right side of its second assignment. Signature and docstring stay. The blank begins right after
+the docstring, so comments go as well, unless they are kept on request.
+"""
+
+import ast
+import io
+import tokenize
+from dataclasses import dataclass
+
+from data import UserError
+
+IMPORT = "from classroom.turn import your_turn"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A function of a file, and the number of one of its assignments (0: its whole body)."""
+
+    function: str
+    assignment: int = 0
+
+    @property
+    def name(self):
+        return f"{self.function}:{self.assignment}" if self.assignment else self.function
+
+
+def targets(text):
+    """The targets in a text such as "loss,gap:2". UserError: a number is not one."""
+    found = []
+    for part in text.split(","):
+        function, colon, number = part.strip().partition(":")
+        if not function or (colon and not (number.isdecimal() and int(number))):
+            raise UserError(f"--blank {part}: expected a function, or function:2 for its 2nd '='")
+        found.append(Target(function, int(number) if colon else 0))
+    return list(dict.fromkeys(found))
+
+
+def functions(source):
+    """{name: node} of the functions of a source; a method is named Class.method."""
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef):
+            found[node.name] = node
+        elif isinstance(node, ast.ClassDef):
+            parts = [part for part in node.body if isinstance(part, ast.FunctionDef)]
+            found |= {f"{node.name}.{part.name}": part for part in parts}
+    return found
+
+
+def assignments(function):
+    """The statements of a function that assign, in the order of their lines."""
+    kinds = (ast.Assign, ast.AugAssign, ast.AnnAssign)
+    found = [node for node in ast.walk(function) if isinstance(node, kinds) and node.value]
+    return sorted(found, key=lambda node: (node.lineno, node.col_offset))
+
+
+def documented(function):
+    """Whether a function has a docstring."""
+    return ast.get_docstring(function, clean=False) is not None
+
+
+def body(source, function):
+    """(first line, last line) of what is blanked of a function, counted from 1."""
+    if documented(function):
+        return function.body[0].end_lineno + 1, function.end_lineno
+    lines = source.splitlines()
+    arguments = [node.end_lineno for node in ast.walk(function.args) if hasattr(node, "end_lineno")]
+    line = max([function.lineno, *arguments])
+    while not lines[line - 1].split("#")[0].rstrip().endswith(":"):
+        line += 1
+    return line + 1, function.end_lineno
+
+
+def comments(source, first, last):
+    """[(line, text)] of the comments between two lines."""
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return [
+        (token.start[0], token.string)
+        for token in tokens
+        if token.type == tokenize.COMMENT and first <= token.start[0] <= last
+    ]
+
+
+def blanked(source, wanted, keep_comments=False):
+    """The source with its targets blanked. UserError: a function or an assignment is not there."""
+    known = functions(source)
+    edits = []  # (first line, last line, new lines)
+    for target in wanted:
+        if target.function not in known:
+            raise UserError(f"no function {target.function} in this file")
+        node = known[target.function]
+        edits.append(
+            one_value(source, node, target, keep_comments)
+            if target.assignment
+            else whole_body(source, node, target, keep_comments)
+        )
+    lines = source.splitlines()
+    for first, last, new in sorted(edits, reverse=True):
+        lines[first - 1 : last] = new
+    if any(target.assignment for target in wanted):
+        last = [node for node in ast.parse(source).body if is_import(node)][-1].end_lineno
+        lines.insert(last, IMPORT)
+    return "\n".join(lines) + "\n"
+
+
+def is_import(node):
+    return isinstance(node, (ast.Import, ast.ImportFrom))
+
+
+def whole_body(source, node, target, keep_comments):
+    first, last = body(source, node)
+    if last < first:
+        raise UserError(f"{target.name} has no body besides its docstring")
+    indent = " " * node.body[0].col_offset
+    kept = [indent + text for _, text in comments(source, first, last)] if keep_comments else []
+    return first, last, [*kept, f'{indent}raise NotImplementedError("your turn: {target.name}")']
+
+
+def one_value(source, node, target, keep_comments):
+    found = assignments(node)
+    if target.assignment > len(found):
+        raise UserError(f"{target.function} has {len(found)} assignments, not {target.assignment}")
+    statement = found[target.assignment - 1]
+    value, lines = statement.value, source.splitlines()
+    first, last = value.lineno, statement.end_lineno
+    kept = "".join("  " + text for _, text in comments(source, first, last) if keep_comments)
+    start = lines[first - 1].encode()[: value.col_offset].decode().rstrip("( ")
+    return first, last, [f'{start} your_turn("{target.name}"){kept}']
+
+
+# ---- what was blanked, and where else it stands
+
+
+def code_of(source, wanted):
+    """The statements that were blanked and that compute something, as normalised text."""
+    known, found = functions(source), []
+    for target in wanted:
+        node = known[target.function]
+        parts = [assignments(node)[target.assignment - 1]] if target.assignment else node.body
+        for part in parts:
+            for inner in ast.walk(part):
+                if isinstance(inner, (ast.Assign, ast.AugAssign, ast.Return)) and computes(inner):
+                    found.append(ast.unparse(inner))
+    return list(dict.fromkeys(found))
+
+
+ARITHMETIC = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Pow, ast.MatMult, ast.USub)
+
+
+def computes(statement):
+    """Whether a statement does arithmetic with at least two names."""
+    if statement.value is None:
+        return False
+    parts = list(ast.walk(statement.value))
+    names = {node.id for node in parts if isinstance(node, ast.Name)}
+    return len(names) > 1 and any(isinstance(getattr(n, "op", None), ARITHMETIC) for n in parts)
+
+
+def statements(source):
+    """{normalised text: line} of the simple statements of a source."""
+    kinds = (ast.Assign, ast.AugAssign, ast.Return, ast.Expr)
+    found = [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
+    return {ast.unparse(node): node.lineno for node in found}
+
+
+def leaks(code, sources):
+    """[(file, line, statement)]: where a blanked statement stands in other sources {file: text}."""
+    found = []
+    for file, text in sources.items():
+        lines = statements(text)
+        found += [(file, lines[line], line) for line in code if line in lines]
+    return found

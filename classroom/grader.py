@@ -1,0 +1,360 @@
+"""Run submissions and compare what they return with the solution.
+
+A submission runs in a process of its own, over a fresh copy of the handout in which only the listed
+files are the student's. The process gets inputs and returns tensors; the expected values are
+computed here. Python is no sandbox: a submission could read files of the user it runs as, so give
+the process another user (--user), or a container (--gradescope).
+"""
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from classroom import calls, hidden, properties
+from data import UserError, printable
+
+START = 90.0  # seconds until the first answer, in which torch is imported
+MEMORY = 8 * 2**30  # bytes of address space
+WRITTEN = 256 * 2**20  # bytes of a file
+LARGEST = 2**20  # bytes of a submitted file
+RESTARTS = 3  # times that a process which ended early is started again
+TURN = "your turn"
+EVALUATION = threading.Lock()  # models are evaluated one at a time
+
+
+class Job:
+    """One file of one submission: its process, and its answers.
+
+    teacher: the grader's folder. one: the entry of the file in assignment.json. work: an empty
+    folder. submitted: {path: source}. cache: a folder with the base models of the short run.
+    """
+
+    def __init__(self, teacher, one, work, submitted, cache=None, seconds=20.0, user=None):
+        self.one, self.work, self.seconds, self.user = one, Path(work), seconds, user
+        tree = self.work / "tree"
+        shutil.copytree(Path(teacher) / "tree", tree)
+        for path, source in submitted.items():
+            (tree / path).write_text(source, encoding="utf-8")
+        shutil.copy(Path(__file__).with_name("child.py"), self.work / "child.py")
+        shutil.copy(Path(__file__).with_name("calls.py"), self.work / "calls.py")
+        for suffix in ("json", "safetensors"):
+            shutil.copy(Path(teacher) / one["name"] / f"calls.{suffix}", self.work)
+        (self.work / "answers").mkdir()
+        self.count = len(json.loads((self.work / "calls.json").read_text()))
+        if cache:
+            shutil.copytree(cache, self.work / "cache")
+        self.cache = cache
+
+    def run(self, runs):
+        """The answers to all calls and then to the short runs: tensors, or the text of an error."""
+        return self.answers(0, self.count + len(runs), runs)
+
+    def run_only(self, runs):
+        """The answers to the short runs alone; base models that were trained stay in the cache."""
+        found = self.answers(self.count, self.count + len(runs), runs)
+        shutil.copytree(self.work / "cache", self.cache, dirs_exist_ok=True)
+        return found
+
+    def answers(self, first, count, runs):
+        """Start the process, and again behind a call that ended it, until all is answered."""
+        token = secrets.token_hex(8)
+        found, starts = {}, 0
+        while first < count:
+            reason = "the grader stopped after several processes that ended early"
+            if starts <= RESTARTS:
+                job = dict(module=self.one["module"], token=token, first=first, count=count)
+                job |= dict(memory=MEMORY, written=WRITTEN, runs=runs)
+                (self.work / "job.json").write_text(json.dumps(job))
+                reason = self.process(token, first, count)
+                starts += 1
+            while first < count and self.file(token, first).exists():
+                found[first] = read_answer(self.file(token, first))
+                first += 1
+            if first < count:
+                found[first] = reason
+                first += 1
+        return [found[number] for number in sorted(found)]
+
+    def file(self, token, number):
+        return self.work / "answers" / f"{token}-{number}.safetensors"
+
+    def process(self, token, first, count):
+        """Run the process until it ends or is too slow -> why an answer may be missing."""
+        environment = {
+            "PATH": os.environ.get("PATH", ""),
+            "NANOPREF_CACHE": str(self.work / "cache"),
+            "OMP_NUM_THREADS": "1",
+            "HOME": str(self.work),
+            "TMPDIR": str(self.work),
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
+        options = {} if os.name == "nt" else {"start_new_session": True}
+        if self.user:
+            for path in [self.work, *self.work.rglob("*")]:
+                shutil.chown(path, self.user)
+            options |= {"user": self.user, "extra_groups": []}
+        # -I: no variables of the environment, no current folder and no user's packages are read
+        command = [sys.executable, "-I", str(self.work / "child.py"), str(self.work)]
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            cwd=self.work,
+            **options,
+        )
+        done, limit = first, START
+        deadline = time.monotonic() + limit
+        try:
+            while child.poll() is None:
+                while done < count and self.file(token, done).exists():
+                    done += 1
+                    limit = self.seconds if done < self.count else max(self.seconds, START)
+                    deadline = time.monotonic() + limit
+                if time.monotonic() > deadline:
+                    return f"it did not end within {limit:g} seconds"
+                time.sleep(0.02)
+        finally:
+            stop(child)
+        return f"the process ended in the middle of it (exit status {child.returncode})"
+
+
+def stop(child):
+    """End a process and all that it has started."""
+    if os.name != "nt":
+        try:
+            os.killpg(child.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+    child.kill()
+    child.wait()
+
+
+def read_answer(file):
+    """The tensors of an answer, or the text of its error."""
+    try:
+        found = load_file(file)
+    except (SafetensorError, OSError, ValueError):
+        return "its answer cannot be read"
+    if set(found) == {"error"}:
+        return printable(bytes(found["error"].to(torch.uint8).tolist()).decode("utf-8", "replace"))
+    return found
+
+
+def reward_of(weights, settings):
+    """The true reward of a policy with these weights, measured in this process."""
+    from lab import Lab, Settings
+
+    with EVALUATION:
+        lab = Lab(Settings(**settings), quiet=True)
+        policy = lab.base()
+        policy.load_state_dict(weights)
+        return float(lab.evaluate(policy)["reward"])
+
+
+# ---------------------------------------------------------------- marks
+
+
+def solution_of(folder, one):
+    """The names of the solution of a file."""
+    source = (folder / one["name"] / "solution.py").read_text(encoding="utf-8")
+    names = {"__name__": one["module"], "__file__": one["path"]}
+    exec(compile(source, one["path"], "exec"), names)  # the teacher's own file
+    return names
+
+
+class Sheet:
+    """What is compared for one file: its calls, the solution's answers and the known mistakes."""
+
+    def __init__(self, folder, one):
+        from types import SimpleNamespace
+
+        self.one, self.folder = one, folder
+        self.names = solution_of(folder, one)
+        forms, tensors = calls.read(folder / one["name"], "calls")
+        config = self.names["Config"]
+        self.calls = [
+            (form["function"], calls.unpack(form["arguments"], tensors, config)) for form in forms
+        ]
+        self.expected = [hidden.answer(self.names, call) for call in self.calls]
+        self.module = SimpleNamespace(**self.names)
+        stored = load_file(folder / one["name"] / "mistakes.safetensors")
+        self.mistakes = [{} for _ in one["mistakes"]]
+        for key, value in stored.items():
+            number, call, name = key[1:].split("-")
+            self.mistakes[int(number)].setdefault(int(call), {})[name] = value
+
+    def mark(self, answers, weights):
+        """[(test, points, status, message)] for the answers to the calls and the run's weights."""
+        rows = []
+        for test in self.one["tests"]:
+            if test["kind"] == "run":
+                message = self.of_run(weights)
+            elif test["kind"] == "property":
+                message = self.of_property(test, answers)
+            else:
+                message = self.of_values(test, answers)
+            status = "passed" if message is None else "failed"
+            if message and TURN in message:
+                status = "not attempted"
+            rows.append([test, test["points"] if message is None else 0, status, message or ""])
+        if not any(row[1] for row in rows if row[0]["kind"] in ("values", "gradients")):
+            for row in rows:  # a constant has many properties, and earns nothing for them
+                row[1] = 0
+        return rows
+
+    def of_values(self, test, answers):
+        """What is wrong with the values or gradients of a test; None: nothing."""
+        for number in test["calls"]:
+            found, right = answers[number], self.expected[number]
+            if isinstance(found, str):
+                return found
+            if not hidden.agree(found, right, test["kind"]):
+                return self.difference(test, found, right) + self.known(answers)
+        return None
+
+    def difference(self, test, found, right):
+        """How an answer differs from the solution's, in one sentence."""
+        start = "value" if test["kind"] == "values" else "gradient"
+        keys = sorted(key for key in right if key.startswith(start))
+        for key in keys:
+            if key not in found:
+                return f"it returns fewer tensors than the {len(keys)} expected"
+            a, b = found[key], right[key]
+            if a.shape != b.shape:
+                return f"{start} of shape {tuple(a.shape)}, expected {tuple(b.shape)}"
+            if not a.isfinite().all():
+                return f"a {start} is NaN or infinite"
+            if a.dtype != b.dtype:
+                return f"{start} of {a.dtype}, expected {b.dtype}, the kind of the inputs"
+            if not hidden.same(a, b):
+                gap = float((a.double() - b.double()).abs().max())
+                return f"the {start} differs from the solution's by up to {gap:.3g}"
+        return f"it returns more {start}s than expected"
+
+    def known(self, answers):
+        """The known mistake that has the same answers to all of the calls shown, as a sentence."""
+        found = [answers[number] for number in self.one["shown"]]
+        names = set()
+        for sentence, mistake in zip(self.one["mistakes"], self.mistakes):
+            if mistake and all(
+                not isinstance(found[call], str) and hidden.agree(found[call], answer)
+                for call, answer in mistake.items()
+            ):
+                names.add(sentence)
+        return ". This equals the solution with a mistake: " + min(names) if names else ""
+
+    def of_property(self, test, answers):
+        cfg = self.names["Config"](**test["setting"])
+        name = test["name"].split(": ", 1)[1]
+        for numbers in test["calls"]:
+            results = []
+            for number in numbers:
+                found = answers[number]
+                if isinstance(found, str):
+                    return found
+                if "gradient0" not in found or "value0" not in found:
+                    return test["sentence"]
+                touched = bool(found["touched"])
+                results.append(properties.Result(found["value0"], found["gradient0"], touched))
+            group = [(self.calls[number][1][:3], {}) for number in numbers]
+            try:
+                if numbers and not properties.keeps(name, results, group, cfg):
+                    return test["sentence"]
+            except (RuntimeError, ValueError, IndexError):  # tensors of shapes that do not fit
+                return test["sentence"]
+        return None
+
+    def of_run(self, weights):
+        run = self.one["run"]
+        if isinstance(weights, str):
+            return weights
+        try:
+            reward = reward_of(weights, run["settings"])
+        except (RuntimeError, KeyError, TypeError, ValueError) as error:
+            return f"the weights it returns do not fit the model: {str(error).splitlines()[0]}"
+        low = run["reward"] - run["spread"]
+        if not reward >= low:
+            return f"it ends at a reward of {reward:.3f}; the solution's runs reach {low:.3f}"
+        return None
+
+
+# ---------------------------------------------------------------- submissions
+
+
+def submissions(folder, about):
+    """{student: {path of a file: its source, or what is wrong with it}} of a folder.
+
+    A submission is a folder with the listed files, in their places or not, or, if one file is
+    asked for, a Python file of any name. UserError: there is none.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    wanted = [one["path"] for one in about["files"]]
+    found = {}
+    for entry in sorted(folder.iterdir()):
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            found[entry.name] = {path: source_in(entry, path) for path in wanted}
+        elif entry.suffix == ".py" and len(wanted) == 1:
+            found[entry.stem] = {wanted[0]: read_source(entry)}
+    if not found:
+        raise UserError(f"{folder}: no submissions; expected a folder or a .py file per student")
+    return found
+
+
+def source_in(folder, path):
+    """The source of one listed file in a student's folder: in its place, or by its name alone."""
+    name = Path(path).name
+    places = [folder / path, folder / name, *sorted(folder.rglob(name))]
+    for place in places:
+        if place.is_file() and not place.is_symlink():
+            return read_source(place)
+    return ValueError(f"{name} was not handed in")
+
+
+def read_source(file):
+    """A submitted source; a ValueError that says why not."""
+    if file.is_symlink():
+        return ValueError("a link was handed in, not a file")
+    if file.stat().st_size > LARGEST:
+        return ValueError(f"the file is larger than {LARGEST >> 10} KB")
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return ValueError("the file is not text in UTF-8")
+
+
+def grade(folder, about, sheets, submitted, seconds=20.0, user=None):
+    """Grade one submission -> ([(file, test, points, status, message)], seconds that it took)."""
+    rows, start = [], time.monotonic()
+    sources = {path: text for path, text in submitted.items() if isinstance(text, str)}
+    for one, sheet in zip(about["files"], sheets):
+        missing = submitted[one["path"]]
+        if not isinstance(missing, str):
+            rows += [(one, test, 0, "not attempted", str(missing)) for test in one["tests"]]
+            continue
+        runs = [one["run"]["settings"]] if one["run"] else []
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
+            if user:
+                os.chmod(work, 0o755)
+            job = Job(folder, one, work, sources, folder / "cache", seconds, user)
+            answers = job.run(runs)
+        weights = answers.pop() if runs else None
+        rows += [(one, *row) for row in sheet.mark(answers, weights)]
+    return rows, time.monotonic() - start

@@ -1,0 +1,295 @@
+"""Write an assignment: the student's folder and the grader's, out of method files.
+
+OUT/student/   the project with the blanked files and without its other methods, visible tests,
+               the task; a copy goes to every student
+OUT/grader/    the solution, hidden calls, the answers of the mutants; stays with the teacher
+"""
+
+import dataclasses
+import importlib
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from classroom import blank, calls, grader, hidden, properties, ready, visible
+from data import UserError
+
+ROOT = Path(__file__).parents[1]
+SHIPPED = ("LICENSE", "requirements.txt", "data.py", "diffusion.py", "nanomodel.py", "train.py")
+PACKAGES = ("lab", "toy", "methods", "classroom")
+CLASSROOM = ("__init__", "turn", "calls", "properties", "visible")
+SEEDS = 3  # runs of the solution, whose spread a submission's run may have
+FEW_ITEMS = 3  # inputs of the visible tests
+TEST = '''"""The visible tests: properties that every right solution has. Run: python -m pytest"""
+
+from pathlib import Path
+
+import pytest
+
+from classroom import visible
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.parametrize("case", visible.cases(HERE), ids=visible.title)
+def test_property(case):
+    wrong = visible.failure(HERE, case)
+    if wrong:
+        pytest.fail(wrong, pytrace=False)
+'''
+
+
+@dataclasses.dataclass
+class File:
+    """One method file of an assignment: its name, module, source and what is blanked."""
+
+    name: str
+    module: object
+    source: str
+    wanted: list
+
+    @property
+    def path(self):
+        return f"methods/{self.name}.py"
+
+
+def files_of(paths, texts):
+    """[File] of the given paths; texts: what is blanked of each. UserError: no such method."""
+    found = []
+    for path, text in zip(paths, texts):
+        path = Path(path)
+        if path.resolve().parent != ROOT / "methods" or not path.is_file():
+            raise UserError(f"{path}: expected a file in methods/ of this project")
+        module = importlib.import_module(f"methods.{path.stem}")
+        if "loss" not in module.PAPER.core:
+            raise UserError(f"{path}: this paper has no loss, so there is nothing to grade")
+        source = path.read_text(encoding="utf-8")
+        found.append(File(path.stem, module, source, blank.targets(text)))
+    return found
+
+
+def shipped():
+    """{path: text} of the project's sources that a handout holds besides its methods."""
+    paths = [ROOT / name for name in SHIPPED]
+    paths += [ROOT / f"classroom/{name}.py" for name in CLASSROOM]
+    paths += [path for package in ("lab", "toy") for path in (ROOT / package).glob("*.py")]
+    paths.append(ROOT / "methods/__init__.py")
+    return {path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for path in sorted(paths)}
+
+
+def hide(files, keep_comments):
+    """Blank the files and look for what gives them away.
+
+    -> ({path: text} of the handout, paths that were left out although they tell). UserError: the
+    code stands where it cannot be hidden.
+    """
+    tree = shipped()
+    for file in files:
+        tree[file.path] = blank.blanked(file.source, file.wanted, keep_comments)
+    code = [line for file in files for line in blank.code_of(file.source, file.wanted)]
+    found = blank.leaks(code, {path: text for path, text in tree.items() if path.endswith(".py")})
+    if found:
+        path, line, statement = found[0]
+        raise UserError(f"`{statement}` also stands in {path}, line {line}: blank it there as well")
+    others = {
+        path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+        for folder in ("methods", "claims", "tests/methods")
+        for path in sorted((ROOT / folder).glob("*.py"))
+    }
+    telling = {path for path, _, _ in blank.leaks(code, others) if path not in tree}
+    return tree, sorted(telling)
+
+
+# ---------------------------------------------------------------- properties
+
+
+def public_items(module, tests, seed):
+    """A few inputs for the visible tests, of another seed than the hidden ones."""
+    made = hidden.loss_calls(module, tests, seed + 1)
+    cfg = module.Config()
+    items = [item for item, used in made if used == cfg] or [made[0][0]]
+    apart = [item for item in items if item[1] is None or (item[0] != item[1]).any()]
+    ragged = [item for item in apart or items if item[2].mask.any(-1).all()]
+    return (ragged or apart or items)[:FEW_ITEMS]
+
+
+def property_cases(file, tests, items):
+    """[(module, function, property, fields)]: the properties that the solution has, by setting."""
+    cases, names = [], {target.function for target in file.wanted}
+    settings = [{}, *tests.CASES[:1]]
+    for fields in settings if "loss" in names else []:
+        cfg = file.module.Config(**fields)
+        usable = [item for item in items if hidden.takes(file.module, item, cfg)]
+        for name in properties.holding(file.module, usable, cfg) if usable else []:
+            known = [case[2] for case in cases]
+            if name not in known or name == "noisy labels":
+                cases.append((f"methods.{file.name}", "loss", name, fields))
+    return cases
+
+
+def helper_examples(file, made):
+    """The first call of every blanked helper, with the shapes of what it returns."""
+    found = {}
+    for function, arguments in made:
+        if function != "loss" and function not in found:
+            answer = hidden.answer(vars(file.module), (function, arguments))
+            shapes = [list(x.shape) for name, x in answer.items() if name.startswith("value")]
+            found[function] = (arguments, shapes)
+    return found
+
+
+# ---------------------------------------------------------------- runs
+
+
+def run_settings(module):
+    """Settings of a short run: on the exact table where the method can use one."""
+    paper = module.PAPER
+    if "table" in paper.worlds and paper.needs != "verifier":
+        return dict(world="bandit", steps=40, batch_size=16, prompts=256)
+    size = dict(steps=12, batch_size=8, prompts=96, eval_size=32)
+    if paper.needs == "verifier":
+        return size | dict(world="arithmetic", base_steps=60, prompts=8)
+    world = paper.defaults.get("world", "reviews")
+    return size | dict(world=world, base_steps=60)
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write(files, out, seed=0, keep_comments=False, title=None, task="", say=print):
+    """Write an assignment to a folder. UserError: a mutant survives, or something leaks."""
+    tree, telling = hide(files, keep_comments)
+    say("blanked: " + "; ".join(f"{f.path} ({', '.join(t.name for t in f.wanted)})" for f in files))
+    if telling:
+        say("left out, since they hold the same lines: " + ", ".join(telling))
+    out = Path(out)
+    half = out.with_name(out.name + ".half")
+    shutil.rmtree(half, ignore_errors=True)
+    student, teacher = half / "student", half / "grader"
+    for path, text in tree.items():
+        (student / path).parent.mkdir(parents=True, exist_ok=True)
+        (student / path).write_text(text, encoding="utf-8")
+    (student / "tests").mkdir()
+    (student / "tests/test_assignment.py").write_text(TEST, encoding="utf-8")
+    teacher.mkdir()
+    about = {"title": title or ", ".join(file.name for file in files), "seed": seed, "files": []}
+    public = {"files": []}
+    for file in files:
+        one, cases = write_file(file, student / "tests", teacher / file.name, seed, say)
+        about["files"].append(one)
+        public["files"].append({"name": file.name, "module": one["module"], "cases": cases})
+    (student / "tests/assignment.json").write_text(json.dumps(public, indent=1))
+    (teacher / "assignment.json").write_text(json.dumps(about, indent=1))
+    shutil.copytree(student, teacher / "tree")
+    measure_runs(files, about, teacher, say)
+    (teacher / "assignment.json").write_text(json.dumps(about, indent=1))
+    text = ready.readme(about, files, task, keep_comments)
+    (student / "README.md").write_text(text, encoding="utf-8")
+    if out.exists():
+        shutil.rmtree(out)
+    half.rename(out)
+    return about
+
+
+def write_file(file, public, folder, seed, say):
+    """Write what is needed to test one file -> (what the grader knows, the visible cases)."""
+    tests = hidden.material(file.name)
+    made, found = hidden.all_tests(file.module, tests, file.wanted, seed)
+    items = public_items(file.module, tests, seed)
+    cases = property_cases(file, tests, items)
+    helpers = helper_examples(file, made)
+    cases += [(f"methods.{file.name}", name, "shapes", {}) for name in helpers]
+
+    def passes(names):
+        """Whether the visible tests pass with the names of a mutant."""
+        module = type("Mutant", (), {"loss": staticmethod(names["loss"])})
+        try:
+            return all(
+                visible.keeps(module, case[2], item, file.module.Config(**case[3]))
+                for case in cases
+                if case[1] == "loss"
+                for item in items
+            )
+        except Exception:  # noqa: BLE001 - a mutant may do anything
+            return False
+
+    gate = hidden.gate(file.module, tests, file.wanted, made, passes)
+    total = len(gate.killed)
+    say(f"{file.path}: {total} single edits, the hidden tests tell all of them from the solution,")
+    say(f"    the visible tests {gate.visible}; {len(gate.habits)} more change no value and no")
+    say(f"    gradient, and {len(gate.equivalent)} change nothing at all")
+    sentences = [sentence for sentence, _ in gate.killed]
+    shown = [made[number] for number in gate.shown]
+    made, found = hidden.pruned(made, found, gate.tellers)
+    first = len(made)
+    made += shown
+    for _, _, name, fields in [case for case in cases if case[1] == "loss"]:
+        cfg, numbers = file.module.Config(**fields), []
+        for item in items:
+            group = properties.PROPERTIES[name].calls(item, cfg) or []
+            numbers.append(list(range(len(made), len(made) + len(group))))
+            for (logps, ref, batch), change in group:
+                changed = dataclasses.replace(cfg, **change)
+                leaf = logps if ref is not None and ref.requires_grad else logps.requires_grad_()
+                made.append(("loss", (leaf, ref, batch, changed)))
+        sentence = properties.PROPERTIES[name].sentence
+        test = hidden.Test(f"loss: {name}", "loss", "property", numbers, 1, True, sentence)
+        found.append(dataclasses.replace(test, setting=fields))
+    folder.mkdir()
+    calls.write(folder, "calls", made)
+    (folder / "solution.py").write_text(file.source, encoding="utf-8")
+    answers = {
+        f"m{i}-{j}-{name}": x.contiguous().clone()
+        for i, (_, each) in enumerate(gate.killed)
+        for j, answer in enumerate(each)
+        if not isinstance(answer, str)
+        for name, x in answer.items()
+        if name != "touched"
+    }
+    save_file(answers, folder / "mistakes.safetensors")
+    examples = [("loss", (*item, file.module.Config())) for item in items]
+    examples += [(name, arguments) for name, (arguments, _) in helpers.items()]
+    calls.write(public, file.name, examples)
+    forms = json.loads((public / f"{file.name}.json").read_text())
+    for form in forms[len(items) :]:
+        form["shapes"] = helpers[form["function"]][1]
+    (public / f"{file.name}.json").write_text(json.dumps(forms))
+    return {
+        "name": file.name,
+        "path": file.path,
+        "module": f"methods.{file.name}",
+        "functions": [target.name for target in file.wanted],
+        "tests": [dataclasses.asdict(test) for test in found],
+        "mistakes": sentences,
+        "shown": list(range(first, first + len(shown))),
+        "mutants": {"killed": total, "visible": gate.visible, "others": gate.habits},
+    }, cases
+
+
+def measure_runs(files, about, teacher, say):
+    """Run the solutions for a few seeds, and store their rewards and their spread."""
+    cache = teacher / "cache"
+    cache.mkdir()
+    for file, one in zip(files, about["files"]):
+        if not any(target.function == "loss" for target in file.wanted):
+            one["run"] = None
+            continue
+        settings = run_settings(file.module)
+        runs = [settings | {"seed": seed} for seed in range(SEEDS)]
+        rewards = []
+        with tempfile.TemporaryDirectory() as work:
+            sheet = grader.Job(teacher, one, Path(work), {file.path: file.source}, cache)
+            for answer in sheet.run_only(runs):
+                if isinstance(answer, str):
+                    raise UserError(f"the short run of {file.path} fails: {answer}")
+                rewards.append(grader.reward_of(answer, runs[len(rewards)]))
+        spread = float(torch.tensor(rewards, dtype=torch.float64).std())
+        one["run"] = {"settings": runs[0], "reward": rewards[0], "spread": 2 * spread + 1e-6}
+        name = f"{file.name}: a short run reaches the reward of the solution's"
+        one["tests"].append(dataclasses.asdict(hidden.Test(name, "loss", "run", [], 10)))
+        line = f"{rewards[0]:.3f} +-{2 * spread:.3f}"
+        say(f"{file.path}: the solution's short run ends at a reward of {line}")

@@ -1,0 +1,53 @@
+"""The zip that Gradescope takes as an autograder.
+
+Gradescope builds a container out of it: setup.sh installs what is needed and makes a second user,
+run_autograder grades the one submission that lies in /autograder/submission.
+"""
+
+import zipfile
+from pathlib import Path
+
+from data import UserError
+
+ROOT = Path(__file__).parents[1]
+SETUP = """#!/usr/bin/env bash
+set -e
+apt-get update && apt-get install -y python3 python3-pip python3-venv
+python3 -m venv /autograder/venv
+/autograder/venv/bin/pip install -r /autograder/source/project/requirements.txt
+useradd --no-create-home student || true
+chmod -R go-rwx /autograder/source/grader
+"""
+RUN = """#!/usr/bin/env bash
+set -e
+cd /autograder/source/project
+mkdir -p /tmp/all /tmp/out
+rm -rf /tmp/all/student && cp -r /autograder/submission /tmp/all/student
+/autograder/venv/bin/python grade.py /autograder/source/grader /tmp/all --out /tmp/out \\
+  --user student
+cp /tmp/out/student.json /autograder/results/results.json
+"""
+
+
+def write(out):
+    """Write OUT/autograder.zip and return its path. UserError: it cannot be written."""
+    out = Path(out)
+    target = out / "autograder.zip"
+    folders = ("lab", "toy", "methods", "classroom")
+    files = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    names = ("data.py", "diffusion.py", "nanomodel.py", "train.py", "grade.py", "requirements.txt")
+    files += [ROOT / name for name in names]
+    try:
+        with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, text in (("setup.sh", SETUP), ("run_autograder", RUN)):
+                entry = zipfile.ZipInfo(name)
+                entry.external_attr = 0o755 << 16
+                archive.writestr(entry, text)
+            for path in files:
+                archive.write(path, Path("project") / path.relative_to(ROOT))
+            for path in sorted((out / "grader").rglob("*")):
+                if path.is_file():
+                    archive.write(path, Path("grader") / path.relative_to(out / "grader"))
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror}") from error
+    return target

@@ -1,0 +1,186 @@
+"""The ready-made assignments, and the task sheet that a handout begins with."""
+
+import random
+from dataclasses import dataclass
+
+from classroom import properties
+
+
+@dataclass(frozen=True)
+class Ready:
+    """One ready-made assignment.
+
+    options: choices of ((method, what is blanked), ...); `--seed` takes one of them. constants:
+    {name: choices} for the numbers in the task. task: the text, with {name} for a constant.
+    """
+
+    title: str
+    options: tuple
+    task: str
+    constants: tuple = ()
+
+
+READY = {
+    1: Ready(
+        "DPO: from log-probs to a loss",
+        ((("dpo", "loss"),),),
+        "Write the loss of DPO. Sum the log-probs over the tokens of a response, subtract those of "
+        "the reference, and put the difference of the two log-ratios into a logistic loss. Then "
+        "run it with beta = {beta} and say why both log-probs may fall while the margin rises.",
+        (("beta", ("0.05", "0.1", "0.3")),),
+    ),
+    2: Ready(
+        "Noisy labels: the unbiased loss of rDPO",
+        ((("rdpo", "loss"),),),
+        "A share of {flip} of the labels is flipped. Write the loss whose mean over the flips is "
+        "the loss of clean labels. Then train with the right epsilon and with epsilon 0 at flip "
+        "rates of 0, 0.1, 0.2, 0.3 and 0.4, and plot the true reward against the flip rate:\n\n"
+        "    python train.py --method rdpo --world bandit --flip 0,0.1,0.2,0.3,0.4 "
+        "--epsilon {epsilon} --seeds 3",
+        (("flip", ("0.2", "0.3")), ("epsilon", ("0.2", "0.3"))),
+    ),
+    3: Ready(
+        "f-DPO: derive two divergences",
+        (
+            (("fdpo", "forward_kl,jensen_shannon"),),
+            (("fdpo", "reverse_kl,alpha_divergence"),),
+            (("fdpo", "forward_kl,alpha_divergence"),),
+        ),
+        "The reward of f-DPO is the derivative f'(u) at the probability ratio u. Derive it for the "
+        "two divergences whose functions are missing, and write them as functions of rho = log u. "
+        "Which of the two punishes a policy that gives up a response of the reference?",
+    ),
+    4: Ready(
+        "Why the chosen log-prob falls",
+        ((("three_d", "loss:4"), ("ld_dpo", "loss:3")),),
+        "Two lines are missing: the margin of 3D-Properties' Flex-DPO, and the mask of the tokens "
+        "that the longer response has beyond the shorter one in LD-DPO. Write them. Then measure "
+        "the log-probs of both responses during training,\n\n"
+        "    python train.py --method three_d --variant flex --beta_rejected {beta}\n\n"
+        "and answer in half a page: why does the chosen log-prob fall, where does the probability "
+        "go, and what does each of the two papers change? The written answer is graded by hand.",
+        (("beta", ("0.02", "0.05")),),
+    ),
+    5: Ready(
+        "Credit for tokens: from r to Q*",
+        ((("r2q", "token_rewards,loss"),), (("r2q", "token_rewards"),)),
+        "A language model that was trained on preferences holds a reward for every token. Write "
+        "the function that reads it, and the loss. Then look at the printed token rewards of one "
+        "response: which token is to blame?",
+    ),
+    6: Ready(
+        "Lists in place of pairs",
+        ((("irpo", "relevance_weights,loss"), ("adpo", "kernel_ranks,targets")),),
+        "Write the weights and the loss of IRPO on graded lists, and the targets of ADPO. Both "
+        "must not depend on the order in which the responses of a list are stored.",
+    ),
+    7: Ready(
+        "Policy gradient: GRPO, then DisCO",
+        ((("grpo", "advantages,loss"), ("disco", "gap")),),
+        "Write the advantages and the clipped loss of GRPO, and then the gap that DisCO maximizes "
+        "instead. Which questions give GRPO no gradient, and why do they give DisCO one?",
+    ),
+    8: Ready(
+        "Diffusion-DPO on digits",
+        ((("dpo", "loss"),),),
+        "On images the log-probs are minus summed noise errors, one number per image. Write the "
+        "loss of DPO so that it holds for tokens and for images, and train on the digits:\n\n"
+        "    python train.py --method dpo --world digits --beta {beta}\n\n"
+        "Look at the samples before and after, and say what the reward bought.",
+        (("beta", ("0.1", "0.2")),),
+    ),
+}
+WRITTEN = {
+    9: "a world of your own: CONTRIBUTING.md has the six steps; hand in a world file, its reward, "
+    "an example, and what the reward can be gamed by; graded by hand",
+    10: "make the step fast on a card: `make gpu`, docs/speed.md; hand in the numbers of bench.py "
+    "before and after; graded by hand",
+}
+
+
+def chosen(number, seed):
+    """(title, ((method, blanked), ...), task) of a ready-made assignment for one seed."""
+    item, rng = READY[number], random.Random(seed)
+    numbers = {name: rng.choice(values) for name, values in item.constants}
+    return item.title, rng.choice(item.options), item.task.format(**numbers)
+
+
+def listing():
+    """The lines of `assign.py --list`."""
+    lines = ["python assign.py NUMBER --out FOLDER writes one of these:"]
+    for number, item in READY.items():
+        blanks = " or ".join(
+            " and ".join(f"methods/{name}.py ({text})" for name, text in option)
+            for option in item.options
+        )
+        lines.append(f"{number:>3}  {item.title}: {blanks}")
+    lines.append("without a grader (docs/classroom.md):")
+    lines += [f"{number:>3}  {text}" for number, text in WRITTEN.items()]
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- the task sheet
+
+
+def readme(about, files, task, kept):
+    """The README of a handout."""
+    lines = [f"# {about['title']}", ""]
+    if task:
+        lines += [task, ""]
+    lines += ["## What to write", ""]
+    for one in about["files"]:
+        lines.append(f"- `{one['path']}`: {', '.join(f'`{name}`' for name in one['functions'])}")
+    lines += [
+        "",
+        "The docstring of the file has the paper's formulas, the docstring of a function its "
+        "shapes. "
+        + ("The comments of the solution are still there. " if kept else "")
+        + "Hand in the files above and nothing else. Any formula that is right gets full marks: "
+        "names, metrics and style are yours.",
+        "",
+        "## Conventions",
+        "",
+        "- `logps` and `ref_logps` are (B, K, T): B prompts, K responses, T tokens. They are 0 "
+        "outside `batch.mask`. Of a pair, the chosen response comes first.",
+        "- `loss` returns one loss per row, (B,), and a dict of metrics, which may be empty. The "
+        "loop averages over the rows.",
+        "- Whether a log-prob is summed or averaged over tokens is part of the paper: read its "
+        "formula.",
+        "- The log-probs of the reference are constants.",
+        "",
+        "## Try it",
+        "",
+        "    pip install -r requirements.txt",
+        '    python -m pytest                       every test says "your turn" at first',
+    ]
+    for file, one in zip(files, about["files"]):
+        lines.append(f"    python train.py --method {file.name}")
+        if one.get("run"):
+            run = one["run"]["settings"]
+            flags = " ".join(f"--{name} {value}" for name, value in run.items())
+            lines += [
+                "",
+                f"A right solution of `{file.name}` ends at a true reward of about "
+                f"{one['run']['reward']:.2f} in this short run:",
+                "",
+                f"    python train.py --method {file.name} {flags} --out run",
+                "",
+            ]
+    lines += ["", "## The visible tests", ""]
+    names = {
+        test["name"].split(": ", 1)[1]
+        for one in about["files"]
+        for test in one["tests"]
+        if test["kind"] == "property"
+    }
+    lines += [
+        f"- {name}: {rule.sentence}."
+        for name, rule in properties.PROPERTIES.items()
+        if name in names
+    ]
+    lines += [
+        "",
+        "The hidden tests compare values and gradients with the solution, for other inputs and "
+        "other settings.",
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,82 @@
+"""Grade a folder of submissions: one table for the class, one page per student.
+
+    python grade.py hw3/grader submissions/ --out results/
+    python grade.py hw3/grader submissions/ --out results/ --jobs 2 --user nobody
+
+A submission is a folder with the listed files, or, if one file is asked for, a Python file. Each
+runs in a process of its own with limits on time and memory. --out holds STUDENT.md, STUDENT.json
+(Gradescope's results.json), STUDENT.xml (JUnit) and class.csv. The exit status is 0 when all
+submissions were graded, whatever their marks, and 2 when the command itself cannot be carried out.
+"""
+
+import argparse
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from data import UserError, printable
+
+
+def parsed(arguments):
+    parser = argparse.ArgumentParser(
+        prog="grade.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("grader", help="the folder grader/ that assign.py wrote")
+    parser.add_argument("submissions", help="a folder with a folder or a file per student")
+    parser.add_argument("--out", default="results", help="folder to write (default: results)")
+    parser.add_argument("--jobs", type=int, default=1, help="submissions at a time")
+    parser.add_argument(
+        "--seconds", type=float, default=20.0, help="limit for one call of a function"
+    )
+    parser.add_argument(
+        "--user", help="run submissions as this user, who cannot read the grader (needs root)"
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None):
+    """Carry out a command line -> its exit status."""
+    given = parsed(arguments)
+    import torch
+
+    from classroom import grader, outputs
+
+    torch.set_num_threads(1)
+    try:
+        folder = Path(given.grader)
+        if not (folder / "assignment.json").is_file():
+            raise UserError(f"{folder} has no assignment.json: name the grader/ of an assignment")
+        if given.jobs < 1 or not 0 < given.seconds < float("inf"):
+            raise UserError("--jobs and --seconds are positive numbers")
+        about = json.loads((folder / "assignment.json").read_text())
+        found = grader.submissions(given.submissions, about)
+        out = Path(given.out)
+        out.mkdir(parents=True, exist_ok=True)
+        sheets = [grader.Sheet(folder, one) for one in about["files"]]
+
+        def one(student):
+            rows, seconds = grader.grade(
+                folder, about, sheets, found[student], given.seconds, given.user
+            )
+            outputs.write(out, student, about, rows, seconds)
+            return student, rows
+
+        graded = {}
+        with ThreadPoolExecutor(given.jobs) as pool:
+            for student, rows in pool.map(one, found):
+                graded[student] = rows
+                print(f"{printable(student):<24} {outputs.total(rows)[0]:5.1f} points", flush=True)
+        outputs.write_class(out, graded)
+        print(f"written: {out}/class.csv, and a page per student")
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,370 @@
+"""An assignment from both sides: the handout, right and wrong and hostile submissions, results."""
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+import types
+import xml.etree.ElementTree as ElementTree
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import assign
+import grade
+from classroom import grader, handout, hidden, outputs, package, ready
+from data import UserError
+from lab import settings
+from tests import mutation
+
+ROOT = Path(handout.__file__).parents[1]
+BLANK = '    raise NotImplementedError("your turn: loss")'
+PLAIN = """    d = (logps - ref_logps).sum(dim=2)
+    z = cfg.beta * (d[:, 0] - d[:, 1])
+    e = cfg.epsilon
+    both = (1 - e) * F.softplus(-z) - e * F.softplus(z)
+    return both / (1 - 2 * e)"""
+ZEROS = "    return (0 * logps).sum((1, 2)), {}"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The assignment of rdpo's loss without a short run -> (its folder, what was said)."""
+    folder = tmp_path_factory.mktemp("assignment") / "hw"
+    said = []
+    files = handout.files_of([ROOT / "methods/rdpo.py"], ["loss"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(handout, "measure_runs", without_runs)
+        handout.write(files, folder, say=said.append)
+    return folder, "\n".join(said)
+
+
+def without_runs(files, about, teacher, say):
+    (teacher / "cache").mkdir()
+    for one in about["files"]:
+        one["run"] = None
+
+
+@pytest.fixture(scope="module")
+def sheet(made):
+    folder = made[0] / "grader"
+    about = json.loads((folder / "assignment.json").read_text())
+    return grader.Sheet(folder, about["files"][0])
+
+
+def student_file(made, body=None):
+    """The handout's file, with a body in place of the blank."""
+    text = (made[0] / "student/methods/rdpo.py").read_text()
+    assert BLANK in text
+    return text if body is None else text.replace(BLANK, body)
+
+
+def marked(sheet, source):
+    """The rows of a source, run in this process, as its own process would run it."""
+    names = {"__name__": "methods.rdpo", "__file__": "methods/rdpo.py"}
+    exec(compile(source, "rdpo.py", "exec"), names)
+    return sheet.mark([hidden.answer(names, call) for call in sheet.calls], None)
+
+
+def points(rows):
+    return outputs.total([(None, *row) for row in rows])[0]
+
+
+# ---- the handout
+
+
+def test_the_handout_has_the_blank_and_nothing_that_gives_it_away(made):
+    student, said = made[0] / "student", made[1]
+    solution = "losses = -F.logsigmoid(z) - slope * z"
+    for path in student.rglob("*"):
+        if path.is_file() and path.suffix in (".py", ".md", ".json"):
+            assert solution not in path.read_text(), path
+    assert sorted(p.name for p in (student / "methods").iterdir()) == ["__init__.py", "rdpo.py"]
+    assert not (student / "claims").exists()
+    assert "left out" in said and "methods/dpo.py" in said
+    assert "the hidden tests tell all of them" in said
+    task = (student / "README.md").read_text()
+    assert "`methods/rdpo.py`: `loss`" in task and "noisy labels:" in task
+
+
+@pytest.mark.slow
+def test_every_visible_test_of_a_handout_says_your_turn_and_passes_with_the_solution(made):
+    student = made[0] / "student"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"]
+    ran = subprocess.run(command, cwd=student, capture_output=True, text=True)
+    cases = len(re.findall("your turn: write loss in methods/rdpo.py", ran.stdout))
+    assert ran.returncode == 1 and " passed" not in ran.stdout and cases >= 10
+    blanked = (student / "methods/rdpo.py").read_text()
+    try:
+        (student / "methods/rdpo.py").write_text((ROOT / "methods/rdpo.py").read_text())
+        ran = subprocess.run(command, cwd=student, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stdout
+    finally:
+        (student / "methods/rdpo.py").write_text(blanked)
+
+
+def test_what_cannot_be_assigned_is_refused(tmp_path, capsys):
+    lines = [
+        (["methods/wide_deep.py"], "no loss"),
+        (["README.md"], "expected a file in methods/"),
+        (["methods/rdpo.py", "--blank", "run"], "no part of the loss"),
+        (["methods/rdpo.py", "--blank", "nothing"], "no function nothing"),
+        (["99"], "no ready-made assignment 99"),
+        ([], "name a method file"),
+        (["1", "--blank", "loss"], "leave --blank"),
+        (["methods/rdpo.py", "--blank", "loss", "--blank", "loss"], "2 times --blank for 1 files"),
+        # two functions of one line: what one blanks, the other shows
+        (["methods/rdpo.py", "methods/dpo.py", "--blank", "loss:2", "--blank", "loss:4"], "also"),
+    ]
+    for arguments, message in lines:
+        out = tmp_path / "out"
+        assert assign.main([*arguments, "--out", str(out)]) == 2, arguments
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1, said
+        assert not out.exists()
+    assert assign.main(["methods/rdpo.py", "--out", str(tmp_path)]) == 2
+    assert "exists" in capsys.readouterr().err
+    assert assign.main(["methods/rdpo.py", "--out", str(tmp_path), "--overwrite"]) == 2
+    assert "is no assignment" in capsys.readouterr().err
+
+
+def test_an_assignment_is_refused_while_a_mutant_passes():
+    """At the reference alone, the two log-ratios cannot be told from their difference."""
+    file = handout.files_of([ROOT / "methods/rdpo.py"], ["loss"])[0]
+    tests = hidden.material("rdpo")
+    made, _ = hidden.all_tests(file.module, tests, file.wanted, 0)
+    _, (_, ref, batch, cfg) = made[0]
+    weak = [("loss", (ref.clone().requires_grad_(), ref, batch, cfg))]
+    with pytest.raises(UserError, match="passes the hidden tests"):
+        hidden.gate(
+            file.module,
+            types.SimpleNamespace(CASES=[{}], INPUTS=list, SURVIVORS={}),
+            file.wanted,
+            weak,
+            lambda names: True,
+        )
+
+
+# ---- marks
+
+
+def test_any_right_formula_has_full_marks(made, sheet):
+    assert points(marked(sheet, (ROOT / "methods/rdpo.py").read_text())) == 100
+    assert points(marked(sheet, student_file(made, PLAIN))) == 100  # no metrics, another formula
+
+
+def test_a_blank_is_not_attempted_and_zeros_earn_nothing(made, sheet):
+    rows = marked(sheet, student_file(made))
+    assert {status for _, _, status, _ in rows} == {"not attempted"} and points(rows) == 0
+    for body in (ZEROS, "    return ref_logps.sum((1, 2)) * 0, {}", "    return 0.0"):
+        rows = marked(sheet, student_file(made, body))
+        assert points(rows) <= 10 and "passed" in {status for _, _, status, _ in rows}
+
+
+@pytest.mark.parametrize(
+    "before, after, named",
+    [
+        (".sum(-1).unbind", ".mean(-1).unbind", "the mean in place of the sum"),
+        ("cfg.beta * (chosen - rejected)", "(chosen - rejected)", "beta is missing"),
+        ("- slope * z", "- slope * z.detach()", ""),
+        ("(chosen - rejected)", "(rejected - chosen)", ""),
+        ("(logps - ref_logps)", "(logps - logps.detach())", ""),
+    ],
+)
+def test_a_mistake_is_named(sheet, before, after, named):
+    source = (ROOT / "methods/rdpo.py").read_text()
+    assert before in source
+    rows = marked(sheet, source.replace(before, after))
+    said = " ".join(message for *_, message in rows)
+    assert points(rows) < 100 and ("This equals the solution with a mistake" in said or not named)
+    assert named in said
+
+
+@pytest.mark.slow
+def test_every_mutant_has_less_than_full_marks(sheet):
+    """Those with full marks change a metric, a precision or a refusal alone."""
+    source, full = (ROOT / "methods/rdpo.py").read_text(), []
+    for mutant in mutation.mutants(source, ["loss"]):
+        names = {"__name__": "methods.rdpo", "_detached": lambda x: x.detach()}
+        exec(compile(mutant.source, "rdpo.py", "exec"), names)
+        if points(sheet.mark([hidden.answer(names, call) for call in sheet.calls], None)) == 100:
+            full.append(mutant.name)
+    others = sheet.one["mutants"]["others"]
+    assert set(others) <= set(full)
+    assert all(name in others or "_detached" in name for name in full)
+
+
+# ---- submissions in their own process
+
+
+HOSTILE = {
+    "exit": ("    import os\n    os._exit(0)", "the process ended in the middle of it"),
+    "loop": ("    while True:\n        pass", "did not end within 2 seconds"),
+    "flood": ("    while True:\n        print('x' * 999)", "did not end within 2 seconds"),
+    "nan": ("    return logps.sum((1, 2)) * float('nan'), {}", "NaN or infinite"),
+    "shape": ("    return (logps - ref_logps).sum(-1), {}", "expected (5,)"),
+    "float32": (PLAIN.replace("both /", "both.float() /"), "torch.float32, expected torch.float64"),
+    "text": ("    return 'hello', {}", "holds no number"),
+    "memory": ("    return torch.zeros(10**13), {}", "memory"),
+    "recursion": ("    return loss(logps, ref_logps, batch, cfg)", "without end"),
+    "fork": ("    import os\n    os.fork()\n    return 0.0", "expected (5,)"),
+    "imports": ("    from methods.dpo import loss\n    return loss()", "No module named"),
+    "control": ("    raise ValueError('\\x1b[31m|<b>')", "ValueError"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_submission_ends_in_a_message_and_earns_little(made, sheet, tmp_path, name):
+    body, message = HOSTILE[name]
+    about = json.loads((made[0] / "grader/assignment.json").read_text())
+    submitted = {"methods/rdpo.py": student_file(made, body)}
+    rows, _ = grader.grade(made[0] / "grader", about, [sheet], submitted, seconds=2.0)
+    said = " ".join(row[-1] for row in rows)
+    assert message in said and "\x1b" not in said, said
+    if name != "float32":
+        assert outputs.total(rows)[0] <= 10
+
+
+@pytest.mark.slow
+def test_a_file_that_cannot_be_imported_or_edits_torch_ends_in_a_message(made, sheet):
+    about = json.loads((made[0] / "grader/assignment.json").read_text())
+    for text, message in (
+        ("def (:\n", "cannot be imported: SyntaxError"),
+        ("import sys\nsys.exit(0)\n", "cannot be imported: SystemExit"),
+        ("import torch\ntorch.allclose = lambda *a, **k: True\n", "your turn"),
+    ):
+        submitted = {"methods/rdpo.py": student_file(made) + text}
+        rows, _ = grader.grade(made[0] / "grader", about, [sheet], submitted)
+        assert message in rows[0][-1] and outputs.total(rows)[0] == 0
+
+
+@pytest.mark.slow
+def test_a_class_is_graded_into_pages_a_table_json_and_xml(made, tmp_path, capsys):
+    students = tmp_path / "students"
+    for name in ("ann", "bob", "=cleo"):
+        (students / name / "tests").mkdir(parents=True)
+    (students / "ann/rdpo.py").write_text((ROOT / "methods/rdpo.py").read_text())
+    # files that are not listed are not picked up
+    for name in ("torch.py", "sitecustomize.py", "conftest.py", "tests/test_assignment.py"):
+        (students / "ann" / name).write_text("raise SystemExit('picked up')\n")
+    (students / "bob/methods").mkdir()
+    (students / "bob/methods/rdpo.py").write_text(student_file(made, ZEROS))
+    out = [tmp_path / "one", tmp_path / "two"]
+    for folder in out:
+        arguments = [str(made[0] / "grader"), str(students), "--out", str(folder)]
+        assert grade.main([*arguments, "--jobs", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "ann                      100.0 points" in printed
+    table = (out[0] / "class.csv").read_text().splitlines()
+    assert table[0].startswith("student,points,loss: values")
+    assert [line.split(",")[:2] for line in table[1:]] == [
+        ["'=cleo", "0.0"],
+        ["ann", "100.0"],
+        ["bob", "0.0"],
+    ]
+    result = json.loads((out[0] / "ann.json").read_text())
+    assert result["score"] == 100 and {test["visibility"] for test in result["tests"]} == {
+        "visible",
+        "after_published",
+    }
+    assert ElementTree.parse(out[0] / "bob.xml").getroot().get("failures") != "0"
+    assert "was not handed in" in (out[0] / "=cleo.md").read_text()
+    for name in ("ann.md", "bob.md", "ann.xml", "bob.xml", "class.csv"):
+        assert (out[0] / name).read_bytes() == (out[1] / name).read_bytes()
+
+
+def test_what_cannot_be_graded_is_refused(made, tmp_path, capsys):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    folder = str(made[0] / "grader")
+    for arguments, message in (
+        ([str(tmp_path), str(empty)], "no assignment.json"),
+        ([folder, str(empty)], "no submissions"),
+        ([folder, str(tmp_path / "none")], "no such folder"),
+        ([folder, str(empty), "--jobs", "0"], "positive"),
+    ):
+        assert grade.main([*arguments, "--out", str(tmp_path / "out")]) == 2
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1
+
+
+def test_a_submission_that_is_no_source_is_said(tmp_path):
+    (tmp_path / "a.py").write_bytes(b"\xff\xfe")
+    (tmp_path / "b.py").write_text("x" * (grader.LARGEST + 1))
+    (tmp_path / "c.py").symlink_to("/etc/hostname")
+    found = grader.submissions(tmp_path, {"files": [{"path": "methods/rdpo.py"}]})
+    said = [str(each["methods/rdpo.py"]) for each in found.values()]
+    assert [line.split(",")[0] for line in said] == [
+        "the file is not text in UTF-8",
+        "the file is larger than 1024 KB",
+        "a link was handed in",
+    ]
+
+
+@pytest.mark.slow
+def test_a_short_run_is_measured_and_graded(tmp_path, capsys):
+    out = tmp_path / "hw"
+    assert assign.main(["1", "--out", str(out), "--gradescope"]) == 0
+    about = json.loads((out / "grader/assignment.json").read_text())
+    assert about["files"][0]["run"]["spread"] > 0
+    assert "ends at a true reward of about" in (out / "student/README.md").read_text()
+    students = tmp_path / "students"
+    students.mkdir()
+    source = (ROOT / "methods/dpo.py").read_text()
+    (students / "right.py").write_text(source)
+    (students / "sign.py").write_text(source.replace("-F.logsigmoid(z)", "-F.logsigmoid(-z)"))
+    arguments = [str(out / "grader"), str(students), "--out", str(tmp_path / "out")]
+    assert grade.main(arguments) == 0
+    rows = (tmp_path / "out/class.csv").read_text().splitlines()
+    assert rows[1].startswith("right,100.0,") and rows[1].endswith(",10")
+    assert rows[2].endswith(",0")
+    with zipfile.ZipFile(out / "autograder.zip") as archive:
+        names = archive.namelist()
+        assert {"setup.sh", "run_autograder", "grader/assignment.json"} <= set(names)
+        assert {"project/grade.py", "project/classroom/child.py"} <= set(names)
+        for name in ("setup.sh", "run_autograder"):
+            assert archive.getinfo(name).external_attr >> 16 == 0o755
+    assert package.write(out) == out / "autograder.zip"
+
+
+# ---- every method, every ready-made assignment
+
+
+@pytest.mark.mutants
+@pytest.mark.parametrize("name", settings.methods())
+def test_every_loss_can_be_assigned(name, tmp_path, monkeypatch):
+    module = importlib.import_module(f"methods.{name}")
+    if "loss" not in module.PAPER.core:
+        return
+    monkeypatch.setattr(handout, "measure_runs", without_runs)
+    files = handout.files_of([ROOT / f"methods/{name}.py"], ["loss"])
+    about = handout.write(files, tmp_path / "hw", say=lambda line: None)
+    folder = tmp_path / "hw/grader"
+    sheet = grader.Sheet(folder, about["files"][0])
+    assert points(sheet.mark(sheet.expected, None)) == 100
+    zeros = []
+    for answer in sheet.expected:
+        zeros.append({key: torch.zeros_like(value) for key, value in answer.items()})
+    assert points(sheet.mark(zeros, None)) <= 10
+
+
+@pytest.mark.mutants
+@pytest.mark.parametrize("number", ready.READY)
+def test_every_sheet_of_a_ready_made_assignment_can_be_written(number, tmp_path, monkeypatch):
+    monkeypatch.setattr(handout, "measure_runs", without_runs)
+    for turn, option in enumerate(ready.READY[number].options):
+        paths = [ROOT / f"methods/{name}.py" for name, _ in option]
+        files = handout.files_of(paths, [text for _, text in option])
+        handout.write(files, tmp_path / f"hw{turn}", say=lambda line: None)
+
+
+def test_another_seed_has_other_constants_and_another_sheet(capsys):
+    sheets = {ready.chosen(3, seed)[1] for seed in range(20)}
+    assert len(sheets) == len(ready.READY[3].options)
+    assert len({ready.chosen(1, seed)[2] for seed in range(20)}) == 3
+    assert assign.main(["--list"]) == 0
+    assert all(item.title in capsys.readouterr().out for item in [ready.READY[1]])

@@ -1,0 +1,107 @@
+"""Blanking by syntax tree, and the lines that give a blank away."""
+
+import pytest
+
+from classroom import blank
+from data import UserError
+
+SOURCE = '''"""A file."""
+
+import torch
+
+
+def scale(
+    x,
+    by=2.0,  # a factor
+):
+    # the answer is a product
+    return x * by
+
+
+def loss(logps, ref_logps, batch, cfg):
+    """Shapes, and
+
+    nothing else.
+    """
+    # the sum over tokens
+    ratio = (logps - ref_logps).sum(-1)  # (B, K)
+    z = cfg.beta * (
+        ratio[:, 0]
+        - ratio[:, 1]  # the margin
+    )
+    return -z, {}
+
+
+class Model:
+    def forward(self, x):
+        """x"""
+        y = x + self.bias
+        return y
+'''
+
+
+def lines_of(text):
+    return [line.strip() for line in text.splitlines()]
+
+
+def test_a_body_goes_with_its_comments_and_signature_and_docstring_stay():
+    text = blank.blanked(SOURCE, blank.targets("loss"))
+    assert 'raise NotImplementedError("your turn: loss")' in lines_of(text)
+    assert "nothing else." in text and "def loss(logps, ref_logps, batch, cfg):" in text
+    for gone in ("the sum over tokens", "ratio", "the margin", "(B, K)", "return -z"):
+        assert gone not in text
+    assert "return x * by" in text and "y = x + self.bias" in text
+    with pytest.raises(NotImplementedError, match="your turn: loss"):
+        names = {}
+        exec(text, names)
+        names["loss"](1, 2, 3, 4)
+
+
+def test_a_function_without_docstring_keeps_its_signature_of_several_lines():
+    text = blank.blanked(SOURCE, blank.targets("scale"))
+    assert "by=2.0,  # a factor" in text and "product" not in text and "x * by" not in text
+
+
+def test_comments_stay_on_request():
+    text = blank.blanked(SOURCE, blank.targets("loss"), keep_comments=True)
+    for kept in ("# the sum over tokens", "# (B, K)", "# the margin"):
+        assert kept in lines_of(text)
+    assert "ratio[:, 0]" not in text
+
+
+def test_the_right_side_of_one_assignment_goes():
+    text = blank.blanked(SOURCE, blank.targets("loss:2"))
+    assert 'z = your_turn("loss:2")' in lines_of(text) and "the margin" not in text
+    assert "ratio = (logps - ref_logps).sum(-1)  # (B, K)" in text and blank.IMPORT in text
+    compile(text, "x", "exec")
+    kept = blank.blanked(SOURCE, blank.targets("loss:2"), keep_comments=True)
+    assert 'z = your_turn("loss:2")  # the margin' in kept
+
+
+def test_a_method_of_a_class_is_named_with_its_class():
+    text = blank.blanked(SOURCE, blank.targets("Model.forward"))
+    assert 'raise NotImplementedError("your turn: Model.forward")' in lines_of(text)
+    assert "self.bias" not in text
+
+
+@pytest.mark.parametrize("text", ["", "loss:", "loss:0", "loss:x", ":2", "loss,,gap"])
+def test_a_target_that_is_none_is_refused(text):
+    with pytest.raises(UserError, match="expected a function"):
+        blank.targets(text)
+
+
+def test_what_is_not_in_the_file_is_refused():
+    with pytest.raises(UserError, match="no function gap"):
+        blank.blanked(SOURCE, blank.targets("gap"))
+    with pytest.raises(UserError, match="loss has 2 assignments, not 3"):
+        blank.blanked(SOURCE, blank.targets("loss:3"))
+
+
+def test_a_blanked_line_elsewhere_is_found_whatever_its_layout():
+    code = blank.code_of(SOURCE, blank.targets("loss"))
+    assert "ratio = (logps - ref_logps).sum(-1)" in code
+    other = "def f(logps, ref_logps):\n    ratio = (\n        logps - ref_logps\n    ).sum(-1)\n"
+    assert blank.leaks(code, {"a.py": other}) == [("a.py", 2, code[0])]
+    assert blank.leaks(code, {"a.py": "ratio = 1\n"}) == []
+    only = blank.code_of(SOURCE, blank.targets("loss:2"))
+    assert only == ["z = cfg.beta * (ratio[:, 0] - ratio[:, 1])"]
