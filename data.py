@@ -35,7 +35,7 @@ class Paper:
         beyond, or baseline for a file without a paper of its own.
     worlds: the kinds of world that the method runs on.
     needs: what a world must offer: "pairs or lists", "lists", "demonstrations", "verifier",
-        "reward", or "points" (of a world of vectors).
+        "reward", "criteria" (of annotators), or "points" (of a world of vectors).
     ignores: run settings that have no effect under this method and are therefore refused.
     defaults: run settings that the method changes when it is run alone.
     demo: further run settings and fields of its Config, which `--method NAME` changes if neither

@@ -684,7 +684,10 @@ def refuse_method(method, paper, world, settings):
         return ", ".join(name for name, p in papers if fits(p)) + " can use it"
 
     def has(need):
-        return need not in ("verifier", "reward") or bool(getattr(world, need))
+        return need not in ("verifier", "reward", "criteria") or bool(getattr(world, need))
+
+    def some(need):
+        return need if need == "criteria" else f"a {need}"
 
     if world.kind not in paper.worlds:
         raise UserError(
@@ -693,7 +696,7 @@ def refuse_method(method, paper, world, settings):
         )
     if not has(paper.needs):
         raise UserError(
-            f"{method} needs a world with a {paper.needs}, but {world.name} has none; "
+            f"{method} needs a world with {some(paper.needs)}, but {world.name} has none; "
             f"{able(lambda p: world.kind in p.worlds and has(p.needs))}"
         )
     if paper.needs != "demonstrations" and world.single:

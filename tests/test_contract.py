@@ -33,7 +33,7 @@ NAMES = settings.methods() + ["_template"] * (ROOT / "methods/_template.py").exi
 SOURCES = {name: (ROOT / f"methods/{name}.py").read_text() for name in NAMES}
 CLAIMS = sorted(path.stem for path in ROOT.glob("claims/[a-z]*.py"))
 FAMILIES = ("pairs", "lists", "online", "images", "analysis", "beyond", "baseline")
-NEEDS = ("pairs or lists", "lists", "demonstrations", "verifier", "reward", "points")
+NEEDS = ("pairs or lists", "lists", "demonstrations", "verifier", "reward", "criteria", "points")
 
 
 def module_of(name):

@@ -17,8 +17,8 @@ is coarse: a mark that is barely more like a disc than like the ground counts as
 picture without variety costs nothing, which the Frechet distance shows.
 
 Captions of the demonstrations are wrong in some words, as those of web pages are, so the base model
-mixes up colours, shapes and relations. `opinions` are five imperfect reward models, and `tastes`
-say what annotators look for, which depends on the prompt.
+mixes up colours, shapes and relations. `opinions` are five imperfect reward models, and `utility`
+is what annotators think, whose tastes depend on the prompt.
 """
 
 import functools
@@ -52,7 +52,8 @@ PLACES = [
     list(itertools.product((0, 1), (2, 3))),
 ]
 CRITERIA = ("faith", "clean", "bold")  # what a picture can be liked for
-TASTES = ((0.2, 0.2, 1.0), (1.0, 0.2, 0.2), (0.2, 1.0, 0.2))  # their weights, for each relation
+# how annotators weigh them, for each relation of a prompt
+TASTES = ((0.2, 0.2, 1.0), (1.0, 0.2, 0.2), (0.2, 1.0, 0.2))
 GALLERY = [(0, 0, EMPTY), (5, 0, EMPTY), (10, 0, EMPTY), (3, 0, EMPTY), (0, 1, 6), (4, 2, 9)]
 GALLERY += [(8, 1, 3), (2, 2, 5), (11, 1, 7), (1, 2, 0), (9, 1, 2), (6, 2, 3)]  # of samples.png
 
@@ -79,7 +80,7 @@ class World(world.World):
     name, kind = "scenes", "images"
     pretrain = dict(steps=2400, batch_size=64, lr=4e-3)
     align = dict(prompts=1024, steps=200, lr=2e-4, batch_size=32, eval_size=1000)
-    guided = True
+    guided, annotators = True, TASTES
 
     def __init__(self, wrong=0.1, width=32):
         self.wrong, self.width = wrong, width
@@ -295,13 +296,9 @@ class World(world.World):
         faith, bold = 4 * self.faith(prompts, corners) - 2, 4 * sizes.sum(1) / count - 6
         return torch.stack([faith, 4 * clean(error) + 2, bold.clamp(min=-2)], 1)
 
-    def tastes(self, prompts):
-        """The weights (n, 3) of the criteria for an annotator of n prompts, by their relation."""
-        return torch.tensor(TASTES)[self.relation[torch.as_tensor(prompts)]]
-
-    def utility(self, prompts, images):
-        """What annotators think of n pictures, (n,) float64: their tastes times the criteria."""
-        return (self.tastes(prompts) * self.criteria(prompts, images)).sum(1).double()
+    def contexts(self, prompts):
+        """The kinds (n,) of n prompts, on which tastes depend: their relations."""
+        return self.relation[torch.as_tensor(prompts)]
 
     # ---------------------------------------------------------------- measurements and pictures
 

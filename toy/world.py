@@ -43,6 +43,9 @@ class World:
     guided = False  # True: the base model is trained with dropped prompts, so --guidance works
     gallery = None  # the prompts of the pictures of a run; None: every class
     opinions = None  # (prompts, images) -> {name: (n,)}: imperfect reward models; None: none
+    criteria = None  # (prompts, images) -> (n, C): the scores that annotators weigh; None: none
+    contexts = None  # prompts -> (n,): the kinds of prompts, on which the weights depend
+    annotators = None  # their weights, C numbers for each kind of prompt
 
     # a world of programs
     execute = None  # (program, test) -> bool, texts; None: there is no interpreter
@@ -92,6 +95,11 @@ class World:
     def rewards(self):
         """The true reward of all responses of a table, (P, R) float64; only for kind = "table"."""
         raise NotImplementedError(f"{type(self).__name__} is not a table")
+
+    def utility(self, prompts, images):
+        """What the annotators think of n images, (n,) float64: their weights times the criteria."""
+        weights = torch.tensor(self.annotators)[self.contexts(prompts)]
+        return (weights * self.criteria(prompts, images)).sum(1).double()
 
     def key(self):
         """A value that differs between worlds of one class, for cache keys; JSON can hold it."""
