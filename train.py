@@ -68,6 +68,8 @@ def one_run(run, out, quiet=False, show=False):
         say(f"{n} rows of {lab.world.name} are left out: {reason}")
     result = run.module.run(lab, run.cfg)
     summary = dict(method=run.method, world=lab.world.name, seed=run.settings.seed)
+    if lab.samples:  # in tokens, or in images; those of evaluations do not count
+        summary["samples"] = lab.samples
     if show:
         raise UserError(f"{run.method} does not call lab.align, so there is no row to show")
     if not os.path.exists(os.path.join(out, folder.MARK)):  # one run of a sweep

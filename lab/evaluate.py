@@ -165,6 +165,21 @@ def diversity(responses):
 # ---------------------------------------------------------------- evaluations
 
 
+def aside(function):
+    """A function of a Lab whose samples are not counted, since no method learns from them."""
+
+    @functools.wraps(function)
+    def uncounted(lab, *args, **kwargs):
+        before = lab.samples
+        try:
+            return function(lab, *args, **kwargs)
+        finally:
+            lab.samples = before
+
+    return uncounted
+
+
+@aside
 @torch.no_grad()
 def evaluate(lab, policy):
     """{name: number or interval} of a model; see Lab.evaluate."""
@@ -178,6 +193,7 @@ def evaluate(lab, policy):
     return out
 
 
+@aside
 @torch.no_grad()
 def glance(lab, policy, step, full):
     """A look during training: the numbers of `evaluate` that come from samples, without intervals.
@@ -185,6 +201,7 @@ def glance(lab, policy, step, full):
     full: on all prompts of an evaluation, so that both agree; otherwise on an eighth of them. In a
     world without a true reward it is the accuracy on held-out pairs, and only where --eval_every
     asks for looks."""
+    drawn = lab.samples  # before those of this look
     if lab.world.reward is None and lab.world.kind != "table":
         found = pair_stats(lab, policy) if lab.settings.eval_every else {}
     else:
@@ -192,7 +209,8 @@ def glance(lab, policy, step, full):
     between = lab.eval_every or max(1, lab.steps // 20)
     if full or step // between % 5 == 0:  # in every fifth look, since it takes seconds
         found |= lab.world.look(policy, lab)
-    return {name: value for name, value in found.items() if not isinstance(value, list)}
+    found = {name: value for name, value in found.items() if not isinstance(value, list)}
+    return found | ({"samples": drawn} if drawn else {})
 
 
 def of_samples(lab, policy, n):

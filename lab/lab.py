@@ -101,6 +101,7 @@ class Lab:
         self.full_looks = False  # whether looks during training measure all prompts
         self.step = 0  # step of the current alignment, which is the key of what `prepare` draws
         self.seconds, self.reference, self.context, self.started = {}, None, None, time.time()
+        self.samples = 0  # sampled tokens (images in an image world), without those of evaluations
         self.stopped = None  # why a training was stopped before its end
 
     # ---------------------------------------------------------------- stages and random numbers
@@ -120,15 +121,18 @@ class Lab:
         stage = Stage(self.stages, path)
         if found is not None:
             stage.done, stage.value = True, found["value"]
-        self.current, start = stage, time.time()
+        self.current, start, before = stage, time.time(), self.samples
         try:
             yield stage
         finally:
             self.current = None
         if found is None:
-            found = {"seconds": time.time() - start, "value": stage.value}
+            count = self.samples - before
+            found = {"seconds": time.time() - start, "value": stage.value, "samples": count}
             if path:
                 save_value(path, found)
+        else:
+            self.samples += found.get("samples", 0)
         self.seconds[name] = self.seconds.get(name, 0.0) + found["seconds"]
 
     def stage(self, name, function):
@@ -388,6 +392,7 @@ class Lab:
             part = prompts[start : start + chunk]
             with self.autocast():
                 groups = policy.sample(part, k, rng, **options)
+            self.samples += sum(map(len, groups)) if kind == "images" else count_tokens(groups)
             for prompt, group in zip(part, groups):
                 row = {"prompt": prompt, "responses": group.cpu() if kind == "images" else group}
                 if kind == "text":
@@ -488,7 +493,7 @@ class Lab:
                 noise += [settings.guidance]
                 noise += [settings.length_bias, self.max_response, settings.seed, *key]
                 about = ["preferences", fingerprint, world.key(), k, n, ties, noise]
-                stage.value = self.cached(about, draw) if fingerprint else draw()
+                stage.value = self.counted(about, draw) if fingerprint else draw()
         rows = stage.value
         if not rows:
             raise UserError(
@@ -499,6 +504,18 @@ class Lab:
             drawn = len(world.prompts(n, self.rng("prompts", *key)))
             self.say_counts(rows, k, drawn)
         return self.encode(rows)
+
+    def counted(self, key, function):
+        """`cached`, which counts the samples of a value as if it had been drawn now."""
+
+        def draw():
+            before = self.samples
+            return {"value": function(), "samples": self.samples - before}
+
+        before = self.samples
+        found = self.cached(["counted", key], draw)
+        self.samples = before + found["samples"]
+        return found["value"]
 
     def draw_preferences(self, policy, k, n, ties, key):
         """Sample responses to n prompts, score and label them -> rows."""
@@ -643,6 +660,11 @@ class Lab:
         every model.
         """
         return self.stage("evaluate", lambda: evaluate.evaluate(self, policy))
+
+
+def count_tokens(groups):
+    """The number of tokens of sampled responses, in groups; a table's entries count as tokens."""
+    return sum(len(ids) for group in groups for ids in group)
 
 
 def folder_stamp(folder):

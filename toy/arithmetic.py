@@ -153,6 +153,19 @@ class World(world.World):
             carry = result // 10 if match else sum(given) // 10
         return marks + [False] * (self.difficulty(prompt) - len(steps))
 
+    def judge(self, prompts, beginnings, ended, rng):
+        """See `toy.world.World.judge`: right means that no step so far, and no answer, is wrong."""
+        right = []
+        for prompt, y, end in zip(prompts, beginnings, ended):
+            text = self.text(y)
+            if end:
+                right.append(bool(self.reward([prompt], [text])))
+                continue
+            work = text if ":" in text else text.rstrip(",") + ":"
+            written = len([step for step in re.split("[,;\n]", self._parts(work)[0]) if step])
+            right.append(all(self.verify_steps(prompt, work)[:written]))
+        return world.noisy(right, ended, rng)
+
     def reward(self, prompts, responses):
         """The true reward of n responses (text or token ids) to n prompts (text), (n,) float64.
 

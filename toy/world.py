@@ -16,6 +16,17 @@ def python_rng(rng):
     return random.Random(int(torch.randint(2**62, (), generator=rng)))
 
 
+def noisy(right, ended, rng):
+    """Values of beginnings that are right or not, as a noisy self-evaluation gives them: (n,).
+
+    0.7 for a right and 0.3 for a wrong one, plus noise of standard deviation 0.3, between 0 and 1.
+    At the end the verdict is added, 1 or -1.
+    """
+    sign = 2 * torch.tensor(right, dtype=torch.float64) - 1
+    noise = torch.randn(len(sign), generator=rng, dtype=torch.float64)
+    return (0.5 + 0.2 * sign + 0.3 * noise).clamp(0, 1) + sign * torch.tensor(ended)
+
+
 class World:
     """The interface of all worlds: the attributes that a world may set, with their defaults."""
 
@@ -39,6 +50,7 @@ class World:
     parts = None  # (prompt, response) -> {name: number}: the terms of the reward of a response
     verifier = False  # True: rewards are 0 or 1 and are the labels, without an annotator's noise
     verify_steps = None  # (prompt, response) -> a bool per step; None: steps cannot be checked
+    judge = None  # (prompts, beginnings, ended, rng) -> (n,) values, plus 1 or -1 at the end
     frechet = None  # images (n, C, H, W) -> distance from the data; None: it is not defined
     guided = False  # True: the base model is trained with dropped prompts, so --guidance works
     gallery = None  # the prompts of the pictures of a run; None: every class

@@ -1,0 +1,297 @@
+"""MCTS-DPO - Monte Carlo Tree Search Boosts Reasoning via Iterative Preference Learning (2024),
+arXiv:2405.00451
+
+A pair of whole solutions does not say which step was wrong. MCTS-DPO searches over reasoning steps
+with the current policy. A node's value R is a judge's opinion, plus 1 or -1 for a right or wrong
+end. A search walks down by
+
+    argmax over children of Q + c p sqrt(N) / (1 + N_child)        p: share among sampled steps
+
+until a path ends, and then backs up, with r = R - R_parent:
+
+    N += 1,    V = sum N_child Q_child / sum N_child,    Q = r + V
+
+Along the most visited path the siblings with the highest and lowest Q are a pair, given the steps
+before. Its label is smoothed by the visits, a = N_l / (N_w + N_l), at most 1/2:
+
+    loss = -(1 - a) log sigmoid(h) - a log sigmoid(-h),    h = beta times DPO's margin of the step
+
+Level "instance" pairs a right and a wrong whole sample, without a search.
+
+Differences from the paper
+1. Priors are shares of samples, without a length penalty.
+2. The judge is the world's noisy look at the steps, not the model's own evaluation.
+3. No search reuses the tree of another.
+
+    python train.py --method mcts_dpo                               prints the tree of a question
+    python train.py --method mcts_dpo --level step,instance         at equal sampled tokens?
+    python train.py --method mcts_dpo --world trie --online false   all searches by the base model
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch.nn.functional as F
+
+from data import Paper, UserError, check_fields, fill_variant, pair
+
+PAPER = Paper(
+    "online",
+    worlds=("text", "table"),
+    needs="verifier",
+    defaults=dict(world="arithmetic"),
+    demo=dict(steps=40, batch_size=32, lr=1e-4),
+)
+SEARCH = dict(simulations=8, breadth=4, explore=1.0, smooth=True, tokens=8)
+VARIANTS = dict(step=SEARCH, instance={})
+ENDS = set(",:;\n")  # a step ends behind one of these characters
+
+
+@dataclass(frozen=True)
+class Config:
+    beta: float = 0.1  # strength of the pull to the reference, as in DPO
+    level: str = "step"  # step: siblings of a search; instance: whole samples
+    online: bool = True  # search with the current policy; false: all searches by the base model
+    every: int = 4  # optimizer steps per round
+    simulations: int | None = None  # step: paths per search
+    breadth: int | None = None  # step: steps sampled at a node
+    explore: float | None = None  # step: the weight c of the prior
+    smooth: bool | None = None  # step: labels are smoothed by visits
+    tokens: int | None = None  # step: longest step, in tokens
+
+    def __post_init__(self):
+        fill_variant(self, VARIANTS, "level")
+        check_fields(
+            self,
+            beta="(0, inf)",
+            online=(True, False),
+            every="[1, inf)",
+            simulations="[1, inf)",
+            breadth="[2, inf)",
+            explore="[0, inf)",
+            smooth=(True, False),
+            tokens="[1, inf)",
+        )
+
+
+def loss(logps, ref_logps, batch, cfg):
+    """logps, ref_logps (B, 2, T), chosen first, 0 outside batch.mask -> losses (B,), metrics.
+
+    batch.doubt (B,): the smoothing a, at most 1/2.
+    """
+    logps, ref_logps = pair(logps, ref_logps, batch)
+    chosen, rejected = (logps - ref_logps).sum(-1).unbind(1)  # (B,) log-ratios: SUM over tokens
+    h = cfg.beta * (chosen - rejected)  # (B,)
+    a = batch.doubt.to(h.dtype)
+    losses = -(1 - a) * F.logsigmoid(h) - a * F.logsigmoid(-h)
+    return losses, {"doubt": a.mean()}
+
+
+# ---- the tree
+
+
+@dataclass
+class Node:
+    """A step and what the search knows about the solution up to its end."""
+
+    ids: list  # tokens of the solution so far, its own step included
+    parent: "Node | None" = None
+    ended: bool = False
+    eot: bool = False  # it ended with end-of-text, not at the length limit
+    prior: float = 1.0
+    R: float = 0.0  # value of the solution so far; 0 at the root
+    N: int = 0
+    Q: float = 0.0
+    children: list = field(default_factory=list)
+
+
+def select(node, explore):
+    """The child with the largest Q + c p sqrt(N) / (1 + N_child); the first one of equal ones."""
+    scale = explore * math.sqrt(max(node.N, 1))
+    return max(node.children, key=lambda child: child.Q + scale * child.prior / (1 + child.N))
+
+
+def backup(path):
+    """Update N and Q along a path from the root, beginning at its end."""
+    for node in reversed(path):
+        node.N += 1
+        visits = sum(child.N for child in node.children)
+        V = sum(child.N * child.Q for child in node.children) / visits if visits else 0.0
+        node.Q = node.R - (node.parent.R if node.parent else node.R) + V
+
+
+def search(roots, grow, cfg):
+    """Search from all roots in step; grow(nodes, places) gives children to nodes of these roots."""
+    for _ in range(cfg.simulations):
+        paths = [[root] for root in roots]
+        live = list(range(len(roots)))
+        while live:
+            for i in live:
+                while paths[i][-1].children:
+                    paths[i].append(select(paths[i][-1], cfg.explore))
+            live = [i for i in live if not paths[i][-1].ended]
+            if live:
+                grow([paths[i][-1] for i in live], live)
+        for path in paths:
+            backup(path)
+
+
+def pairs(root, smooth):
+    """(better, worse, doubt) of siblings at every node of the most visited path."""
+    out, node = [], root
+    while node.children:
+        better, worse = (find(node.children, key=lambda n: n.Q) for find in (max, min))
+        if better.Q - worse.Q > 1e-9:
+            visits = better.N + worse.N
+            doubt = min(0.5, worse.N / visits) if smooth and visits else 0.0
+            out.append((better, worse, doubt))
+        node = max(node.children, key=lambda n: n.N)
+    return out
+
+
+def printed(lab, node, depth=0):
+    """A tree as lines of text: each step with its visits N, Q and prior, most visited first."""
+    step = node.ids[len(node.parent.ids) if node.parent else 0 :]
+    text = repr(lab.text(step)) if node.parent else "(the question)"
+    line = "  " * depth + f"{text}  N {node.N}  Q {node.Q:+.2f}  p {node.prior:.2f}"
+    lines = [line + ("  end" if node.ended else "")]
+    for child in sorted(node.children, key=lambda n: -n.N):
+        lines += printed(lab, child, depth + 1)
+    return lines
+
+
+# ---- steps of a policy
+
+
+def first_step(lab, ids):
+    """The tokens of a response up to the end of its first step."""
+    for i, token in enumerate(ids):
+        if ENDS & set(lab.text([token])):
+            return ids[: i + 1]
+    return ids
+
+
+def steps_of(lab, policy, prompts, nodes, cfg, rng):
+    """The distinct next steps of each node -> lists of (step, ended by end-of-text, prior)."""
+    if lab.world.kind == "table":
+        out = []
+        for prompt, node in zip(prompts, nodes):
+            place = 0
+            for token in node.ids:
+                place = place * policy.vocab + 1 + token
+            priors = policy.logits[prompt, place].detach().softmax(-1).tolist()
+            lab.samples += policy.vocab  # every symbol is looked at once
+            out.append([([v], False, p) for v, p in enumerate(priors)])
+        return out
+    asked = [lab.tokens(prompt) + node.ids for prompt, node in zip(prompts, nodes)]
+    out = []
+    for row in lab.sample(policy, asked, cfg.breadth, rng, max_tokens=cfg.tokens):
+        counts = {}
+        for ids, ended in zip(row["responses"], row["ends"]):
+            step = first_step(lab, ids)
+            key = tuple(step), ended and len(step) == len(ids)
+            counts[key] = counts.get(key, 0) + 1
+        out.append([(list(s), e, n / cfg.breadth) for (s, e), n in counts.items()])
+    return out
+
+
+def values(lab, prompts, nodes, rng):
+    """R of each node: the judge's value, plus 1 or -1 at an end; without a judge, 1/2 instead."""
+    ids, ended = [node.ids for node in nodes], [node.ended for node in nodes]
+    if lab.world.judge is not None:
+        return lab.world.judge(prompts, ids, ended, rng).tolist()
+    rows = [dict(prompt=p, responses=[y]) for p, y, end in zip(prompts, ids, ended) if end]
+    verdicts = iter(lab.truth(rows) if rows else [])
+    return [0.5 + (2 * next(verdicts)[0] - 1 if end else 0.0) for end in ended]
+
+
+def trees(lab, policy, prompts, key, cfg):
+    """The roots of a search for each prompt."""
+    roots, calls = [Node([]) for _ in prompts], []
+    longest = lab.max_response
+    if lab.world.kind == "table":
+        longest = policy.length
+
+    def grow(nodes, places):
+        calls.append(None)
+        asked = [prompts[i] for i in places]
+        found = steps_of(lab, policy, asked, nodes, cfg, lab.rng("steps", *key, len(calls)))
+        new, owners = [], []
+        for prompt, node, steps in zip(asked, nodes, found):
+            room = longest if lab.context is None else lab.context - len(lab.tokens(prompt)) - 1
+            for step, eot, prior in steps:
+                ids = node.ids + step
+                ended = eot or len(ids) >= min(longest, room)
+                node.children.append(Node(ids, node, ended, eot, prior))
+            new += node.children
+            owners += [prompt] * len(node.children)
+        rewards = values(lab, owners, new, lab.rng("judge", *key, len(calls)))
+        for node, R in zip(new, rewards):
+            node.R, node.Q = R, R - node.parent.R
+
+    search(roots, grow, cfg)
+    return roots
+
+
+def rows_of(lab, prompt, root, cfg):
+    """The pairs of a tree as rows. A table scores the steps before, too; they cancel."""
+    out = []
+    for better, worse, doubt in pairs(root, cfg.smooth):
+        both, before = (better, worse), len(better.parent.ids)
+        if lab.world.kind == "table":
+            row = dict(prompt=prompt, responses=[node.ids for node in both])
+        else:
+            row = dict(prompt=lab.tokens(prompt) + better.parent.ids)
+            row |= dict(responses=[n.ids[before:] for n in both], ends=[n.eot for n in both])
+        out.append(row | dict(scores=[1.0, 0.0], doubt=doubt))
+    return out
+
+
+def rollout(lab, policy, round, n, cfg):
+    """The pairs of n fresh questions."""
+    if cfg.level == "instance":
+        asked = lab.preferences(policy, k=lab.k, n=n, ties=True, key=("instance", round))
+        out = []
+        for row in asked:
+            right, wrong = (
+                find(range(lab.k), key=row["scores"].__getitem__) for find in (max, min)
+            )
+            if row["scores"][right] > row["scores"][wrong]:
+                two = dict(prompt=row["prompt"], scores=[1.0, 0.0], doubt=0.0)
+                two["responses"] = [row["responses"][i] for i in (right, wrong)]
+                if "ends" in row:
+                    two["ends"] = [row["ends"][i] for i in (right, wrong)]
+                out.append(two)
+    else:
+        prompts = lab.world.prompts(n, lab.rng("questions", round))
+        roots = trees(lab, policy, prompts, (round,), cfg)
+        out = [row for x, root in zip(prompts, roots) for row in rows_of(lab, x, root, cfg)]
+    if not out:
+        raise UserError(
+            f"round {round + 1} gave no pairs: more --prompts or a smaller --lr may help"
+        )
+    return out
+
+
+def questions(lab):
+    """The number of questions per round: --prompts, by default those of one optimizer step."""
+    return lab.settings.prompts or lab.batch_size
+
+
+def run(lab, cfg):
+    policy, n = lab.base(), questions(lab)
+    if cfg.online:
+        data = lambda policy, round: lab.rows(rollout(lab, policy, round, n, cfg))  # noqa: E731
+        policy = lab.align(policy, data, loss, cfg, every=cfg.every)
+    else:
+        total = n * max(1, lab.steps // cfg.every)
+        rows = lab.stage("search", lambda: rollout(lab, policy, 0, total, cfg))
+        policy = lab.align(policy, lab.rows(rows), loss, cfg)
+    if cfg.level == "step" and not lab.quiet:
+        before = lab.samples
+        prompt = lab.world.prompts(1, lab.rng("shown"))
+        (root,) = trees(lab, policy, prompt, ("shown",), cfg)
+        lab.samples = before
+        lab.say(f"\nthe search of one question, {lab.text(prompt[0])}")
+        lab.say("\n".join(printed(lab, root)))
+    return policy
