@@ -337,7 +337,7 @@ def sweep_plot(path, results, varied):
         n for n in varied if n != "method" and all(type(s[n]) in (int, float) for s, _ in results)
     ]
     axis = numeric[0] if numeric else None
-    if axis is None and "kl" not in results[0][1]:
+    if axis is None and not any("kl" in after for _, after in results):
         return False
     groups = {}
     for settings, after in results:
@@ -354,7 +354,9 @@ def sweep_plot(path, results, varied):
             aside = gap * 0.3 * ((i + 0.5) / len(groups) - 0.5)
             xs, ys, bars = [], [], []
             for x, afters in sorted(points.items()):
-                values = [a[metric] for a in afters if metric in a]
+                # a model that was trained from scratch has no KL from the base model
+                afters = [a for a in afters if metric in a and (axis or "kl" in a)]
+                values = [a[metric] for a in afters]
                 if not values:
                     continue
                 x = (x * math.exp(aside) if log else x + aside) if axis else mean_kl(afters)

@@ -89,3 +89,14 @@ def test_names_stand_in_the_legend(monkeypatch):
         (box.lines[0].get_color(), box.lines[0].get_marker()) for box in figure.axes[0].containers
     }
     assert len(looks) == 36 and not figure.axes[0].texts
+
+
+def test_a_model_without_a_kl_is_left_out_of_a_picture_against_the_kl(monkeypatch):
+    found = [({"method": name, "seed": 0}, after(i)) for i, name in enumerate("abc")]
+    del found[0][1]["kl"]
+    (ax,) = drawn(monkeypatch, found, ["method"]).axes
+    assert [len(box.lines[0].get_xdata()) for box in ax.containers] == [0, 1, 1]
+    assert ax.get_xlabel() == "KL from the base model (nats)"
+    for _, values in found:
+        values.pop("kl", None)
+    assert not report.sweep_plot("/dev/null", found, ["method"])
