@@ -175,6 +175,51 @@ def matched(grouped):
     return report.table(rows, head)
 
 
+def sampled(record):
+    """[(tokens sampled so far, true reward)] of the looks of a run, in their order."""
+    looks = [look for look in record.looks if "reward" in look]
+    return [(look.get("samples", 0), look["reward"]) for look in looks]
+
+
+def online(record):
+    """Whether a run sampled while it trained, and not only before."""
+    points = sampled(record)
+    return len(points) > 1 and points[-1][0] > points[0][0]
+
+
+def at_samples(grouped):
+    """A table of the true reward at equally many sampled tokens, the best group first, or "".
+
+    It is read off the curves of runs that sample while they train, at the largest number that all
+    of them reach, and at a half and a quarter of it. Runs that sampled before they trained come
+    last, with their reward at the end. "" if fewer than two groups sample while they train."""
+    there = {label: [sampled(r) for r in records] for label, records in grouped.items()}
+    there = {label: curves for label, curves in there.items() if all(curves)}
+    moving = [label for label in there if all(online(record) for record in grouped[label])]
+    if len(moving) < 2:
+        return ""
+    most = min(curve[-1][0] for label in moving for curve in there[label])
+    places = [most // 4, most // 2, most]
+
+    def mean(values):
+        return float(np.mean(values))
+
+    rows = []
+    for label, curves in there.items():
+        cells = [math.nan] * 3
+        if label in moving:
+            cells = [mean([np.interp(n, *zip(*curve)) for curve in curves]) for n in places]
+        total, last = (mean([curve[-1][i] for curve in curves]) for i in (0, 1))
+        rows.append((cells[-1], label, len(curves), cells, total, last))
+    rows.sort(key=lambda row: (math.isnan(row[0]), -row[5] if math.isnan(row[0]) else -row[0]))
+    head = ["true reward at sampled tokens", "runs", *(f"{n:,}" for n in places), "all", "the end"]
+    body = []
+    for _, label, count, cells, total, last in rows:
+        shown = ["-" if math.isnan(x) else report.number(x) for x in cells]
+        body.append([printable(label), count, *shown, f"{total:,.0f}", report.number(last)])
+    return report.table(body, head)
+
+
 def write_csv(path, records):
     """One line per run and look; a setting in which the runs differ is a column."""
     keys = ["method", *(n for n in varied(records) if n != "method"), "seed"]
@@ -236,6 +281,13 @@ def picture(path, grouped, title):
     whole = records[0]
     if len(records) == 1:
         parts_against_kl(axes[7], whole)
+    elif any(map(online, records)):
+        axes[7].set_title("true reward against sampled tokens (dots: sampled before)", fontsize=10)
+        axes[7].set_xlabel("tokens", fontsize=8)
+        for i, group in enumerate(grouped.values()):
+            for record in group:
+                points = sampled(record) if online(record) else sampled(record)[-1:]
+                axes[7].plot(*zip(*points), "o-", markersize=3, color=f"C{i % 10}")
     for ax, name in zip(axes, [*PANELS, "true reward of samples", "KL from the base model (nats)"]):
         ax.set_title(name, fontsize=10)
         ax.set_xlabel("step", fontsize=8)
@@ -286,6 +338,7 @@ def priced(record):
 def parts_against_kl(ax, record):
     """What the reward of one run is made of, against KL, and the margin that was fitted."""
     known = ("stage", "step", "reward", "win_rate", "kl", "length", "diversity", "frechet_256")
+    known += ("samples",)
     looks = [look for look in record.looks if "kl" in look]
     names = [name for name in looks[0] if name not in known] if looks else []
     for i, name in enumerate(names):  # some are measured in every fifth look only

@@ -78,7 +78,7 @@ def sequence_kl(lab, policy, reference, rows):
 
 def eval_prompts(lab, n):
     """The prompts of an evaluation: the same for every method and seed of a world."""
-    return lab.world.prompts(n, lab.eval_rng("evaluation"))
+    return lab.world.test_prompts(n, lab.eval_rng("evaluation"))
 
 
 def of_base(lab, name, n, look):
@@ -100,7 +100,7 @@ def eval_pairs(lab):
         return lab.encode(world.held_out[: lab.eval_size])
 
     def draw():
-        prompts = world.prompts(lab.eval_size, lab.eval_rng("held-out"))
+        prompts = world.test_prompts(lab.eval_size, lab.eval_rng("held-out"))
         return lab.sample(lab.reference, prompts, 2, lab.eval_rng("held-out samples"))
 
     rows = of_base(lab, "held-out", lab.eval_size, draw)

@@ -609,7 +609,7 @@ def fitting(runs, flags):
     for run in runs:
         s = run.settings
         pick_device(s.device)
-        key = (s.world, s.data, s.init, s.context, s.image_size, s.truncate, s.prompts)
+        key = (s.world, s.data, s.init, s.context, s.image_size, s.truncate, s.prompts, s.verify)
         if key not in made:
             start = load_pretrained(s.init) if s.init else None
             made[key] = make_world(s, start), start

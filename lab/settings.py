@@ -35,6 +35,9 @@ class Settings:
     # preferences instead of a toy world: .jsonl, .json, .csv (also .gz), .parquet, a Hub name; or
     # images: .npz
     data: str | None = None
+    # sample responses to the questions of --data and verify their final answers, for methods that
+    # sample while they train; the file's own right responses say what the answers are
+    verify: bool = False
     # a checkpoint folder or Hub name to start from, instead of training a base model
     init: str | None = None
     steps: int | None = None  # optimizer steps of alignment in all; 0 evaluates without training
@@ -199,7 +202,7 @@ def make_world(settings, start=None):
         if start is not None and not isinstance(start, nanomodel.GPT):
             kind = type(start).__name__
             raise UserError(f"--init {settings.init} is a {kind}, --data {settings.data} is text")
-        return importlib.import_module("toy.files").World(
+        return importlib.import_module("toy.verified" if settings.verify else "toy.files").World(
             settings.data,
             Tokenizer.text() if start is None else start.tokenizer,
             context=settings.context or 512,
@@ -207,9 +210,11 @@ def make_world(settings, start=None):
             from_checkpoint=start is not None,
             limit=int(settings.data_limit * 2**30),
         )
-    for_data = ("image_size", "truncate", "context", "data_limit")
+    for_data = ("image_size", "truncate", "context", "data_limit", "verify")
     if any(getattr(settings, name) != getattr(Settings, name) for name in for_data):
-        raise UserError("--image_size, --truncate, --context and --data_limit are for --data")
+        raise UserError(
+            "--image_size, --truncate, --context, --data_limit and --verify are for --data"
+        )
     world = settings.world or "reviews"
     if isinstance(world, str):
         world = world_module(world).World()
@@ -234,12 +239,20 @@ def world_module(name):
 def idle(settings, world):
     """Names of the settings that were changed although they have no effect in this world."""
     names = []
-    if settings.data and world.kind == "text":
+    if settings.data and world.given is not None:
         names += ["flip", "label_temperature", "length_bias", "image_size", "k"]
     if world.verifier:
         names += ["label_temperature", "length_bias"]
     if world.kind != "text":
-        names += ["max_response", "length_bias", "temperature", "context", "truncate", "lora"]
+        names += [
+            "max_response",
+            "length_bias",
+            "temperature",
+            "context",
+            "truncate",
+            "lora",
+            "verify",
+        ]
     if not world.guided:
         names += ["guidance"]
     if world.kind == "vectors":  # no policy, no labels of preference, and nothing random but --seed
@@ -275,7 +288,7 @@ def refuse_idle(settings, world, start):
 
 def worlds():
     """Names of the toy worlds."""
-    other = ("__init__.py", "exact.py", "files.py", "world.py")
+    other = ("__init__.py", "exact.py", "files.py", "verified.py", "world.py")
     names = os.listdir(os.path.join(HERE, "toy"))
     return sorted(n[:-3] for n in names if n.endswith(".py") and n not in other and n[0] != "_")
 

@@ -289,9 +289,10 @@ def run(lab, cfg):
         policy = lab.align(policy, lab.rows(rows), loss, cfg)
     if cfg.level == "step" and not lab.quiet:
         before = lab.samples
-        prompt = lab.world.prompts(1, lab.rng("shown"))
-        (root,) = trees(lab, policy, prompt, ("shown",), cfg)
+        prompts = lab.world.prompts(8, lab.rng("shown"))
+        found = [printed(lab, root) for root in trees(lab, policy, prompts, ("shown",), cfg)]
         lab.samples = before
-        lab.say(f"\nthe search of one question, {lab.text(prompt[0])}")
-        lab.say("\n".join(printed(lab, root)))
+        most = max(range(8), key=lambda i: len(found[i]))
+        lab.say(f"\nthe search of a question, {lab.text(prompts[most])}, the largest tree of eight")
+        lab.say("\n".join(found[most]))
     return policy

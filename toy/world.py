@@ -88,6 +88,10 @@ class World:
         """n prompts: texts, class labels, or indices of a table's prompts."""
         raise NotImplementedError(f"{type(self).__name__} has no prompts")
 
+    def test_prompts(self, n, rng):
+        """n prompts of an evaluation; a world of a file holds some of its prompts out for it."""
+        return self.prompts(n, rng)
+
     def demonstrations(self, n, rng):
         """n rows of one response, dict(prompt, responses, scores=[1.0]), for the base model."""
         raise NotImplementedError(f"{type(self).__name__} has no demonstrations")

@@ -184,3 +184,28 @@ def test_the_best_of_n_samples_has_more_reward_for_every_n(tmp_path):
     assert best[0]["kl"] == pytest.approx(0.193147, abs=1e-6)  # log 2 - 1/2
     assert all(0.0 <= point["win_rate"] <= 1.0 for point in best)
     shutil.rmtree("run")
+
+
+def record_of(name, points, seed=0):
+    """A Record of a run that had sampled so many tokens at each of its looks."""
+    looks = [dict(step=i, reward=r, kl=0.1 * i) for i, (_, r) in enumerate(points)]
+    for look, (n, _) in zip(looks, points):
+        look |= {"samples": n} if n else {}
+    steps = [dict(step=i + 1, loss=1.0) for i in range(3)]
+    about = {"method": name, "seed": seed}
+    return compare.Record(name, about, steps, looks, {"before": {"reward": points[0][1]}})
+
+
+def test_online_methods_are_ranked_at_equal_sampled_tokens(tmp_path, pictures):
+    slow = [record_of("slow", [(0, 0.1), (400, 0.3), (800, 0.9)], seed) for seed in (0, 1)]
+    fast = [record_of("fast", [(0, 0.1), (100, 0.5), (400, 0.7)])]
+    before = [record_of("before", [(600, 0.1), (600, 0.2), (600, 0.8)])]
+    grouped = {"slow": slow, "before": before, "fast": fast}
+    rows = [line.split() for line in compare.at_samples(grouped).splitlines()]
+    assert rows[0][-7:] == ["runs", "100", "200", "400", "all", "the", "end"]
+    assert rows[1] == ["fast", "1", "0.500", "0.567", "0.700", "400", "0.700"]
+    assert rows[2] == ["slow", "2", "0.150", "0.200", "0.300", "800", "0.900"]
+    assert rows[3] == ["before", "1", "-", "-", "-", "600", "0.800"]
+    assert compare.at_samples({"slow": slow, "before": before}) == ""
+    path = str(tmp_path / "curves.png")
+    assert DRAW(path, grouped, "three methods") and (tmp_path / "curves.png").stat().st_size > 9999
