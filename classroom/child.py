@@ -69,6 +69,7 @@ def main(folder):
         shown = " ".join(line.split()).encode("utf-8", "replace")[:400]
         return {"error": torch.frombuffer(bytearray(shown), dtype=torch.uint8).clone()}
 
+    (folder / "answers" / f"{job['token']}-started").touch()  # from here on time is the student's
     module, failed = None, None
     try:
         module = importlib.import_module(job["module"])
