@@ -17,7 +17,8 @@ from pathlib import Path
 def limit(memory, written):
     """Limit memory and the size of a written file, in bytes, and forbid the network.
 
-    Each is done where the operating system allows it.
+    The process also ends with the grader, and after an hour of processor time. Each is done where
+    the operating system allows it.
     """
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
@@ -25,11 +26,13 @@ def limit(memory, written):
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
         resource.setrlimit(resource.RLIMIT_FSIZE, (written, written))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_CPU, (3600, 3600))
     with contextlib.suppress(ImportError, AttributeError, OSError):
         import ctypes
 
         new_user, new_network = 0x10000000, 0x40000000
         libc = ctypes.CDLL(None, use_errno=True)
+        libc.prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
         libc.unshare(new_network) and libc.unshare(new_user | new_network)
 
 
