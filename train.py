@@ -138,7 +138,7 @@ def evaluated(run, lab, model, out, say):
         samples = report.side_by_side(lab, model)
         say("\n" + samples)
         write_text(os.path.join(out, "samples.txt"), samples + "\n")
-    if hasattr(model, "save_pretrained"):
+    if callable(getattr(model, "save_pretrained", None)):
         model.save_pretrained(out)
     return {"steps": lab.steps, "params": report.count(model)} | found
 
