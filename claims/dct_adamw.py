@@ -38,7 +38,7 @@ def columns(A, r, kind):
         Q = torch.eye(n) if kind == "identity" else dct(n)
     if kind == "fixed":
         return Q[:, :r]
-    return Q[:, dct_adamw.select(A @ Q, r, "l2")]
+    return Q[:, dct_adamw.top_columns(A @ Q, r, "l2")]
 
 
 class Projected(Matrixwise):

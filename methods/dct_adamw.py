@@ -41,7 +41,7 @@ PAPER = Paper(
     core=(
         "dct",
         "makhoul",
-        "select",
+        "top_columns",
         "quantize",
         "dequantize",
         "orthogonal",
@@ -95,7 +95,7 @@ def makhoul(A):
     return torch.cat([S[:, :1] * math.sqrt(0.5), S[:, 1:]], 1)
 
 
-def select(S, r, score):
+def top_columns(S, r, score):
     """The r columns of S (R, n) of the largest norm, in ascending order (r,)."""
     if not 1 <= r <= S.shape[1]:
         raise UserError(f"a rank of {r} for {S.shape[1]} columns: expected 1 to {S.shape[1]}")
@@ -146,7 +146,7 @@ def low_rank(G, state, t, group):
         A = G + dequantize(state["q"], state["low"], state["unit"])
     if t == 1 or t % group["gap"] == 0:
         S = makhoul(A) if group["transform"] == "fft" else A @ Q
-        before, idx = idx, select(S, max(1, round(group["rank"] * n)), group["score"])
+        before, idx = idx, top_columns(S, max(1, round(group["rank"] * n)), group["score"])
         a = S[:, idx]
         if group["rotate"] and before is not None:
             moments = {name: torch.zeros_like(A) for name in "mv"}
@@ -171,7 +171,7 @@ def momentum(G, state, group):
     Q = dct(n, G.dtype, G.device)
     B = G + state.get("M", 0)
     S = makhoul(B) if group["transform"] == "fft" else B @ Q
-    idx = select(S, max(1, round(group["rank"] * n)), group["score"])
+    idx = top_columns(S, max(1, round(group["rank"] * n)), group["score"])
     b, back = S[:, idx], Q[:, idx].T
     return orthogonal(b) @ back, {"M": B - (1 - group["mu"]) * b @ back}
 

@@ -22,7 +22,7 @@ from methods.dct_adamw import (
     optimizer,
     orthogonal,
     quantize,
-    select,
+    top_columns,
 )
 
 HALF = math.sqrt(0.5)
@@ -99,10 +99,10 @@ def test_the_selection_of_the_worked_example():
     assert S.abs().sum(0).tolist() == pytest.approx([10, 4.4609, 0, 0.3170], abs=1e-4)
     assert S.square().sum(0).tolist() == pytest.approx([50, 9.9497, 0, 0.0503], abs=1e-4)
     for r, left in ((1, 10), (2, 0.0503), (4, 0)):
-        Q = basis(4)[:, select(S, r, "l2")]
+        Q = basis(4)[:, top_columns(S, r, "l2")]
         residual = (G - G @ Q @ Q.T).square().sum().item()
         assert residual == pytest.approx(left, abs=1e-4)
-    assert select(S, 2, "l1").tolist() == [0, 1]
+    assert top_columns(S, 2, "l1").tolist() == [0, 1]
 
 
 @pytest.mark.paper
@@ -118,19 +118,19 @@ def test_the_largest_squares_are_the_best_subset_and_contract_as_the_mean():
 
         for r in (1, 2, 4):
             best = min(left(idx) for idx in itertools.combinations(range(n), r))
-            assert left(select(S, r, "l2").tolist()) == pytest.approx(best, rel=1e-9)
+            assert left(top_columns(S, r, "l2").tolist()) == pytest.approx(best, rel=1e-9)
             assert best <= (1 - r / n) * G.square().sum().item() + 1e-12
-            better += left(select(S, r, "l1").tolist()) > best + 1e-9
+            better += left(top_columns(S, r, "l1").tolist()) > best + 1e-9
     assert better > 0
 
 
 def test_columns_are_in_ascending_order_and_a_rank_that_does_not_fit_is_refused():
     S = normal(4, 9)
-    idx = select(S, 5, "l2").tolist()
+    idx = top_columns(S, 5, "l2").tolist()
     assert idx == sorted(idx) and len(set(idx)) == 5
     for r in (0, 10):
         with pytest.raises(UserError, match="expected 1 to 9"):
-            select(S, r, "l2")
+            top_columns(S, r, "l2")
 
 
 # ---- the quantized feedback
@@ -339,7 +339,7 @@ def test_the_momentum_of_trion_keeps_what_the_columns_miss():
         G, before = normal(7, 5, seed=t), state.get("M", 0)
         _, state = momentum(G, state, options)
         B = before + G
-        Q = basis(5)[:, select(B @ basis(5), 2, "l2")]
+        Q = basis(5)[:, top_columns(B @ basis(5), 2, "l2")]
         left = B - B @ Q @ Q.T
         torch.testing.assert_close(state["M"], 0.7 * B + 0.3 * left)
 
@@ -496,9 +496,11 @@ def INPUTS():
     calls += [("dct", 3)]
     calls += [("makhoul", normal(3, n)) for n in (1, 4, 5)]
     skew = normal(5, 6) * torch.tensor([1, 5, 1, 3, 1, 4.0])
-    calls += [("select", skew, r, score) for r in (1, 2, 3) for score in ("l1", "l2")]
-    calls += [("select", numbers([3, 2, 2], [0, 2.1, 0], [0, 0, 2]), 1, s) for s in ("l1", "l2")]
-    calls += [("select", skew, r, "l2") for r in (0, 7, 6)]
+    calls += [("top_columns", skew, r, score) for r in (1, 2, 3) for score in ("l1", "l2")]
+    calls += [
+        ("top_columns", numbers([3, 2, 2], [0, 2.1, 0], [0, 0, 2]), 1, s) for s in ("l1", "l2")
+    ]
+    calls += [("top_columns", skew, r, "l2") for r in (0, 7, 6)]
     calls += [("quantize", normal(4, 7), bits) for bits in (4, 8)]
     calls += [("quantize", numbers([2, 2], [0, 1]), 8), ("quantize", numbers([-3, 1, 0.9]), 4)]
     calls += [
@@ -532,8 +534,8 @@ SURVIVORS = {
     "makhoul: torch.arange(n, dtype=A.dtype, device=A.device) -> torch.arange(n, dtype=A.dtype)": (
         "the inputs lie on the CPU"
     ),
-    "select: S.abs().sum(0) -> S.abs().mean(0)": MEAN,
-    "select: S.square().sum(0) -> S.square().mean(0)": MEAN,
+    "top_columns: S.abs().sum(0) -> S.abs().mean(0)": MEAN,
+    "top_columns: S.square().sum(0) -> S.square().mean(0)": MEAN,
     "quantize: 1.0 -> 2.0": "a constant row has steps of 0 in any unit",
     "orthogonal: X.shape[0] > X.shape[1] -> X.shape[0] < X.shape[1]": CHEAP,
     "orthogonal: 0 -> 1": CHEAP,
