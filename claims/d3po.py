@@ -10,10 +10,10 @@ deviations from every mode. All arms are measured with DDIM in 50 steps.
 
 What theory expects: the first step alone has a ninth of the gradients per pair, and its state, pure
 noise, says little about the image. A reference that moves is no leash, so that policy leaves the
-ring. In a trial, D3PO without a limit ran away on one of two seeds after 1,080 steps, with the base
-model as the reference: the clip bounds the gradient of a pair, and not the drift. The page says
-which runs of 1,080 steps were stopped by the limit on the KL. Independent noises x_T and glyphs
-were not made claims.
+ring. On tuning seed 100, D3PO and Diffusion-DPO left equally many points off the ring at a reward
+of 0.6, and D3PO fewer at 0.9 and above. In a trial, D3PO without a limit ran away on one of two
+seeds after 1,080 steps, with the base model as the reference: the clip bounds the gradient of a
+pair, and not the drift. The page says which runs of 1,080 steps the limit on the KL has stopped.
 """
 
 from lab.claims import at_or_nan, claim
@@ -69,10 +69,10 @@ ARMS = {
 
 
 def measure(lab):
-    """Curves of five arms, and the share off the ring where the reward is 0.6."""
+    """Curves of five arms, and the share off the ring where the reward is 0.9."""
     curves = lab.race(ARMS, **SETTINGS)
     return curves | {
-        f"{name}, at 0.6": [at_or_nan(curve, "reward", 0.6, "off") for curve in curves[name]]
+        f"{name}, at 0.9": [at_or_nan(curve, "reward", 0.9, "off") for curve in curves[name]]
         for name in ("d3po", "dpo")
     }
 
@@ -114,12 +114,12 @@ CLAIMS = [
         matched="pairs",
     ),
     claim(
-        "On gaussians, at a true reward of 0.6, D3PO leaves fewer points off the ring than "
+        "On gaussians, at a true reward of 0.9, D3PO leaves fewer points off the ring than "
         "Diffusion-DPO on pairs that the base model sampled once",
         None,
-        "d3po, at 0.6",
+        "d3po, at 0.9",
         "<",
-        "dpo, at 0.6",
+        "dpo, at 0.9",
         margin=0.03,
     ),
     claim(

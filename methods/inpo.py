@@ -21,7 +21,7 @@ Differences from the paper
 
     python train.py --method inpo                           few points leave the ring
     python train.py --method inpo --inverter reference      fewer still, without inverting in a step
-    python train.py --method dpo,inpo --beta 2.5 --world gaussians --label_temperature 0.25
+    python train.py --method dpo,inpo --dpo.beta 2.5 --world gaussians
 """
 
 from dataclasses import dataclass

@@ -43,12 +43,16 @@ SMALL = "--steps 3 --base_steps 2 --eval_size 4 --prompts 32"
 
 
 def families():
-    """{family: the first method of it}; papers that are not about preferences run another way."""
+    """{family: the first method of it}, and the first one on images alone.
+
+    Papers that are not about preferences run another way.
+    """
     found = {}
     for name in methods():
         paper = importlib.import_module(f"methods.{name}").PAPER
+        images = paper.worlds == ("images",) and paper.family != "images"
         if paper.family != "beyond":
-            found.setdefault(paper.family, name)
+            found.setdefault(f"{paper.family} on images" if images else paper.family, name)
     return found
 
 

@@ -32,7 +32,9 @@ def test_a_failure_or_a_lack_of_time_is_in_the_report():
 
 
 def test_every_family_has_a_run():
-    assert {"pairs", "lists", "online", "images", "baseline"} <= set(gpu.families())
+    found = gpu.families()
+    assert {"pairs", "lists", "online", "images", "baseline"} <= set(found)
+    assert found["online"] == "disco" and found["online on images"] == "d3po"
 
 
 def test_auto_is_the_device_of_the_environment(monkeypatch):
