@@ -146,6 +146,8 @@ def rollout(lab, policy, t, cfg):
         c, u = (distinct(lab, row) for row in each)
         quality = torch.tensor([world.agreement(prompt, x) for x in c])
         found = RULES[cfg.select](executed(world, c, u), quality, rng)
+        if found is None and lab.smoke and len(c) > 1:  # an untrained model writes no programs
+            found = 0, None, 1, None
         if found is None or found[0] == found[2]:  # two tests of one program are not a pair
             continue
         texts = [c[j] + (f" ;{u[k]}" if k is not None else "") for j, k in (found[:2], found[2:])]

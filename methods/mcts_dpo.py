@@ -256,7 +256,8 @@ def rollout(lab, policy, round, n, cfg):
             right, wrong = (
                 find(range(lab.k), key=row["scores"].__getitem__) for find in (max, min)
             )
-            if row["scores"][right] > row["scores"][wrong]:
+            # in a smoke run an untrained model may have no right sample
+            if row["scores"][right] > row["scores"][wrong] or lab.smoke:
                 two = dict(prompt=row["prompt"], scores=[1.0, 0.0], doubt=0.0)
                 two["responses"] = [row["responses"][i] for i in (right, wrong)]
                 if "ends" in row:

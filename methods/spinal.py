@@ -140,7 +140,7 @@ def shares(lab, model, rows):
 
 def probes(lab):
     """Rows whose prompts are read, and labelled pairs for the gradient; the same for all models."""
-    world, n = lab.world, lab.eval_size
+    world, n = lab.world, max(64, lab.eval_size)  # fewer states have no spectrum
     prompts = world.prompts(n, lab.rng("probe"))
     if world.held_out is not None:
         pairs = [row for row in world.held_out if len(row["responses"]) == 2][:64]

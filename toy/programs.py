@@ -93,7 +93,7 @@ class World(world.World):
             num_hidden_layers=3,
             num_attention_heads=4,
             num_key_value_heads=2,
-            max_position_embeddings=32,
+            max_position_embeddings=40,  # a program and a test in one response
         )
         return GPT(config, self.tokenizer)
 
