@@ -6,9 +6,9 @@ and without pairs of two right traces. Measured on 1,000 held-out questions: the
 reasons of sampled traces, the verdict of greedy ones, and two yardsticks that read the same digits,
 one rubric for all requests and the true weights.
 
-The generator: on scenes, 40 rounds of GRPO with 16 groups of 8 pictures, with the verdicts of that
+The generator: on glyphs, 40 rounds of GRPO with 16 groups of 8 drawings, with the verdicts of that
 judge, of the fixed rubric, and of the true weights. `utility` is what the annotators think, which
-no arm sees; `judge_wins` and `true_wins` are shares of wins over the base model's pictures.
+no arm sees; `judge_wins` and `true_wins` are shares of wins over the base model's drawings.
 
 What theory expects: sampled traces repeat the teacher's noise and greedy ones do not, so stage 2
 sharpens what SFT has learned, and hardly changes greedy verdicts. A fixed rubric can be right in at
@@ -29,7 +29,7 @@ GENERATORS = {
     "fixed": urflex.Config(judge="fixed"),
     "known": urflex.Config(judge="known"),
 }
-HOW = dict(world="scenes", prompts=16, batch_size=72, steps=80, lr=3e-4, eval_every=20)
+HOW = dict(world="glyphs", prompts=16, batch_size=72, steps=80, lr=3e-4, eval_every=20)
 
 
 def judges(lab):
@@ -133,7 +133,7 @@ CLAIMS = [
         expect="inconclusive",
     ),
     claim(
-        "On scenes, GRPO with the judge raises the annotators' utility more than GRPO with one "
+        "On glyphs, GRPO with the judge raises the annotators' utility more than GRPO with one "
         "rubric for all prompts",
         "utility",
         "generator flex",
@@ -143,7 +143,7 @@ CLAIMS = [
         expect="inconclusive",
     ),
     claim(
-        "On scenes, GRPO with the judge raises the utility of the worst kind of prompt more than "
+        "On glyphs, GRPO with the judge raises the utility of the worst kind of prompt more than "
         "GRPO with one rubric for all prompts",
         "worst_context",
         "generator flex",
@@ -153,7 +153,7 @@ CLAIMS = [
         expect="inconclusive",
     ),
     claim(
-        "On scenes, advantages from the criteria's verdicts, weighted by 0.7, raise the utility "
+        "On glyphs, advantages from the criteria's verdicts, weighted by 0.7, raise the utility "
         "more than those of the overall verdict alone",
         "utility",
         "generator flex",
@@ -163,7 +163,7 @@ CLAIMS = [
         expect="inconclusive",
     ),
     claim(
-        "On scenes, a generator that is driven by the judge wins more often over the base model in "
+        "On glyphs, a generator that is driven by the judge wins more often over the base model in "
         "the judge's eyes than in the annotators'",
         None,
         "judge_wins, flex",

@@ -241,6 +241,8 @@ def idle(settings, world):
     names = []
     if settings.data and world.given is not None:
         names += ["flip", "label_temperature", "length_bias", "image_size", "k"]
+    if world.given is not None:
+        names += ["flip", "label_temperature", "k"]
     if world.verifier:
         names += ["label_temperature", "length_bias"]
     if world.kind != "text":

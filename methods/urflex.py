@@ -38,7 +38,7 @@ PAPER = Paper(
     worlds=("images",),
     needs="criteria",
     ignores=("k", "flip", "label_temperature"),
-    defaults=dict(world="scenes", prompts=16, batch_size=72, steps=80, lr=3e-4, eval_every=20),
+    defaults=dict(world="glyphs", prompts=16, batch_size=72, steps=80, lr=3e-4, eval_every=20),
 )
 
 

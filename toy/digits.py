@@ -18,7 +18,7 @@ import zipfile
 import torch
 import torch.nn.functional as F
 
-from data import UserError, printable
+from data import UserError, collate, printable
 from nanomodel import UNet, UNetConfig
 from toy import world
 
@@ -26,6 +26,8 @@ FLOOR = -5.0  # lower bound of the log-probability in the reward
 INK = 3.0  # weight of the mean pixel in the reward, up to an image that is half white
 SAMPLE = 5000  # largest number of images to which the classifier is fitted
 CLASSES, NUMBERS = 256, 4096  # largest number of classes, and of values in an image (C * H * W)
+SHOWN = 24  # prompts of samples.png, if there are more
+LONGEST = 32  # largest number of words of a prompt
 LIMIT = 2**29  # bytes of memory that the arrays of an .npz file and the images may take
 
 
@@ -35,6 +37,9 @@ class World(world.World):
     images: (N, H, W) or (N, H, W, 1 or 3) numbers, 0 = black, the largest = white; None: digits.
     labels: (N,) ints from 0 on, with every class in use.
     size: the side (or height and width) to which images are shrunk by averaging; it must be even.
+    captions: the text of each class, whose words the model reads; None: it knows only the class.
+    pairs: (P,) and (P,) indices of chosen and rejected images of one class; None: pairs are
+        sampled. A tenth of them is held out.
     UserError: the arrays do not have this form, or do not fit each other or the model.
     """
 
@@ -42,9 +47,10 @@ class World(world.World):
     pretrain = dict(steps=500, batch_size=128, lr=5e-3)
     align = dict(prompts=1024, steps=100, lr=2e-4, batch_size=64)
 
-    def __init__(self, images=None, labels=None, size=None):
+    def __init__(self, images=None, labels=None, size=None, captions=None, pairs=None):
         import numpy as np
 
+        own = images is not None  # larger images need another recipe, and guidance is expected
         if images is None:
             from sklearn.datasets import load_digits
 
@@ -53,7 +59,12 @@ class World(world.World):
         images, labels = np.asarray(images), np.asarray(labels)
         classes = check_arrays(images, labels)
         channels = images.shape[3] if images.ndim == 4 else 1
-        self.config = UNetConfig(channels=channels, size=size or images.shape[1:3], classes=classes)
+        how = dict(schedule="cosine", error="output", free=True) if own else {}
+        if captions is not None:
+            how["words"] = word_table(captions)
+        size = size or images.shape[1:3]
+        self.config = UNetConfig(channels=channels, size=size, classes=classes, **how)
+        self.guided, self.captions = own, captions
         height, width = self.config.size
         if channels * height * width > NUMBERS:
             raise UserError(
@@ -67,20 +78,29 @@ class World(world.World):
             pixels = pixels.view(*pixels.shape[:3], channels).permute(0, 3, 1, 2)
             self.images[start : start + 1024] = F.adaptive_avg_pool2d(pixels, self.config.size)
         self.labels = torch.from_numpy(labels.astype("int64"))
+        if pairs is not None:
+            self.pairs, self.held_out = self._split(*pairs)
+            self.given = self._training_pairs
+        if classes > SHOWN:
+            self.gallery = list(range(SHOWN))
         self.moments = moments(self.images)
         self.weight, self.bias = self._classifier()
 
     @classmethod
     def from_npz(cls, path, size=None, limit=LIMIT):
-        """The world of an .npz file with the arrays `images` and `labels`.
+        """The world of an .npz file with the arrays `images` and `labels` or `prompts`.
 
-        Sides of more than 16 pixels are halved (28 to 14) unless `size` is given. limit: the
+        prompts: (N,) texts, of which equal ones are one class. image_w and image_l, if they are
+        there, are the indices of chosen and rejected images. Sides of more than 16 pixels are
+        halved (28 to 14) unless `size` is given. limit: the
         largest number of bytes of memory that the arrays and the images take, after unpacking.
         UserError, which names the file: it is not an archive, it holds pickled objects, or an array
         is missing or does not fit.
         """
         try:
-            arrays = read_arrays(path, ("images", "labels"), limit)
+            more = ("labels", "prompts", "image_w", "image_l")
+            arrays = read_arrays(path, ("images",), limit, more)
+            labels, captions = labels_of(arrays)
             shape = arrays["images"].shape[1:3]
             if size is None and min(shape, default=0) > 16:
                 size = [side // 2 for side in shape]
@@ -90,12 +110,41 @@ class World(world.World):
             kept = 4 * len(arrays["images"]) * math.prod(area) * channels
             if arrays["images"].nbytes + kept > limit:
                 raise UserError(too_large(limit))
-            made = cls(arrays["images"], arrays["labels"], size)
+            pairs = [arrays[name] for name in ("image_w", "image_l") if name in arrays]
+            if len(pairs) == 1:
+                raise UserError("image_w and image_l are given together, or not at all")
+            made = cls(arrays["images"], labels, size, captions, pairs or None)
             made.name = printable(os.path.basename(path), 60)
             return made
         except Exception as error:  # a damaged archive raises many types
             message = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{printable(path)}: {printable(message)}") from None
+
+    def _split(self, chosen, rejected):
+        """Rows of pairs of images, for training and held out, in a fixed random order."""
+        for side in (chosen, rejected):
+            fits = side.ndim == 1 and side.dtype.kind in "ui" and len(side) == len(chosen) > 0
+            if not fits or side.min() < 0 or side.max() >= len(self.images):
+                raise UserError(
+                    f"image_w, image_l: expected equally many indices from 0 to "
+                    f"{len(self.images) - 1}, one or more"
+                )
+        pairs = torch.from_numpy(chosen.astype("int64")), torch.from_numpy(rejected.astype("int64"))
+        mixed = (self.labels[pairs[0]] != self.labels[pairs[1]]).nonzero().flatten()
+        if len(mixed):
+            raise UserError(f"pair {int(mixed[0])} of image_w, image_l: images of two classes")
+        order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))
+        both = torch.stack(pairs, 1)[order]
+        rows = [
+            dict(prompt=int(self.labels[w]), responses=self.images[[w, r]], scores=[1.0, 0.0])
+            for w, r in both.tolist()
+        ]
+        held_out = len(rows) // 10
+        return rows[held_out:], rows[:held_out]
+
+    def _training_pairs(self, k):
+        """The user's pairs that are not held out."""
+        return list(self.pairs)
 
     def _classifier(self):
         """Weights (classes, D) and biases (classes,) of a softmax regression on the pixels.
@@ -123,6 +172,7 @@ class World(world.World):
         """A hash of the images and labels."""
         hashed = hashlib.sha256(self.images.numpy())
         hashed.update(self.labels.numpy())
+        hashed.update(repr(self.captions).encode())
         return hashed.hexdigest()
 
     def model(self):
@@ -205,7 +255,27 @@ class World(world.World):
         label = self.labels[torch.randperm(len(self.labels), generator=rng)[:2000]]
         images = samples(policy, lab, label.tolist(), rng)
         agreement = (self.classify(images).argmax(1) == label).double().mean()
-        return {"frechet": self.frechet(images), "agreement": float(agreement)}
+        found = {"frechet": self.frechet(images), "agreement": float(agreement)}
+        if self.held_out:
+            found["pair_accuracy"] = self.pair_accuracy(policy, lab)
+        return found
+
+    @torch.no_grad()
+    def pair_accuracy(self, policy, lab, draws=8):
+        """The share of held-out pairs whose chosen image has the higher log-ratio; ties count half.
+
+        A log-ratio is the mean over `draws` draws of noise, which all models share.
+        """
+        rng, total = lab.eval_rng("held-out noise"), 0.0
+        for start in range(0, len(self.held_out), 64):
+            batch = collate(self.held_out[start : start + 64]).to(policy.device)
+            gap = 0.0
+            for _ in range(draws):
+                batch = policy.prepare(batch, rng)
+                ratio = (policy.logps(batch) - lab.reference.logps(batch)).sum(-1)  # (B, 2)
+                gap = gap + ratio[:, 0] - ratio[:, 1]
+            total += ((gap > 0).double() + 0.5 * (gap == 0)).sum().item()
+        return total / len(self.held_out)
 
     def picture(self, before, after):
         """A Figure of samples (classes, k, C, H, W) of two models, one row per class.
@@ -225,8 +295,11 @@ class World(world.World):
             axes.set_title(f"{title} (mean reward {mean:.2f})", fontsize=10)
             middle = [(c + 0.5) * grid.shape[0] / classes - 0.5 for c in range(classes)]
             axes.set_xticks([])
-            axes.set_yticks(middle, [f"{c}" for c in range(classes)], fontsize=8)
-            axes.set_ylabel("class")
+            names = self.captions or range(classes)
+            axes.set_yticks(
+                middle, [printable(str(names[c]), 40) for c in range(classes)], fontsize=8
+            )
+            axes.set_ylabel("prompt" if self.captions else "class")
             right = axes.secondary_yaxis("right")
             right.set_yticks(middle, [f"{reward:.2f}" for reward in rewards], fontsize=8)
             right.tick_params(length=0)
@@ -277,8 +350,36 @@ def check_arrays(images, labels):
     return len(used)
 
 
-def read_arrays(path, names, limit):
-    """{name: array} of an .npz file. UserError: one is missing, or they exceed `limit` bytes.
+def word_table(captions):
+    """The numbers of the words of each text, and of no text in the last row, equally many."""
+    words = [text.lower().split() or [""] for text in captions]
+    known = {word: i + 2 for i, word in enumerate(sorted({w for each in words for w in each}))}
+    longest = max(map(len, words))
+    table = [[known[w] for w in each] + [1] * (longest - len(each)) for each in words]
+    return [*table, [0] * longest]
+
+
+def labels_of(arrays):
+    """The labels (N,) of the arrays of a file, and the text of each class if it has prompts."""
+    import numpy as np
+
+    if ("labels" in arrays) == ("prompts" in arrays):
+        raise UserError("no array named labels (or prompts, instead of labels)")
+    if "labels" in arrays:
+        return arrays["labels"], None
+    prompts = arrays["prompts"]
+    if prompts.ndim != 1 or prompts.dtype.kind != "U" or not len(prompts):
+        raise UserError(f"prompts {prompts.shape} {prompts.dtype}: expected texts, one per image")
+    captions, labels = np.unique(prompts, return_inverse=True)
+    if max(len(text.split()) for text in captions.tolist()) > LONGEST:
+        raise UserError(f"prompts: a text has more than {LONGEST} words")
+    return labels, captions.tolist()
+
+
+def read_arrays(path, names, limit, more=()):
+    """{name: array} of an .npz file, with the arrays `more` where the file has them.
+
+    UserError: one of `names` is missing, or they exceed `limit` bytes.
 
     Nothing is unpickled. The size is the one that the archive states, and no more than that is
     read.
@@ -293,6 +394,7 @@ def read_arrays(path, names, limit):
         for name in names:
             if name not in arrays:
                 raise UserError(f"no array named {name}, only {', '.join(arrays) or 'none'}")
+        names = [*names, *(name for name in more if name in arrays)]
         sizes = {info.filename: info.file_size for info in arrays.zip.infolist()}
         if sum(sizes.get(f"{name}.npy", sizes.get(name, 0)) for name in names) > limit:
             raise UserError(too_large(limit))

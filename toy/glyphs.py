@@ -51,6 +51,7 @@ class World(world.World):
     pretrain = dict(steps=400, batch_size=128, lr=5e-3)
     align = dict(prompts=1024, steps=80, lr=3e-4, batch_size=64)
     picture = digits.World.picture
+    annotators = tuple(WEIGHTS.values())
 
     def __init__(self):
         self.stencils = stencils()
@@ -97,6 +98,14 @@ class World(world.World):
         bright = (x.mean((1, 2)) - wanted).square()
         raw = torch.stack([exact, -rest / 64, -bright], 1)
         return ((raw - CENTER.double()) / SCALE.double()).clamp(-3, 3)
+
+    def criteria(self, prompts, images):
+        """What annotators look at: the three scores (n, 3) of images (n, 1, 8, 8)."""
+        return self.scores(prompts, images).float()
+
+    def contexts(self, prompts):
+        """The contexts (n,) of prompts: 0 exact, 1 crisp, 2 dark."""
+        return torch.as_tensor(prompts) % 3
 
     def reward(self, prompts, responses):
         """The true reward of n images, (n,) float64: the weighted sum of the three scores."""

@@ -1,6 +1,7 @@
 """The digits world: its data, its truth, its distance, and files of other images."""
 
 import io
+import re
 import tracemalloc
 import zipfile
 from types import SimpleNamespace
@@ -10,7 +11,9 @@ import pytest
 import torch
 
 from data import UserError
+from lab import Lab, Settings
 from lab.report import write_picture
+from methods import dpo
 from nanomodel import UNet
 from toy.digits import World, moments
 
@@ -423,3 +426,113 @@ def test_the_limit_counts_the_images_that_are_kept(tmp_path):
     with pytest.raises(UserError, match="--data_limit"):
         World.from_npz(tmp_path / "a.npz", limit=3 * arrays)
     World.from_npz(tmp_path / "a.npz", size=8, limit=3 * arrays)
+
+
+# ---------------------------------------------------------------- preferences and prompts in a file
+
+
+def written(path, **arrays):
+    """An .npz file of squares with further arrays; None leaves one out."""
+    images, labels = squares(side=8)
+    named = dict(images=images, labels=labels) | arrays
+    np.savez(path, **{name: array for name, array in named.items() if array is not None})
+    return str(path)
+
+
+def pairs_of_squares(n=40):
+    """Indices of chosen and rejected images of one class; the classes repeat every three."""
+    chosen = torch.randint(0, 20, (n,), generator=rng()).numpy() * 3
+    return chosen, (chosen + 30) % 60
+
+
+def test_pairs_of_a_file_are_its_training_rows_and_some_are_held_out(tmp_path):
+    chosen, rejected = pairs_of_squares()
+    chosen, rejected = chosen + 1, rejected + 1
+    path = written(tmp_path / "pairs.npz", image_w=chosen, image_l=rejected)
+    world = World.from_npz(path)
+    rows = world.given(2)
+    assert (len(rows), len(world.held_out)) == (36, 4)
+    index = {image.numpy().tobytes(): i for i, image in enumerate(world.images)}
+    found = [
+        tuple(index[x.numpy().tobytes()] for x in r["responses"]) for r in rows + world.held_out
+    ]
+    assert sorted(found) == sorted(zip(chosen.tolist(), rejected.tolist()))
+    assert all(row["scores"] == [1, 0] and row["prompt"] == 1 for row in rows)
+    lab = Lab(Settings(data=path, prompts=20), quiet=True)
+    assert len(lab.preferences(None, 2)) == 20
+    with pytest.raises(UserError, match="flip, --k would do nothing"):
+        Lab(Settings(data=path, flip=0.1, k=3), quiet=True)
+
+
+def test_accuracy_on_held_out_pairs_is_that_of_the_log_ratio(tmp_path):
+    chosen, rejected = pairs_of_squares()
+    path = written(tmp_path / "pairs.npz", image_w=chosen, image_l=rejected)
+    lab = Lab(Settings(data=path, base_steps=0), quiet=True)
+    world, policy = lab.world, lab.base()
+    assert world.pair_accuracy(policy, lab) == 0.5  # the reference itself: ties
+    first = {x["responses"][0].numpy().tobytes() for x in world.held_out}
+
+    def logps(batch):
+        known = [[image.numpy().tobytes() in first for image in row] for row in batch.images]
+        return torch.tensor(known).double()[..., None]
+
+    policy.logps = logps
+    zero = SimpleNamespace(logps=lambda batch: torch.zeros(*batch.images.shape[:2], 1))
+    lab.reference = zero
+    assert world.pair_accuracy(policy, lab) == 1.0
+    policy.logps = lambda batch: -logps(batch)
+    assert world.pair_accuracy(policy, lab) == 0.0
+
+
+def test_a_model_is_trained_on_the_pairs_of_a_file(tmp_path):
+    chosen, rejected = pairs_of_squares()
+    path = written(tmp_path / "pairs.npz", image_w=chosen, image_l=rejected)
+    how = dict(base_steps=0, steps=2, batch_size=4, eval_size=4, warmup=1)
+    lab = Lab(Settings(data=path, **how), quiet=True)
+    lab.world.look = lambda policy, lab: {}
+    policy = dpo.run(lab, dpo.Config())
+    assert policy.curve[-1]["step"] == 2 and 0 <= lab.world.pair_accuracy(policy, lab) <= 1
+
+
+def test_prompts_are_classes_whose_words_the_model_reads(tmp_path):
+    names = np.array(["a low bar", "a bar", "a high bar"])
+    _, labels = squares(side=8)
+    path = written(tmp_path / "told.npz", labels=None, prompts=names[labels])
+    world = World.from_npz(path)
+    assert world.captions == ["a bar", "a high bar", "a low bar"]
+    assert [world.captions[c] for c in world.labels[:3]] == names[labels[:3]].tolist()
+    bar, high, low, nothing = world.config.words
+    assert bar[0] == high[0] == low[0] and high[2] == low[2] == bar[1] and high[1] != low[1]
+    assert len({len(row) for row in world.config.words}) == 1 and set(nothing) == {0}
+    assert world.guided and world.model().free
+    axes = world.picture(
+        world.images[:6].view(3, 2, 1, 8, 8), world.images[:6].view(3, 2, 1, 8, 8)
+    ).axes
+    assert [label.get_text() for label in axes[0].get_yticklabels()] == world.captions
+    assert (
+        world.key()
+        != World.from_npz(written(tmp_path / "plain.npz", labels=world.labels.numpy())).key()
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(image_w=np.arange(3)), "image_w and image_l are given together"),
+        (dict(image_w=np.arange(3), image_l=np.arange(4)), "equally many indices"),
+        (dict(image_w=np.array([60]), image_l=np.array([0])), "indices from 0 to 59"),
+        (dict(image_w=np.array([-1]), image_l=np.array([2])), "indices from 0 to 59"),
+        (dict(image_w=np.array([0.0]), image_l=np.array([3.0])), "indices from 0 to 59"),
+        (dict(image_w=np.array([], int), image_l=np.array([], int)), "one or more"),
+        (dict(image_w=np.array([3, 0]), image_l=np.array([0, 1])), "pair 1 of image_w"),
+        (dict(prompts=np.array(["a"] * 60)), "labels (or prompts"),
+        (dict(labels=None, prompts=np.arange(60)), "expected texts"),
+        (dict(labels=None, prompts=np.array(["a " * 40, "b"] * 30)), "more than 32 words"),
+        (dict(labels=None, prompts=np.array(["a"] * 60)), "two or more classes"),
+    ],
+)
+def test_pairs_and_prompts_that_do_not_fit_are_refused_in_one_line(tmp_path, change, words):
+    path = written(tmp_path / "odd.npz", **change)
+    with pytest.raises(UserError, match=re.escape(words)) as error:
+        World.from_npz(path)
+    assert "odd.npz: " in str(error.value) and str(error.value).isprintable()

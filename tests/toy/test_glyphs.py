@@ -49,6 +49,14 @@ def test_the_brightness_that_a_context_asks_for():
         assert raw(world, context, image + 0.3)[2] == pytest.approx(-0.09)
 
 
+def test_the_utility_of_annotators_is_the_reward():
+    world, prompts = World(), list(range(12))
+    images = torch.cat([row["responses"] for row in world.demonstrations(12, rng())])
+    assert world.contexts(prompts).tolist() == [0, 1, 2] * 4
+    utility, reward = world.utility(prompts, images), world.reward(prompts, images)
+    torch.testing.assert_close(utility, reward, rtol=1e-5, atol=1e-5)
+
+
 def test_the_reward_weighs_the_score_of_the_context():
     world = World()
     images = torch.cat([drawn("ring"), drawn("dot", ink=0.2), drawn("bar", ground=-0.2)])
