@@ -9,6 +9,12 @@ hallucination is an object that is named and not on the picture.
 On tables of 16 prompts and 8 answers, whose optimum is known in closed form, the teacher favors two
 answers, right or wrong. On vectors, four tasks are distilled from four networks into one student,
 whose sparse layer is compared with a dense one after equally many steps.
+
+Tried on one tuning seed (100), with 100 steps of the last stage: at beta 0.5 and lr 3e-4
+hallucinations fall and the reward rises, with either reference. At beta 0.1 and lr 1e-3 they fall
+more, but a third of the captions breaks the grammar and the reward falls. A sparse student is no
+closer to the teacher of captions in an earlier trial, so no effect is expected there. The
+tables and the tasks were tried on tuning seeds 100 and 101.
 """
 
 import copy
@@ -30,8 +36,8 @@ ARMS = {
 
 def captions(lab, seed):
     """{stage: its hallucinations (chair_s), named objects and KL from the teacher} of one seed."""
-    where = dict(world="captions", seed=seed, base_seed=seed, steps=lab.few(100))
-    inside = lab.at(**where, lr=1e-3, batch_size=64, eval_every=100)
+    where = dict(world="captions", seed=seed, base_seed=seed, steps=lab.few(200))
+    inside = lab.at(**where, lr=3e-4, batch_size=64, eval_every=200)
     world, teacher = inside.world, inside.base().requires_grad_(False)
     rows = inside.rows(world.demonstrations(512, inside.rng("held out")))
     held = inside.collate(rows)

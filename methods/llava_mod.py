@@ -37,14 +37,14 @@ PAPER = Paper(
     "beyond",
     worlds=("text",),
     ignores=("k",),
-    defaults=dict(world="captions", steps=100, lr=1e-3),
+    defaults=dict(world="captions"),
 )
 
 
 @dataclass(frozen=True)
 class Config:
     variant: str = "dpo"  # dpo or kto_pair
-    beta: float = 0.1  # strength of the pull to the reference
+    beta: float = 0.5  # strength of the pull to the reference (the released code: 0.1)
     anchor: str = "teacher"  # the reference of the last stage: teacher or student
     experts: int = 4  # experts of a sparse layer
     top: int = 2  # experts that are used for a token

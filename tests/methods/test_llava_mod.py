@@ -59,7 +59,7 @@ def test_the_worked_examples(student, dpo, kto):
     logps, batch = one_token(student)
     ref_logps, _ = one_token(TEACHER)
     for variant, expected in (("dpo", dpo), ("kto_pair", kto)):
-        losses, metrics = loss(logps, ref_logps, batch, Config(variant))
+        losses, metrics = loss(logps, ref_logps, batch, Config(variant, beta=0.1))
         assert losses.item() == pytest.approx(expected, abs=1e-6)
         assert metrics["r_chosen"].item() == pytest.approx(student[0] - TEACHER[0])
         assert metrics["r_rejected"].item() == pytest.approx(student[1] - TEACHER[1])
@@ -96,7 +96,7 @@ def test_kto_pair_subtracts_the_mean_of_the_other_side_as_a_constant():
 def test_the_teacher_sets_only_the_weight_of_dpos_gradient():
     logps, ref_logps, batch = builders.ragged()
     chosen, rejected = (logps - ref_logps).sum(-1).detach().unbind(1)
-    (slope,) = torch.autograd.grad(loss(logps, ref_logps, batch, Config())[0].sum(), logps)
+    (slope,) = torch.autograd.grad(loss(logps, ref_logps, batch, Config(beta=0.1))[0].sum(), logps)
     weight = -0.1 * torch.sigmoid(-0.1 * (chosen - rejected))
     sign = torch.tensor([1.0, -1.0])[None, :, None]
     torch.testing.assert_close(slope, weight[:, None, None] * sign * torch.ones_like(slope))
