@@ -9,8 +9,9 @@ test (tests/methods/test_kdiff.py), as is that k has no gradient at the optimum 
 What theory expects: k is driven by what the network has not learned, so that it rises with D / d,
 without reaching k*. Where the data fill the space, the velocity is as good a target as any. Where D
 is much larger than d, a learned k has a price: a fixed k = 1 lets the network forget the noise, and
-k < 1 leaves samples off the subspace. In a trial on digits the learned k was better than both
-neighbours. The noise is never the best target, and with it sampling explodes at large D / d.
+k < 1 leaves samples off the subspace. On tuning seed 100, at 2 of 64 dimensions, k ended at 0.94,
+and samples were 0.27 from the subspace, 0.006 with the image as the target. In a trial on digits
+the learned k was better than both neighbours; no tuning seed was run there.
 """
 
 import torch
