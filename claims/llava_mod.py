@@ -39,16 +39,24 @@ def captions(lab, seed):
     where = dict(world="captions", seed=seed, base_seed=seed, steps=lab.few(200))
     inside = lab.at(**where, lr=3e-4, batch_size=64, eval_every=200)
     world, teacher = inside.world, inside.base().requires_grad_(False)
-    rows = inside.rows(world.demonstrations(512, inside.rng("held out")))
+    rows = inside.rows(world.demonstrations(inside.few(512), inside.rng("held out")))
     held = inside.collate(rows)
 
     def seen(model):
+        model.eval()
         with torch.no_grad():
             kl = mimic(teacher.logits(held), model.logits(held), held.mask).item()
-        return world.measure(model.eval(), inside) | {"KL": kl}
+        prompts = world.prompts(inside.few(1000), inside.rng("prompts"))
+        rows = inside.sample(model, prompts, 1, inside.rng("samples"))
+        parts = [world.parts(row["prompt"], row["responses"][0]) for row in rows]
+        reward = sum(x for (x,) in inside.truth(rows)) / len(rows)
+        wrong = sum(part["hallucinated"] > 0 for part in parts) / len(rows)
+        named = sum(part["named"] for part in parts) / len(rows)
+        return {"chair_s": wrong, "named": named, "reward": reward, "KL": kl}
 
     def imitate(student):
-        demonstrations = world.demonstrations(16384, inside.rng("demonstrations"))
+        n = min(16384, 64 * inside.few(700))
+        demonstrations = world.demonstrations(n, inside.rng("demonstrations"))
         batches = inside.batches(inside.rows(demonstrations), 64)
 
         def nll(model, batch):
@@ -70,7 +78,7 @@ def captions(lab, seed):
     data = inside.preferences(teacher, k=2)
     for name, cfg in ARMS.items():
         reference = teacher if cfg.anchor == "teacher" else "start"
-        student = copy.deepcopy(sparse)
+        student = copy.deepcopy(sparse).train()
         found[name] = seen(inside.align(student, data, llava_mod.loss, cfg, reference=reference))
     return found
 
