@@ -175,6 +175,12 @@ def matched(grouped):
     return report.table(rows, head)
 
 
+def short(grouped):
+    """{label: the method}, or the labels themselves where a method has several settings."""
+    names = {label: records[0].about["method"] for label, records in grouped.items()}
+    return names if len(set(names.values())) == len(names) else {label: label for label in names}
+
+
 def sampled(record):
     """[(tokens sampled so far, true reward)] of the looks of a run, in their order."""
     looks = [look for look in record.looks if "reward" in look]
@@ -204,13 +210,13 @@ def at_samples(grouped):
     def mean(values):
         return float(np.mean(values))
 
-    rows = []
+    names, rows = short(grouped), []
     for label, curves in there.items():
         cells = [math.nan] * 3
         if label in moving:
             cells = [mean([np.interp(n, *zip(*curve)) for curve in curves]) for n in places]
         total, last = (mean([curve[-1][i] for curve in curves]) for i in (0, 1))
-        rows.append((cells[-1], label, len(curves), cells, total, last))
+        rows.append((cells[-1], names[label], len(curves), cells, total, last))
     rows.sort(key=lambda row: (math.isnan(row[0]), -row[5] if math.isnan(row[0]) else -row[0]))
     head = ["true reward at sampled tokens", "runs", *(f"{n:,}" for n in places), "all", "the end"]
     body = []
@@ -274,19 +280,21 @@ def picture(path, grouped, title):
     figure = Figure(figsize=(16, 6.5), layout="constrained")
     figure.suptitle(drawn(title))
     axes = list(figure.subplots(2, 4).flat)
+    names = short(grouped)
     for i, (label, group) in enumerate(grouped.items()):
         for record in group:
-            name = drawn(label) if record is group[0] else None
+            name = drawn(names[label]) if record is group[0] else None
             draw(axes, record, color=f"C{i % 10}", label=name)
     whole = records[0]
     if len(records) == 1:
         parts_against_kl(axes[7], whole)
     elif any(map(online, records)):
-        axes[7].set_title("true reward against sampled tokens (dots: sampled before)", fontsize=10)
-        axes[7].set_xlabel("tokens", fontsize=8)
+        axes[7].set_title("true reward against sampled tokens", fontsize=10)
+        axes[7].set_xlabel("thousands of tokens (one dot: sampled before)", fontsize=8)
         for i, group in enumerate(grouped.values()):
             for record in group:
                 points = sampled(record) if online(record) else sampled(record)[-1:]
+                points = [(n / 1000, reward) for n, reward in points]
                 axes[7].plot(*zip(*points), "o-", markersize=3, color=f"C{i % 10}")
     for ax, name in zip(axes, [*PANELS, "true reward of samples", "KL from the base model (nats)"]):
         ax.set_title(name, fontsize=10)
