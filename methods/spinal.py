@@ -187,6 +187,8 @@ def run(lab, cfg):
         if cfg != Config():
             raise UserError("beta and train do nothing without --steps: nothing is trained")
         return lab.finished()
+    if not lab.settings.init:
+        terminal(lab.world.model())  # refuses a world whose model has too few layers
     policy = lab.base()
     w, count = terminal(policy), len(policy.layers)
     chosen = dict(all=range(count), last=range(count - w, count), first=range(w))[cfg.train]

@@ -193,6 +193,8 @@ def test_the_terminal_layers_are_a_third_and_at_least_two():
         assert terminal(make(num_hidden_layers=count)) == expected
     with pytest.raises(UserError, match="2 layers"):
         terminal(make())
+    with pytest.raises(UserError, match="2 layers"):  # before a base model is trained
+        run(Lab(Settings(world="reviews"), quiet=True), Config())
 
 
 @pytest.mark.slow
