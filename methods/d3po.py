@@ -22,7 +22,7 @@ Differences from the paper
     python train.py --method d3po                          the reward rises at the cost of variety
     python train.py --method d3po --variant first          the same pairs, and hardly any reward
     python train.py --method d3po --reference round        it leaves the data and is stopped
-    python train.py --method d3po --world glyphs           drawings that become cleaner
+    python train.py --method d3po --world glyphs           cleaner drawings, and simpler shapes
 """
 
 import math
@@ -50,7 +50,7 @@ class Config:
     sampler_steps: int = 10  # denoising steps T of a path
     eta: float = 1.0  # noise of the sampler; 1 is ancestral sampling
     reference: str = "start"  # the base model, or round: the policy at the begin of each round
-    kl_limit: float = 20.0  # nats of KL of a path from the base model at which the training stops
+    kl_limit: float = 10.0  # KL of a path, in nats per dimension, at which the training stops
 
     def __post_init__(self):
         check_fields(self, beta="(0, inf)", clip_ratio="[0, 1)", variant=("all", "first"))
@@ -95,10 +95,11 @@ def rollout(lab, policy, cfg):
     rng, T = lab.rng("paths", lab.round), cfg.sampler_steps
     prompts = lab.world.prompts(pairs_per_round(lab), rng)
     kl = policy.path_kl(lab.reference, prompts, lab.rng("kl", lab.round), T).mean().item()
+    kl = kl / math.prod(policy.shape)
     if not kl <= cfg.kl_limit:
         raise StopTraining(
-            f"the KL of a path is {kl:.3g} nats, more than kl_limit = {cfg.kl_limit:g}: the policy "
-            "leaves the data, and its reward means little"
+            f"the KL of a path is {kl:.3g} nats per dimension, more than kl_limit = "
+            f"{cfg.kl_limit:g}: the policy leaves the data, and its reward means little"
         )
     states = policy.walk(prompts, 2, rng, T, cfg.eta).cpu()  # (T + 1, n, 2, *shape)
     rows = [

@@ -7,9 +7,10 @@ dark): 3 * shape + context. Three scores from -3 to 3 are read off an image: how
 placed stencil of the shape fits, how little there is besides a stencil, and how near the brightness
 is to the context's. The reward is their sum with the weight 1 for the score that the context names
 and 0.2 for the others, so it is continuous and bounded. A quarter of the demonstrations show a
-random shape, and many are faint, blurred or noisy, which leaves room above them. A policy cannot
-game the reward without drawing the shape, but it can give up variety: the Frechet distance to the
-demonstrations shows this.
+random shape, and many are faint, blurred or noisy, which leaves room above them. The second score
+accepts any stencil, so a policy can game the contexts crisp and dark by drawing a simpler shape
+than it was asked for: the score "exact" then falls while the reward rises. The Frechet distance to
+the demonstrations shows what a policy gives up.
 """
 
 import itertools
