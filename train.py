@@ -134,6 +134,7 @@ def evaluated(run, lab, model, out, say):
         say("\n" + report.best_of(found["best_of"]))
     if lab.world.kind == "images":
         report.write_picture(out, lab.world.picture(*report.pictures(lab, model)))
+        report.write_progress(out)
     elif lab.world.kind == "text":
         samples = report.side_by_side(lab, model)
         say("\n" + samples)

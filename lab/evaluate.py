@@ -3,9 +3,12 @@
 import functools
 import hashlib
 import math
+import os
 
 import numpy as np
 import torch
+
+from lab.store import save_value
 
 # ---------------------------------------------------------------- a training step
 
@@ -209,8 +212,19 @@ def glance(lab, policy, step, full):
     between = lab.eval_every or max(1, lab.steps // 20)
     if full or step // between % 5 == 0:  # in every fifth look, since it takes seconds
         found |= lab.world.look(policy, lab)
+        keep_pictures(lab, policy, step)
     found = {name: value for name, value in found.items() if not isinstance(value, list)}
     return found | ({"samples": drawn} if drawn else {})
+
+
+def keep_pictures(lab, policy, step, most=12):
+    """Keep one image for each of a few prompts, from the same noise at every look of a run."""
+    if not lab.out or lab.full_looks or lab.world.frechet is None:
+        return
+    prompts = list(lab.world.gallery or range(policy.classes))[:most]
+    rows = lab.sample(policy, prompts, 1, lab.eval_rng("samples during training"))
+    images = torch.cat([row["responses"] for row in rows])
+    save_value(os.path.join(lab.out, "stages", f"pictures-{step:09d}"), {"images": images})
 
 
 def of_samples(lab, policy, n):

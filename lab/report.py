@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -12,7 +13,7 @@ import torch
 from data import encode, printable
 from lab.evaluate import interval
 from lab.settings import Settings, title
-from lab.store import write_beside
+from lab.store import load_value, write_beside
 
 # ---------------------------------------------------------------- the terminal
 
@@ -197,6 +198,31 @@ def pictures(lab, policy, k=8):
         return torch.stack([row["responses"] for row in rows])
 
     return [drawn(model) for model in (lab.reference, policy)]
+
+
+def write_progress(out):
+    """Write training.png: the images that were kept during training, a column for each look."""
+    stages = os.path.join(out, "stages")
+    names = sorted(os.listdir(stages)) if os.path.isdir(stages) else []
+    names = [name[:-5] for name in names if re.fullmatch(r"pictures-\d+\.json", name)]
+    kept = {int(name.split("-")[1]): load_value(os.path.join(stages, name)) for name in names}
+    looks = {step: shown["images"] for step, shown in kept.items() if shown}
+    if len(looks) < 2 or next(iter(looks.values())).dim() != 4:
+        return
+
+    def draw(fig):
+        ax = fig.subplots()
+        tiles = torch.stack(list(looks.values()), 1).clamp(-1, 1) / 2 + 0.5  # (n, looks, C, H, W)
+        tiles = torch.nn.functional.pad(tiles.nan_to_num(0.0), (1, 1, 1, 1), value=0.5)
+        grid = tiles.permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)  # (n H, looks W, C)
+        ax.imshow(grid.expand(-1, -1, 3).numpy(), interpolation="nearest")
+        width = grid.shape[1] / len(looks)
+        ax.set_xticks([(i + 0.5) * width - 0.5 for i in range(len(looks))], list(looks))
+        ax.set_xlabel("step; every row has one prompt and one noise")
+        ax.set_yticks([])
+
+    rows = len(next(iter(looks.values())))
+    figure(os.path.join(out, "training.png"), draw, (0.9 * len(looks) + 1, 0.8 * rows + 1))
 
 
 def show(lab, row, batch):

@@ -104,3 +104,21 @@ def test_reference_logps_of_fixed_rows_are_the_frozen_model_s(tmp_path):
         assert (
             policy.logps(batch) - start.logps(batch)
         ).abs().max() > 1e-4  # the policy moved, the reference did not
+
+
+def test_a_run_on_images_keeps_a_few_of_them_at_looks_during_training(tmp_path):
+    from lab import Lab, Settings, report, store
+    from lab.evaluate import keep_pictures
+
+    lab = Lab(Settings(world="glyphs", base_steps=0), str(tmp_path), quiet=True)
+    policy = lab.base()
+    keep_pictures(lab, policy, 0)
+    assert not report.write_progress(str(tmp_path)) and not (tmp_path / "training.png").exists()
+    for step in (20, 100):
+        torch.nn.init.normal_(policy.output.weight, std=0.1 + step)
+        keep_pictures(lab, policy, step)
+    kept = [store.load_value(str(tmp_path / f"stages/pictures-{n:09d}")) for n in (0, 20, 100)]
+    assert [value["images"].shape for value in kept] == [(12, 1, 8, 8)] * 3
+    assert not torch.equal(kept[1]["images"], kept[2]["images"])
+    report.write_progress(str(tmp_path))
+    assert (tmp_path / "training.png").read_bytes()[:4] == b"\x89PNG"
