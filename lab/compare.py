@@ -312,7 +312,8 @@ def picture(path, grouped, title):
         ax.spines[["top", "right"]].set_visible(False)
         if ax.get_legend_handles_labels()[0]:
             ax.legend(frameon=False, fontsize=7)
-        if not ax.lines:
+        # the metrics of preferences are NaN for a paper that is not about them
+        if not any(np.isfinite(line.get_ydata()).any() for line in ax.lines):
             ax.axis("off")
             ax.set_title("")
     write_beside(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))

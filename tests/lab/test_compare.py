@@ -209,3 +209,15 @@ def test_online_methods_are_ranked_at_equal_sampled_tokens(tmp_path, pictures):
     assert compare.at_samples({"slow": slow, "before": before}) == ""
     path = str(tmp_path / "curves.png")
     assert DRAW(path, grouped, "three methods") and (tmp_path / "curves.png").stat().st_size > 9999
+
+
+def test_panels_of_what_a_run_does_not_have_are_left_out(monkeypatch):
+    from matplotlib.figure import Figure
+
+    seen = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *place, **how: seen.append(figure))
+    steps = [{"stage": 1, "step": i, "loss": 1.0, "grad_norm": 1.0, "lr": 0.1} for i in (1, 2, 3)]
+    about = {"method": "krr_st", "world": "pixels"}
+    DRAW("curves.png", {"krr_st": [compare.Record("one", about, steps, [], {})]}, "krr_st")
+    shown = [ax.get_title() for ax in seen[0].axes if ax.axison]
+    assert shown == ["loss"]
