@@ -195,7 +195,7 @@ def judge_of(lab, cfg):
     """A Lab on verdicts with the tastes of this world's annotators, and the judge."""
     about = dict(steps=cfg.judge_steps, lr=cfg.judge_lr, prompts=None, batch_size=None, k=None)
     about |= dict(guidance=1.0, ema=0.0, init=None, eval_every=None)
-    there = lab.at(world=verdicts.World(lab.world.annotators), **about)
+    there = lab.child("judge", verdicts.World(lab.world.annotators), about)
     fixed = {"fixed": [[1.0] * len(verdicts.CRITERIA)], "known": [None]}.get(cfg.judge)
     if fixed:
         return there, fixed
