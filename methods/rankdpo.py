@@ -83,15 +83,15 @@ def check_shares(batch):
 
 def dcg_weights(phi, present, cfg):
     """w (B, i, j), 0 unless i is better than j, of phi (B, K); present (B, K) bool."""
-    better = (phi[:, :, None] > phi[:, None, :]) & present[:, :, None] & present[:, None, :]
-    order = phi.masked_fill(~present, -1.0).argsort(dim=1, descending=True, stable=True)
+    better = (phi[:, :, None] > phi[:, None, :]) & present[:, None, :]  # an absent phi is 0
+    order = phi.masked_fill(~present, -1.0).argsort(descending=True, stable=True)
     tau = order.argsort(1) + 1  # (B, K), 1 = best
-    gain, discount = 2**phi - 1, 1 / torch.log(1.0 + tau.to(phi.dtype))
+    gain, discount = 2**phi, 1 / torch.log(1.0 + tau.to(phi.dtype))
     w = better.to(phi.dtype)
     if cfg.weights in ("dcg", "gain"):
-        w = w * (gain[:, :, None] - gain[:, None, :]).abs()
+        w = w * (gain[:, :, None] - gain[:, None, :])
     if cfg.weights in ("dcg", "discount"):
-        w = w * (discount[:, :, None] - discount[:, None, :]).abs()
+        w = w * (discount[:, :, None] - discount[:, None, :])  # the better one has more of both
     return w
 
 
@@ -107,7 +107,7 @@ def loss(logps, ref_logps, batch, cfg):
     z = cfg.beta * (r[:, :, None] - r[:, None, :])
     losses = -(w * F.logsigmoid(z)).sum((1, 2))  # eq. 7
     share = w / w.sum().clamp(min=torch.finfo(w.dtype).tiny)
-    order = (z > 0).to(r.dtype) + 0.5 * (z == 0).to(r.dtype)  # ties count half
+    order = (z > 0) + 0.5 * (z == 0)  # ties count half
     return losses, {"ordered": (share * order).sum(), "z": (share * z.detach().abs()).sum()}
 
 

@@ -186,9 +186,9 @@ def loss(logps, ref_logps, batch, cfg):
     rho = (logps - ref_logps).sum(-1).clamp(max=60.0).exp()  # (B, K); float32 ends at 88
     A = batch.scores.to(rho.dtype).clamp(-5, 5)
     worst = torch.maximum(-A * rho, -A * rho.clamp(1 - cfg.epsilon, 1 + cfg.epsilon))
-    losses = (worst * present).sum(1) / present.sum(1).clamp(min=1)
-    clipped = ((rho.detach() - 1).abs() > cfg.epsilon) & present
-    return losses, {"clipped": clipped.sum() / present.sum().clamp(min=1)}
+    losses = worst.sum(1) / present.sum(1).clamp(min=1)  # an absent advantage is 0
+    clipped = ((rho - 1).abs() > cfg.epsilon) & present
+    return losses, {"clipped": clipped.sum() / present.sum()}
 
 
 def judge_of(lab, cfg):

@@ -306,7 +306,22 @@ def shares():
     still = (full[1].clone().requires_grad_(), *full[1:])
     turned = changed(full, scores=full[2].scores.flip(1))
     ends = changed(full, scores=put(put(full[2].scores, 0, 0, 1.0), 0, 4, 0.0))
-    inputs = [full, tied, short, first, idle, half, ragged(seed=3), still, turned, ends]
+    zero = changed(first, scores=first[2].scores.round())  # absent ones before those of phi 0
+    single = ragged(k=3, length=1, seed=5, scores=descending)
+    inputs = [
+        full,
+        tied,
+        short,
+        first,
+        zero,
+        single,
+        idle,
+        half,
+        ragged(seed=3),
+        still,
+        turned,
+        ends,
+    ]
     refused = [
         ragged(k=3, seed=4, fewest=1, scores=descending),
         changed(full, scores=put(full[2].scores, 0, 0, 1.01)),
@@ -319,4 +334,9 @@ def shares():
 
 CASES = [dict(beta=0.7, weights=w) for w in ("dcg", "gain", "discount", "none")]
 INPUTS = shares
-SURVIVORS = {}
+RANKED = "phi.masked_fill(~present, -1.0).argsort(descending=True"
+SURVIVORS = {
+    "dcg_weights: 1.0 -> 2.0": "-1 and -2 are both below every phi",
+    "dcg_weights: True -> False": "stable=True: a CPU sorts short rows stably anyway",
+    f"dcg_weights: {RANKED}, stable=True) -> {RANKED})": "the same",
+}

@@ -323,7 +323,8 @@ def groups():
     close = [near(item, scale) for item in (full, large, short) for scale in (1e-4, 1e-2)]
     empty = short[2].mask & (torch.arange(5) > 0)[:, None, None]
     nobody = changed(short, mask=empty, scores=short[2].scores * empty.any(-1))
-    return [full, large, short, half, far, still, *close, nobody, elsewhere(full)]
+    lone = near(ragged(k=3, seed=6, fewest=1, scores=reals), 1e-2)
+    return [lone, full, large, short, half, far, still, *close, nobody, elsewhere(full)]
 
 
 CASES = [dict(epsilon=0.01), dict(epsilon=0.3)]
