@@ -120,7 +120,7 @@ def backup(path):
         node.Q = node.R - (node.parent.R if node.parent else node.R) + V
 
 
-def search(roots, grow, cfg):
+def tree_search(roots, grow, cfg):
     """Search from all roots in step; grow(nodes, places) gives children to nodes of these roots."""
     for _ in range(cfg.simulations):
         paths = [[root] for root in roots]
@@ -136,7 +136,7 @@ def search(roots, grow, cfg):
             backup(path)
 
 
-def pairs(root, smooth):
+def siblings(root, smooth):
     """(better, worse, doubt) of siblings at every node of the most visited path."""
     out, node = [], root
     while node.children:
@@ -229,14 +229,14 @@ def trees(lab, policy, prompts, key, cfg):
         for node, R in zip(new, rewards):
             node.R, node.Q = R, R - node.parent.R
 
-    search(roots, grow, cfg)
+    tree_search(roots, grow, cfg)
     return roots
 
 
 def rows_of(lab, prompt, root, cfg):
     """The pairs of a tree as rows. A table scores the steps before, too; they cancel."""
     out = []
-    for better, worse, doubt in pairs(root, cfg.smooth):
+    for better, worse, doubt in siblings(root, cfg.smooth):
         both, before = (better, worse), len(better.parent.ids)
         if lab.world.kind == "table":
             row = dict(prompt=prompt, responses=[node.ids for node in both])
@@ -274,13 +274,13 @@ def rollout(lab, policy, round, n, cfg):
     return out
 
 
-def questions(lab):
+def tasks_per_round(lab):
     """The number of questions per round: --prompts, by default those of one optimizer step."""
     return lab.settings.prompts or lab.batch_size
 
 
 def run(lab, cfg):
-    policy, n = lab.base(), questions(lab)
+    policy, n = lab.base(), tasks_per_round(lab)
     if cfg.online:
         data = lambda policy, round: lab.rows(rollout(lab, policy, round, n, cfg))  # noqa: E731
         policy = lab.align(policy, data, loss, cfg, every=cfg.every)

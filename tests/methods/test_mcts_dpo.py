@@ -14,13 +14,13 @@ from methods.mcts_dpo import (
     backup,
     first_step,
     loss,
-    pairs,
     printed,
     rollout,
     rows_of,
     run,
-    search,
     select,
+    siblings,
+    tree_search,
     trees,
 )
 from tests import builders
@@ -133,7 +133,7 @@ def grown(width=2, depth=3):
 def test_every_simulation_ends_and_all_roots_grow_in_one_batch():
     grow, calls = grown()
     roots = [Node([]) for _ in range(3)]
-    search(roots, grow, Config(simulations=6))
+    tree_search(roots, grow, Config(simulations=6))
     assert [root.N for root in roots] == [6, 6, 6]
     assert calls[:3] == [3, 3, 3]
     for root in roots:
@@ -151,12 +151,12 @@ def test_pairs_are_siblings_on_the_most_visited_path():
     b = child(root, Q=0.9, N=30)
     child(a, Q=5.0, N=9)
     c, d, e = (child(b, Q=Q, N=N) for Q, N in ((0.1, 10), (0.4, 10), (0.3, 9)))
-    found = pairs(root, True)
+    found = siblings(root, True)
     assert found == [(b, a, 0.25), (d, c, 0.5)]
-    assert [doubt for *_, doubt in pairs(root, False)] == [0.0, 0.0]
+    assert [doubt for *_, doubt in siblings(root, False)] == [0.0, 0.0]
     d.Q = c.Q = e.Q = 0.1  # equal values are no pair
-    assert pairs(root, True) == [(b, a, 0.25)]
-    assert pairs(Node([]), True) == []
+    assert siblings(root, True) == [(b, a, 0.25)]
+    assert siblings(Node([]), True) == []
 
 
 @pytest.mark.paper
@@ -166,13 +166,13 @@ def test_pairs_are_siblings_on_the_most_visited_path():
 def test_the_smoothing_is_the_share_of_visits_and_at_most_a_half(better, worse, doubt):
     root = Node([])
     child(root, Q=1.0, N=better), child(root, Q=0.0, N=worse)
-    assert pairs(root, True)[0][2] == doubt
+    assert siblings(root, True)[0][2] == doubt
 
 
 def test_without_visits_there_is_no_doubt():
     root = Node([])
     child(root, Q=1.0), child(root, Q=0.0)
-    assert pairs(root, True)[0][2] == 0.0
+    assert siblings(root, True)[0][2] == 0.0
 
 
 # ---- steps and rows
