@@ -8,7 +8,10 @@ OUT/grader/    the solution, hidden calls, the answers of the mutants; stays wit
 import dataclasses
 import importlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -291,5 +294,31 @@ def measure_runs(files, about, teacher, say):
         one["run"] = {"settings": runs[0], "reward": rewards[0], "spread": 2 * spread + 1e-6}
         name = f"{file.name}: a short run reaches the reward of the solution's"
         one["tests"].append(dataclasses.asdict(hidden.Test(name, "loss", "run", [], 10)))
+        one["picture"] = picture(file, runs[0], teacher, cache)
         line = f"{rewards[0]:.3f} +-{2 * spread:.3f}"
         say(f"{file.path}: the solution's short run ends at a reward of {line}")
+
+
+def picture(file, settings, teacher, cache):
+    """Draw the curves of the solution's short run into the student's folder -> the file's name.
+
+    UserError: the command that the task sheet prints does not work.
+    """
+    flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    with tempfile.TemporaryDirectory() as work:
+        tree = Path(work) / "tree"
+        shutil.copytree(teacher / "tree", tree)
+        (tree / file.path).write_text(file.source, encoding="utf-8")
+        command = [sys.executable, "train.py", "--method", file.name, *flags, "--out", "run"]
+        ran = subprocess.run(
+            command,
+            cwd=tree,
+            env=os.environ | {"NANOPREF_CACHE": str(cache)},
+            capture_output=True,
+            text=True,
+        )
+        if ran.returncode:
+            raise UserError(f"the short run fails: {(ran.stderr.splitlines() or ['?'])[-1]}")
+        name = f"expected_{file.name}.png"
+        shutil.copy(tree / "run/curves.png", teacher.parent / "student" / name)
+    return name

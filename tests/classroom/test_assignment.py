@@ -311,7 +311,9 @@ def test_a_short_run_is_measured_and_graded(tmp_path, capsys):
     assert assign.main(["1", "--out", str(out), "--gradescope"]) == 0
     about = json.loads((out / "grader/assignment.json").read_text())
     assert about["files"][0]["run"]["spread"] > 0
-    assert "ends at a true reward of about" in (out / "student/README.md").read_text()
+    task = (out / "student/README.md").read_text()
+    assert "ends at a true reward of about" in task and "expected_dpo.png" in task
+    assert (out / "student/expected_dpo.png").read_bytes()[:4] == b"\x89PNG"
     students = tmp_path / "students"
     students.mkdir()
     source = (ROOT / "methods/dpo.py").read_text()
@@ -346,6 +348,11 @@ def test_every_loss_can_be_assigned(name, tmp_path, monkeypatch):
     folder = tmp_path / "hw/grader"
     sheet = grader.Sheet(folder, about["files"][0])
     assert points(sheet.mark(sheet.expected, None)) == 100
+    names = {"__name__": f"methods.{name}"}
+    exec((tmp_path / f"hw/student/methods/{name}.py").read_text(), names)
+    assert about["files"][0]["tests"] and sheet.calls
+    blank = [hidden.answer(names, call) for call in sheet.calls]
+    assert {row[2] for row in sheet.mark(blank, None)} == {"not attempted"}
     zeros = []
     for answer in sheet.expected:
         zeros.append({key: torch.zeros_like(value) for key, value in answer.items()})
