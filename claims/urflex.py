@@ -25,12 +25,12 @@ from lab.claims import claim
 from methods import urflex
 from toy import verdicts
 
-JUDGES = {"sft": dict(judge="sft"), "flex": {}, "one right": dict(both_right=False)}
+JUDGES = {"sft": dict(critic="sft"), "flex": {}, "one right": dict(both_right=False)}
 GENERATORS = {
     "flex": urflex.Config(),
     "flex, alpha 0": urflex.Config(alpha=0.0),
-    "fixed": urflex.Config(judge="fixed"),
-    "known": urflex.Config(judge="known"),
+    "fixed": urflex.Config(critic="fixed"),
+    "known": urflex.Config(critic="known"),
 }
 HOW = dict(world="glyphs", prompts=16, batch_size=72, steps=80, lr=3e-4, eval_every=20)
 

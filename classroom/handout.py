@@ -237,7 +237,8 @@ def write_file(file, public, folder, seed, say):
             numbers.append(list(range(len(made), len(made) + len(group))))
             for (logps, ref, batch), change in group:
                 changed = dataclasses.replace(cfg, **change)
-                leaf = logps if ref is not None and ref.requires_grad else logps.requires_grad_()
+                frozen = ref is not None and ref.requires_grad
+                leaf = logps.detach() if frozen else logps.requires_grad_()
                 made.append(("loss", (leaf, ref, batch, changed)))
         sentence = properties.PROPERTIES[name].sentence
         test = hidden.Test(f"loss: {name}", "loss", "property", numbers, 1, True, sentence)

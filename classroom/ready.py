@@ -76,9 +76,9 @@ READY = {
     ),
     7: Ready(
         "Policy gradient: GRPO, then DisCO",
-        ((("grpo", "advantages,loss"), ("disco", "gap")),),
+        ((("grpo", "advantages,loss"), ("disco", "gap,loss")),),
         "Write the advantages and the clipped loss of GRPO, and then the gap that DisCO maximizes "
-        "instead. Which questions give GRPO no gradient, and why do they give DisCO one?",
+        "instead, and its loss. Which questions give GRPO no gradient, and why do they give DisCO one?",
     ),
     8: Ready(
         "Diffusion-DPO on digits",

@@ -21,7 +21,7 @@ Differences from the paper
 4. There is no CLIP reward.
 
     python train.py --method urflex                          the judge's accuracy, then the truth
-    python train.py --method urflex --judge fixed,known,flex     one rubric, the right weights
+    python train.py --method urflex --critic fixed,known,flex    one rubric, the right weights
 """
 
 import itertools
@@ -44,7 +44,7 @@ PAPER = Paper(
 
 @dataclass(frozen=True)
 class Config:
-    judge: str = "flex"  # flex; sft, before stage 2; fixed, equal weights; known, the true weights
+    critic: str = "flex"  # flex; sft, before stage 2; fixed, equal weights; known, the true weights
     alpha: float = 0.7  # weight of the criteria's verdicts beside the overall one (sec. 3)
     epsilon: float = 1e-3  # clip range; small, since log p is a mean over pixels
     group: int = 8  # images per group; 9 in the paper
@@ -58,7 +58,7 @@ class Config:
     def __post_init__(self):
         check_fields(
             self,
-            judge=("flex", "sft", "fixed", "known"),
+            critic=("flex", "sft", "fixed", "known"),
             alpha="[0, 1]",
             epsilon="(0, 1)",
             group="[2, 64]",
@@ -116,7 +116,7 @@ def trace_pairs(lab, judge, cfg):
 def trained_judge(lab, cfg):
     """The judge of a Lab on verdicts: SFT on the teacher's traces, then DPO on its own."""
     judge = lab.base()
-    if cfg.judge == "sft":
+    if cfg.critic == "sft":
         return judge
     rows = lab.stage("trace pairs", lambda: trace_pairs(lab, judge, cfg))
     if not rows:
@@ -196,7 +196,7 @@ def judge_of(lab, cfg):
     about = dict(steps=cfg.judge_steps, lr=cfg.judge_lr, prompts=None, batch_size=None, k=None)
     about |= dict(guidance=1.0, ema=0.0, init=None, eval_every=None)
     there = lab.child("judge", verdicts.World(lab.world.annotators), about)
-    fixed = {"fixed": [[1.0] * len(verdicts.CRITERIA)], "known": [None]}.get(cfg.judge)
+    fixed = {"fixed": [[1.0] * len(verdicts.CRITERIA)], "known": [None]}.get(cfg.critic)
     if fixed:
         return there, fixed
     judge = trained_judge(there, cfg)

@@ -97,6 +97,8 @@ def test_every_arm_of_a_race_sees_the_same_rows_order_and_noise():
     arms["own"] = lambda lab: lab.align(lab.base(), lab.pairs(lab.base()), dpo.loss, dpo.Config())
     curves = lab.race(arms, end=lambda lab, policy: {"extra": 1.0}, max_response=6, **TINY)
     assert all(torch.equal(x, y) for x, y in zip(seen["a"], seen["b"], strict=True))
+    for look in [look for curve in curves["own"] for look in curve]:
+        assert look.pop("samples") > 0  # the arm asks for the rows itself, so they count as its own
     assert curves["a"] == curves["b"] == curves["own"] and len(curves["a"]) == 2
     assert curves["a"][0] != curves["a"][1]  # the second seed
     assert curves["a"][0][-1]["extra"] == 1.0 and "extra" not in curves["a"][0][0]

@@ -276,7 +276,7 @@ def test_a_run_reports_the_truth_beside_the_judge(judge, monkeypatch):
         return align(policy, data, *about, **how)
 
     lab.align = spy
-    policy = run(lab, Config(judge=judge, group=2, sampler_steps=3, judge_steps=1))
+    policy = run(lab, Config(critic=judge, group=2, sampler_steps=3, judge_steps=1))
     last = policy.curve[-1]
     names = ("reward", "utility", "worst_context", "judge_wins", "true_wins", "judge_right")
     assert set(names) <= set(last)
@@ -291,7 +291,7 @@ def test_a_run_reports_the_truth_beside_the_judge(judge, monkeypatch):
 def test_the_judge_learns_the_tastes_of_this_world_s_annotators():
     lab = tiny()
     lab.world.annotators = ((0.0, 1.0, 0.0),) * 3
-    there, judge = judge_of(lab, Config(judge="known"))
+    there, judge = judge_of(lab, Config(critic="known"))
     assert judge == [None] and there.world.tastes.tolist() == [[0, 1, 0]] * 3
     assert there.steps == 200 and there.prompts == 4000 and there.settings.guidance == 1
 
