@@ -78,7 +78,8 @@ READY = {
         "Policy gradient: GRPO, then DisCO",
         ((("grpo", "advantages,loss"), ("disco", "gap,loss")),),
         "Write the advantages and the clipped loss of GRPO, and then the gap that DisCO maximizes "
-        "instead, and its loss. Which questions give GRPO no gradient, and why do they give DisCO one?",
+        "instead, and its loss. Which questions give GRPO no gradient, and why do they give "
+        "DisCO one?",
     ),
     8: Ready(
         "Diffusion-DPO on digits",

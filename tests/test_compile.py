@@ -139,6 +139,7 @@ def run(tmp_path, compile, every=None, steps=12):
     return lab.align(base, data, dpo.loss, dpo.Config(), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [None, 6])
 def test_compile_on_trains_the_same_policy_with_few_compilations(tmp_path, monkeypatch, every):
     monkeypatch.setattr(store, "CACHE", str(tmp_path / "cache"))

@@ -416,6 +416,7 @@ def tensors(item):
     return [x for x in (logps, ref_logps, *vars(batch).values()) if x is not None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOSSES)
 def test_padding_changes_nothing(name):
     """More tokens at the end of all responses; more absent responses where a list may be short."""
@@ -476,6 +477,7 @@ def test_a_row_depends_on_the_others_only_where_its_method_says_so(name):
         assert differ == coupled(name, cfg), cfg
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_reads_no_value_on_a_device_that_would_have_to_wait(name):
     for cfg, items in accepted(name):

@@ -22,6 +22,7 @@ def test_the_report_has_times_steps_tests_and_versions(tmp_path, monkeypatch):
     assert report["versions"]["torch"] in page.read_text() and "FAILED" not in page.read_text()
 
 
+@pytest.mark.slow
 def test_a_failure_or_a_lack_of_time_is_in_the_report():
     found = gpu.call(["train.py", "--method", "nonsense"], 100, "cpu")
     assert not found["ok"] and "nonsense" in found["error"]

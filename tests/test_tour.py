@@ -5,9 +5,12 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 from lab.store import HERE
 
 
+@pytest.mark.slow
 def test_the_tour_runs_and_says_what_it_promises(tmp_path):
     environment = os.environ | {"NANOPREF_CACHE": str(tmp_path / "cache")}
     command = [sys.executable, os.path.join(HERE, "docs", "tour.py")]

@@ -106,6 +106,7 @@ def test_every_visible_test_of_a_handout_says_your_turn_and_passes_with_the_solu
         (student / "methods/rdpo.py").write_text(blanked)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_assigned_is_refused(tmp_path, capsys):
     lines = [
         (["methods/wide_deep.py"], "no loss"),

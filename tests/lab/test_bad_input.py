@@ -32,6 +32,7 @@ def test_a_bad_file_is_refused_in_one_line(tmp_path, capsys, text, words):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_files_a_method_cannot_use(tmp_path, capsys):
     path = rows_file(
         tmp_path / "labels.jsonl",
@@ -47,6 +48,7 @@ def test_files_a_method_cannot_use(tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
 def test_a_refused_run_leaves_no_folder(tmp_path, capsys, monkeypatch):
     small(monkeypatch)
     path = rows_file(tmp_path / "long.jsonl", [row | {"chosen": "yes " * 300} for row in PAIRS])
@@ -114,6 +116,7 @@ def test_a_prompt_longer_than_the_context(tmp_path, capsys, monkeypatch):
     assert "cut to the context" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_out_folders_are_not_overwritten(tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("precious")
@@ -131,6 +134,7 @@ def test_out_folders_are_not_overwritten(tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
 def test_weights_that_do_not_fit(tmp_path, capsys):
     assert train.main(["--method", "dpo", *TINY, "--out", "a"]) == 0
     config = json.loads((tmp_path / "a" / "config.json").read_text())

@@ -35,6 +35,7 @@ def content(path):
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_a_killed_claim_goes_on(tmp_path, monkeypatch):
     def measure(lab):
         curves = lab.race({"dpo": (dpo.loss, dpo.Config())}, world="bandit", steps=6)
@@ -67,6 +68,7 @@ def test_a_killed_claim_goes_on(tmp_path, monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_every_seed_of_a_race_has_its_own_base_model_and_prompts(tmp_path, monkeypatch):
     seen = []
 
@@ -180,6 +182,7 @@ def test_a_failure_leaves_the_results_of_other_papers(tmp_path, monkeypatch, cap
     assert (tmp_path / "results" / "dpo.json").exists()
 
 
+@pytest.mark.slow
 def test_stored_series_are_judged_again_without_measuring(tmp_path, monkeypatch, capsys):
     def stated(margin):
         return [claim("a", None, "ours", ">", "zero", margin=margin, **PRIMARY)]

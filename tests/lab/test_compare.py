@@ -15,6 +15,7 @@ DRAW = compare.picture  # the fixture replaces it
 BANDIT = ["--world", "bandit", "--steps", "40", "--prompts", "256"]
 
 
+@pytest.mark.slow
 def test_runs_and_sweeps_are_compared_at_matched_kl_over_paired_seeds(capsys, pictures):
     sweep = ["--method", "dpo", "--beta", "0.1,0.3", "--seeds", "2"]
     assert train.main([*sweep, *BANDIT, "--out", "sweep"]) == 0
@@ -146,6 +147,7 @@ def test_what_is_no_finished_run_is_refused_in_one_line(words, capsys, tmp_path)
     assert not (tmp_path / "beside").exists()
 
 
+@pytest.mark.slow
 def test_what_does_not_exist_or_has_not_ended_is_said(capsys, tmp_path):
     assert train.main(["--compare", "nowhere"]) == 2
     assert "nowhere does not exist" in capsys.readouterr().err
@@ -165,6 +167,7 @@ def test_what_does_not_exist_or_has_not_ended_is_said(capsys, tmp_path):
     assert capsys.readouterr().err == error
 
 
+@pytest.mark.slow
 def test_a_run_without_looks_is_compared_as_far_as_it_goes(capsys, tmp_path):
     for name in ("a", "b"):
         assert train.main(["--method", "dpo", *BANDIT, "--out", name]) == 0
@@ -174,6 +177,7 @@ def test_a_run_without_looks_is_compared_as_far_as_it_goes(capsys, tmp_path):
     assert "written to beside/: curves.csv" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_best_of_n_samples_has_more_reward_for_every_n(tmp_path):
     assert train.main(["--method", "dpo", *TINY, "--out", "run"]) == 0
     with open("run/summary.json", encoding="utf-8") as file:

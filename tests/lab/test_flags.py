@@ -21,6 +21,7 @@ from tests.lab.commands import (
 pytestmark = pytest.mark.usefixtures("own_folder")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("forget")
 def test_every_printed_command_is_one_that_is_understood(tmp_path, monkeypatch):
     """The commands are in the README and in docstrings; two spaces separate an explanation."""
@@ -62,6 +63,7 @@ def test_the_first_run_of_a_method_has_settings_of_its_own(capsys):
     assert f"--beta {PAPER.demo['beta']}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["did", "ld_dpo"])
 def test_a_default_that_does_nothing_in_another_world_is_none(capsys, method):
     (run,) = runs("--method", method, "--world", "arithmetic")
@@ -84,6 +86,7 @@ def test_a_sweep_over_temperatures_is_no_question(capsys):
     refused(capsys, ["--prompt", "hi", "--temperature", "0.5,1"], "--prompt", "one value")
 
 
+@pytest.mark.slow
 def test_list_and_help_name_every_method_flag_and_world(capsys):
     assert train.main(["--list"]) == 0
     listed = capsys.readouterr().out
@@ -175,6 +178,7 @@ def test_a_bad_flag_is_refused_in_one_line(tmp_path, capsys, argv, words):
     assert not list(tmp_path.glob("out/*/metrics.jsonl"))
 
 
+@pytest.mark.slow
 def test_clipping_can_be_switched_off(capsys):
     argv = ["--method", "dpo", "--world", "bandit", "--steps", "2", "--clip", "inf"]
     assert train.main([*argv, "--out", "run"]) == 0
@@ -200,6 +204,7 @@ def test_a_default_folder_is_named_without_the_ending_of_a_file(name, label):
     assert flags.label([run], {}) == "dpo-my_world"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 @pytest.mark.parametrize("module", ["torch", "numpy", "lab"])
 def test_ctrl_c_while_the_libraries_are_imported_is_one_line(tmp_path, module):
@@ -216,6 +221,7 @@ def test_ctrl_c_while_the_libraries_are_imported_is_one_line(tmp_path, module):
     assert said == ["stopped"] and process.returncode == 130, said
 
 
+@pytest.mark.slow
 def test_no_traceback_from_the_shell(tmp_path):
     command = [sys.executable, os.path.join(store.HERE, "train.py"), "--method", "dpp"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
@@ -227,6 +233,7 @@ def test_no_traceback_from_the_shell(tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "line, words",
     [

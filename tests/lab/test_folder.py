@@ -44,6 +44,7 @@ def former():
     return files()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", ["3", "3,4"])
 def test_a_run_that_diverges_gives_the_former_one_back(tmp_path, capsys, former, steps):
     argv = [*RUN[:4], "--steps", steps, "--out", "run", "--overwrite", "--lr", "1e300"]
@@ -55,6 +56,7 @@ def test_a_run_that_diverges_gives_the_former_one_back(tmp_path, capsys, former,
     assert files() == former
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [ZeroDivisionError("a bug"), KeyboardInterrupt()])
 def test_whatever_stops_a_run_the_former_one_is_not_lost(tmp_path, monkeypatch, former, error):
     monkeypatch.setattr(methods.dpo, "loss", raises(error))
@@ -72,6 +74,7 @@ def test_a_cache_that_cannot_be_written_replaces_nothing(capsys, monkeypatch, fo
     assert files() == former
 
 
+@pytest.mark.slow
 def test_after_a_kill_the_next_command_says_where_the_former_run_is(
     tmp_path, capsys, monkeypatch, former
 ):
@@ -129,6 +132,7 @@ def test_a_file_that_has_changed_is_named(tmp_path, capsys, monkeypatch):
     assert train.main(["--resume", "run"]) == 0
 
 
+@pytest.mark.slow
 def test_a_second_resume_of_one_folder_is_refused(capsys, interrupted):
     before = files()
     with folder.locked("run"):
@@ -138,6 +142,7 @@ def test_a_second_resume_of_one_folder_is_refused(capsys, interrupted):
     assert train.main(["--resume", "run"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes, words",
     [

@@ -150,6 +150,7 @@ def test_chosen_rows_of_one_batch_are_the_batch_of_the_chosen_rows():
     assert set(whole.columns) == {"margin"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capture, collated", [("on", 40), ("off", 12 * 8)])
 def test_rows_are_collated_once_where_steps_are_captured(monkeypatch, capture, collated):
     lab, count, plain = make(capture=capture), [], collate
@@ -184,6 +185,7 @@ def test_rows_that_are_mostly_padding_or_too_large_are_collated_at_each_visit(mo
 # ---- trainings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [None, 4])
 @pytest.mark.parametrize("world", ["reviews", "digits"])
 def test_a_captured_training_equals_the_same_steps_called(tmp_path, monkeypatch, every, world):
@@ -221,6 +223,7 @@ def test_a_captured_training_equals_the_same_steps_called(tmp_path, monkeypatch,
     assert {"loss", "grad_norm", "lr", "margin", "accuracy"} <= names
 
 
+@pytest.mark.slow
 def test_a_captured_training_equals_one_on_tight_batches_but_for_rounding(tmp_path):
     ours, plain = trained(make(tmp_path / "a")), trained(make(tmp_path / "b", capture="off"))
     assert not equal(ours, plain)
@@ -228,6 +231,7 @@ def test_a_captured_training_equals_one_on_tight_batches_but_for_rounding(tmp_pa
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", [2, 7])
 def test_a_killed_captured_run_resumes_to_the_same_weights(tmp_path, monkeypatch, call):
     monkeypatch.setattr(Lab, "checkpoint_every", 0.0)
@@ -256,6 +260,7 @@ def test_a_method_with_a_score_or_an_optimizer_of_its_own_is_not_captured(monkey
     assert not replays
 
 
+@pytest.mark.slow
 def test_captured_sampling_draws_the_same_tokens(monkeypatch):
     here = make()
     base, prompts = here.base(), here.world.prompts(6, here.rng("asked"))

@@ -722,6 +722,7 @@ ENDLESS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", HOSTILE)
 def test_a_template_that_breaks_out_or_down_is_one_line(impatient, text):
     with pytest.raises(UserError) as caught:

@@ -45,6 +45,7 @@ def test_a_generator_depends_on_the_seed_the_name_and_the_key_alone():
     assert all(numbers(rng) != first for rng in others)
 
 
+@pytest.mark.slow
 def test_the_base_model_depends_on_base_seed_alone_and_leaves_the_global_generator_as_it_was():
     torch.manual_seed(5)
     expected = torch.rand(1).item()
@@ -57,6 +58,7 @@ def test_the_base_model_depends_on_base_seed_alone_and_leaves_the_global_generat
     assert not torch.equal(other.embed_tokens.weight, weight)
 
 
+@pytest.mark.slow
 def test_an_added_diagnostic_changes_no_later_sample(tmp_path):
     def run(lab, curious):
         policy = lab.base()
@@ -71,6 +73,7 @@ def test_an_added_diagnostic_changes_no_later_sample(tmp_path):
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+@pytest.mark.slow
 def test_a_key_asks_for_other_prompts_and_samples():
     lab = tiny()
     base = lab.base()
@@ -82,6 +85,7 @@ def test_a_key_asks_for_other_prompts_and_samples():
 # ---------------------------------------------------------------- races
 
 
+@pytest.mark.slow
 def test_every_arm_of_a_race_sees_the_same_rows_order_and_noise():
     lab = Lab(Settings(), quiet=True, seeds=2)
     seen = {"a": [], "b": []}
@@ -133,6 +137,7 @@ def test_the_spread_of_the_reward_is_exact_in_a_table():
     )
 
 
+@pytest.mark.slow
 def test_a_race_goes_on_where_it_was_interrupted(tmp_path):
     def race(out, fail):
         lab = Lab(Settings(), str(out), quiet=True)
@@ -240,6 +245,7 @@ def test_a_verifier_has_no_noise_but_flips():
     assert asked.tolist() == pytest.approx([0.9, 0.1, 0.5])
 
 
+@pytest.mark.slow
 def test_samples_end_at_max_tokens():
     lab = tiny()
     base, prompts = lab.base(), lab.world.prompts(8, lab.rng("asked"))
@@ -249,6 +255,7 @@ def test_samples_end_at_max_tokens():
     assert longest == 6
 
 
+@pytest.mark.slow
 def test_no_rows_are_refused_before_anything_is_trained():
     lab = tiny()
     with pytest.raises(UserError, match="there are no rows to align on"):

@@ -10,6 +10,7 @@ from lab import Lab, Settings, align, evaluate
 pytestmark = pytest.mark.usefixtures("own_folder")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_the_kl_is_that_of_the_sampled_distributions(temperature):
     """The mean over samples of the KL per token equals that of the log-ratio, with less noise."""
@@ -77,6 +78,7 @@ def test_the_log_compares_paths_of_a_tree_items_of_a_chain_and_members_of_a_list
     assert found["rejected_logp"].item() == pytest.approx((-3.0 - 6.0 - 2.0) / 3)
 
 
+@pytest.mark.slow
 def test_reference_logps_of_fixed_rows_are_the_frozen_model_s(tmp_path):
     lab = Lab(
         Settings(

@@ -71,6 +71,7 @@ def falling(monkeypatch, tmp_path):
     return ["--method", "dpo", "--data", path, *FILE[4:], *HOT[:2], "--lr", "0.003"]
 
 
+@pytest.mark.slow
 def test_a_run_that_unlearns_its_pairs_stops_and_keeps_good_weights(tmp_path, capsys, falling):
     assert train.main([*falling, "--base_steps", "20", "--out", "run"]) == 3
     error = capsys.readouterr().err
@@ -87,6 +88,7 @@ def test_a_run_that_unlearns_its_pairs_stops_and_keeps_good_weights(tmp_path, ca
     assert not os.path.exists("run/stages") and os.path.exists("run/model.safetensors")
 
 
+@pytest.mark.slow
 def test_it_stops_at_the_same_step_after_a_kill(tmp_path, capsys, falling, monkeypatch):
     argv = [*falling, "--base_steps", "20", "--out"]
     assert train.main([*argv, "whole"]) == 3

@@ -151,6 +151,7 @@ def test_the_cache_knows_the_source_of_a_world(tmp_path):
     assert rewards[0] > 0 > rewards[1]
 
 
+@pytest.mark.slow
 def test_claims_stand_beside_a_method_of_one_s_own(tmp_path, capsys):
     path = own_method(tmp_path / "mine")
     refused(capsys, ["--method", path, "--claim"], "my_method has no claims", "my_method_claims.py")
@@ -225,6 +226,7 @@ def test_a_file_that_cannot_be_imported_is_one_line(tmp_path, capsys):
     refused(capsys, ["--world", "json.py", "--method", "dpo"], "a module json exists already")
 
 
+@pytest.mark.slow
 def test_a_draft_in_methods_breaks_only_itself(tmp_path):
     """In a copy of the project, from another folder."""
     for name in ("lab", "methods", "toy", "claims"):

@@ -48,6 +48,7 @@ def test_settings_that_a_method_cannot_use(tmp_path, capsys, untrained, argv, wo
     assert os.listdir(tmp_path) in ([], ["cache"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "argv, rows, words",
     [
@@ -164,6 +165,7 @@ def test_what_follows_an_align_that_trained_nothing_is_not_judged(untrained, for
     assert flags.fitting(flags.combinations(given, chosen), given)
 
 
+@pytest.mark.slow
 def test_a_refused_run_under_overwrite_leaves_the_former_run_as_it_is(tmp_path, capsys):
     argv = ["--method", "curry_dpo", "--world", "bandit", "--steps", "6", "--out", "run"]
     assert train.main(argv) == 0
@@ -200,6 +202,7 @@ def test_a_rehearsal_changes_nothing(tmp_path, capsys, monkeypatch):
     assert set(os.listdir("run")) <= {"run.json"}
 
 
+@pytest.mark.slow
 def test_rows_that_are_wrong_in_a_file_are_left_out_of_all_methods(tmp_path, capsys, monkeypatch):
     """`--method all` names the methods that cannot use a file, and runs the others."""
     small(monkeypatch)

@@ -19,6 +19,7 @@ from tests.lab.commands import PAIRS, TINY, Killed, killed_at, rows_file, weight
 pytestmark = pytest.mark.usefixtures("own_folder")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", ["reviews", "bandit", "digits"])
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path, monkeypatch, world):
     monkeypatch.setattr(Lab, "checkpoint_every", 0.0)  # a checkpoint at every step
@@ -72,6 +73,7 @@ def counted(monkeypatch, name, call=None):
     return calls, method
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_resumes(tmp_path, monkeypatch):
     """In base training, in sampling, in scoring, in an evaluation: wherever the model is used."""
     monkeypatch.setattr(Lab, "checkpoint_every", 0.0)
@@ -118,6 +120,7 @@ def test_a_run_killed_at_any_moment_resumes(tmp_path, monkeypatch):
                 ).read_bytes(), (out, file)
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on(tmp_path, monkeypatch):
     argv = [
         "--method",
@@ -168,6 +171,7 @@ def rounds(lab, policy, log):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", [3, 5, 8, 11])
 def test_rounds_with_a_moving_reference_resume(tmp_path, monkeypatch, call):
     monkeypatch.setattr(Lab, "checkpoint_every", 0.0)
@@ -226,6 +230,7 @@ def test_two_fits_in_one_stage_do_not_share_a_checkpoint(tmp_path, monkeypatch):
     assert all(torch.equal(whole[k], cut[k]) for k in whole)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     command = [
         sys.executable,
@@ -252,6 +257,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     assert list((tmp_path / "run" / "stages").glob("*checkpoint*.json"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_survives(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Lab, "checkpoint_every", 0.0)
     monkeypatch.setattr(time, "time", lambda: 0.0)

@@ -81,6 +81,7 @@ def test_a_run_writes_what_it_says_and_nothing_half_written(tmp_path, capsys, pi
     assert "alignment" in printed.err and "left" in printed.err
 
 
+@pytest.mark.slow
 def test_the_same_command_gives_the_same_weights(tmp_path):
     for name in ("a", "b"):
         Lab.memory.clear()
@@ -90,6 +91,7 @@ def test_the_same_command_gives_the_same_weights(tmp_path):
     assert weights(tmp_path / "a") != weights(tmp_path / "c")
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_a_checkpoint(tmp_path, capsys):
     assert train.main(["--method", "dpo", *TINY, "--out", "a"]) == 0
     assert (
@@ -121,12 +123,14 @@ def test_a_finished_run_is_a_checkpoint(tmp_path, capsys):
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_default_folders_are_numbered(tmp_path):
     for number in (1, 2):
         assert train.main(["--method", "dpo", "--world", "bandit", "--steps", "2"]) == 0
         assert (tmp_path / "out" / f"dpo-bandit-{number}" / "summary.json").exists()
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_all_combinations(tmp_path, capsys):
     argv = [
         "--method",
@@ -159,6 +163,7 @@ def test_the_header_names_the_numbers_that_are_computed_with(world, dtype):
     assert f"cpu, {dtype}" in report.header(lab, "dpo", None, None, lab.base("raw"))
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_after_a_run_that_fails(tmp_path, capsys, monkeypatch):
     """A NaN and an error of the method are named with their combination, also at the end."""
     loss = methods.dpo.loss
@@ -185,6 +190,7 @@ def test_a_sweep_goes_on_after_a_run_that_fails(tmp_path, capsys, monkeypatch):
     assert not list(tmp_path.glob("s.*"))
 
 
+@pytest.mark.slow
 def test_show_prints_a_row_and_trains_nothing(tmp_path, capsys):
     assert train.main(["--method", "dpo", *TINY, "--show"]) == 0
     printed = capsys.readouterr().out
@@ -211,6 +217,7 @@ def test_pairs_and_lists_from_files_run(tmp_path, capsys, monkeypatch):
     assert train.main(["--method", "irpo", "--data", path, *FILE, "--out", "c"]) == 0
 
 
+@pytest.mark.slow
 def test_two_runs_share_a_cache(tmp_path):
     command = [
         sys.executable,
@@ -229,6 +236,7 @@ def test_two_runs_share_a_cache(tmp_path):
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_a_reader_that_stops_early_is_no_mistake(tmp_path):
     command = f"{sys.executable} {store.HERE}/train.py --list | head -n 1"
     done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)

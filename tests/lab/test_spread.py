@@ -28,6 +28,7 @@ def whole(tmp_path):
     return table(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_shards_that_share_a_folder_end_with_the_table_of_the_whole_sweep(tmp_path, whole, capsys):
     assert train.main([*SWEEP, "--shard", "2/2", "--out", "s"]) == 0
     assert "2 of 4 runs are not done" in capsys.readouterr().out
@@ -37,6 +38,7 @@ def test_shards_that_share_a_folder_end_with_the_table_of_the_whole_sweep(tmp_pa
     assert table(tmp_path / "s") == whole
 
 
+@pytest.mark.slow
 def test_a_shard_that_is_given_again_repeats_nothing(tmp_path):
     argv = [*SWEEP, "--shard", "1/4", "--out", "s"]
     assert train.main(argv) == 0
@@ -46,12 +48,14 @@ def test_a_shard_that_is_given_again_repeats_nothing(tmp_path):
     assert summary.stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_resume_of_a_shared_folder_does_what_no_shard_has_done(tmp_path, whole):
     assert train.main([*SWEEP, "--shard", "3/4", "--out", "s"]) == 0
     assert train.main(["--resume", "s"]) == 0
     assert table(tmp_path / "s") == whole
 
 
+@pytest.mark.slow
 def test_merge_joins_the_folders_of_shards(tmp_path, whole, capsys):
     for i in (1, 2):
         assert train.main([*SWEEP, "--shard", f"{i}/2", "--out", f"part{i}"]) == 0
@@ -63,6 +67,7 @@ def test_merge_joins_the_folders_of_shards(tmp_path, whole, capsys):
     assert "2 of 4 runs are not done: seed 0, beta 1.0" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_jobs_make_the_table_of_one_process_and_name_a_run_that_fails(
     tmp_path, capsys, monkeypatch
 ):

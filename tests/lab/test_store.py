@@ -79,6 +79,7 @@ def test_tensors_that_are_missing_make_a_value_damaged(tmp_path, capsys):
     assert not capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_base_model_that_is_damaged_in_the_cache_is_trained_again(tmp_path, capsys):
     def weights():
         Lab.memory.clear()
@@ -104,6 +105,7 @@ def test_a_cache_that_cannot_be_written_is_named_before_anything_is_trained(
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_what_killed_runs_left_half_written_goes_from_the_cache_and_the_folder(tmp_path):
     cache = tmp_path / "cache"
     cache.mkdir()
@@ -148,6 +150,7 @@ def test_two_runs_use_the_cache_at_once(tmp_path):
             assert store.load_value(os.path.join(store.CACHE, "a")) is not None
 
 
+@pytest.mark.slow
 def test_an_empty_name_of_the_cache_is_not_the_current_folder(tmp_path):
     code = "from lab import store; print(store.CACHE)"
     environment = os.environ | {"NANOPREF_CACHE": "", "PYTHONPATH": store.HERE}

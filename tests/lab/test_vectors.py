@@ -100,6 +100,7 @@ def test_a_sweep_puts_the_rows_of_its_tables_below_each_other(near, tmp_path, ca
     assert len(lines) == 3 and lines[0].split()[:2] == ["near", "row"]
 
 
+@pytest.mark.slow
 def test_settings_that_do_nothing_in_a_world_of_vectors_are_refused(near, capsys):
     for name in ("prompts", "k", "flip", "label_temperature", "eval_size", "base_seed"):
         refused(capsys, ["--method", near, f"--{name}", "3" if name != "flip" else "0.3"], name)

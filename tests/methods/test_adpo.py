@@ -477,6 +477,7 @@ def test_the_average_is_kept_in_the_optimizers_state_and_survives_a_checkpoint()
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [

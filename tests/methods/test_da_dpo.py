@@ -303,6 +303,7 @@ def test_the_betas_narrow_the_gap_between_easy_and_hard_pairs():
 SMALL = dict(base_steps=2, steps=3, batch_size=4, prompts=12, eval_size=4, max_response=6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", ["captions", "reviews"])
 def test_a_run_and_its_fields_differ(world):
     found = []

@@ -694,6 +694,7 @@ def test_a_run_on_points(how):
     assert not torch.equal(policy.output.weight, lab.reference.output.weight)
 
 
+@pytest.mark.slow
 def test_a_run_moves_a_diluted_table_towards_the_data():
     lab = Lab(
         Settings(world="bandit", steps=200, batch_size=256, prompts=4096, lr=0.05), quiet=True

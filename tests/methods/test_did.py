@@ -254,6 +254,7 @@ def test_without_a_reference_the_policy_becomes_the_did(beta):
     assert found.exp().tolist() == pytest.approx(did(TARGET, REF).exp().tolist(), abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.paper
 @pytest.mark.parametrize("seed", [101, 103])
 def test_only_the_log_ratio_recovers_the_target_in_tables_of_32_responses(seed):
@@ -282,6 +283,7 @@ def test_uniform_rejected_responses_teach_a_power_of_the_reference():
 # ---- the pairs of a run
 
 
+@pytest.mark.slow
 def test_the_rejected_response_is_drawn_by_the_closed_form():
     """In a table of four the picks are distributed as pi_l, up to the number of candidates."""
     rng, reward = torch.Generator().manual_seed(0), TARGET - REF
@@ -322,6 +324,7 @@ def test_two_responses_are_refused_before_anything_is_trained(monkeypatch):
         run(Lab(Settings(k=2), quiet=True), Config())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [dict(beta=1.0), dict(goal=0.3)])
 def test_a_run_improves_the_reward_and_every_field_counts(change):
     def trained(**fields):

@@ -411,6 +411,7 @@ def climb(start, method, cfg, until, lr=0.05, n=1000, limit=4000):
     return reached
 
 
+@pytest.mark.slow
 @pytest.mark.paper
 @pytest.mark.parametrize(
     ("method", "cfg", "scale", "steps", "rel"),

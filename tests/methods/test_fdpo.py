@@ -420,6 +420,7 @@ def test_the_table_of_the_tradeoff_has_means_over_seeds():
 # ---- the run
 
 
+@pytest.mark.slow
 def test_a_run_learns_with_dpos_scaffold():
     lab = Lab(Settings(world="bandit", steps=60, batch_size=256, prompts=2048), quiet=True)
     start = lab.evaluate(lab.base())["reward"]

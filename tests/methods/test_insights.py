@@ -499,6 +499,7 @@ def test_a_file_has_no_instruction_tuned_model():
     assert begun(here, "policy", "base") == "policy"
 
 
+@pytest.mark.slow
 def test_every_variant_runs_on_text():
     here = lab.Lab(
         lab.Settings(

@@ -517,6 +517,7 @@ def small_ranker(objective, cfg, seed=0):
     ).mean().item()
 
 
+@pytest.mark.slow
 def test_the_order_of_the_methods_without_a_language_model():
     """IRPO ranks best of the three; weights by position rank higher still, at a tenth of its KL."""
     dpo_, sdpo = small_ranker(dpo_loss, ONE), small_ranker(softmax_dpo_loss, ONE)
@@ -588,6 +589,7 @@ def test_sampled_lists_get_sparse_relevance():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "world, k, items",
     [("ranking", None, 10), ("ranking", 5, 5), ("reviews", None, 4), ("bandit", 3, 3)],

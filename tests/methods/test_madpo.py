@@ -316,6 +316,7 @@ def test_a_reward_model_that_diverges_names_its_own_learning_rate():
         run(lab, Config(reward_lr=1e38, reward_steps=50))
 
 
+@pytest.mark.slow
 def test_a_run_improves_the_reward():
     lab = Lab(Settings(world="bandit", steps=100, prompts=2048), quiet=True)
     policy = run(lab, Config(beta=0.5, reward_lr=0.05, reward_steps=50))

@@ -37,6 +37,7 @@ def test_the_loss_is_dpo_word_for_word():
         assert torch.equal(mine[0], theirs[0]) and torch.equal(mine[1], theirs[1])
 
 
+@pytest.mark.slow
 @pytest.mark.paper
 def test_pairs_of_every_source_start_at_ln_2(tmp_path):
     for source in SOURCES:
@@ -164,6 +165,7 @@ def test_pairs_that_do_not_differ_are_refused(monkeypatch):
         run(small(), Config())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_folder")
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path, monkeypatch):
     argv = "--method more_is_less --base_steps 2 --steps 6 --prompts 24 --batch_size 8".split()

@@ -417,6 +417,7 @@ def test_the_reference_and_the_fit_change_the_run():
     assert all((a - b).abs().max() > 1e-6 for i, a in enumerate(ends) for b in ends[:i])
 
 
+@pytest.mark.slow
 def test_a_run_prints_what_it_is_about(capsys):
     small = Settings(
         world="reviews", steps=1, prompts=8, base_steps=3, max_response=6, eval_size=2, batch_size=2

@@ -275,6 +275,7 @@ def test_the_file_has_dpos_scaffold():
     assert Config() == Config(beta=0.1, epsilon=0.3)
 
 
+@pytest.mark.slow
 def test_a_run_learns_through_flipped_labels():
     lab = Lab(
         Settings(world="bandit", flip=0.3, steps=60, batch_size=512, prompts=4096), quiet=True

@@ -46,6 +46,7 @@ def test_the_bradley_terry_loss_ignores_a_constant_of_the_prompt():
     torch.testing.assert_close(bradley_terry(rewards + 9.0)[0], bradley_terry(rewards)[0])
 
 
+@pytest.mark.slow
 def test_a_reward_table_starts_flat_and_recovers_the_true_differences():
     lab = Lab(Settings(world="bandit", steps=300, batch_size=512, prompts=8192), quiet=True)
     policy = lab.base()
@@ -130,6 +131,7 @@ def test_the_expected_gradient_is_that_of_the_objective():
     torch.testing.assert_close(found, -torch.autograd.grad(objective, logits)[0])
 
 
+@pytest.mark.slow
 def test_with_the_exact_reward_a_table_approaches_the_known_optimum():
     """pi* = pi_ref exp(r / beta) / Z: nearly all of what can be gained in reward - beta KL."""
     settings = dict(world="bandit", steps=150, batch_size=128, k=4, lr=0.05, eval_every=150)

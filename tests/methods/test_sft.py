@@ -210,6 +210,7 @@ def test_the_reference_is_not_run():
     assert scorings(dpo, dpo.Config(), "start", 4) == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [2, 4])
 def test_a_run_learns_from_pairs_and_more_from_lists(k):
     lab = Lab(Settings(world="bandit", steps=100, batch_size=256, prompts=2048, k=k), quiet=True)

@@ -454,6 +454,7 @@ def summary_of(folder):
     return json.loads((folder / "summary.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_look_at_a_finished_run(tmp_path, capsys):
     """--init alone measures and trains nothing; with --steps it is trained further."""
     run_of_dpo, seen = made(tmp_path / "made"), tmp_path / "seen"
@@ -486,6 +487,7 @@ def test_a_look_at_a_finished_run(tmp_path, capsys):
     assert "no run.json" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_look_at_a_run_on_a_file(tmp_path, capsys, monkeypatch):
     """The context is that of the run, and a relative path and its absolute path are one file."""
     rows = [

@@ -68,6 +68,7 @@ def test_the_world_of_the_document_rewards_as_it_says(own):
     assert world.reward(["sort 4 1 3:"] * len(texts), ids).tolist() == values
 
 
+@pytest.mark.slow
 def test_the_world_of_the_document_runs_and_repeats_itself(own):
     ends = []
     for _ in range(2):
