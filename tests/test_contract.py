@@ -446,6 +446,7 @@ def test_padding_changes_nothing(name):
             close(other_metrics[key], value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LOSSES)
 def test_rows_in_another_order_have_the_same_losses(name):
     for loss, cfg, item in each(name):

@@ -68,6 +68,7 @@ def test_whatever_stops_a_run_the_former_one_is_not_lost(tmp_path, monkeypatch, 
         assert files() == former and not list(tmp_path.glob("run.*"))
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_written_replaces_nothing(capsys, monkeypatch, former):
     monkeypatch.setattr(store, "CACHE", "/dev/null/cache")
     refused(capsys, [*RUN, "--overwrite"], "/dev/null/cache")
@@ -93,6 +94,7 @@ def test_after_a_kill_the_next_command_says_where_the_former_run_is(
     assert not list(tmp_path.glob("run.*"))
 
 
+@pytest.mark.slow
 def test_a_refused_run_leaves_no_folder_not_even_the_default_one(tmp_path, monkeypatch):
     monkeypatch.setattr(methods.dpo, "loss", raises(ZeroDivisionError("a bug")))
     with pytest.raises(ZeroDivisionError):

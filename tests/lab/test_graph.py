@@ -248,6 +248,7 @@ def test_a_killed_captured_run_resumes_to_the_same_weights(tmp_path, monkeypatch
     assert logs[0] == logs[1]
 
 
+@pytest.mark.slow
 def test_a_method_with_a_score_or_an_optimizer_of_its_own_is_not_captured(monkeypatch):
     replays = []
     monkeypatch.setattr(Graph, "__call__", lambda graph, item: replays.append(1))

@@ -127,6 +127,7 @@ def test_a_run_of_one_s_own_method_resumes_unless_the_file_has_changed(
     refused(capsys, ["--resume", "copy"], "my_method.py has changed")
 
 
+@pytest.mark.slow
 def test_a_world_of_one_s_own(tmp_path, capsys):
     path = own_world(tmp_path / "mine")
     os.chdir(tmp_path / "mine")
@@ -184,6 +185,7 @@ def test_a_forgotten_metrics_dict_is_one_line(tmp_path, capsys):
     refused_last(capsys, ["--method", path, *TINY], ["return losses, metrics"])
 
 
+@pytest.mark.slow
 def test_what_run_returns_is_checked(tmp_path, capsys):
     path = own_method(tmp_path, end="return [1, 2]")
     refused_last(capsys, ["--method", path, *TINY], ["run of my_method returns a list"])
@@ -332,6 +334,7 @@ def test_a_reward_that_is_no_reward_is_named(reward, words, tmp_path, capsys):
     refused(capsys, ["--method", "dpo", "--world", str(tmp_path / "letters.py")], words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [

@@ -147,6 +147,7 @@ def test_a_killed_sweep_goes_on(tmp_path, monkeypatch):
     ).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_resumes_from_another_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows_file(tmp_path / "pairs.jsonl", PAIRS)

@@ -198,6 +198,7 @@ def test_show_prints_a_row_and_trains_nothing(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_pairs_and_lists_from_files_run(tmp_path, capsys, monkeypatch):
     small(monkeypatch)
     path = rows_file(tmp_path / "pairs.jsonl", PAIRS)

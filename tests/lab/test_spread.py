@@ -106,6 +106,7 @@ def test_the_claims_of_several_papers_are_shared_and_joined(tmp_path, monkeypatc
     assert sorted(results.stored("all")) == ["dpo", "rdpo", "sft"] and judged == ["all"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "argv, word",
     [
@@ -138,6 +139,7 @@ def test_shards_of_another_command_are_refused(tmp_path, capsys):
     refused(capsys, ["--merge", "s", "t"], "differ in --flip")
 
 
+@pytest.mark.slow
 def test_a_run_that_another_shard_is_doing_is_left_to_it(tmp_path, capsys):
     assert train.main([*SWEEP, "--shard", "1/4", "--out", "s"]) == 0
     (place,) = (tmp_path / "s").glob("000-*")

@@ -258,6 +258,7 @@ def test_plackett_luce_in_values():
     assert loss(*turned, Config(target="order"))[0].item() == pytest.approx(1.204948 / 2, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("reduce", ["sum", "mean"])
 def test_gradients_on_ragged_lists(target, reduce):

@@ -281,6 +281,7 @@ def test_a_round_has_its_own_prompts_and_the_teacher_is_the_last_of_the_pool():
 # ---- runs
 
 
+@pytest.mark.slow
 def test_the_policy_of_a_run_is_less_exploitable_on_average_than_at_its_end():
     settings = dict(steps=120, prompts=600, lr=0.05, batch_size=64, eval_every=120)
     ends = {}

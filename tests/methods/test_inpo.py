@@ -196,6 +196,7 @@ def test_nothing_of_the_inversion_has_a_gradient():
     assert torch.equal(latents, again)  # and no random number
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inverter", ["policy", "reference"])
 def test_a_run_trains_and_repeats_itself(inverter):
     ends = []

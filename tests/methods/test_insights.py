@@ -545,6 +545,7 @@ def test_an_alignment_on_the_tree_begins_at_its_start(monkeypatch):
         calls.clear()
 
 
+@pytest.mark.slow
 def test_the_study_and_its_table():
     here, world = on_the_tree()
     found = study(here, world, sizes=(20, 60), steps=10)

@@ -407,6 +407,7 @@ def test_a_run_learns_which_token_is_to_blame():
     assert set(beam_rewards(here, policy, [0], (1, 3))) == {1, 3}
 
 
+@pytest.mark.slow
 def test_the_reference_and_the_fit_change_the_run():
     settings = Settings(world="tokens", steps=5, prompts=100)
     ends = [

@@ -162,6 +162,7 @@ def test_frozen_layers_do_not_change_but_those_behind_trained_ones_do(train):
     assert changed == inside
 
 
+@pytest.mark.slow
 @pytest.mark.paper
 def test_the_base_against_itself_has_no_change():
     lab = small()

@@ -744,6 +744,7 @@ def test_a_file_that_unpacks_to_more_than_the_limit_is_refused_early(tmp_path, p
     assert len(read_preferences(path)[0]) == lines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "record",
     [
