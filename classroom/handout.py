@@ -20,11 +20,13 @@ from safetensors.torch import save_file
 
 from classroom import blank, calls, grader, hidden, properties, ready, visible
 from data import UserError
+from lab import Lab, Settings
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ("LICENSE", "requirements.txt", "data.py", "diffusion.py", "nanomodel.py", "train.py")
 PACKAGES = ("lab", "toy", "methods", "classroom")
 CLASSROOM = ("__init__", "turn", "calls", "properties", "visible")
+SIZES = ("world", "steps", "batch_size", "prompts", "lr", "eval_every")  # set by a short run
 SEEDS = 3  # runs of the solution, whose spread a submission's run may have
 FEW_ITEMS = 3  # inputs of the visible tests
 TEST = '''"""The visible tests: properties that every right solution has. Run: python -m pytest"""
@@ -149,15 +151,22 @@ def helper_examples(file, made):
 
 
 def run_settings(module):
-    """Settings of a short run: on the exact table where the method can use one."""
+    """Settings of a short run: on the exact table where the method can use one.
+
+    All that the method changes by default is written out, so that the command in the task sheet and
+    the grader's run are the same.
+    """
     paper = module.PAPER
+    own = {name: value for name, value in paper.defaults.items() if name not in SIZES}
     if "table" in paper.worlds and paper.needs != "verifier":
-        return dict(world="bandit", steps=40, batch_size=16, prompts=256)
-    size = dict(steps=12, batch_size=8, prompts=96, eval_size=32)
+        settings = dict(world="bandit", steps=40, batch_size=16, prompts=256)
+    else:
+        settings = dict(steps=12, batch_size=8, prompts=96, eval_size=32, base_steps=60)
+        settings["world"] = paper.defaults.get("world", "reviews")
     if paper.needs == "verifier":
-        return size | dict(world="arithmetic", base_steps=60, prompts=8)
-    world = paper.defaults.get("world", "reviews")
-    return size | dict(world=world, base_steps=60)
+        settings["prompts"] = 8
+    settings = own | settings
+    return settings | {"lr": Lab(Settings(**settings), quiet=True).lr}
 
 
 # ---------------------------------------------------------------- writing

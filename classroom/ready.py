@@ -167,7 +167,6 @@ def readme(about, files, task, kept):
                 f"    python train.py --method {file.name} {flags} --out run",
                 "",
                 f"Its curves are in {one['picture']}.",
-                "",
             ]
     lines += ["", "## The visible tests", ""]
     names = {
