@@ -33,7 +33,7 @@ def title(case):
     return f"{case.function}: {case.property}" + (f" ({setting})" if setting else "")
 
 
-def your_turn(case, error):
+def your_turn(case):
     """The line for a function that was not written yet."""
     return f"your turn: write {case.function} in {case.module.replace('.', '/')}.py"
 
@@ -52,8 +52,8 @@ def failure(folder, case):
                 *item, _ = calls.unpack(form["arguments"], tensors, module.Config)
                 if not keeps(module, case.property, tuple(item), cfg):
                     return properties.PROPERTIES[case.property].sentence
-    except NotImplementedError as error:
-        return your_turn(case, error)
+    except NotImplementedError:
+        return your_turn(case)
     return None
 
 

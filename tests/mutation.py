@@ -21,6 +21,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from classroom import blank
+
 SWAPS = {
     ast.Add: ast.Sub,
     ast.Sub: ast.Add,
@@ -77,25 +79,13 @@ class Mutant:
 # ---- what may be edited
 
 
-def functions_in(source):
-    """{name: node} of the functions of a source; a method is named Class.method."""
-    found = {}
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.FunctionDef):
-            found[node.name] = node
-        elif isinstance(node, ast.ClassDef):
-            methods = [part for part in node.body if isinstance(part, ast.FunctionDef)]
-            found |= {f"{node.name}.{method.name}": method for method in methods}
-    return found
-
-
 def reachable(source, core):
     """The names in `core` and of all functions of the source that they call, directly or not.
 
     A function in a table, NAME = dict(...), is called where NAME is read. KeyError: no such
     function.
     """
-    functions = functions_in(source)
+    functions = blank.functions(source)
     tables = {
         node.targets[0].id: node
         for node in ast.parse(source).body
@@ -210,7 +200,7 @@ def detached(node):
 
 def mutants(source, functions):
     """Every single edit of the named functions of a source -> [Mutant]."""
-    nodes, made = functions_in(source), []
+    nodes, made = blank.functions(source), []
     for name in functions:
         for node, graph in sites(nodes[name]):
             for new in edits(node, graph):

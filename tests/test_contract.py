@@ -22,11 +22,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from classroom import properties
+from classroom import blank, properties
+from classroom.properties import mapped
 from data import Paper, UserError
 from lab import settings
 from lab.settings import Settings
-from tests import builders, mutation
+from tests import builders
 
 ROOT = Path(settings.__file__).parents[1]
 NAMES = settings.methods() + ["_template"] * (ROOT / "methods/_template.py").exists()
@@ -107,14 +108,6 @@ def fresh(item):
     return logps, ref_logps, SimpleNamespace(**columns)
 
 
-def mapped(item, change):
-    """An item with every tensor x replaced by change(x)."""
-    logps, ref_logps, batch = item
-    columns = {name: change(value) for name, value in vars(batch).items()}
-    ref_logps = None if ref_logps is None else change(ref_logps)
-    return change(logps.detach()).requires_grad_(), ref_logps, SimpleNamespace(**columns)
-
-
 def cast(item, dtype):
     """An item whose log-probs have another dtype; its columns are in float32 or better."""
     logps, ref_logps, batch = item
@@ -190,7 +183,7 @@ def test_what_a_file_says_about_itself_is_known(name):
     assert paper.worlds and set(paper.worlds) <= {"text", "images", "table", "vectors"}
     assert ("vectors" in paper.worlds) == (paper.needs == "points")
     assert "loss" in paper.core or paper.family == "beyond"
-    assert set(paper.core) <= set(mutation.functions_in(SOURCES[name]))
+    assert set(paper.core) <= set(blank.functions(SOURCES[name]))
     assert set(paper.ignores) | set(paper.defaults) <= run_settings
     assert not set(paper.ignores) & (set(paper.defaults) | set(paper.demo))
     assert set(paper.demo) <= (run_settings | fields) - set(paper.defaults)
