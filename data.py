@@ -271,6 +271,7 @@ class Batch:
     label: torch.Tensor = None  # (B,) class of an image, or index of a table's prompt
     t: torch.Tensor = None  # (B,) noise level, drawn by prepare
     noise: torch.Tensor = None  # (B, 1 or K, ...) noise, drawn by prepare
+    keys: int = 0  # keys of all branches of a packed row together; 0: rows shorter than LONG
     columns: dict = field(default_factory=dict)  # the further columns by name
 
     def __getattr__(self, name):
@@ -303,6 +304,8 @@ class Batch:
         return replace(self, **moved, columns={k: v.to(device) for k, v in self.columns.items()})
 
 
+LONG = 512  # packed rows of so many tokens or more have lists of keys (nanomodel.Runs)
+
 # columns that do not become attributes of the batch; `where` is a row's place in the user's file
 OWN = ("prompt", "responses", "scores", "parents", "context", "ends", "reward", "tree", "where")
 
@@ -325,6 +328,11 @@ class Tree:
         """All fields as lists that JSON can hold; equal trees have equal keys."""
         lists = [self.tokens, list(self.position), self.branch, self.sources, self.targets]
         return [*lists, self.sees.tolist()]
+
+    def keys(self):
+        """The number of keys that the branches attend to, added up over the branches."""
+        sizes = np.bincount(self.branch, minlength=len(self.sees))
+        return int((self.sees @ sizes)[sizes > 0].sum())
 
 
 def encode(row, tokenizer):
@@ -425,6 +433,31 @@ def first_fit(sizes, room):
     return places, len(free)
 
 
+def row_sizes(trees, size):
+    """(S, room) of packed rows: their tokens, and how many of them trees may take.
+
+    size(n) -> n rounded up. From LONG tokens on, one place is left for padding, which attends to
+    the keys that no branch needs.
+    """
+    longest = max(len(tree.tokens) for tree in trees)
+    if size(longest) < LONG:
+        return size(longest), size(longest)
+    return size(longest + 1), size(longest + 1) - 1
+
+
+def keys_of(trees, places, height, width):
+    """The largest number of keys of a packed row, padding included, if rows have LONG tokens.
+
+    In shorter rows, where nothing reads it, it is 0.
+    """
+    if width < LONG:
+        return 0
+    keys = [width] * height
+    for tree, (row, _) in zip(trees, places):
+        keys[row] += tree.keys() - len(tree.tokens)
+    return max(keys)
+
+
 def branches(trees, places):
     """The largest number of branches in one packed row, without the branch of the padding."""
     used = Counter()
@@ -442,6 +475,7 @@ class Sizes:
     branches: int = 1  # G, branches of a packed row, padding included
     responses: int = 1  # K
     tokens: int = 1  # T, tokens of a response
+    keys: int = 0  # keys of all branches of a packed row
 
     def grown(self, other):
         """The larger of both in every field, for rows that change from round to round."""
@@ -456,17 +490,20 @@ def sizes(rows, batch_size, tokenizer):
     """
     rows = [encode(row, tokenizer) for row in rows]
     trees = [row["tree"] for row in rows]
-    length, height, groups = bucket(max(len(tree.tokens) for tree in trees)), 1, 1
+    length, room = row_sizes(trees, bucket)
+    height, groups, keys = 1, 1, 0
     for start in range(0, len(trees), batch_size):
         some = [trees[i % len(trees)] for i in range(start, start + batch_size)]
-        places, n = first_fit([len(tree.tokens) for tree in some], length)
+        places, n = first_fit([len(tree.tokens) for tree in some], room)
         height, groups = max(height, n), max(groups, branches(some, places) + 1)
+        keys = max(keys, keys_of(some, places, n, length))
     return Sizes(
         rows=bucket(height),
         length=length,
         branches=bucket(groups),
         responses=max(len(row["responses"]) for row in rows),
         tokens=bucket(max(len(what) for tree in trees for what in tree.targets)),
+        keys=bucket(keys) if keys else 0,
     )
 
 
@@ -540,14 +577,16 @@ def _text(rows, count, pad, fixed, packed=True):
         if cheaper_apart(trees, flat):
             home = [(b, k) for b, group in enumerate(copies) for k in range(len(group))]
             trees = flat
-    width = size(max(len(tree.tokens) for tree in trees), least.length)  # S
+    width, room = row_sizes(trees, lambda n: size(n, least.length))  # S
     if packed:
-        places, height = first_fit([len(tree.tokens) for tree in trees], width)
+        places, height = first_fit([len(tree.tokens) for tree in trees], room)
         height = size(height, least.rows)  # N
     else:
         places, height = [(n, 0) for n in range(len(trees))], len(trees)
     groups = size(branches(trees, places) + 1, least.branches)  # G, the last one is padding
     length = size(max(len(what) for tree in trees for what in tree.targets), least.tokens)  # T
+    keys = keys_of(trees, places, height, width)
+    keys = size(keys, least.keys) if keys else 0
 
     tokens = np.full((height, width), pad, dtype=np.int64)
     position, branch = np.zeros_like(tokens), np.full_like(tokens, groups - 1)
@@ -557,7 +596,10 @@ def _text(rows, count, pad, fixed, packed=True):
     target, mask = np.zeros_like(source), np.zeros(source.shape, dtype=bool)
     parents = np.full((len(rows), count), -1, dtype=np.int64)
     first = [0] * height  # the next free branch of each packed row
-    for tree, (n, offset), (b, first_response) in zip(trees, places, home):
+    # branch numbers grow along a row
+    for (n, offset), tree, (b, first_response) in sorted(
+        zip(places, trees, home), key=lambda item: item[0]
+    ):
         end, g = offset + len(tree.tokens), first[n]
         tokens[n, offset:end] = tree.tokens
         position[n, offset:end] = tree.position
@@ -571,7 +613,7 @@ def _text(rows, count, pad, fixed, packed=True):
             mask[b, k, : len(what)] = True
     arrays = dict(tokens=tokens, position=position, branch=branch, sees=sees, source=source)
     arrays |= dict(target=target, mask=mask, parents=parents)
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()} | {"keys": keys}
 
 
 def _stack(values, count):

@@ -9,6 +9,7 @@ import copy
 import functools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ from diffusion import (
 )
 
 LARGEST = "[1, 2147483647]"  # the interval of the sizes in a config
-FLEX = 512  # on CUDA, packed rows of so many tokens or more use FlexAttention
+VARLEN = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)  # there is varlen_attn
 
 # ---------------------------------------------------------------- GPT
 
@@ -123,32 +124,72 @@ def blocks(mask, size=128):
     return [(keys, part[:, None, :, keys]) for keys, part in parts]
 
 
-def flex_mask(branch, sees):
-    """The mask of `visible` for FlexAttention, which skips blocks that are masked entirely."""
-    from torch.nn.attention.flex_attention import create_block_mask
+class Runs(NamedTuple):
+    """Packed rows as runs of queries and of keys, one of each per branch, for flash attention."""
 
-    def rule(n, h, q, k):
-        return (q >= k) & sees[n, branch[n, q], branch[n, k]]
+    index: torch.Tensor  # (N L,) places of the keys of all runs in the flattened N*S
+    queries: torch.Tensor  # (N G + 1,) int32, where the runs of queries begin in N*S
+    keys: torch.Tensor  # (N G + 1,) int32, where the runs of keys begin in `index`
 
-    size = branch.shape[1]
-    return create_block_mask(rule, len(branch), None, size, size, device=branch.device)
+
+def runs(branch, sees, total):
+    """The Runs of a batch, on its device and without waiting for it.
+
+    branch: (N, S) int, which grows along a row. sees: (N, G, G) bool. total: L, at least the number
+    of keys of all branches of a row together; the branch of the padding gets what is left of it.
+    """
+    (n, s), groups = branch.shape, sees.shape[1]
+    queries = F.one_hot(branch, groups).sum(1)  # (N, G)
+    end = queries.cumsum(1)  # (N, G) the place after the last token of a branch
+    seen = sees.gather(2, branch[:, None].expand(n, groups, s))  # (N, G, S)
+    seen = seen & (torch.arange(s, device=branch.device) < end[..., None])
+    # the kernel leaves the gradient of keys unset where a run has no queries
+    seen = seen & (queries > 0)[..., None]
+    # the places that are seen come first, in the order of the branches
+    order = (~seen).flatten(1).byte().argsort(stable=True)[:, :total]  # (N, L)
+    index = order % s + torch.arange(n, device=branch.device)[:, None] * s
+    keys = seen.sum(2)[:, :-1]
+    keys = torch.cat([keys, total - keys.sum(1, keepdim=True)], 1)  # (N, G)
+    starts = [F.pad(x.flatten().cumsum(0), (1, 0)).int() for x in (queries, keys)]
+    return Runs(index.flatten(), *starts)
+
+
+def flash(head_dim):
+    """Whether attention can run on PyTorch's flash kernel for runs of several lengths.
+
+    It needs PyTorch 2.11, autocast to half precision on CUDA, and heads of a size that it knows.
+    """
+    known = VARLEN and head_dim % 8 == 0 and head_dim <= 256
+    half = torch.get_autocast_dtype("cuda") in (torch.bfloat16, torch.float16)
+    return known and half and torch.is_autocast_enabled("cuda")
+
+
+def flash_attention(q, k, v, where):
+    """Attention of runs: the last query of a run sees all its keys, the one before all but one.
+
+    q, k, v: (N, H, S, D) in half precision. where: Runs. Returns (N, H, S, D).
+    """
+    from torch.nn.attention.varlen import varlen_attn  # takes a second to import
+
+    n, _, s, _ = q.shape
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (N S, H, D)
+    k, v = k[where.index], v[where.index]  # (N L, H, D)
+    most = len(where.index) // n  # keys of a run
+    out = varlen_attn(q, k, v, where.queries, where.keys, s, most, window_size=(-1, 0))
+    return out.unflatten(0, (n, s)).transpose(1, 2)
 
 
 def attention(q, k, v, mask):
     """Scaled dot-product attention: (N, H, S, D).
 
     q: (N, H, S, D). k, v: (N, Hkv, S, D), where Hkv divides H. mask: (N, S, S) bool, its `blocks`,
-    or a block mask of FlexAttention.
+    or Runs.
     """
-    if not isinstance(mask, (torch.Tensor, list)):
-        from torch.nn.attention.flex_attention import flex_attention
-
-        if q.is_cuda:
-            flex_attention = _compiled(flex_attention)
-        return flex_attention(q, k, v, block_mask=mask, enable_gqa=True)
     repeat = q.shape[1] // k.shape[1]
     if repeat > 1:  # the fused CPU kernel needs as many key heads as query heads
         k, v = k.repeat_interleave(repeat, 1), v.repeat_interleave(repeat, 1)
+    if isinstance(mask, Runs):
+        return flash_attention(q, k, v, mask)
     if isinstance(mask, torch.Tensor):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None])
     size = mask[0][1].shape[2]
@@ -157,15 +198,6 @@ def attention(q, k, v, mask):
         for part, (keys, seen) in zip(q.split(size, 2), mask)
     ]
     return torch.cat(out, 2)
-
-
-_COMPILED = {}
-
-
-def _compiled(function):
-    if function not in _COMPILED:
-        _COMPILED[function] = torch.compile(function)
-    return _COMPILED[function]
 
 
 class Attention(nn.Module):
@@ -294,7 +326,7 @@ class Cache:
 class GPT(nn.Module):
     """Decoder-only transformer: RMSNorm, RoPE, SwiGLU, grouped-query attention."""
 
-    chunk = 2**27  # the largest number of logits held at once; more are computed in pieces
+    chunk = 2**27  # logits held at once on a CPU (see `most_logits`); more are computed in pieces
 
     def __init__(self, config, tokenizer=None):
         super().__init__()
@@ -331,8 +363,8 @@ class GPT(nn.Module):
         """
         x = self.embed_tokens(batch.tokens)  # (N, S, hidden)
         cos, sin = rotary(batch.position, self.config.head_dim, self.config.rope_theta, x.dtype)
-        if x.is_cuda and x.shape[1] >= FLEX:
-            mask = flex_mask(batch.branch, batch.sees)
+        if x.is_cuda and batch.keys and flash(self.config.head_dim):
+            mask = runs(batch.branch, batch.sees, batch.keys)
         else:
             mask = visible(batch.branch, batch.sees)  # (N, S, S)
             # no blocks in compiled code: their shapes depend on the data and force a recompilation
@@ -365,7 +397,7 @@ class GPT(nn.Module):
         padded = mask.device.type != "cpu" or torch.compiler.is_compiling()
         source, target = (x.flatten() if padded else x[mask] for x in (source, target))  # (R,)
         rows = self.hidden(batch, rows=source)  # (R, hidden)
-        pieces = max(1, -(-len(rows) * self.config.vocab_size // self.chunk))
+        pieces = max(1, -(-len(rows) * self.config.vocab_size // self.most_logits()))
         size = -(-len(rows) // pieces) or 1
         out = []
         for part, goal in zip(rows.split(size), target.split(size)):
@@ -379,6 +411,15 @@ class GPT(nn.Module):
         if padded:
             return flat.view(mask.shape) * mask
         return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
+
+    def most_logits(self):
+        """How many logits to hold at once: on CUDA, as many as fill an eighth of the memory.
+
+        A logit takes 12 bytes there, in half precision, in float32 and as a gradient.
+        """
+        if self.device.type != "cuda":
+            return self.chunk
+        return max(self.chunk, torch.cuda.get_device_properties(self.device).total_memory // 96)
 
     def _token_logps(self, rows, target):
         """Log-probs (R,) of the tokens `target` (R,) from the hidden states `rows` (R, hidden)."""

@@ -67,7 +67,8 @@ def sequence_kl(lab, policy, reference, rows):
     """
     temperature = lab.settings.temperature or 1.0
     logits = reference.config.vocab_size * max(2, lab.max_response) * len(rows[0]["responses"])
-    size, out = max(1, min(64, 2**25 // logits)), []  # rows per batch, for at most 2^25 logits
+    # rows per batch, for at most 2^25 logits
+    size, out = max(1, min(lab.portion(policy, 64), 2**25 // logits)), []
     for start in lab.pieces("KL", len(rows), size):
         batch = lab.collate(rows[start : start + size])
         with lab.autocast():

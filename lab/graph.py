@@ -14,7 +14,6 @@ import dataclasses
 import torch
 
 from data import Batch
-from nanomodel import FLEX
 
 
 def mapped(value, function):
@@ -47,22 +46,17 @@ def tensors_of(value):
 def signature(item):
     """What must be equal for two inputs to share a graph, as text; None: never capture.
 
-    It has every shape, dtype and device, and every value that is not a tensor. Rows of FLEX tokens
-    or more are not captured, since their attention is compiled, nor are unknown kinds of inputs.
+    It has every shape, dtype and device, and every value that is not a tensor. Unknown kinds of
+    inputs are not captured.
     """
-    tokens = []
 
     def about(x):
         return x.dtype, x.device, tuple(x.shape)
 
     try:
-        text = str(mapped(item, about))
+        return str(mapped(item, about))
     except TypeError:
         return None
-    for value in item if isinstance(item, (list, tuple)) else [item]:
-        if isinstance(value, Batch) and value.tokens is not None:
-            tokens.append(value.tokens.shape[1])
-    return None if max(tokens, default=0) >= FLEX else text
 
 
 class Captured:

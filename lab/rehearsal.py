@@ -139,8 +139,8 @@ class Rehearsal(Lab):
 
     def check_rows(self, rows, loss, cfg, reference):
         """Pass rows to the loss. UserError: it refuses one; the message has the row's place."""
-        batch = self.collate(rows)
-        logps = torch.zeros(batch.mask.shape, device=self.device)
+        batch = self.collate(rows).to("cpu")  # losses read the values of tensors there only
+        logps = torch.zeros(batch.mask.shape)
         ref_logps = None if reference is None else logps
         try:
             loss(logps.clone().requires_grad_(), ref_logps, batch, cfg)

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import data
 import nanomodel
-from data import collate, encode
-from nanomodel import GPT, GPTConfig, attention, flex_mask, visible
+from data import collate, encode, sizes
+from nanomodel import GPT, GPTConfig, attention, runs, visible
 
 EOT, PAD, VOCAB = 1, 0, 40
 IDS = SimpleNamespace(eot=EOT, pad=PAD, encode=lambda text: [int(word) for word in text.split()])
@@ -292,25 +293,64 @@ def test_parents_that_do_not_stand_before_their_children_are_refused(parents):
 # ---------------------------------------------------------------- the attention rule
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_attention_equals_the_boolean_mask(monkeypatch):
-    batch = collate(grow("everything", 9), IDS, fixed=True)
+def run_by_run(q, k, v, queries, keys, most_queries, most_keys, window_size):
+    """What torch's varlen_attn computes: q (T, H, D), k and v (L, H, D) -> (T, H, D)."""
+    assert window_size == (-1, 0) and queries.dtype == keys.dtype == torch.int32
+    out = []
+    for a, b, c, d in zip(queries, queries[1:], keys, keys[1:]):
+        size, seen = int(b - a), int(d - c)
+        assert size <= most_queries and size <= seen <= most_keys and (size > 0 or seen == 0)
+        mask = torch.ones(size, seen, dtype=torch.bool).tril(seen - size)
+        one = [x.transpose(0, 1) for x in (q[a:b], k[c:d], v[c:d])]
+        out.append(torch.nn.functional.scaled_dot_product_attention(*one, mask).transpose(0, 1))
+    return torch.cat(out)
+
+
+@pytest.fixture
+def flashing(monkeypatch):
+    """Attention takes the path that it takes on CUDA."""
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    monkeypatch.setattr(varlen, "varlen_attn", run_by_run)
+    monkeypatch.setattr(data, "LONG", 1)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("fixed", [True, False])
+def test_attention_of_runs_equals_the_boolean_mask(flashing, fixed, packed, monkeypatch):
+    if not (packed or fixed):
+        pytest.skip("rows of their own have fixed sizes")
+    batch = collate(grow("everything", 9), IDS, fixed, packed)
     n, s = batch.tokens.shape
     g = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(n, heads, s, 8, generator=g) for heads in (4, 2, 2))
-    with torch.no_grad():
-        plainly = attention(q, k, v, visible(batch.branch, batch.sees))
-        torch.testing.assert_close(
-            attention(q, k, v, flex_mask(batch.branch, batch.sees)), plainly, rtol=0, atol=1e-5
-        )
-        model = make(dtype=torch.float32)
-        logps = model.logps(batch)
-        with torch.autocast("cpu", torch.bfloat16):
-            low = model.logps(batch)
-        monkeypatch.setattr(nanomodel, "visible", flex_mask)
-        torch.testing.assert_close(model.logps(batch), logps, rtol=0, atol=1e-4)
-        with torch.autocast("cpu", torch.bfloat16):
-            torch.testing.assert_close(model.logps(batch), low, rtol=0.1, atol=0.5)
+    plainly = attention(q, k, v, visible(batch.branch, batch.sees))
+    where = runs(batch.branch, batch.sees, batch.keys)
+    real = batch.branch < batch.sees.shape[1] - 1  # what padding attends to does not matter
+    found = attention(q, k, v, where).transpose(1, 2)[real]
+    torch.testing.assert_close(found, plainly.transpose(1, 2)[real], rtol=0, atol=1e-5)
+
+    model = make()
+    logps = model.logps(batch)
+    expected = torch.autograd.grad(logps.sum(), list(model.parameters()))
+    monkeypatch.setattr(nanomodel, "visible", lambda branch, sees: runs(branch, sees, batch.keys))
+    monkeypatch.setattr(nanomodel, "blocks", lambda mask: mask)
+    logps_of_runs = model.logps(batch)
+    torch.testing.assert_close(logps_of_runs, logps, rtol=0, atol=1e-12)
+    found = torch.autograd.grad(logps_of_runs.sum(), list(model.parameters()))
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_batches_of_one_run_have_the_same_number_of_keys(flashing):
+    rows = [encode(row, IDS) for row in grow("everything", 40)]
+    fixed = sizes(rows, 4, IDS)
+    found = [collate(rows[i : i + 4], IDS, fixed).keys for i in range(0, 40, 4)]
+    assert set(found) == {fixed.keys} and fixed.keys > 0
+    whole = collate(rows, IDS, fixed, packed=False)
+    assert whole.take(torch.tensor([3, 1])).keys == whole.keys == whole.to("cpu").keys
+
+
+def test_short_rows_have_no_keys():
+    assert collate(grow("everything", 9), IDS, fixed=True).keys == 0
 
 
 def test_a_branch_sees_itself_and_its_ancestors_only():

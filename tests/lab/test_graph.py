@@ -8,12 +8,12 @@ import torch
 import lab.batches
 import lab.loop
 import methods.dpo
-from data import Batch, collate, encode
+from data import collate, encode
 from lab import Lab, Settings, store
 from lab.batches import Batches
 from lab.graph import Captured, Graph, capturable, packed, set_rate, unpacked
 from methods import dpo
-from nanomodel import FLEX, GPT, GPTConfig
+from nanomodel import GPT, GPTConfig
 from tests.lab.commands import Killed, killed_at
 from toy.reviews import World
 
@@ -66,12 +66,9 @@ def test_other_numbers_texts_and_dtypes_are_other_graphs():
     assert len(captured.graphs) == 3
 
 
-def test_long_rows_unknown_inputs_and_too_many_shapes_are_not_captured():
+def test_unknown_inputs_and_too_many_shapes_are_not_captured():
     captured = Captured(lambda item: item, "cpu")
-    mask = torch.ones(1, 2, 3, dtype=torch.bool)
-    long = Batch(mask, mask.float()[..., 0], tokens=torch.zeros(1, FLEX, dtype=torch.int64))
     for _ in range(3):
-        assert captured((long, None))[0] is long
         assert isinstance(captured(object()), object)
     assert not captured.graphs
     for n in list(range(20)) * 2:

@@ -159,7 +159,7 @@ def test_a_sweep_runs_all_combinations(tmp_path, capsys):
 
 @pytest.mark.parametrize("world, dtype", [("bandit", "float32"), ("reviews", "bfloat16")])
 def test_the_header_names_the_numbers_that_are_computed_with(world, dtype):
-    lab = Lab(Settings(world=world, dtype="bfloat16"), quiet=True)
+    lab = Lab(Settings(world=world, dtype="bfloat16", device="cpu"), quiet=True)
     assert f"cpu, {dtype}" in report.header(lab, "dpo", None, None, lab.base("raw"))
 
 

@@ -191,7 +191,8 @@ def test_only_a_learned_k_moves_and_it_rises_where_the_data_are_flat():
     ends = {}
     for fixed in (None, 0.5):
         cfg = Config(fixed_k=fixed)
-        model = train(lab, KDiff(World(64, 2).model(), fixed), cfg, 40, 64, 2e-3)
+        model = KDiff(World(64, 2).model(), fixed).to(lab.device)
+        train(lab, model, cfg, 40, 64, 2e-3)
         ends[fixed] = float(torch.as_tensor(model.k).detach())
     assert ends[0.5] == 0.5 and 0.6 < ends[None] < 1
 

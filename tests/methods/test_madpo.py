@@ -278,7 +278,7 @@ def test_the_reward_model_of_a_table_can_hold_any_rewards():
 
 
 def test_the_reward_model_of_text_sees_the_whole_response_and_leaves_the_model_alone():
-    lab = Lab(Settings(world="ranking", base_steps=0, batch_size=4), quiet=True)
+    lab = Lab(Settings(world="ranking", base_steps=0, batch_size=4, device="cpu"), quiet=True)
     model = lab.base()
     rows = lab.rows(
         [

@@ -263,7 +263,7 @@ def test_lists_of_scenes_come_from_four_scales_of_guidance():
     rows = drawn(lab, policy, Config(), [0, 40])
     for i in range(3):
         alone = policy.sample([0, 40], 1, lab.rng("lists", i), guidance=SCALES[i])
-        assert torch.equal(rows[1]["responses"][i], alone[1, 0])
+        assert torch.equal(rows[1]["responses"][i], alone[1, 0].cpu())
 
 
 def test_responses_of_text_keep_their_ends():

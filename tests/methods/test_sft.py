@@ -221,7 +221,7 @@ def test_a_run_learns_from_pairs_and_more_from_lists(k):
 
 def test_on_images_the_loss_is_the_noise_error():
     """The loss is the noise error of the chosen image only."""
-    lab = Lab(Settings(world="digits", base_steps=0), quiet=True)
+    lab = Lab(Settings(world="digits", base_steps=0, device="cpu"), quiet=True)
     rng = torch.Generator().manual_seed(0)
     rows = [
         {

@@ -203,7 +203,7 @@ class Writer:
         self.parameters = list
         self.ids, self.eot = [world.tokenizer.encode(t) for t in traces], world.tokenizer.eot
 
-    def sample(self, prompts, k, rng, max_tokens=6, temperature=1.0):
+    def sample(self, prompts, k, rng, max_tokens=6, temperature=1.0, capture=None):
         every = [[*ids, self.eot] for ids in self.ids]
         return [[every[(k * i + j) % len(every)] for j in range(k)] for i in range(len(prompts))]
 

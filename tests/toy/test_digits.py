@@ -467,7 +467,7 @@ def test_pairs_of_a_file_are_its_training_rows_and_some_are_held_out(tmp_path):
 def test_accuracy_on_held_out_pairs_is_that_of_the_log_ratio(tmp_path):
     chosen, rejected = pairs_of_squares()
     path = written(tmp_path / "pairs.npz", image_w=chosen, image_l=rejected)
-    lab = Lab(Settings(data=path, base_steps=0), quiet=True)
+    lab = Lab(Settings(data=path, base_steps=0, device="cpu"), quiet=True)
     world, policy = lab.world, lab.base()
     assert world.pair_accuracy(policy, lab) == 0.5  # the reference itself: ties
     first = {x["responses"][0].numpy().tobytes() for x in world.held_out}

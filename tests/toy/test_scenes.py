@@ -323,7 +323,7 @@ def test_guidance_reaches_samples_and_is_refused_where_it_would_do_nothing(own_f
     torch.nn.init.normal_(policy.output.weight, std=0.1)
     found = lab.sample(policy, [0, 30], 1, rng())
     told = policy.sample([0, 30], 1, rng(), guidance=3.0)
-    assert torch.equal(torch.stack([row["responses"] for row in found]), told)
+    assert torch.equal(torch.stack([row["responses"] for row in found]), told.cpu())
     assert not torch.equal(told, policy.sample([0, 30], 1, rng()))
     for other in ("gaussians", "reviews"):
         with pytest.raises(UserError, match="guidance would do"):
