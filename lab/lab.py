@@ -501,8 +501,9 @@ class Lab:
                 "more --prompts may help"
             )
         if not self.quiet and self.current is None:
-            drawn = len(world.prompts(n, self.rng("prompts", *key)))
-            self.say_counts(rows, k, drawn)
+            if len(rows) < n:  # a world may have fewer prompts than it was asked for
+                n = len(world.prompts(n, self.rng("prompts", *key)))
+            self.say_counts(rows, k, n)
         return self.encode(rows)
 
     def counted(self, key, function):

@@ -87,7 +87,8 @@ def anchors(table, k):
     # the shares q(y) of all domains together: Q_{D|Y} q = 1 / domains
     share = torch.linalg.pinv(given).sum(1).clamp(min=1e-8)
     W = given.T * share[:, None]
-    return W / W.sum(0)
+    total = W.sum(0)
+    return torch.where(total > 0, W / total, 1 / k)  # no anchor tells of some domain: equal shares
 
 
 def rescaled(C, W):

@@ -104,7 +104,7 @@ def test_log_ratios_that_overflow_stay_finite():
 
 @pytest.mark.parametrize("variant", ["all", "first"])
 def test_rows_are_the_steps_of_both_paths_from_one_noise(variant):
-    lab, cfg = small(), Config(sampler_steps=4, variant=variant)
+    lab, cfg = small(device="cpu"), Config(sampler_steps=4, variant=variant)
     policy = lab.base()
     rows = rollout(lab, policy, cfg)
     count = steps_per_pair(cfg)
@@ -126,7 +126,7 @@ def test_rows_are_the_steps_of_both_paths_from_one_noise(variant):
 
 
 def test_the_stored_steps_are_probable_under_the_policy_and_only_at_their_own_place():
-    lab, cfg = small(prompts=200), Config(sampler_steps=5)
+    lab, cfg = small(prompts=200, device="cpu"), Config(sampler_steps=5)
     policy = lab.base()
     rows = rollout(lab, policy, cfg)
     batch = collate(rows)

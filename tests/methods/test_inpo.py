@@ -175,7 +175,7 @@ def test_the_first_grid_point_is_one_step_and_its_error_is_zero():
 
 
 def test_the_reference_inverts_once_and_the_policy_in_every_step():
-    lab, rows, model = small(), rows_of(6), denoiser()
+    lab, rows, model = small(device="cpu"), rows_of(6), denoiser()
     there, prepare = inverted(lab, model, rows, Config(inverter="reference", inversion_steps=4))
     assert there[2]["latents"].shape == (2, 4, 2)
     other = denoiser(1)

@@ -88,6 +88,14 @@ def test_anchors_are_exact_on_random_tables_and_nmf_loses_with_less_shift(alpha)
     assert plain > (0.005 if alpha == 0.5 else 0.05)
 
 
+def test_a_domain_that_no_anchor_tells_of_gets_equal_shares():
+    mixed = torch.tensor([[0.5, 0.5, 0.5, 1.0]], dtype=torch.float64)
+    pure = torch.cat([0.5 * torch.eye(3, dtype=torch.float64), torch.zeros(3, 1)], 1)
+    W = anchors(torch.cat([pure, mixed]), 3)
+    assert error(W[:, :3], torch.eye(3)) < 1e-12
+    assert W[:, 3].tolist() == pytest.approx([1 / 3] * 3)
+
+
 # ---- invariances
 
 
