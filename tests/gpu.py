@@ -3,12 +3,12 @@
     python tests/gpu.py                          on the GPU, into out/gpu/
     python tests/gpu.py --device cpu --small     the same at a small scale, to test this file
 
-One after the other: the default run, a short run of one method of each family, training steps at
-three shapes beside a peer (TRL where it is installed), and then the tests on the device, in
-parallel processes, for the rest of the time. Nothing is installed; what is not installed (pytest,
-TRL) is left out, and the report says so. It is written to report.json and report.md: times, step
-times, peak memory, tests, versions, and the last lines of whatever failed. Exit status 1: something
-failed.
+The default run and training steps at two shapes come first, alone, since they are timed. A step is
+compared with TRL's, where TRL is installed, and otherwise with padded rows. Then a short run of one
+method of each family and all tests run in parallel processes, and a third shape is timed in what is
+left of the time. Nothing is installed; what is not installed (pytest, TRL) is left out, and the
+report says so. It is written to report.json and report.md: times, step times, peak memory, tests,
+versions, and the last lines of whatever failed. Exit status 1: something failed.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import platform
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, HERE)
@@ -32,10 +33,13 @@ from lab.settings import methods, pick_device  # noqa: E402
 
 REVIEWS = "--layers 2 --dim 96 --vocab 400 --prompt 6 --response 28 --batch_size 64"
 GPT2 = "--layers 12 --dim 768 --heads 12 --vocab 50304"
-SHAPES = {
-    "reviews, 64 x (6 + 2 x 28)": REVIEWS,
-    "124M, 16 x (128 + 2 x 384)": f"{GPT2} --prompt 128 --response 384 --batch_size 16",
-    "124M, 8 x (512 + 2 x 512)": f"{GPT2} --prompt 512 --response 512 --batch_size 8",
+SHAPES = {  # what is timed, the peer, and how both are run
+    "reviews, 64 x (6 + 2 x 28)": (REVIEWS, "trl"),
+    "124M, 8 x (512 + 2 x 512), compiled": (
+        f"{GPT2} --prompt 512 --response 512 --batch_size 8 --compile on",
+        "trl_compiled",
+    ),
+    "124M, 16 x (128 + 2 x 384)": (f"{GPT2} --prompt 128 --response 384 --batch_size 16", "trl"),
 }
 TINY = "--layers 1 --dim 16 --vocab 50 --prompt 4 --response 6 --batch_size 2 --steps 2"
 SHORT = "--steps 20 --base_steps 40 --eval_size 32"
@@ -56,9 +60,13 @@ def families():
     return found
 
 
-def call(words, seconds, device):
-    """Run python with words -> a dict: ok, seconds, and its output (if it failed, the end)."""
+def call(words, end, device, threads=None):
+    """Run python with words -> a dict: ok, seconds, and its output (if it failed, the last lines).
+
+    end: the time at which it is cut. threads: of torch on the CPU, by default as many as it likes.
+    """
     environment = os.environ | {"NANOPREF_DEVICE": device}
+    environment |= {"OMP_NUM_THREADS": str(threads)} if threads else {}
     start = time.time()
     try:
         done = subprocess.run(
@@ -67,83 +75,55 @@ def call(words, seconds, device):
             env=environment,
             capture_output=True,
             text=True,
-            timeout=max(1.0, seconds),
+            timeout=max(1.0, end - start),
         )
         ok, out, error = done.returncode == 0, done.stdout, done.stderr
-    except subprocess.TimeoutExpired:
-        ok, out, error = False, "", f"cut after {seconds:.0f} s"
+    except subprocess.TimeoutExpired as late:
+        out, error = (late.stdout or b"").decode(errors="replace"), "cut: no time left"
+        ok = False
     found = {"command": " ".join(words), "ok": ok, "seconds": time.time() - start, "out": out}
     return found | ({} if ok else {"error": "\n".join((out + error).splitlines()[-15:])})
 
 
-def runs(device, small, out, seconds):
-    """The default run and one run per family -> {name: result of `call`}."""
-    deadline, found = time.time() + seconds, {}
-    words = {"default": ["--method", "dpo", *(SMALL.split() if small else [])]}
-    for family, name in families().items():
-        size = SMALL if small else SHORT
-        words[f"{family}: {name}"] = ["--method", name, *size.split()]
-    for name, about in list(words.items())[: 2 if small else None]:
-        folder = os.path.join(out, "runs", name.split()[-1] if ":" in name else name)
-        argv = ["train.py", *about, "--out", folder, "--overwrite"]
-        found[name] = call(argv, deadline - time.time(), device)
-        path = os.path.join(folder, "summary.json")
-        if found[name]["ok"] and os.path.exists(path):
-            with open(path, encoding="utf-8") as file:
-                found[name]["parts"] = json.load(file)["seconds"]
+def training(name, words, device, out, end, threads=None):
+    """One run of train.py -> the result of `call`, with the seconds of its parts."""
+    folder = os.path.join(out, "runs", name)
+    found = call(["train.py", *words, "--out", folder, "--overwrite"], end, device, threads)
+    path = os.path.join(folder, "summary.json")
+    if found["ok"] and os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            found["parts"] = json.load(file)["seconds"]
     return found
 
 
-def steps(device, small, seconds):
-    """Step times at three shapes beside a peer -> {shape: result of `call` with `bench`}."""
-    deadline, found = time.time() + seconds, {}
-    peer = "trl_compiled" if importlib.util.find_spec("trl") else "rows"
-    for name, shape in list(SHAPES.items())[: 1 if small else None]:
-        argv = ["bench.py", *(TINY if small else shape).split(), "--device", device, "--json"]
-        argv += ["--sampling", "off", "--against", peer]
-        found[name] = call(argv, deadline - time.time(), device)
-        if found[name]["ok"]:
-            found[name]["bench"] = json.loads(found[name]["out"].splitlines()[-1])
+def steps(name, device, small, end):
+    """Step times at one of SHAPES beside a peer -> the result of `call`, with `bench`."""
+    shape, peer = (TINY, "rows") if small else SHAPES[name]
+    peer = peer if importlib.util.find_spec("trl") else "rows"
+    argv = ["bench.py", *shape.split(), "--device", device, "--json"]
+    found = call([*argv, "--sampling", "off", "--against", peer], end, device)
+    if found["ok"]:
+        found["bench"] = json.loads(found["out"].splitlines()[-1])
     return found
 
 
-def tests(device, small, seconds):
-    """The tests on the device, each process with its share of the files -> {name: result}."""
+def tests(files, device, end):
+    """Some test files on the device -> the result of `call`; its error names what failed."""
+    argv = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--device", device, *files]
+    found = call(argv, end, device, threads=1)
+    lines = found["out"].splitlines()
+    shown = [line for line in lines if line.startswith(("FAILED", "ERROR"))] + lines[-1:]
+    return found | {"files": files, "error": "\n".join(shown) or found.get("error", "")}
+
+
+def parts_of_tests(small, count):
+    """The test files in `count` parts, as lists; [] if pytest is not installed."""
     if importlib.util.find_spec("pytest") is None:
-        return {}
+        return []
     files = sorted(glob.glob(os.path.join(HERE, "tests", "**", "test_*.py"), recursive=True))
     files = [os.path.relpath(path, HERE) for path in files if "test_gpu" not in path]
-    if small:
-        files = ["tests/test_diffusion.py"]
-    count = min(len(files), max(1, (os.cpu_count() or 2) // 2))
-    environment = os.environ | {"NANOPREF_DEVICE": device, "OMP_NUM_THREADS": "1"}
-    start, begun = time.time(), []
-    for n in range(count):
-        argv = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-        argv += ["--device", device, *files[n::count]]
-        process = subprocess.Popen(
-            argv,
-            cwd=HERE,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        begun.append((process, files[n::count]))
-    found = {}
-    for process, part in begun:
-        try:
-            left = max(1.0, start + seconds - time.time())
-            out, _ = process.communicate(timeout=left)
-            ok = process.returncode == 0
-        except subprocess.TimeoutExpired:
-            process.kill()
-            ok, out = False, (process.communicate()[0] or "") + f"\ncut after {seconds:.0f} s"
-        result = {"ok": ok, "seconds": time.time() - start, "files": part}
-        lines = out.splitlines()
-        shown = [line for line in lines if line.startswith(("FAILED", "ERROR"))] + lines[-1:]
-        found[", ".join(part)] = result | {"error": "\n".join(shown)}
-    return found
+    files = ["tests/test_diffusion.py"] if small else files
+    return [files[n::count] for n in range(min(count, len(files)))]
 
 
 def versions(device):
@@ -203,10 +183,27 @@ def main(argv):
     device = pick_device(given.device).type
     out, end = os.path.abspath(given.out), time.time() + given.seconds
     os.makedirs(out, exist_ok=True)
-    report = {"versions": versions(device)}
-    report["runs"] = runs(device, given.small, out, 0.45 * given.seconds)
-    report["steps"] = steps(device, given.small, 0.3 * given.seconds)
-    report["tests"] = tests(device, given.small, end - time.time())
+    report = {"versions": versions(device), "runs": {}, "steps": {}, "tests": {}}
+    size = SMALL if given.small else SHORT
+    words = ["--method", "dpo", *(SMALL.split() if given.small else [])]
+    report["runs"]["default"] = training("default", words, device, out, end)
+    first, *others, last = SHAPES
+    for name in [first] if given.small else [first, *others]:
+        report["steps"][name] = steps(name, device, given.small, end)
+
+    workers = max(1, (os.cpu_count() or 2) - 2)
+    with ThreadPoolExecutor(workers) as pool:
+        jobs = {"runs": {}, "tests": {}}
+        for family, name in families().items():
+            about = ["--method", name, *size.split()]
+            job = pool.submit(training, name, about, device, out, end, 1)
+            jobs["runs"][f"{family}: {name}"] = job
+        for files in parts_of_tests(given.small, 2 * workers):
+            jobs["tests"][", ".join(files)] = pool.submit(tests, files, device, end)
+        for kind, found in jobs.items():
+            report[kind] |= {name: job.result() for name, job in found.items()}
+    if not given.small and end - time.time() > 20:
+        report["steps"][last] = steps(last, device, given.small, end)
     with open(os.path.join(out, "report.json"), "w", encoding="utf-8") as file:
         json.dump(report, file, indent=1)
     text = page(report)
