@@ -52,6 +52,7 @@ class World(world.World):
     pretrain = dict(steps=400, batch_size=128, lr=5e-3)
     align = dict(prompts=1024, steps=80, lr=3e-4, batch_size=64)
     picture = digits.World.picture
+    captions = [f"{shape}, {context}" for shape, context in itertools.product(SHAPES, WEIGHTS)]
     annotators = tuple(WEIGHTS.values())
 
     def __init__(self):

@@ -78,3 +78,10 @@ def test_demonstrations_leave_room_above_and_match_themselves():
     assert images.shape == (2000, 1, 8, 8) and images.abs().max() <= 1
     assert -1 < rewards.mean() < 0.3 and rewards.max() > 1.2
     assert world.frechet(images) < 0.5 < world.frechet(torch.zeros(200, 1, 8, 8))
+
+
+def test_the_picture_of_a_run_names_shape_and_context_of_each_prompt():
+    images = torch.zeros(12, 2, 1, 8, 8)
+    axes = World().picture(images, images + 0.5).axes[0]
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert len(names) == 12 and names[4] == "ring, crisp" and axes.get_ylabel() == "prompt"
