@@ -117,7 +117,7 @@ def fit(
 
                 # log, checkpoint
                 own = {name: metrics.pop(name) for name in ("loss", "grad_norm")}
-                log.add(step, own | {"lr": peak * share} | metrics)
+                log.add(step, own | {"lr": peaks[0] * share} | metrics)
                 if step % 10 == 0 or step == steps or interrupted:
                     log.write()
                 if log.fall and step % 10 == 0 and not interrupted:

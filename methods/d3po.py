@@ -102,6 +102,7 @@ def rollout(lab, policy, cfg):
             f"{cfg.kl_limit:g}: the policy leaves the data, and its reward means little"
         )
     states = policy.walk(prompts, 2, rng, T, cfg.eta).cpu()  # (T + 1, n, 2, *shape)
+    lab.samples += 2 * len(prompts)
     rows = [
         dict(prompt=prompt, responses=states[-1, i], path=states[:, i].transpose(0, 1))
         for i, prompt in enumerate(prompts)

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from data import Paper, check_fields
+from data import Paper, UserError, check_fields
 from diffusion import q_sample, spread, to_flow, to_sigma
 from nanomodel import Denoiser
 
@@ -35,7 +35,17 @@ PAPER = Paper(
     "beyond",
     worlds=("images",),
     needs="demonstrations",
-    ignores=("k", "flip", "label_temperature", "length_bias", "prompts"),
+    ignores=(
+        "k",
+        "flip",
+        "label_temperature",
+        "length_bias",
+        "prompts",
+        "init",
+        "guidance",
+        "optimizer",
+        "eval_every",
+    ),
     defaults=dict(world="subspace"),
     core=("optimal_k", "target_energy", "velocity", "flow_loss", "flow_steps"),
 )
@@ -52,6 +62,8 @@ class Config:
     def __post_init__(self):
         check_fields(self, fixed_k="[0, 1]", lr_k="(0, inf)", space=("velocity", "target"))
         check_fields(self, t_mean="(-inf, inf)", t_std="(0, inf)")
+        if self.fixed_k is not None and self.lr_k != Config.lr_k:
+            raise UserError(f"lr_k = {self.lr_k} does nothing with fixed_k = {self.fixed_k}")
 
 
 class KDiff(Denoiser):
@@ -128,7 +140,8 @@ def train(lab, model, cfg, steps, batch_size, lr):
         groups += [dict(params=[model.w], lr=cfg.lr_k)] if cfg.fixed_k is None else []
         return torch.optim.Adam(groups)
 
-    return lab.fit(model, batches, loss, steps=steps, optimizer=optimizer, decay=True)
+    how = dict(steps=steps, optimizer=optimizer, decay=True, ema=lab.settings.ema)
+    return lab.fit(model, batches, loss, **how)
 
 
 def evaluate(lab, model):

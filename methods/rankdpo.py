@@ -111,11 +111,24 @@ def loss(logps, ref_logps, batch, cfg):
     return losses, {"ordered": (share * order).sum(), "z": (share * z.detach().abs()).sum()}
 
 
+def check_options(lab, cfg):
+    """UserError: an option has no effect in this run."""
+    world = lab.world
+    if world.given is not None and (cfg.raters, cfg.generators) != ("all", "auto"):
+        raise UserError(f"raters and generators do nothing with the rows of {world.name}")
+    if cfg.shared_noise and world.kind != "images":
+        raise UserError(f"shared_noise does nothing in {world.name}: only images have noise")
+    if cfg.generators == "guidance" and not world.guided:
+        raise UserError(f"generators = guidance: {world.name} has no guidance")
+    if cfg.generators == "seeds" and lab.settings.init:
+        raise UserError("generators = seeds: --init is one model for all seeds")
+
+
 def drawn(lab, policy, cfg, prompts):
     """--k responses for each prompt, each by the next of the generators -> rows."""
     kind = cfg.generators
     if kind == "auto":
-        kind = "guidance" if lab.world.guided else "self"
+        kind = "guidance" if lab.world.guided and policy.free else "self"
     if kind == "self":
         return lab.sample(policy, prompts, lab.k, lab.rng("lists"))
     columns = []
@@ -126,6 +139,7 @@ def drawn(lab, policy, cfg, prompts):
             other = lab.at(base_seed=lab.settings.base_seed + i)
             model = other.base()
         columns.append(other.sample(model, prompts, 1, lab.rng("lists", i)))
+        lab.samples += other.samples
     return [beside(column) for column in zip(*columns)]
 
 
@@ -176,6 +190,7 @@ def given_counts(scores):
 
 
 def run(lab, cfg):
+    check_options(lab, cfg)
     policy = lab.base()
     rows = ranked(lab, policy, cfg)
 

@@ -97,7 +97,7 @@ def reward_model(world, name):
     if name == "truth":
         return world.reward
     if not world.proxies:
-        raise UserError(f"rater = proxy: {world.name} has only the truth")
+        raise UserError(f"rater = proxy: {world.name} has no proxy of its reward")
     return next(iter(world.proxies.values()))
 
 

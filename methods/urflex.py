@@ -11,8 +11,8 @@ GRPO of a generator: every pair of a group of G images is judged, and
     rho = p(x_next | x) / p_old(x_next | x)
     loss = mean_i max( -A_i rho_i, -A_i clip(rho_i, 1 - epsilon, 1 + epsilon) )
 
-R_d counts verdicts on criterion d, norm is over a group, and log p is averaged over pixels. `true`
-is the annotators' utility, which the generator never sees.
+R_d counts verdicts on criterion d, norm is over a group, and log p is averaged over pixels. During
+training, `utility` is what the annotators think, which the generator never sees.
 
 Differences from the paper
 1. The judge reads noisy measurements of the criteria instead of pixels.
@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from data import Paper, check_fields, pair, upcast
+from data import Paper, UserError, check_fields, pair, upcast
 from toy import verdicts
 
 PAPER = Paper(
@@ -56,6 +56,10 @@ class Config:
     both_right: bool = True  # also pair two right traces, by their reasons
 
     def __post_init__(self):
+        for name in ("judge_steps", "judge_lr", "judge_beta", "both_right"):
+            value = getattr(self, name)
+            if self.critic != "flex" and value != getattr(Config, name):
+                raise UserError(f"{name} = {value} does nothing with critic = {self.critic}")
         check_fields(
             self,
             critic=("flex", "sft", "fixed", "known"),
@@ -241,6 +245,7 @@ def run(lab, cfg):
         rng = lab.rng("groups", round)
         asked = world.prompts(lab.prompts, rng)
         states = policy.walk(asked, cfg.group, rng, steps, cfg.eta).cpu()  # (steps + 1, n, G, ...)
+        lab.samples += cfg.group * len(asked)
         prompts = [p for p in asked for _ in range(cfg.group)]
         scores = world.criteria(prompts, states[-1].flatten(0, 1)).view(len(asked), cfg.group, -1)
         found = wins(there, judge, world.contexts(asked), scores, rng)
@@ -270,7 +275,10 @@ def run(lab, cfg):
 
     every = -(-lab.prompts * (steps - 1) // lab.batch_size)  # one pass over each round
     how = dict(reference="round", every=every, prepare=unchanged, score=score, watch=watch)
-    return lab.align(policy, data, loss, cfg, **how)
+    policy = lab.align(policy, data, loss, cfg, **how)
+    wins_of = "judge {judge_wins:.3f}, annotators {true_wins:.3f}".format(**policy.curve[-1])
+    lab.say(f"share of wins over the base model: {wins_of}")
+    return policy
 
 
 def unchanged(policy, batch):

@@ -74,7 +74,8 @@ def stencil(shape, radius, down, right):
 class World(world.World):
     """The world of this file.
 
-    wrong: the probability that a word of a demonstration's caption is wrong. width: of the UNet.
+    wrong: the probability that a word of a demonstration's caption is drawn at random, which may
+    give the right word. width: of the UNet.
     """
 
     name, kind = "scenes", "images"

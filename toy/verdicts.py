@@ -123,8 +123,8 @@ class World(world.World):
     def rubric(self, prompts, weights=None):
         """The verdict (n,) of fixed weights (3,) on the digits: 0, 1, or 0.5 for a tie.
 
-        Without weights it is that of the true weights of each kind of request, which no judge can
-        surpass.
+        Without weights it is that of the true weights of each kind of request, which a judge can
+        hardly surpass.
         """
         contexts, first, second = self.digits(prompts)
         weights = self.tastes[contexts] if weights is None else torch.tensor(weights)

@@ -167,3 +167,15 @@ def test_what_a_training_leaves_is_a_copy():
     with torch.no_grad():
         model.weight += 1
     assert not torch.equal(kept["weights"]["weight"], model.weight)
+
+
+def test_the_learning_rate_that_is_written_is_that_of_the_first_group(tmp_path):
+    model, batches = line()
+
+    def optimizer(params):
+        groups = [dict(params=[p], lr=rate) for p, rate in zip(params, (1e-3, 0.5))]
+        return torch.optim.SGD(groups)
+
+    make(str(tmp_path), steps=4, warmup=1).fit(model, batches, squares, optimizer=optimizer)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert {json.loads(row)["lr"] for row in lines} == {1e-3}

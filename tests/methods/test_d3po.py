@@ -169,6 +169,12 @@ def test_a_run_trains_and_repeats_itself():
     assert torch.equal(*ends)
 
 
+def test_both_images_of_every_pair_count_as_samples():
+    lab = small(device="cpu")
+    run(lab, Config(sampler_steps=3))  # 8 pairs a round, 16 rows, 2 steps of 12 rows
+    assert lab.samples == 3 * 2 * 8
+
+
 def test_a_policy_beyond_the_limit_is_stopped_and_the_run_says_so():
     lab = small(lr=0.02)
     policy = run(lab, Config(sampler_steps=4, kl_limit=0.01))

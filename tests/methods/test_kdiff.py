@@ -8,6 +8,7 @@ import torch
 from data import collate
 from diffusion import alpha_bar, spread, to_flow, to_sigma
 from lab import Lab, Settings
+from lab.flags import combinations, read_flags
 from methods.kdiff import (
     Config,
     KDiff,
@@ -225,6 +226,27 @@ def test_a_run_trains_by_the_recipe_of_the_base_model_and_repeats_itself():
 def test_values_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} = "):
         Config(**wrong)
+
+
+def test_a_learning_rate_of_a_fixed_k_is_refused():
+    with pytest.raises(ValueError, match="lr_k = 0.1 does nothing with fixed_k = 0.5"):
+        Config(fixed_k=0.5, lr_k=0.1)
+    assert Config(lr_k=0.1).lr_k == 0.1
+
+
+@pytest.mark.parametrize("flag", ["init", "guidance", "optimizer", "eval_every"])
+def test_settings_that_a_training_from_scratch_does_not_read_are_refused(flag):
+    value = {"init": "folder", "optimizer": "dct_adamw"}.get(flag, "2")
+    with pytest.raises(ValueError, match=f"--{flag} does nothing under kdiff"):
+        combinations(*read_flags(["--method", "kdiff", f"--{flag}", value]))
+
+
+def test_the_average_of_the_weights_is_used():
+    ends = []
+    for ema in (0.0, 0.9):
+        model = run(small(ema=ema), Config())
+        ends.append(model.k.item())
+    assert 0.5 < ends[1] < ends[0]
 
 
 # ---- the mutants of the core: every one makes a difference on these inputs

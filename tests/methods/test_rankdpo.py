@@ -252,8 +252,46 @@ def test_generators_are_base_models_of_several_seeds_or_several_scales_of_guidan
     assert torch.equal(seeds[2]["responses"][1], expected[2]["responses"][0])
     auto = drawn(lab, policy, Config(), [0] * 3)
     assert torch.equal(auto[0]["responses"], own[0]["responses"])
-    with pytest.raises(UserError, match="guidance would do nothing in gaussians"):
-        drawn(lab, policy, Config(generators="guidance"), [0])
+
+
+@pytest.mark.parametrize(
+    ("world", "wrong", "match"),
+    [
+        ("bandit", dict(shared_noise=True), "shared_noise does nothing in bandit"),
+        ("gaussians", dict(generators="guidance"), "guidance: gaussians has no guidance"),
+        (
+            "file",
+            dict(raters="truth"),
+            "generators do nothing with the rows of gaussians",
+        ),
+        ("file", dict(generators="self"), "raters and generators do nothing"),
+        ("init", dict(generators="seeds"), "generators = seeds: --init is one model"),
+    ],
+)
+def test_options_without_effect_are_refused_before_anything_is_trained(world, wrong, match):
+    lab = tiny(world="bandit", base_steps=None) if world == "bandit" else tiny()
+    if world == "file":
+        lab.world.given = lambda k: []
+    lab.settings.init = "folder" if world == "init" else None
+    with pytest.raises(UserError, match=match):
+        run(lab, Config(**wrong))
+    assert lab.reference is None
+
+
+def test_a_base_model_without_dropped_labels_draws_its_lists_without_guidance():
+    lab = tiny(world="scenes", k=2, prompts=2)
+    policy = lab.base()
+    own = drawn(lab, policy, Config(generators="self"), [0, 40])
+    policy.free = False
+    auto = drawn(lab, policy, Config(), [0, 40])
+    assert torch.equal(auto[1]["responses"], own[1]["responses"])
+
+
+def test_the_images_of_all_generators_count_as_samples():
+    for generators in ("self", "seeds"):
+        lab = tiny(k=3, prompts=5)
+        ranked(lab, lab.base(), Config(generators=generators))
+        assert lab.samples == 15
 
 
 def test_lists_of_scenes_come_from_four_scales_of_guidance():

@@ -159,7 +159,7 @@ def test_raters_are_the_truth_or_a_proxy_of_the_world():
     assert rated(rows, reward_model(world, "truth")).tolist() == [[1.0, 0.5]]
     values = rated(rows, reward_model(world, "proxy"))[0].tolist()
     assert values == pytest.approx([1.3, 0.35])
-    with pytest.raises(ValueError, match="rater = proxy: world has only the truth"):
+    with pytest.raises(ValueError, match="rater = proxy: world has no proxy of its reward"):
         reward_model(toy.world.World(), "proxy")
     with pytest.raises(ValueError, match="rater = none"):
         Config(rater="none")

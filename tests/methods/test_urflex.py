@@ -250,6 +250,9 @@ def test_every_pair_of_a_group_is_judged_once():
 # ---- the whole
 
 
+NAMES = ("utility", "worst_context", "judge_wins", "true_wins", "judge_right")
+
+
 def tiny(**settings):
     how = dict(world="scenes", base_steps=0, prompts=2, batch_size=4, steps=4, warmup=1)
     return Lab(Settings(**how | dict(eval_size=4, eval_every=4) | settings), quiet=True)
@@ -276,16 +279,37 @@ def test_a_run_reports_the_truth_beside_the_judge(judge, monkeypatch):
         return align(policy, data, *about, **how)
 
     lab.align = spy
-    policy = run(lab, Config(critic=judge, group=2, sampler_steps=3, judge_steps=1))
+    short = dict(judge_steps=1) if judge == "flex" else {}
+    policy = run(lab, Config(critic=judge, group=2, sampler_steps=3, **short))
     last = policy.curve[-1]
-    names = ("reward", "utility", "worst_context", "judge_wins", "true_wins", "judge_right")
-    assert set(names) <= set(last)
+    assert {"reward", *NAMES} <= set(last)
     assert last["reward"] == last["utility"] and last["step"] == 4
     assert len(rows) == 2 * 2 and [row["step"] for row in rows] == [0, 1, 0, 1]
     # the stored states are consecutive, and the images are the last ones
     assert torch.equal(rows[0]["after"], rows[1]["x"]) and rows[0]["x"].shape == (2, 3, 16, 16)
     A = tensor([row["scores"] for row in rows])
     assert torch.allclose(A.sum(1), tensor(0.0), atol=1e-9)
+
+
+def test_every_image_of_a_group_counts_as_a_sample(monkeypatch):
+    monkeypatch.setattr(urflex, "against_base", lambda *about: dict.fromkeys(NAMES, 0.0))
+    lab, said = tiny(), []
+    lab.world.look = lambda policy, lab: {}
+    lab.say = said.append
+    run(lab, Config(critic="known", group=2, sampler_steps=3))  # a round: 4 rows, one step
+    assert lab.samples == 4 * 2 * 2
+    assert said == ["share of wins over the base model: judge 0.000, annotators 0.000"]
+
+
+@pytest.mark.parametrize(
+    "unread",
+    [dict(judge_steps=100), dict(judge_lr=1e-4), dict(judge_beta=1.0), dict(both_right=False)],
+)
+def test_options_of_stage_2_are_refused_where_the_judge_has_none(unread):
+    assert Config(**unread).critic == "flex"
+    for critic in ("sft", "fixed", "known"):
+        with pytest.raises(UserError, match=f"{next(iter(unread))} .* does nothing with critic = "):
+            Config(critic=critic, **unread)
 
 
 def test_the_judge_learns_the_tastes_of_this_world_s_annotators():
