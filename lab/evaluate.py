@@ -197,7 +197,6 @@ def evaluate(lab, policy):
     return out
 
 
-@aside
 @torch.no_grad()
 def glance(lab, policy, step, full):
     """A look during training: the numbers of `evaluate` that come from samples, without intervals.
@@ -205,7 +204,6 @@ def glance(lab, policy, step, full):
     full: on all prompts of an evaluation, so that both agree; otherwise on an eighth of them. In a
     world without a true reward it is the accuracy on held-out pairs, and only where --eval_every
     asks for looks."""
-    drawn = lab.samples  # before those of this look
     if lab.world.reward is None and lab.world.kind != "table":
         found = pair_stats(lab, policy) if lab.settings.eval_every else {}
     else:
@@ -214,8 +212,7 @@ def glance(lab, policy, step, full):
     if full or step // between % 5 == 0:  # in every fifth look, since it takes seconds
         found |= lab.world.look(policy, lab)
         keep_pictures(lab, policy, step)
-    found = {name: value for name, value in found.items() if not isinstance(value, list)}
-    return found | ({"samples": drawn} if drawn else {})
+    return {name: value for name, value in found.items() if not isinstance(value, list)}
 
 
 def keep_pictures(lab, policy, step, most=12):

@@ -82,8 +82,11 @@ def fit(
         def look(step):
             log.write()
             model.eval()
+            drawn = lab.samples
             with average.used():
-                curve.append({"step": step} | watch(model, step))
+                found = watch(model, step)
+            lab.samples = drawn  # no method learns from the samples of a look
+            curve.append({"step": step} | found | ({"samples": drawn} if drawn else {}))
             model.train(training)
             log.append([curve[-1]])
 

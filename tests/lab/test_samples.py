@@ -8,6 +8,7 @@ import pytest
 import methods.grpo
 import train
 from lab import Lab, Settings
+from methods import dpo
 from tests.lab.commands import Killed, killed_at
 
 SMALL = dict(base_steps=0, prompts=6, eval_size=4, max_response=5, steps=2, batch_size=2)
@@ -38,6 +39,22 @@ def test_evaluations_do_not_count_but_cached_and_stored_samples_do(tmp_path):
         lab.stage("own", lambda: lab.sample(lab.base(), ["review of the sofa :"], 2) and 1)
         counts.append(lab.samples)
     assert counts[2] == counts[3] > 0
+
+
+def test_the_samples_of_a_look_of_one_s_own_do_not_count_and_the_look_has_those_before_it():
+    lab = Lab(Settings(world="bandit", steps=2, batch_size=2, eval_every=1), quiet=True)
+    policy = lab.base()
+    lab.sample(policy, [0], 5)
+
+    def watch(policy, step):
+        lab.sample(policy, [0], 3)
+        return {"seen": 1.0}
+
+    rows = lab.preferences(policy, k=2, n=4)
+    before = lab.samples
+    lab.align(policy, rows, dpo.loss, dpo.Config(), watch=watch)
+    assert lab.samples == before > 0
+    assert [look["samples"] for look in policy.curve] == [before] * 3
 
 
 @pytest.mark.slow
