@@ -30,13 +30,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import Paper, UserError, check_fields, pair
+from data import Paper, UserError, check_fields, pair, upcast
 from nanomodel import GPT, GPTConfig
 
 PAPER = Paper(
     "beyond",
     worlds=("text",),
-    ignores=("k",),
+    ignores=("k", "lora"),
     defaults=dict(world="captions"),
 )
 
@@ -55,8 +55,18 @@ class Config:
 
     def __post_init__(self):
         check_fields(self, variant=("dpo", "kto_pair"), beta="(0, inf)", top="[1, inf)")
-        check_fields(self, anchor=("teacher", "student"), experts="[1, inf)", aux="[0, inf)")
+        check_fields(self, anchor=("teacher", "student"), experts="[2, inf)", aux="[0, inf)")
         check_fields(self, width="[8, inf)", dense="[0, inf)", sparse="[0, inf)")
+        mixture = (self.experts, self.top, self.aux)
+        if not self.sparse and mixture != (Config.experts, Config.top, Config.aux):
+            raise UserError("experts, top and aux do nothing with sparse = 0: there are no experts")
+        check_top(self.top, self.experts)
+
+
+def check_top(top, experts):
+    """UserError: more experts are to be used than there are."""
+    if top > experts:
+        raise UserError(f"--top {top} exceeds --experts {experts}")
 
 
 def loss(logps, ref_logps, batch, cfg):
@@ -122,8 +132,7 @@ class Mixture(nn.Module):
 
     def __init__(self, layer, width, experts, top, aux):
         super().__init__()
-        if top > experts:
-            raise UserError(f"--top {top} exceeds --experts {experts}")
+        check_top(top, experts)
         self.experts = nn.ModuleList(copy.deepcopy(layer) for _ in range(experts))
         self.router = nn.Linear(width, experts, bias=False)
         self.top, self.aux, self.balance = top, aux, None
@@ -165,8 +174,11 @@ def distill(lab, student, teacher, steps, sparse=False, title="distillation"):
     def objective(model, batch):
         with torch.no_grad():
             target = teacher.logits(batch)
-        kl = mimic(target, model.logits(batch), batch.mask)
-        nll = -model.logps(batch).sum() / batch.mask.sum() if sparse else 0.0
+        logits, nll = model.logits(batch), 0.0
+        kl = mimic(target, logits, batch.mask)
+        if sparse:  # from the same logits: each pass through the experts adds their balance
+            logps = upcast(logits).log_softmax(-1).gather(-1, batch.target[..., None])[..., 0]
+            nll = -(logps * batch.mask).sum() / batch.mask.sum()
         return kl + nll, {"KL": kl.detach()}
 
     how = dict(steps=steps, lr=2e-3 if sparse else 5e-3, decay=True, title=title)

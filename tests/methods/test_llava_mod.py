@@ -17,6 +17,7 @@ from methods.llava_mod import (
     Config,
     Mixture,
     balance,
+    distill,
     fresh,
     loss,
     mimic,
@@ -239,6 +240,35 @@ def test_a_sparse_student_writes_what_the_dense_one_wrote_and_trains_its_layers(
     assert any("router" in name for name in trained) and not sparse.save_pretrained
 
 
+def test_the_balance_of_the_experts_counts_once_in_a_step_of_sparse_distillation():
+    lab, teacher, model = student()
+    sparse, steps = upcycle(model, Config(aux=0.3)), []
+
+    def fit(model, batches, objective, **how):
+        steps.append((batches(0), objective))
+        return model
+
+    lab.fit = fit
+    distill(lab, sparse, teacher, 4, sparse=True)
+    batch, objective = steps[0]
+    mixture = sparse.layers[0].mlp
+    router = mixture.router.weight
+
+    def slope(aux):
+        router.grad, mixture.aux = None, aux
+        objective(sparse, batch)[0].mean().backward()
+        return router.grad
+
+    router.grad, mixture.aux = None, 0.3  # one pass, whose other gradients are 0
+    (0 * sparse.logits(batch)).sum().backward()
+    once = router.grad
+    torch.testing.assert_close(slope(0.3) - slope(0.0), once, rtol=1e-3, atol=1e-7)
+    loss = objective(sparse, batch)[0]
+    kl = mimic(teacher.logits(batch), sparse.logits(batch), batch.mask)
+    nll = -sparse.logps(batch).sum() / batch.mask.sum()
+    torch.testing.assert_close(loss, kl + nll)
+
+
 def test_a_student_has_the_vocabulary_and_the_layers_of_its_teacher_at_another_width():
     _, teacher, model = student()
     assert model.config.hidden_size == 32 and model.config.vocab_size == teacher.config.vocab_size
@@ -259,6 +289,11 @@ def test_what_makes_no_sense_is_refused():
     for fields in (dict(beta=0.0), dict(variant="kto"), dict(anchor="self"), dict(top=0)):
         with pytest.raises(UserError):
             Config(**fields)
+    with pytest.raises(UserError, match="--top 3 exceeds --experts 2"):  # before any training
+        Config(experts=2, top=3)
+    for fields in (dict(experts=3), dict(top=1), dict(aux=0.0)):
+        with pytest.raises(UserError, match="do nothing with sparse = 0"):
+            Config(sparse=0, **fields)
 
 
 @pytest.mark.slow
