@@ -37,7 +37,7 @@ PAPER = Paper(
     "online",
     worlds=("text",),
     needs="reward",
-    ignores=("k", "lora"),
+    ignores=("k", "lora", "optimizer", "ema", "compile"),
     defaults=dict(world="drift"),
 )
 VARIANTS = dict(ofs={}, cofs=dict(memory=100, combine="deltas"))
@@ -90,17 +90,25 @@ class Chase(nn.Module):
         super().__init__()
         first = LoRA.adapt(base, rank, rng)
         self.modules_of = nn.ModuleList([first, LoRA.copied(first)])  # learning rates lr, rho lr
-        self.register_buffer("lead", torch.zeros((), dtype=torch.long))  # which of them plays F
-        self.register_buffer("seen", torch.zeros(2, dtype=torch.float64))  # summed DPO losses
-        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        zero = torch.zeros((), dtype=torch.long, device=base.device)
+        self.register_buffer("lead", zero)  # which of them plays F
+        self.register_buffer("seen", torch.zeros(2, device=base.device))  # summed DPO losses
+        self.register_buffer("steps", zero.clone())
+
+    def roles(self):
+        """(2,): 1 for the module that plays F, 0 for the other one."""
+        return (torch.arange(2, device=self.lead.device) == self.lead).float()
 
     def note(self, losses, every):
-        """Add the DPO losses (2,) of one step; every N steps the lower sum decides who plays F."""
+        """Add the DPO losses (2,) of one step; every N steps the lower sum decides who plays F.
+
+        Nothing is read on the host, so a training does not wait for its device.
+        """
         self.seen += losses.detach()
         self.steps += 1
-        if self.steps % every == 0:
-            self.lead.copy_(self.seen.argmin())
-            self.seen.zero_()
+        now = self.steps % every == 0
+        self.lead.copy_(torch.where(now, self.seen.argmin(), self.lead))
+        self.seen.copy_(torch.where(now, 0.0, self.seen))
 
     def fast(self):
         """The module that plays F."""
@@ -138,15 +146,14 @@ def chase(lab, base, rows, cfg, rng, steps):
             ref_logps = reference.logps(batch)
         with lab.autocast():
             both = [module.logps(batch) for module in model.modules_of]
-        margins = [margin(logps, ref_logps) for logps in both]
-        losses, metrics = 0.0, {}
+        margins = torch.stack([margin(logps, ref_logps) for logps in both])  # (2, B)
+        losses, metrics, roles = 0.0, {}, model.roles()
         for i, logps in enumerate(both):
-            batch.other = margins[1 - i]
-            batch.fast = torch.full_like(margins[i], float(i == int(model.lead)))
+            batch.other, batch.fast = margins[1 - i], roles[i].expand_as(margins[i])
             own, found = loss(logps, ref_logps, batch, cfg)
             losses, metrics = losses + own, metrics | found
-        model.note(-F.logsigmoid(cfg.beta * torch.stack(margins)).mean(1).cpu(), cfg.every)
-        return losses, metrics | {"accuracy": (margins[0] > 0).float().mean()}
+        model.note(-F.logsigmoid(cfg.beta * margins).mean(1), cfg.every)
+        return losses, metrics | {"accuracy": roles @ (margins > 0).float().mean(1)}  # of F
 
     def optimizer(params):
         groups = [[p for p in m.parameters() if p.requires_grad] for m in model.modules_of]
@@ -216,12 +223,15 @@ def run(lab, cfg):
         raise UserError(f"variant = cofs: {lab.world.name} has one source of preferences")
     base, n = lab.base(), lab.prompts // sources
     streams = [lab.stage("stream", lambda d=d: stream(lab, base, d, n)) for d in range(sources)]
+    if not all(streams):
+        raise UserError("a source gave no pair with different scores: more --prompts may help")
+    share = lab.steps // sources  # with few steps every source is cut, not the last one
+    streams = [rows[: max(1, share) * lab.batch_size] for rows in streams]
     if cfg.variant == "ofs":
         rows = sum(streams, [])
         return LoRA.merged(chase(lab, base, rows, cfg, lab.rng("adapters"), lab.steps))
     modules = []
     for rows in streams:
-        share = lab.steps // sources
         modules.append(chase(lab, lab.base(), rows, cfg, lab.rng("adapters"), share))
     kept = lab.rows([row for rows in streams for row in rows[-cfg.memory :]])
     weights = lab.stage("weights", lambda: choose(lab, base, modules, kept, cfg))

@@ -8,7 +8,7 @@ import torch
 from claims.ofs_dpo import Streams, chased, log_linear
 from data import UserError
 from lab import Lab, Settings
-from methods import dpo
+from methods import dpo, ofs_dpo
 from methods.ofs_dpo import Chase, Config, choose, combined, loss, margin, run, simplex, stream
 from nanomodel import LoRA
 from tests import builders
@@ -106,6 +106,21 @@ def test_the_module_with_the_lower_loss_of_the_last_steps_plays_the_fast_one():
         chase.note(torch.tensor(losses), 2)
         assert int(chase.lead) == lead and chase.fast() is chase.modules_of[lead]
     assert "lead" in chase.state_dict() and "seen" in chase.state_dict()
+
+
+def test_the_roles_are_never_read_on_the_host():
+    """Tensors of the meta device have no values, so reading one is an error."""
+    chase = Chase(make(), 2, torch.Generator().manual_seed(0)).to("meta")
+    for _ in range(3):
+        chase.note(torch.rand(2, device="meta"), 2)
+        assert chase.roles().shape == (2,)
+
+
+def test_the_roles_are_those_of_the_module_that_leads():
+    chase = Chase(make(), 2, torch.Generator().manual_seed(0))
+    assert chase.roles().tolist() == [1, 0]
+    chase.note(torch.tensor([1.0, 0.5]), 1)
+    assert chase.roles().tolist() == [0, 1]
 
 
 def test_both_modules_begin_alike_and_share_the_frozen_weights():
@@ -225,6 +240,32 @@ def test_a_run_returns_a_plain_model_and_repeats_itself(variant):
         found.append(weights_of(policy))
         assert not torch.equal(found[-1], weights_of(lab.reference))
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("variant", ["ofs", "cofs"])
+def test_with_few_steps_every_source_is_seen_and_not_only_the_first(monkeypatch, variant):
+    seen = []
+
+    def noted(lab, base, rows, cfg, rng, steps):
+        seen.extend(row["source"] for row in rows)
+        return LoRA.adapt(base, cfg.rank, rng)
+
+    def streamed(lab, policy, d, n):
+        two = dict(prompt=lab.world.prompts(1, lab.rng("x"))[0], responses=[" a", " ."])
+        return [two | dict(source=d, scores=[1.0, 0.0])] * n
+
+    monkeypatch.setattr(ofs_dpo, "chase", noted)
+    monkeypatch.setattr(ofs_dpo, "stream", streamed)
+    settings = dict(world="drift", base_steps=0, steps=4, prompts=100, batch_size=3)
+    run(Lab(Settings(**settings), quiet=True), Config(variant=variant))
+    assert seen == [0] * 6 + [1] * 6
+
+
+def test_a_source_without_a_pair_is_refused(monkeypatch):
+    monkeypatch.setattr(ofs_dpo, "stream", lambda lab, policy, d, n: [])
+    lab = Lab(Settings(world="drift", base_steps=0), quiet=True)
+    with pytest.raises(UserError, match="no pair with different scores"):
+        run(lab, Config())
 
 
 @pytest.mark.parametrize(
