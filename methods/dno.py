@@ -169,13 +169,10 @@ def pairs_of(row, r, k, cfg):
 
 
 def rollout(lab, policy, t, cfg):
-    """The pairs of round t: pools of responses, ranked. UserError: there are none."""
+    """The pairs of round t: pools of responses, ranked; none where no two differ enough."""
     rows = pools(lab, policy, t, cfg)
     r = ranks(chances(lab, rows), lab.k, lab.rng("wins", t), cfg).tolist()
-    out = [two for row, each in zip(rows, r) for two in pairs_of(row, each, lab.k, cfg)]
-    if not out:
-        raise UserError(f"round {t + 1} gave no pairs: a smaller margin or more --prompts may help")
-    return out
+    return [two for row, each in zip(rows, r) for two in pairs_of(row, each, lab.k, cfg)]
 
 
 def replayed(fresh, older, rng, cfg):
@@ -196,6 +193,11 @@ def run(lab, cfg):
         if cfg.output == "average":
             iterates.append(policy.probs().detach())  # (P, R)
         fresh = lab.stage("pairs", lambda policy=policy, t=t: rollout(lab, policy, t, cfg))
+        if not fresh and t == 0:
+            raise UserError("round 1 gave no pairs: a smaller margin or more --prompts may help")
+        if not fresh:
+            lab.stopped = f"stopped after step {first}: round {t + 1} gave no pairs"
+            break
         data = lab.rows(fresh + replayed(fresh, older, lab.rng("replay", t), cfg))
         older = [fresh, *older]
         policy = lab.align(policy, data, loss, cfg, steps=last - first)  # reference: pi_t

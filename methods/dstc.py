@@ -33,6 +33,7 @@ PAPER = Paper(
     "online",
     worlds=("text",),
     needs="reward",
+    ignores=("flip", "label_temperature", "length_bias"),
     defaults=dict(world="programs"),
 )
 
@@ -136,7 +137,10 @@ def distinct(lab, row):
 
 
 def rollout(lab, policy, t, cfg):
-    """The pairs of round t: programs and tests of the policy, executed and selected."""
+    """The pairs of round t: programs and tests of the policy, executed and selected.
+
+    There are none where all programs are right, or none is.
+    """
     world, out = lab.world, []
     prompts = world.prompts(lab.prompts // cfg.rounds, lab.rng("tasks", t))
     programs = lab.sample(policy, prompts, lab.k, lab.rng("programs", t))
@@ -155,8 +159,6 @@ def rollout(lab, policy, t, cfg):
         about = dict(quality=[float(quality[j]) for j in found[::2]], valid=valid)
         ids = [lab.tokens(text) for text in texts]
         out.append(dict(prompt=prompt, responses=ids, ends=[True, True], scores=[1.0, 0.0]) | about)
-    if not out:
-        raise UserError(f"round {t + 1} gave no pairs: more --prompts or a larger --k may help")
     return out
 
 
@@ -180,6 +182,11 @@ def run(lab, cfg):
     ends = [round(lab.steps * i / cfg.rounds) for i in range(cfg.rounds + 1)]
     for t, start, end in zip(range(cfg.rounds), ends, ends[1:]):
         rows = lab.stage("pairs", lambda policy=policy, t=t: rollout(lab, policy, t, cfg))
+        if not rows and t == 0:
+            raise UserError("round 1 gave no pairs: more --prompts or a larger --k may help")
+        if not rows:
+            lab.stopped = f"stopped after step {start}: round {t + 1} gave no pairs"
+            break
         lab.say(report(rows, lab.prompts // cfg.rounds))
         kept = [{k: v for k, v in row.items() if k not in ("quality", "valid")} for row in rows]
         policy = lab.align(policy, lab.rows(kept), loss, cfg, steps=end - start)

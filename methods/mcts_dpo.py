@@ -33,7 +33,7 @@ from dataclasses import dataclass, field
 
 import torch.nn.functional as F
 
-from data import Paper, UserError, check_fields, fill_variant, pair
+from data import Paper, StopTraining, UserError, check_fields, fill_variant, pair
 
 PAPER = Paper(
     "online",
@@ -45,6 +45,7 @@ PAPER = Paper(
 SEARCH = dict(simulations=8, breadth=4, explore=1.0, smooth=True, tokens=8)
 VARIANTS = dict(step=SEARCH, instance={})
 ENDS = set(",:;\n")  # a step ends behind one of these characters
+NO_PAIRS = "the first questions gave no pairs: all are solved, or none; more --prompts may help"
 
 
 @dataclass(frozen=True)
@@ -248,7 +249,7 @@ def rows_of(lab, prompt, root, cfg):
 
 
 def rollout(lab, policy, round, n, cfg):
-    """The pairs of n fresh questions."""
+    """The pairs of n fresh questions, none where all are solved or all fail."""
     if cfg.level == "instance":
         asked = lab.preferences(policy, k=lab.k, n=n, ties=True, key=("instance", round))
         out = []
@@ -267,11 +268,22 @@ def rollout(lab, policy, round, n, cfg):
         prompts = lab.world.prompts(n, lab.rng("questions", round))
         roots = trees(lab, policy, prompts, (round,), cfg)
         out = [row for x, root in zip(prompts, roots) for row in rows_of(lab, x, root, cfg)]
-    if not out:
-        raise UserError(
-            f"round {round + 1} gave no pairs: more --prompts or a smaller --lr may help"
-        )
     return out
+
+
+def fresh(lab, policy, round, cfg):
+    """The rows of one round of the online training.
+
+    UserError: the first round has none. StopTraining: a later one has none.
+    """
+    rows = rollout(lab, policy, round, tasks_per_round(lab), cfg)
+    if not rows and round == 0:
+        raise UserError(NO_PAIRS)
+    if not rows:
+        raise StopTraining(
+            f"round {round + 1} gave no pairs: its questions are all solved, or none"
+        )
+    return lab.rows(rows)
 
 
 def tasks_per_round(lab):
@@ -279,14 +291,28 @@ def tasks_per_round(lab):
     return lab.settings.prompts or lab.batch_size
 
 
+def check_settings(lab, cfg):
+    """UserError: a setting does nothing under this level or in this world."""
+    if cfg.level == "step" and lab.settings.flip:
+        raise UserError("--flip does nothing with level = step: a search makes the labels")
+    if cfg.level == "step" and lab.k != lab.world.align.get("k", lab.k):
+        raise UserError("--k does nothing with level = step: --breadth is the number of samples")
+    changed = [n for n in ("breadth", "tokens") if getattr(cfg, n) not in (None, SEARCH[n])]
+    if lab.world.kind == "table" and changed:
+        raise UserError(f"--{changed[0]} does nothing in a table: a step is one of all symbols")
+
+
 def run(lab, cfg):
-    policy, n = lab.base(), tasks_per_round(lab)
+    check_settings(lab, cfg)
+    policy = lab.base()
     if cfg.online:
-        data = lambda policy, round: lab.rows(rollout(lab, policy, round, n, cfg))  # noqa: E731
+        data = lambda policy, round: fresh(lab, policy, round, cfg)  # noqa: E731
         policy = lab.align(policy, data, loss, cfg, every=cfg.every)
     else:
-        total = n * max(1, lab.steps // cfg.every)
+        total = tasks_per_round(lab) * max(1, lab.steps // cfg.every)
         rows = lab.stage("search", lambda: rollout(lab, policy, 0, total, cfg))
+        if not rows:
+            raise UserError(NO_PAIRS)
         policy = lab.align(policy, lab.rows(rows), loss, cfg)
     if cfg.level == "step" and not lab.quiet:
         before = lab.samples

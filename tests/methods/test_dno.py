@@ -309,6 +309,16 @@ def test_a_round_without_pairs_is_refused():
         run(lab, Config(margin=1))
 
 
+def test_a_later_round_without_pairs_ends_the_training_with_its_policy(monkeypatch):
+    plain = rollout
+    later = lambda lab, policy, t, cfg: [] if t else plain(lab, policy, t, cfg)  # noqa: E731
+    monkeypatch.setattr(methods.dno, "rollout", later)
+    lab = small()
+    policy = run(lab, Config())
+    assert lab.stopped.endswith("round 2 gave no pairs")
+    assert f"step {policy.curve[-1]['step']}:" in lab.stopped and policy.curve[-1]["step"] > 0
+
+
 @pytest.mark.parametrize(
     "settings, fields, word",
     [

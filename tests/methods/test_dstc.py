@@ -5,7 +5,7 @@ import torch
 
 from data import UserError
 from lab import Lab, Settings
-from methods import dpo
+from methods import dpo, dstc
 from methods.dstc import (
     RULES,
     Config,
@@ -187,11 +187,21 @@ def test_copies_are_executed_once_and_texts_are_joined(monkeypatch):
     )
 
 
-def test_a_round_without_pairs_is_refused(monkeypatch):
+def test_a_round_without_pairs_is_refused_if_it_is_the_first_and_else_ends_the_training(
+    monkeypatch,
+):
     lab = lab_of(monkeypatch)
+    rows = rollout(lab, None, 0, Config())
     monkeypatch.setattr(Writer, "programs", [" +1 -1"] * 4)
+    assert rollout(lab, None, 0, Config()) == []
+    lab = Lab(Settings(world="programs", base_steps=0, steps=3, batch_size=2), quiet=True)
+    monkeypatch.setattr(dstc, "rollout", lambda *about: [])
     with pytest.raises(UserError, match="round 1 gave no pairs"):
-        rollout(lab, None, 0, Config())
+        run(lab, Config())
+    monkeypatch.setattr(dstc, "rollout", lambda lab, policy, t, cfg: [] if t else rows)
+    policy = run(lab, Config())
+    assert lab.stopped == "stopped after step 1: round 2 gave no pairs"
+    assert policy.curve[-1]["step"] == 1
 
 
 @pytest.mark.parametrize(

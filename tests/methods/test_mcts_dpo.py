@@ -7,7 +7,7 @@ import torch
 
 from data import UserError, collate
 from lab import Lab, Settings
-from methods import dpo
+from methods import dpo, mcts_dpo
 from methods.mcts_dpo import (
     Config,
     Node,
@@ -251,20 +251,54 @@ def test_rows_of_text_have_the_steps_before_in_the_prompt():
 # ---- runs
 
 
-def test_a_search_by_step_learns_a_trie_and_stops_where_there_is_no_pair():
+def test_a_search_by_step_learns_a_trie_and_solved_questions_give_no_pair():
     lab = trie()
     policy = run(lab, Config())
     assert policy.curve[-1]["reward"] > 4 * policy.curve[0]["reward"]
     assert policy.curve[-1]["samples"] == lab.samples > 0
     solved = lab.base()
     solved.set_log_probs(lab.world.truth.log())
-    with pytest.raises(UserError, match="round 1 gave no pairs"):
-        rollout(lab, solved, 0, 20, Config(level="instance"))
+    assert rollout(lab, solved, 0, 20, Config(level="instance")) == []
+
+
+@pytest.mark.parametrize("level", ["step", "instance"])
+def test_a_training_whose_questions_are_all_solved_ends_early_with_its_policy(monkeypatch, level):
+    plain = mcts_dpo.rollout
+
+    def solved_later(lab, policy, round, n, cfg):
+        return [] if round else plain(lab, policy, round, n, cfg)
+
+    monkeypatch.setattr(mcts_dpo, "rollout", solved_later)
+    lab = trie()
+    policy = run(lab, Config(level=level))
+    assert policy.curve[-1]["step"] == 4 and "step 4: round 2 gave no pairs" in lab.stopped
+    assert policy.curve[-1]["reward"] > policy.curve[0]["reward"]
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_a_training_without_any_pair_is_refused(monkeypatch, online):
+    monkeypatch.setattr(mcts_dpo, "rollout", lambda *about: [])
+    with pytest.raises(UserError, match="first questions gave no pairs"):
+        run(trie(), Config(online=online))
+
+
+@pytest.mark.parametrize(
+    "settings, fields, word",
+    [
+        (dict(flip=0.1), {}, "--flip does nothing with level = step"),
+        (dict(k=3), {}, "--k does nothing with level = step"),
+        ({}, dict(breadth=3), "--breadth does nothing in a table"),
+        ({}, dict(tokens=3), "--tokens does nothing in a table"),
+    ],
+)
+def test_settings_without_effect_are_refused(settings, fields, word):
+    with pytest.raises(UserError, match=word):
+        run(trie(**settings), Config(**fields))
 
 
 @pytest.mark.parametrize("fields", [dict(level="instance"), dict(online=False)])
 def test_the_other_levels_learn_too(fields):
-    policy = run(trie(k=8), Config(**fields))
+    policy = run(trie(**dict(k=8) if "level" in fields else {}), Config(**fields))
     assert policy.curve[-1]["reward"] > 1.5 * policy.curve[0]["reward"]
 
 
