@@ -34,6 +34,7 @@ PAPER = Paper(
     "analysis",
     worlds=("text",),
     needs="reward",
+    ignores=("flip", "label_temperature", "length_bias"),
     defaults=dict(world="safety"),
 )
 VARIANTS = dict(
