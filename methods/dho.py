@@ -189,6 +189,9 @@ def sets(world, cfg, rng):
         labeled.append(mine[: cfg.shots])
         val.append(mine[cfg.shots :])
     labeled, val = torch.cat(labeled), torch.cat(val)
+    few = x[torch.cat([labeled, val])]
+    if len(few) < need * world.classes or len(few.unique(dim=0)) < len(few):
+        raise UserError(f"--shots {cfg.shots}: {world.name} has fewer points of some class")
     rest = torch.ones(len(x), dtype=torch.bool)
     rest[labeled] = rest[val] = False
     return x[labeled], y[labeled], x[val], y[val], x[rest][: cfg.n]

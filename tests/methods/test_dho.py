@@ -202,6 +202,9 @@ def test_what_makes_no_sense_is_refused():
             mix(CE, KD, alpha, beta)
     with pytest.raises(UserError, match="has no teacher"):
         run(Lab(Settings(world="blobs"), quiet=True), Config())
+    # a digit has about a hundred pictures: others would repeat, in both the labels and the search
+    with pytest.raises(UserError, match="--shots 60: pixels has fewer points"):
+        run(Lab(Settings(world="pixels"), quiet=True), Config(shots=60))
 
 
 def test_a_run_compares_heads_and_their_conflict():

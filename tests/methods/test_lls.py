@@ -205,6 +205,9 @@ def test_what_cannot_be_identified_is_refused():
         run(lab, Config(domains=2))
     with pytest.raises(UserError, match="clusters does nothing"):
         Config(cells="grid", clusters=5)
+    for fields in (dict(domains=200), dict(clusters=101)):
+        with pytest.raises(UserError, match="fewer points than domains or clusters"):
+            run(lab, Config(n=100, **fields))
 
 
 def test_a_run_finds_classes_that_do_not_look_alike():
