@@ -71,9 +71,7 @@ def align(
             return losses, evaluate.common_metrics(logps.detach(), ref_logps, batch) | metrics
 
         watch = watch or (
-            lambda policy, step: evaluate.glance(
-                lab, policy, step, lab.full_looks or step in (0, steps)
-            )
+            lambda policy, step: lab.glance(policy, step, lab.full_looks or step in (0, steps))
         )
         how = dict(steps=steps, optimizer=optimizer, watch=watch, state=(feed.save, feed.load))
         # a score of the method's own may depend on more than the model and the batch

@@ -660,6 +660,13 @@ class Lab:
         """The rows of a race: pairs sampled from the base model."""
         return self.preferences(base, k=2)
 
+    def glance(self, policy, step, full):
+        """A look of `align` at a model during training, {name: number}, for a `watch` of one's own.
+
+        full: on all prompts of an evaluation; otherwise on an eighth of them.
+        """
+        return evaluate.glance(self, policy, step, full)
+
     def evaluate(self, policy):
         """The evaluation of a model, {name: number or [low, high]}; see docs/metrics.md.
 

@@ -20,7 +20,7 @@ Differences from the paper
 4. The training stops when the KL of a path exceeds a limit; the run reports it.
 
     python train.py --method d3po                          the reward rises at the cost of variety
-    python train.py --method d3po --variant first          the same pairs, and hardly any reward
+    python train.py --method d3po --variant first --steps 60     as many pairs, hardly any reward
     python train.py --method d3po --reference round        it leaves the data and is stopped
     python train.py --method d3po --world glyphs           cleaner drawings, and simpler shapes
 """

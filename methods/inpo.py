@@ -19,8 +19,8 @@ Differences from the paper
 3. The noise that the official code can add during the inversion is left out.
 4. The reference can invert; its inversions are computed once.
 
-    python train.py --method inpo                           few points leave the ring
-    python train.py --method inpo --inverter reference      fewer still, without inverting in a step
+    python train.py --method inpo                           the reward, and points off the ring
+    python train.py --method inpo --inverter reference      fewer of them, and faster steps
     python train.py --method dpo,inpo --dpo.beta 2.5 --world gaussians
 """
 

@@ -270,8 +270,9 @@ def run(lab, cfg):
         return model.transition_logps(*of, steps, cfg.eta)[..., None]
 
     def watch(policy, step):
-        found = against_base(lab, policy, there, judge, min(256, lab.eval_size))
-        return {"reward": found["utility"]} | found | world.look(policy, lab)
+        full = step in (0, lab.steps)
+        beside = against_base(lab, policy, there, judge, min(256, lab.eval_size))
+        return lab.glance(policy, step, full) | beside
 
     every = -(-lab.prompts * (steps - 1) // lab.batch_size)  # one pass over each round
     how = dict(reference="round", every=every, prepare=unchanged, score=score, watch=watch)

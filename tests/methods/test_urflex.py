@@ -283,7 +283,8 @@ def test_a_run_reports_the_truth_beside_the_judge(judge, monkeypatch):
     policy = run(lab, Config(critic=judge, group=2, sampler_steps=3, **short))
     last = policy.curve[-1]
     assert {"reward", *NAMES} <= set(last)
-    assert last["reward"] == last["utility"] and last["step"] == 4
+    assert last["reward"] == lab.evaluate(policy)["reward"] != last["utility"]  # two truths here
+    assert {"kl", "win_rate"} <= set(last) and last["step"] == 4
     assert len(rows) == 2 * 2 and [row["step"] for row in rows] == [0, 1, 0, 1]
     # the stored states are consecutive, and the images are the last ones
     assert torch.equal(rows[0]["after"], rows[1]["x"]) and rows[0]["x"].shape == (2, 3, 16, 16)
