@@ -2,14 +2,14 @@
 
 Reviews: DNO, DPO on pairs that were sampled once, iterated DPO on two samples per prompt, and SPIN.
 All arms sample 7,680 responses from a policy, take equally many steps, and have beta = eta; only
-DNO and SPIN see the teacher's 1,536 responses besides. Games: random games of six responses without noise, in
-which 100 rounds of Algorithm 1 are in closed form. That the average policy converges in the
-paper's game, what one exact round does, and the bound on its improvement are tests
+DNO and SPIN see the teacher's 1,536 responses besides. Games: random games of six responses
+without noise, in which 100 rounds of Algorithm 1 are in closed form. That the average policy
+converges in the paper's game, what one exact round does, and the bound on its improvement are tests
 (tests/methods/test_dno.py).
 
-Up to two nats DNO and DPO are equal at matched KL; moving references let DNO go on to a larger KL, where
-it has more reward. Iterated DPO does not fail on cycles: with fresh pairs it is DNO with a smaller
-eta.
+Up to two nats DNO and DPO are equal at matched KL; moving references let DNO go on to a larger KL,
+where it has more reward. Iterated DPO does not fail on cycles: with fresh pairs it is DNO with a
+smaller eta.
 """
 
 import torch
