@@ -179,6 +179,25 @@ def test_the_average_policy_converges_and_the_last_one_cycles_outward():
     assert [last[t] for t in (2, 100, 1000)] == pytest.approx([0.041, 0.117, 0.299], abs=0.02)
 
 
+@pytest.mark.paper
+def test_the_reward_that_fits_a_cycle_best_leads_to_a_policy_that_is_exploited():
+    """Bradley-Terry scores of the game, and what RLHF with a fixed reward makes of them."""
+    scores = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    fit = torch.optim.LBFGS([scores], tolerance_grad=1e-10, line_search_fn="strong_wolfe")
+
+    def closure():
+        fit.zero_grad()
+        value = -(GAME * torch.nn.functional.logsigmoid(scores[:, None] - scores)).sum()
+        value.backward()
+        return value
+
+    fit.step(closure)
+    found = (scores - scores.mean()).detach()
+    assert found.tolist() == pytest.approx([0.135, -0.270, 0.135], abs=1e-3)
+    ends = [exploitability((found / beta).softmax(0)) for beta in (0.1, 0.5, 1.0)]
+    assert ends == pytest.approx([0.147, 0.086, 0.0625], abs=1e-3)
+
+
 # ---- pools and pairs
 
 
