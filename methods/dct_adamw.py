@@ -344,8 +344,9 @@ def compare(lab, arms):
 def cost(model, make):
     """The size of an optimizer's state, and the time of its fastest of five steps."""
     model = copy.deepcopy(model)
-    found, times = make(model.parameters()), []
-    for p in model.parameters():
+    params = [p for p in model.parameters() if p.requires_grad]
+    found, times = make(params), []
+    for p in params:
         p.grad = torch.randn_like(p)
     for _ in range(5):
         begin = time.perf_counter()

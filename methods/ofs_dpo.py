@@ -20,7 +20,7 @@ Differences from the paper
 
     python train.py --method ofs_dpo                           both tastes, after the second source
     python train.py --method ofs_dpo --variant cofs            modules of both sources, combined
-    python train.py --method ofs_dpo --alpha 0                 DPO through adapters
+    python train.py --method ofs_dpo --alpha 0                 DPO at two learning rates
 """
 
 import itertools

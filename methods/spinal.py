@@ -124,7 +124,10 @@ def layers(lab, model, rows):
 
 
 def shares(lab, model, rows):
-    """The share of each layer in the summed gradient norms of the DPO loss on rows, (L,)."""
+    """The share of each layer in the summed gradient norms of the DPO loss on rows, (L,).
+
+    beta is the default one, so that models that were trained with different ones can be compared.
+    """
     batch = lab.collate(rows)
     with torch.no_grad():
         ref_logps = lab.reference.logps(batch)

@@ -6,9 +6,9 @@ The first group wants every object of the picture to be named, and does not mind
 dislikes objects that are not there, and does not mind missing ones. Both dislike repetitions and
 broken sentences. `tastes` are their rewards, for methods that see a stream of preferences, and the
 true reward is the mean of both: a policy that learns from the second group alone names less and
-less. In the example one of two objects is named and a fence
-is hallucinated, so the tastes are 2 and -1.5. The second group alone
-can be gamed by naming one sure object, the first by naming everything.
+less. In the example one of two objects is named and a fence is hallucinated, so the tastes are 2
+and -1.5. The second group alone can be gamed by naming one sure object, the first by naming
+everything.
 """
 
 import torch
