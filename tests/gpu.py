@@ -19,8 +19,10 @@ import importlib.util
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -68,21 +70,25 @@ def call(words, end, device, threads=None):
     environment = os.environ | {"NANOPREF_DEVICE": device}
     environment |= {"OMP_NUM_THREADS": str(threads)} if threads else {}
     start = time.time()
-    try:
-        done = subprocess.run(
+    with tempfile.TemporaryFile("w+", errors="replace") as out:
+        process = subprocess.Popen(
             [sys.executable, *words],
             cwd=HERE,
             env=environment,
-            capture_output=True,
-            text=True,
-            timeout=max(1.0, end - start),
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
-        ok, out, error = done.returncode == 0, done.stdout, done.stderr
-    except subprocess.TimeoutExpired as late:
-        out, error = (late.stdout or b"").decode(errors="replace"), "cut: no time left"
-        ok = False
-    found = {"command": " ".join(words), "ok": ok, "seconds": time.time() - start, "out": out}
-    return found | ({} if ok else {"error": "\n".join((out + error).splitlines()[-15:])})
+        try:
+            ok, late = process.wait(max(1.0, end - start)) == 0, ""
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # and what it started
+            process.wait()
+            ok, late = False, "cut: no time left"
+        out.seek(0)
+        text = out.read() + late
+    found = {"command": " ".join(words), "ok": ok, "seconds": time.time() - start, "out": text}
+    return found | ({} if ok else {"error": "\n".join(text.splitlines()[-15:])})
 
 
 def training(name, words, device, out, end, threads=None):
@@ -103,7 +109,8 @@ def steps(name, device, small, end):
     argv = ["bench.py", *shape.split(), "--device", device, "--json"]
     found = call([*argv, "--sampling", "off", "--against", peer], end, device)
     if found["ok"]:
-        found["bench"] = json.loads(found["out"].splitlines()[-1])
+        line = [line for line in found["out"].splitlines() if line.startswith("{")][-1]
+        found["bench"] = json.loads(line)
     return found
 
 
@@ -184,32 +191,36 @@ def main(argv):
     out, end = os.path.abspath(given.out), time.time() + given.seconds
     os.makedirs(out, exist_ok=True)
     report = {"versions": versions(device), "runs": {}, "steps": {}, "tests": {}}
+
+    def keep(kind, name, result):
+        """Add a result to the report and write it, so that an interrupted run has one, too."""
+        report[kind][name] = result
+        with open(os.path.join(out, "report.json"), "w", encoding="utf-8") as file:
+            json.dump(report, file, indent=1)
+        with open(os.path.join(out, "report.md"), "w", encoding="utf-8") as file:
+            file.write(page(report))
+
     size = SMALL if given.small else SHORT
     words = ["--method", "dpo", *(SMALL.split() if given.small else [])]
-    report["runs"]["default"] = training("default", words, device, out, end)
+    keep("runs", "default", training("default", words, device, out, end))
     first, *others, last = SHAPES
     for name in [first] if given.small else [first, *others]:
-        report["steps"][name] = steps(name, device, given.small, end)
+        keep("steps", name, steps(name, device, given.small, end))
 
     workers = max(1, (os.cpu_count() or 2) - 2)
     with ThreadPoolExecutor(workers) as pool:
-        jobs = {"runs": {}, "tests": {}}
+        jobs = []
         for family, name in families().items():
             about = ["--method", name, *size.split()]
             job = pool.submit(training, name, about, device, out, end, 1)
-            jobs["runs"][f"{family}: {name}"] = job
+            jobs.append(("runs", f"{family}: {name}", job))
         for files in parts_of_tests(given.small, 2 * workers):
-            jobs["tests"][", ".join(files)] = pool.submit(tests, files, device, end)
-        for kind, found in jobs.items():
-            report[kind] |= {name: job.result() for name, job in found.items()}
+            jobs.append(("tests", ", ".join(files), pool.submit(tests, files, device, end)))
+        for kind, name, job in jobs:
+            keep(kind, name, job.result())
     if not given.small and end - time.time() > 20:
-        report["steps"][last] = steps(last, device, given.small, end)
-    with open(os.path.join(out, "report.json"), "w", encoding="utf-8") as file:
-        json.dump(report, file, indent=1)
-    text = page(report)
-    with open(os.path.join(out, "report.md"), "w", encoding="utf-8") as file:
-        file.write(text)
-    print(text + f"\nwritten to {out}/report.md and report.json")
+        keep("steps", last, steps(last, device, given.small, end))
+    print(page(report) + f"\nwritten to {out}/report.md and report.json")
     found = [run for part in ("runs", "steps", "tests") for run in report[part].values()]
     return 0 if all(run["ok"] for run in found) else 1
 
