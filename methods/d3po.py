@@ -30,7 +30,7 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 
-from data import Paper, StopTraining, check_fields, pair
+from data import Paper, StopTraining, UserError, check_fields, pair
 
 PAPER = Paper(
     "online",
@@ -117,6 +117,8 @@ def rollout(lab, policy, cfg):
 
 
 def run(lab, cfg):
+    if lab.world.given is not None:
+        raise UserError(f"d3po samples its own pairs, and would not use those of {lab.world.name}")
     policy = lab.base()
     every = -(-pairs_per_round(lab) * steps_per_pair(cfg) // lab.batch_size)  # steps per round
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-from data import StopTraining, collate
+from data import StopTraining, UserError, collate
 from lab import Lab, Settings
 from methods.d3po import Config, loss, prepare, rollout, run, steps_per_pair
 from tests import builders
@@ -214,6 +214,14 @@ def test_the_reference_stays_or_follows(reference):
 def test_values_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} = "):
         Config(**wrong)
+
+
+def test_the_pairs_of_a_file_are_refused_before_anything_is_trained():
+    lab = small()
+    lab.world.given = lambda k: []
+    with pytest.raises(UserError, match="would not use those of gaussians"):
+        run(lab, Config())
+    assert lab.reference is None
 
 
 def test_lists_are_refused():
