@@ -311,9 +311,9 @@ def main(argv):
     """Carry out one command line -> exit status.
 
     0: done. 1: a claim has another verdict than its file expects, or --check found a broken
-    contract. 2: a user's mistake, which is printed as one line on stderr. 3: the training on a file
-    was stopped, as the policy unlearned the chosen responses; the last good weights are saved. 130:
-    interrupted. 141: stdout was closed.
+    contract. 2: a user's mistake, which is printed as one line on stderr. 3: the training ended
+    early and its weights are saved; a line on stderr says why, such as that a policy unlearned the
+    chosen responses of a file, or that no pairs were left. 130: interrupted. 141: stdout closed.
     """
     for stream in (sys.stdout, sys.stderr):  # characters that a terminal lacks must not stop a run
         with contextlib.suppress(AttributeError, ValueError):

@@ -20,7 +20,7 @@ Differences from the paper
 3. The pairs that were labelled by people are left out.
 
     python train.py --method more_is_less --source self_rm,strong_self    attack rate, refusals
-    python train.py --method more_is_less --source strong_self --beta 0.1    refuses everything
+    python train.py --method more_is_less --source strong_self --beta 0.1    loses its own style
 """
 
 from dataclasses import dataclass
