@@ -30,7 +30,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from data import Paper, UserError, check_fields, pair
+from data import Paper, UserError, check_fields, extremes, pair
 
 PAPER = Paper(
     "analysis",
@@ -146,7 +146,10 @@ def probes(lab):
     world, n = lab.world, max(64, lab.eval_size)  # fewer states have no spectrum
     prompts = world.prompts(n, lab.rng("probe"))
     if world.held_out is not None:
-        pairs = [row for row in world.held_out if len(row["responses"]) == 2][:64]
+        lists = [row for row in world.held_out if len(row["responses"]) > 1]
+        pairs = [extremes(row) for row in lists if not row.get("parents")][:64]
+        if not pairs:
+            raise UserError(f"{world.name} holds out no pair, whose gradient spinal measures")
     else:
         drawn = lab.sample(lab.reference, prompts[:64], 2, lab.rng("probe pairs"))
         pairs = lab.label(drawn, key=("probe",))

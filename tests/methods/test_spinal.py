@@ -224,6 +224,23 @@ def test_an_evaluation_has_the_measurements_beside_those_of_the_lab():
     assert {"reward", "alpha_1", "path_6", "terminal_share"} <= set(found)
 
 
+def test_lists_of_a_file_are_measured_by_their_best_and_worst_response():
+    lab = small(max_response=4)
+    base, rows = lab.base(), lab.world.demonstrations(70, lab.rng("rows"))
+    texts = [row["responses"][0] for row in rows]
+    lab.world.held_out = [
+        dict(prompt=row["prompt"], responses=[a, b, c], scores=[0.0, 2.0, 1.0])
+        for row, a, b, c in zip(rows, texts, texts[1:], texts[2:])
+    ]
+    _, pairs = probes(lab)
+    assert len(pairs) == 64
+    assert [lab.text(y) for y in pairs[3]["responses"]] == [texts[4], texts[3]]
+    assert shares(lab, base, pairs).sum() == pytest.approx(1.0)
+    lab.world.held_out = [dict(prompt="a", responses=["b"], scores=[1.0])]
+    with pytest.raises(UserError, match="holds out no pair"):
+        probes(lab)
+
+
 CASES = [dict(), dict(beta=0.7)]
 INPUTS = builders.pairs
 SURVIVORS = {}
