@@ -38,7 +38,7 @@ PAPER = Paper(
     needs="reward",
     ignores=("k",),
     defaults=dict(world="gaussians", label_temperature=0.0),
-    demo=dict(steps=540),
+    demo=dict(steps=540, prompts=256),
 )
 
 
