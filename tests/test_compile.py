@@ -58,6 +58,7 @@ def test_a_run_in_the_reviews_world_is_compiled_once(size):
     assert len(shapes) <= 2  # later rounds through the rows cut them into other batches
 
 
+@pytest.mark.slow
 def test_compiled_losses_and_gradients_of_the_reviews_world_equal_plain_ones():
     torch.manual_seed(0)
     shape = dict(vocab_size=WORLD.tokenizer.vocab_size, hidden_size=16, num_hidden_layers=1)

@@ -493,6 +493,7 @@ def test_samples_depend_on_the_generator_alone():
     assert sharp < flat
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_sampled_frequencies_match_the_softmax(temperature):
     model, n = make(vocab=6), 20000

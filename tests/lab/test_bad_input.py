@@ -147,6 +147,7 @@ def test_weights_that_do_not_fit(tmp_path, capsys):
     refused(capsys, ["--method", "dpo", "--init", "a"], "config.json")
 
 
+@pytest.mark.slow
 def test_what_a_model_writes_reaches_the_terminal_as_printable_characters(tmp_path, capsys):
     """An untrained model of bytes writes control characters."""
     raw = ["--base_steps", "0", "--max_response", "30"]

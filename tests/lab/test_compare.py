@@ -73,6 +73,7 @@ def test_the_difference_at_matched_kl_is_read_off_the_curves_and_paired_by_seed(
     assert cells[2][2].strip() == "0.500" and cells[2][3].strip() == "-"  # no seed in common
 
 
+@pytest.mark.slow
 def test_what_ran_is_said_in_run_json():
     assert train.main(["--method", "dpo", *BANDIT, "--out", "run"]) == 0
     with open("run/run.json", encoding="utf-8") as file:
@@ -115,6 +116,7 @@ def test_every_run_in_a_folder_is_found_once(tmp_path):
     assert compare.runs_in("nest") == ["nest/one", "nest/sweep/0", "nest/sweep/1"]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_named_twice_counts_once_and_worlds_do_not_mix(capsys, tmp_path):
     assert train.main(["--method", "dpo", *BANDIT, "--out", "a"]) == 0
     (tmp_path / "again").symlink_to(tmp_path / "a")

@@ -732,6 +732,7 @@ def test_a_template_that_breaks_out_or_down_is_one_line(impatient, text):
     assert message.isprintable() and len(message) < 400
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ENDLESS)
 def test_a_template_without_end_is_one_line(impatient, text):
     with pytest.raises(UserError, match="chat template takes longer than"):
@@ -764,6 +765,7 @@ def test_a_process_that_ends_by_itself_is_one_line(tmp_path, monkeypatch):
         template("good")([], True)
 
 
+@pytest.mark.slow
 def test_a_prompt_on_the_command_line_goes_through_the_template(tmp_path, impatient, capsys):
     folder = tmp_path / "model"
     saved(folder)

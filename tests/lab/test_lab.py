@@ -109,6 +109,7 @@ def test_every_arm_of_a_race_sees_the_same_rows_order_and_noise():
     assert curves["a"][0][0]["kl"] == 0
 
 
+@pytest.mark.slow
 def test_the_arms_of_a_race_share_the_first_look_which_has_the_spread_of_the_reward(monkeypatch):
     calls, look = [], evaluate.from_samples
 

@@ -81,6 +81,7 @@ def test_the_template_runs_and_keeps_the_contract(capsys):
     assert "_template" not in settings.methods()
 
 
+@pytest.mark.slow
 def test_a_method_of_one_s_own_runs_sweeps_resumes_and_is_checked(tmp_path, monkeypatch, capsys):
     path = own_method(tmp_path / "mine")
     os.chdir(tmp_path / "mine")

@@ -28,6 +28,7 @@ def untrained(monkeypatch):
     monkeypatch.setattr(Lab, "pretrain", None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "argv, words",
     [
@@ -152,6 +153,7 @@ def run(lab, cfg):
 '''
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "body",
     [
@@ -194,6 +196,7 @@ def test_a_refused_run_under_overwrite_leaves_the_former_run_as_it_is(tmp_path, 
     assert not list(tmp_path.glob("run.*"))
 
 
+@pytest.mark.slow
 def test_a_sweep_is_rehearsed_once_for_all_its_seeds(tmp_path, monkeypatch):
     import methods.dpo
 

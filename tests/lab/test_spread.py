@@ -131,6 +131,7 @@ def test_what_cannot_be_shared_is_refused(tmp_path, capsys, argv, word):
     assert not (tmp_path / "s").exists()
 
 
+@pytest.mark.slow
 def test_shards_of_another_command_are_refused(tmp_path, capsys):
     assert train.main([*SWEEP, "--shard", "1/4", "--out", "s"]) == 0
     other = [*SWEEP, "--flip", "0.1"]

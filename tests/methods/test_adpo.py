@@ -88,6 +88,7 @@ def test_the_optimum_is_the_anchor_times_q_to_the_tau(tau, optimum):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.paper
 @pytest.mark.parametrize(
     "rounds, shares",

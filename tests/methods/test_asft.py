@@ -273,6 +273,7 @@ def test_a_weight_out_of_range_is_refused(weight):
         Config(weight)
 
 
+@pytest.mark.slow
 def test_what_is_not_a_probability_is_refused(capsys, tmp_path, monkeypatch):
     logps, _, batch = ragged()
     with pytest.raises(ValueError, match="positive"):

@@ -309,6 +309,7 @@ def test_every_round_starts_at_ln_2_and_only_the_first_one_does_with_a_fixed_ref
         assert steps == sorted(set(steps)) and steps[-1] == 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

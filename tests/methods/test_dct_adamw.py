@@ -424,6 +424,7 @@ def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path, variant):
     assert torch.equal(whole.weight, again.weight) and torch.equal(whole.bias, again.bias)
 
 
+@pytest.mark.slow
 def test_any_method_takes_it_as_its_optimizer():
     def trained(**changes):
         settings = Settings(world="bandit", steps=12, lr=0.1, **changes)

@@ -430,6 +430,7 @@ def test_the_theory_on_sequences(beta, alpha, valid):
     ) == pytest.approx(valid, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_table_reaches_the_theory_on_sequences():
     world = counting()
     target, alpha = theory(world.reference, world.data, 0.5)
@@ -684,6 +685,7 @@ def test_the_round_with_the_smallest_frechet_distance_is_kept_and_continued():
     assert torch.equal(started[3], ended[2]) and torch.equal(policy.output.weight, ended[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [{}, dict(p_mean=-1.2, p_std=1.2)])
 def test_a_run_on_points(how):
     lab = Lab(

@@ -380,6 +380,7 @@ def test_fields_that_contradict_each_other_are_refused(fields, word):
         Config(**fields)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_folder")
 @pytest.mark.parametrize("call", [4, 14, 25])
 def test_a_killed_run_resumes_to_the_same_policy(tmp_path, monkeypatch, call):

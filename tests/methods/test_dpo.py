@@ -168,6 +168,7 @@ def test_the_population_gradient_vanishes_at_the_optimum_of_every_beta(beta):
     assert gradient(policy) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.paper
 @pytest.mark.parametrize("beta", [0.2, 0.5, 1.0, 2.0])
 def test_dpo_reaches_the_optimum_of_reward_minus_beta_kl_and_sft_does_not(beta):

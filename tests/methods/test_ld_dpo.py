@@ -241,6 +241,7 @@ def test_rows_that_are_not_pairs_are_refused():
         loss(logps, ref_logps, batch, Config())
 
 
+@pytest.mark.slow
 def test_a_world_of_tables_is_refused(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert PAPER.worlds == ("text",)

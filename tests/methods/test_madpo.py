@@ -298,6 +298,7 @@ def test_the_reward_model_of_text_sees_the_whole_response_and_leaves_the_model_a
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change", [dict(reward_steps=5), dict(reward_lr=0.1), dict(reward_decay=0.5)]
 )

@@ -392,6 +392,7 @@ def test_auc_is_the_share_of_ordered_pairs():
     )
 
 
+@pytest.mark.slow
 def test_a_run_learns_which_token_is_to_blame():
     here = Lab(Settings(world="tokens", seed=100, steps=60, prompts=1500), quiet=True)
     data = here.preferences(here.base(), k=2)

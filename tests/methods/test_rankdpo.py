@@ -294,6 +294,7 @@ def test_the_images_of_all_generators_count_as_samples():
         assert lab.samples == 15
 
 
+@pytest.mark.slow
 def test_lists_of_scenes_come_from_four_scales_of_guidance():
     lab = tiny(world="scenes", k=3, prompts=2)
     policy = lab.base()

@@ -159,6 +159,7 @@ def test_rollouts_take_the_prompts_in_turn_and_the_scores_of_the_function():
     assert [row["scores"] for row in rows] == [[3, 9], [0, 9], [1, 9]]
 
 
+@pytest.mark.slow
 def test_a_run_raises_the_true_reward_of_a_table_without_reading_it():
     settings = dict(world="bandit", steps=60, batch_size=64, eval_every=60)
     lab = Lab(Settings(**settings), quiet=True)

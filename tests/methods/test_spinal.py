@@ -174,6 +174,7 @@ def test_the_base_against_itself_has_no_change():
     assert found == measure(lab, base)
 
 
+@pytest.mark.slow
 def test_shares_are_norms_of_the_gradient_of_each_layer():
     lab = small()
     base = lab.base()

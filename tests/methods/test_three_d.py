@@ -314,6 +314,7 @@ def embedded(cfg, rho=0.9, start=(0.45, 0.45, 0.10), steps=2000):
     return torch.stack(path)
 
 
+@pytest.mark.slow
 @pytest.mark.paper
 @pytest.mark.parametrize(
     ("cfg", "setting", "peak", "step", "end"),

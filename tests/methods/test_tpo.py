@@ -467,6 +467,7 @@ def test_steps_end_with_their_separator():
     )
 
 
+@pytest.mark.slow
 def test_trees_of_sums_are_scored_as_one_response_a_row():
     """A path of a tree has the log-probs and the score of the same response in a row of its own."""
     here = Lab(
@@ -494,6 +495,7 @@ def test_trees_of_sums_are_scored_as_one_response_a_row():
             )
 
 
+@pytest.mark.slow
 def test_every_field_changes_the_run():
     settings = Settings(
         world="arithmetic",

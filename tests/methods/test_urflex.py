@@ -321,6 +321,7 @@ def test_the_judge_learns_the_tastes_of_this_world_s_annotators():
     assert there.steps == 200 and there.prompts == 4000 and there.settings.guidance == 1
 
 
+@pytest.mark.slow
 def test_a_world_without_criteria_is_refused():
     from lab.flags import refuse_method
 

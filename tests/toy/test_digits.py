@@ -484,6 +484,7 @@ def test_accuracy_on_held_out_pairs_is_that_of_the_log_ratio(tmp_path):
     assert world.pair_accuracy(policy, lab) == 0.0
 
 
+@pytest.mark.slow
 def test_a_model_is_trained_on_the_pairs_of_a_file(tmp_path):
     chosen, rejected = pairs_of_squares()
     path = written(tmp_path / "pairs.npz", image_w=chosen, image_l=rejected)
