@@ -51,7 +51,7 @@ class Config:
     sampler_steps: int = 10  # steps of the random sampler
     eta: float = 0.7  # its noise; 1 is DDPM's
     judge_steps: int = 200  # DPO steps on the judge's own traces
-    judge_lr: float = 5e-5  # their learning rate; traces fall apart at 1e-4
+    judge_lr: float = 5e-5  # their learning rate
     judge_beta: float = 0.1  # their pull to the judge after SFT
     both_right: bool = True  # also pair two right traces, by their reasons
 
