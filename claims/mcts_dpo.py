@@ -1,9 +1,10 @@
 """What MCTS-DPO claims, and whether it holds here.
 
 Arms are compared at equal sampled tokens: the reward of each is read off its curve at the largest
-number of tokens that both arms of a pair have sampled. Tries are exact tables, in which looking at
-a symbol counts as a token; arithmetic has language models. The frozen arm searches with the base
-model alone, for as many questions.
+number of tokens that both arms of a pair have sampled. Tries are exact tables, one for each seed,
+in which looking at a symbol counts as a token; arithmetic has language models. The frozen arm
+searches with the base model alone, for as many questions. Tokens are equal, labels are not: a
+search judges every node that it visits, and pairs of whole samples need one verdict a sample.
 
 The trial expects that step-level pairs win on tries, where only the step tells what was wrong, and
 tie on sums: right and wrong solutions of one sum share all tokens but those at the error, so a pair
@@ -14,6 +15,7 @@ import numpy as np
 
 from lab.claims import claim
 from methods.mcts_dpo import Config, printed, run, trees
+from toy import trie
 
 ARMS = {
     "step": Config(),
@@ -40,7 +42,7 @@ def measure(lab):
     """Rewards at equal sampled tokens, and at equal steps, on tries and on sums."""
     found = {}
     for name, settings, arms in (
-        ("trie", TRIE, ARMS),
+        ("trie", TRIE | dict(world=trie.World), ARMS),
         ("sums", SUMS | dict(eval_size=500), {a: ARMS[a] for a in ("step", "instance")}),
     ):
         runs = {arm: lambda lab, cfg=cfg: run(lab, cfg) for arm, cfg in arms.items()}

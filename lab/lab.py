@@ -621,7 +621,7 @@ class Lab:
         data(lab, base) -> rows, by default pairs sampled from the base model.
         watch: as in `align`, but every look by default measures all `eval_size` prompts.
         end(lab, policy) -> {name: number}, which is added to the last point of a curve.
-        settings: run settings for all arms, and `world` (see `at`).
+        settings: run settings for all arms, and `world` (see `at`), or a function seed -> World.
 
         Every seed has its own base model, prompts and labels. The first point of every curve has
         `reward_sd`, the base model's standard deviation of the true reward, where there is one.
@@ -631,7 +631,8 @@ class Lab:
         self.races += 1
         for seed in self.seeds:
             folder = f"race{self.races}-seed{seed}"
-            shared = self.child(folder, world, {"base_seed": seed} | settings | {"seed": seed})
+            here = world(seed) if callable(world) else world
+            shared = self.child(folder, here, {"base_seed": seed} | settings | {"seed": seed})
             rows, unit = None, None
             for name, arm in arms.items():
                 with self.verb("race") as stage:

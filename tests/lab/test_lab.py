@@ -6,7 +6,7 @@ import torch
 from data import UserError
 from lab import Lab, Settings, evaluate, store
 from methods import dpo
-from toy import bandit
+from toy import bandit, trie
 
 TINY = dict(world="reviews", base_steps=4, prompts=16, steps=4, batch_size=8, eval_size=8)
 
@@ -126,6 +126,19 @@ def test_the_arms_of_a_race_share_the_first_look_which_has_the_spread_of_the_rew
     first, other = (curves[name][0][0] for name in arms)
     assert first == other and first["reward_sd"] > 0
     assert curves["beta 0.1"][1][0]["reward"] != first["reward"]  # another base model
+
+
+def test_the_world_of_a_race_may_depend_on_the_seed():
+    lab, seen = Lab(Settings(seed=7), quiet=True, seeds=2), []
+
+    def arm(lab):
+        seen.append(lab.world)
+        rows = lab.rows([dict(prompt=0, responses=[[0] * 4, [1] * 4], scores=[1.0, 0.0])])
+        return lab.align(lab.base(), rows, dpo.loss, dpo.Config(), steps=1)
+
+    lab.race({"dpo": arm}, world=trie.World, prompts=8)
+    first, other = (world.fatal for world in seen)
+    assert torch.equal(first, trie.World(7).fatal) and not torch.equal(first, other)
 
 
 def test_the_spread_of_the_reward_is_exact_in_a_table():
