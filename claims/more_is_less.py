@@ -7,10 +7,11 @@ pairs with beta = 0.1. That sources share their prompts, that pairs without a di
 dropped, and that features of style saturate the loss are tests
 (tests/methods/test_more_is_less.py).
 
-Tried on tuning seed 100 only. The three ranked sources are too close for the paper's order among
-them. The headline holds, and so do the losses and the probes, but own samples also lead to more
-refusals of harmless requests and to fewer right tools: the attack rate alone misleads. The stronger
-model's pairs with beta = 0.1 have a low attack rate too, as their policy has left its own style.
+The expectations come from tuning seeds 100 to 104. Steps are equal, KL is not. The three ranked
+sources are too close for the paper's order among them. The headline holds, and so do the losses and
+the probes. But own samples also lead to more refusals of harmless requests and to fewer right tools
+in the mean, which varies much between seeds: the attack rate alone misleads. The stronger model's
+pairs with beta = 0.1 have a low attack rate too, as their policy has left its own style.
 """
 
 import numpy as np
@@ -153,5 +154,6 @@ CLAIMS = [
         ">",
         "self_rm",
         margin=0.05,
+        expect="inconclusive",
     ),
 ]
