@@ -601,8 +601,10 @@ class LoRA(nn.Module):
 
     @classmethod
     def frozen(cls, model):
-        """The weights of a model that stay as they are, by name; {} if it has no adapters."""
-        named = model.named_parameters() if cls.of(model) else ()
+        """The weights of a model that stay as they are, by name; {} if it has no adapters.
+
+        A weight that several parts of the model share has a name for each of them."""
+        named = model.named_parameters(remove_duplicate=False) if cls.of(model) else ()
         return {name: p for name, p in named if not name.endswith((".A", ".B"))}
 
     @classmethod

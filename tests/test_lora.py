@@ -8,7 +8,7 @@ import torch
 import methods.dpo
 import train
 from data import UserError, collate
-from lab import Lab, Settings, store
+from lab import Lab, Settings, loop, store
 from nanomodel import GPT, LoRA
 from tests.lab.commands import FILE, PAIRS, Killed, killed_at, rows_file, small, weights
 from tests.test_gpt import IDS, make
@@ -111,6 +111,13 @@ def test_the_optimizer_holds_the_adapters_alone_and_the_rest_never_changes():
     changed = {n for n, p in policy.named_parameters() if not torch.equal(p, before[n])}
     assert changed == {n for n in before if n.endswith((".A", ".B"))}
     assert torch.equal(lab.reference.embed_tokens.weight, policy.embed_tokens.weight)
+
+
+def test_two_models_that_share_frozen_weights_are_kept_without_them():
+    first = adapted()
+    both = torch.nn.ModuleList([first, LoRA.copied(first)])
+    assert all(name.endswith((".A", ".B")) for name in loop.weights(both))
+    assert len(loop.weights(both)) == 2 * 2 * ADAPTED
 
 
 @pytest.mark.slow
