@@ -4,6 +4,7 @@
     python bench.py --k 8            8 responses per prompt
     python bench.py --against trl    TRL's DPOTrainer (pip install trl transformers)
     python bench.py --sampling off   training steps only
+    python bench.py --lengths mixed  rows of different lengths, as real ones are
     python bench.py --layers 2 --dim 96 --vocab 400 --prompt 6 --response 28 --batch_size 32
 
 A step consists of collate, log-probs, loss, backward, clipping and AdamW. The loss is that of
@@ -77,6 +78,7 @@ class Settings:
     vocab: int = 4096  # vocabulary size; the last two tokens are end-of-text and padding
     prompt: int = 128  # tokens of a prompt
     response: int = 64  # tokens of a response, with end-of-text
+    lengths: str = "equal"  # equal: --prompt and --response; mixed: a quarter of them up to them
     k: int = 2  # responses per prompt
     batch_size: int = 4  # prompts per step
     steps: int = 10  # timed steps; each sampler runs at most 3 times
@@ -97,7 +99,7 @@ class Settings:
                 raise UserError(f"--{name} {value} must be at least {low}")
         choices = dict(against=PEERS, dtype=("auto", "float32", "bfloat16"))
         choices |= dict(compile=("on", "off"), capture=("auto", "on", "off"))
-        choices |= dict(sampling=("on", "off"))
+        choices |= dict(sampling=("on", "off"), lengths=("equal", "mixed"))
         for name, allowed in choices.items():
             value = getattr(self, name)
             if value not in allowed:
@@ -106,6 +108,8 @@ class Settings:
             raise UserError(f"--dim {self.dim} must be a multiple of twice --heads {self.heads}")
         if self.heads % (self.kv_heads or 1):
             raise UserError(f"--kv_heads {self.kv_heads} must divide --heads {self.heads}")
+        if self.lengths == "mixed" and self.sampling == "on":
+            raise UserError("--lengths mixed times training steps only: it needs --sampling off")
         if self.against.startswith("trl") and self.k != 2:
             raise UserError(f"--against {self.against} compares pairs, not --k {self.k}")
 
@@ -155,9 +159,14 @@ class Bench:
         self.loss, self.cfg = dpo.loss if s.k == 2 else listwise, dpo.Config()
         self.tokenizer = SimpleNamespace(eot=s.vocab - 2, pad=s.vocab - 1)
         rng, scores = random.Random(0), [1.0] + [0.0] * (s.k - 1)
-        draw = lambda n: rng.choices(range(s.vocab - 2), k=n)  # noqa: E731
+
+        def draw(n, end=0):
+            """n tokens, end-of-text included, if the lengths are equal."""
+            n = rng.randint(-(-n // 4), n) if s.lengths == "mixed" else n
+            return rng.choices(range(s.vocab - 2), k=n - end)
+
         rows = [
-            {"prompt": draw(s.prompt), "responses": [draw(s.response - 1) for _ in range(s.k)]}
+            {"prompt": draw(s.prompt), "responses": [draw(s.response, 1) for _ in range(s.k)]}
             for _ in range(4 * s.batch_size)
         ]
         rows = [row | {"scores": scores} for row in rows]
@@ -473,17 +482,28 @@ def memory(bench, contender):
     return peak and kept + peak
 
 
-def flops(s, model):
-    """Floating-point operations that a training step needs, forward and backward.
+def token_count(rows):
+    """The number of tokens of rows, in which a prompt counts once for all its responses."""
+    return sum(
+        len(row["prompt"]) + sum(len(response) + 1 for response in row["responses"]) for row in rows
+    )
+
+
+def flops(s, model, rows):
+    """Floating-point operations that a training step on rows needs, forward and backward.
 
     They are 6 for each weight and token, and in each layer 12 times the hidden size for each pair
     of positions that attend to each other.
     """
     matrices = sum(p.numel() for p in model.layers.parameters() if p.dim() == 2)
-    fed = s.prompt + s.k * (s.response - 1)  # a response's last token predicts nothing
-    pairs = s.prompt * (s.prompt + 1) / 2 + s.k * (s.response - 1) * (s.prompt + s.response / 2)
-    weights = matrices * fed + s.vocab * s.dim * s.k * s.response
-    return s.batch_size * (6 * weights + 12 * s.layers * s.dim * pairs)
+    total = 0
+    for row in rows:
+        p, lengths = len(row["prompt"]), [len(response) + 1 for response in row["responses"]]
+        fed = p + sum(n - 1 for n in lengths)  # a response's last token predicts nothing
+        pairs = p * (p + 1) / 2 + sum((n - 1) * (p + n / 2) for n in lengths)
+        weights = matrices * fed + s.vocab * s.dim * sum(lengths)
+        total += 6 * weights + 12 * s.layers * s.dim * pairs
+    return total
 
 
 @contextlib.contextmanager
@@ -571,15 +591,16 @@ def run(s):
         card=torch.cuda.get_device_name() if bench.cuda else None,
         first_loss=losses[0][0],
     )
-    tokens = s.batch_size * (s.prompt + s.k * s.response)
+    count = token_count(bench.rows) / 4  # rows are four batches
     for contender, seconds, prefix in zip(contenders, times, ("", "against_")):
         seconds, held = statistics.median(seconds), memory(bench, contender)
         out[prefix + "step_s"] = seconds
-        out[prefix + "tokens_s"] = tokens / seconds
+        out[prefix + "tokens_s"] = count / seconds
         out[prefix + "peak_mb"] = held and held / 1e6
     peaks = [numbers for card, numbers in PEAK.items() if card in (out["card"] or "")]
     peak = peaks[0][0 if bench.bf16 else 1] if peaks else None
-    out["mfu"] = peak and flops(s, model) / out["step_s"] / peak / 1e12
+    done = flops(s, model, bench.rows) / 4
+    out["mfu"] = peak and done / out["step_s"] / peak / 1e12
     if s.against != "none":
         out["speedup"] = out["against_step_s"] / out["step_s"]
     return out | (sampling(bench, model) if s.sampling == "on" else {})
@@ -588,7 +609,8 @@ def run(s):
 HEADER = """
 {layers} layers of {dim}, vocabulary {vocab}, {millions:.2f}M parameters
 {where}, {dtype}, CUDA graphs {capture}, compile {compile}, {threads} threads, torch {torch}
-{batch_size} prompts of {prompt} tokens, {k} responses of {response}; medians of {steps} steps
+{batch_size} prompts of {prompt} tokens, {k} responses of {response}, lengths {lengths}
+medians of {steps} steps
 """
 SPEEDUP = "{speedup:.2f} times the speed of {against}; the first losses agree ({first_loss:.6f})"
 SAMPLING = (

@@ -104,9 +104,10 @@ def test_a_wrong_cache_is_noticed(monkeypatch):
 # ---- what is counted
 
 
+@pytest.mark.parametrize("lengths", ["equal", "mixed"])
 @pytest.mark.parametrize("response", [1, 5])
-def test_flops_are_counted_over_the_tokens_and_pairs_of_a_batch(response):
-    it, model, _ = made(k=3, response=response)
+def test_flops_are_counted_over_the_tokens_and_pairs_of_a_batch(response, lengths):
+    it, model, _ = made(k=3, response=response, lengths=lengths, sampling="off")
     s, batch = it.settings, collate(it.pick(it.rows, 0), it.tokenizer)
     real = batch.branch < batch.sees.shape[1] - 1
     pairs = int((visible(batch.branch, batch.sees) & real[:, :, None]).sum())
@@ -115,7 +116,11 @@ def test_flops_are_counted_over_the_tokens_and_pairs_of_a_batch(response):
         6 * (matrices * int(real.sum()) + 12 * 16 * int(batch.mask.sum()))
         + 12 * s.layers * s.dim * pairs
     )
-    assert bench.flops(s, model) == expected
+    assert bench.flops(s, model, it.pick(it.rows, 0)) == expected
+    rows = it.pick(it.rows, 0)
+    prompts = sum(len(row["prompt"]) for row in rows)
+    assert bench.token_count(rows) == prompts + int(batch.mask.sum())
+    assert (prompts < 6) == (lengths == "mixed")
 
 
 def test_memory_holds_weights_moments_gradients_and_activations():

@@ -340,6 +340,12 @@ def test_attention_of_runs_equals_the_boolean_mask(flashing, fixed, packed, monk
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
+def test_runs_are_found_without_reading_a_value(flashing):
+    batch = collate(grow("everything", 9), IDS, fixed=True).to("meta")
+    where = runs(batch.branch, batch.sees, batch.keys)
+    assert where.index.shape == (len(batch.tokens) * batch.keys,) and where.index.is_meta
+
+
 def test_batches_of_one_run_have_the_same_number_of_keys(flashing):
     rows = [encode(row, IDS) for row in grow("everything", 40)]
     fixed = sizes(rows, 4, IDS)
