@@ -212,7 +212,7 @@ def judge_of(lab, cfg):
 def against_base(lab, policy, there, judge, n):
     """What the judge and the truth say of n images beside those of the base model.
 
-    -> {utility of the policy's images, judge_wins, true_wins, judge_right}
+    -> {utility of the policy's images, judge_wins, true_wins, judge_right, own_lost}
     """
     world, rng = lab.world, lab.eval_rng("beside the base")
     prompts = world.prompts(n, rng)
@@ -234,7 +234,27 @@ def against_base(lab, policy, there, judge, n):
         "judge_wins": found.mean().item(),
         "true_wins": truth.mean().item(),
         "judge_right": right.mean().nan_to_num(0.5).item(),
+        "own_lost": lost(lab, there, judge, prompts, two[1], rng),
     }
+
+
+def lost(lab, there, judge, prompts, scores, rng):
+    """How much less often a judge is right than the true weights that read the same digits.
+
+    scores (n, 3): of the generator's own images. Images of the same prompt are compared, each with
+    the next one; it is 0 if all prompts differ.
+    """
+    asked, order = torch.as_tensor(prompts), torch.as_tensor(prompts).argsort(stable=True)
+    same = asked[order[1:]] == asked[order[:-1]]
+    i, j = order[:-1][same], order[1:][same]
+    if not len(i):
+        return 0.0
+    contexts = lab.world.contexts(prompts)[i]
+    truth = there.world.answer(contexts, scores[i], scores[j])[-1]
+    questions = there.world.ask(contexts, scores[i], scores[j], rng)
+    both = (judged(there, each, questions)[:, -1] for each in (judge, [None]))
+    wrong, least = ((found - truth).abs().mean() for found in both)
+    return (wrong - least).item()
 
 
 def run(lab, cfg):

@@ -15,6 +15,7 @@ from methods.urflex import (
     judge_of,
     judged,
     loss,
+    lost,
     normalized,
     reasons,
     run,
@@ -247,10 +248,21 @@ def test_every_pair_of_a_group_is_judged_once():
     assert win_rates(found)[0, 3].tolist() == [0.5, 1, 0]
 
 
+def test_a_judge_loses_what_the_true_weights_get_from_the_same_digits():
+    lab = Lab(Settings(world="glyphs", base_steps=0), quiet=True)
+    there, _ = judge_of(lab, Config(critic="known"))
+    # two prompts of the first kind, which asks for A, and one alone that is not compared
+    prompts, scores = [0, 3, 0, 3, 1], torch.zeros(5, 3)
+    scores[:, 0] = torch.tensor([-2.0, 2.0, 2.0, -2.0, 0.0])
+    for judge, expected in (([None], 0), ([[-1.0, 0.0, 0.0]], 1), ([[0.0, 0.0, 0.0]], 0.5)):
+        assert lost(lab, there, judge, prompts, scores, rng()) == expected
+    assert lost(lab, there, [None], [0, 1, 2], scores[:3], rng()) == 0  # no pair
+
+
 # ---- the whole
 
 
-NAMES = ("utility", "worst_context", "judge_wins", "true_wins", "judge_right")
+NAMES = ("utility", "worst_context", "judge_wins", "true_wins", "judge_right", "own_lost")
 
 
 def tiny(**settings):
