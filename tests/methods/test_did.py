@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from claims.did import FORMS, divergence, entropy, fitted, random_table
+from claims.did import divergence, entropy, fitted, random_table
 from data import UserError
 from lab import Lab, Settings
 from methods import dpo
@@ -18,6 +18,25 @@ REF, TARGET = (
     for p in ([0.4, 0.3, 0.2, 0.1], [0.55, 0.15, 0.2, 0.1])
 )
 ZIPF = (-1.5 * torch.arange(1, 33, dtype=torch.float64).log()).log_softmax(-1)
+
+
+def as_loss(reward):
+    """A loss on pairs from reward(log-probs, reference log-probs, beta) of a response."""
+
+    def loss(logps, ref_logps, batch, cfg):
+        chosen, rejected = reward(logps.sum(-1), ref_logps.sum(-1), cfg.beta).unbind(1)
+        return -F.logsigmoid(chosen - rejected), {}
+
+    return loss
+
+
+FORMS = {
+    "log-ratio": loss,
+    "twice the log-ratio": as_loss(lambda p, r, beta: 2 * beta * (p - r)),
+    "ratio": as_loss(lambda p, r, beta: beta * (p - r).exp()),
+    "half the reference": as_loss(lambda p, r, beta: beta * (p - 0.5 * r)),
+    "no reference": as_loss(lambda p, r, beta: beta * p),
+}
 
 
 def close(log_p, values):
