@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from claims.tpo import best_and_worst, dpo_on, first_and_last
+from claims.tpo import best_and_worst, dpo_on
 from data import collate
 from lab import Lab, Settings
 from methods import dpo
@@ -137,10 +137,10 @@ def test_dpo_on_two_responses_of_a_tree_is_dpo_on_their_paths():
     best, worst = node[:, :3].sum(-1), node[:, 0] + node[:, 3]
     found = dpo_on(best_and_worst)(logps, ref_logps, batch, cfg)[0]
     torch.testing.assert_close(found, -F.logsigmoid(0.7 * (best - worst)), rtol=0, atol=1e-12)
-    logps, ref_logps, batch = flat([0.2, 0.5, -0.1], [0.6, 0.3, 0.6])
-    assert dpo_on(first_and_last)(logps, ref_logps, batch, cfg)[0].item() == 0  # they tie
+    logps, ref_logps, batch = flat([0.2, 0.5, -0.1], [0.6, 0.6, 0.6])
+    assert dpo_on(best_and_worst)(logps, ref_logps, batch, cfg)[0].item() == 0  # they tie
     batch.scores[0, 2] = 0.1
-    found = dpo_on(first_and_last)(logps, ref_logps, batch, cfg)[0].item()
+    found = dpo_on(best_and_worst)(logps, ref_logps, batch, cfg)[0].item()
     assert found == pytest.approx(math.log1p(math.exp(-0.7 * 0.3)), abs=1e-12)
 
 
