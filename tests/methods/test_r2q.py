@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from claims.r2q import aligned, auc, steps_of
+from claims.r2q import aligned, auc
 from lab import Lab, Settings
 from methods import dpo
 from methods.r2q import (
@@ -314,21 +314,6 @@ def test_beams_of_a_language_model_end():
     )
 
 
-def test_the_steps_of_a_sum_and_the_mark_of_the_wrong_one():
-    world = arithmetic.World()
-    ids = world.tokenizer.encode("7+8+0=15,4+5+1=11,3+0+1=04:415")
-    values = [0.01 * i for i in range(len(ids) + 1)]  # the end token's last
-    steps = steps_of(world, "347+58=", ids, values)
-    assert ["".join(pieces) for pieces, _, _ in steps] == [
-        "7+8+0=15",
-        "4+5+1=11",
-        "3+0+1=04",
-        "415",
-    ]
-    assert [right for *_, right in steps] == [True, False, True, False]
-    assert all(len(pieces) == len(values) for pieces, values, _ in steps)
-
-
 def test_the_token_rewards_of_a_response_as_text():
     world = arithmetic.World()
     ids = world.tokenizer.encode("7+8+0=15,4+5+1=11,3+0+1=04:415")
@@ -347,37 +332,6 @@ def test_control_characters_of_a_response_are_not_printed():
     plain = SimpleNamespace(tokenizer=world.tokenizer, verify_steps=None)
     text = show_credit(plain, "say\x1b[2J\n", ids, [0.0] * len(ids))
     assert "\x1b" not in text and "\r" not in text and len(text.splitlines()) == 2
-
-
-@pytest.mark.parametrize(
-    "response, texts, right",
-    [
-        ("7+8+0=15;4+5+1=10,3+0+1=04:405", ["7+8+0=15", "4+5+1=10", "3+0+1=04", "405"], [True] * 4),
-        (
-            "7+8+0=15\n4+5+1=11;3+0+1=04:415",
-            ["7+8+0=15", "4+5+1=11", "3+0+1=04", "415"],
-            [True, False, True, False],
-        ),
-        (
-            "7+8+0=15,4+5:9,3+0+1=04:405",
-            ["7+8+0=15", "4+5:9", "3+0+1=04", "405"],
-            [True, False, True, True],
-        ),  # the last colon counts
-        ("7+8+0=15,4+5+1=10:40,5", ["7+8+0=15", "4+5+1=10", "40,5"], [True, True, False]),
-        ("7+8+0=15,4+5+", ["7+8+0=15,4+5+"], [False]),  # no colon: all of it is the answer
-    ],
-)
-def test_steps_are_those_of_the_verifier(response, texts, right):
-    world = arithmetic.World()
-    ids = world.tokenizer.encode(response)
-    steps = steps_of(world, "347+58=", ids, [0.1] * (len(ids) + 1))
-    assert ["".join(pieces) for pieces, _, _ in steps] == texts and [
-        mark for *_, mark in steps
-    ] == right
-    marks = world.verify_steps("347+58=", ids)
-    assert right[:-1] == marks[: len(right) - 1] and not any(
-        marks[len(right) - 1 :]
-    )  # what is left is places left out
 
 
 def test_auc_is_the_share_of_ordered_pairs():
