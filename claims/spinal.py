@@ -1,22 +1,20 @@
 """What SPINAL claims, and whether it holds here.
 
-Deep: a GPT of six layers, aligned by DPO with three values of beta on the same pairs. alpha is the
-decay of a layer's spectrum and the path is the step of its next-token belief, both as changes from
-the base model, averaged over the last two layers or the four before; the share is that of the last
-two layers in the gradient. That the instrument finds planted spectra, and that frozen layers do not
-change, are tests (tests/methods/test_spinal.py).
+Deep: a GPT of six layers, aligned by DPO at beta = 0.1. alpha is the decay of a layer's spectrum,
+and the path is the step of its next-token belief. Both are changes from the base model, averaged
+over the last two layers or the four before. The share is that of the last two layers in the
+gradient. That the instrument finds planted spectra, and that frozen layers do not change, are tests
+(tests/methods/test_spinal.py).
 
-Tried on tuning seed 100, with beta = 0.1 only: alpha rose in all layers and hardly more in the last
-two, the path there was as before, and the last two layers had less than a third of the gradient.
-So the localized signature is not expected on deep. It would have to appear in models of the paper's
-depth: the same command measures any checkpoint with --init and --data.
+Tried on tuning seed 100: alpha rose in all layers and hardly more in the last two, the path there
+was as before, and the last two layers had less than a third of the gradient. So the localized
+signature is not expected on deep. It would have to appear in models of the paper's depth: the same
+command measures any checkpoint with --init and --data.
 """
 
 from lab.claims import claim
 from methods.spinal import Config, loss
 from methods.spinal import measure as measured
-
-BETAS = (0.03, 0.1, 1.0)
 
 
 def end(lab, policy):
@@ -26,7 +24,7 @@ def end(lab, policy):
 
 def measure(lab):
     """Curves on deep, whose last looks have the measurements of the layers."""
-    arms = {f"beta {beta:g}": (loss, Config(beta)) for beta in BETAS}
+    arms = {"beta 0.1": (loss, Config(0.1))}
     curves = lab.race(arms, end=end, world="deep", eval_size=512, eval_every=150)
     out = dict(curves)
     for name, columns in dict(
@@ -77,21 +75,5 @@ CLAIMS = [
         1 / 3,
         margin=0.02,
         expect="inconclusive",
-    ),
-    claim(
-        "On deep, the paths of all layers change less with beta = 1 than with beta = 0.1",
-        "moved",
-        "beta 1",
-        "<",
-        "beta 0.1",
-        margin=0.02,
-    ),
-    claim(
-        "On deep, the paths of all layers change less with beta = 0.1 than with beta = 0.03",
-        "moved",
-        "beta 0.1",
-        "<",
-        "beta 0.03",
-        margin=0.02,
     ),
 ]
