@@ -3,16 +3,16 @@
 The same model is trained from scratch with several optimizers, on the same data in the same order,
 each at the learning rate that was best for it on tuning seeds (RATES). On reviews it is a language
 model, and its held-out loss is compared. On a Markov chain it is a network of two matrices, whose
-loss above the entropy rate is exact. Moments of all optimizers of low rank have a quarter of the
-columns. The SVD is taken anew in every step, with error feedback and rotation, as in LDAdamW; the
-fixed subset are the first cosines. A page beside the claims has the size of the states and the
-time of a step, which no claim compares.
+loss above the entropy rate is exact; the ablations, Trion and Dion are measured there alone.
+Moments of all optimizers of low rank have a quarter of the columns. The SVD is taken anew in every
+step, with error feedback and rotation, as in LDAdamW; the fixed subset are the first cosines. A
+page beside the claims has the size of the states and the time of a step, which no claim compares.
 
 Learning rates were chosen on tuning seeds: of 1e-3, 3e-3, 1e-2, 3e-2 and 1e-1 on the chain (seeds
-100 and 101), of 5e-3, 1e-2 and 2e-2 on reviews (seed 100; of 3e-2 and 6e-2 for Trion and Dion; the
-two ablations have DCT-AdamW's). At a common small rate, all optimizers of low rank are far behind
-AdamW on the chain, and rotation and feedback matter more there. On reviews AdamW and the SVD are
-worse at 2e-2 than at 1e-2, DCT-AdamW is not. Trion was behind Dion at every rate on both.
+100 and 101), of 5e-3, 1e-2 and 2e-2 on reviews (seed 100). At a common small rate, all optimizers
+of low rank are far behind AdamW on the chain, and rotation and feedback matter more there. On
+reviews AdamW and the SVD are worse at 2e-2 than at 1e-2, DCT-AdamW is not. Trion was behind Dion at
+every rate on the chain.
 """
 
 import functools
@@ -103,19 +103,19 @@ ARMS = {
     "Trion": Trion,
     "Dion": Dion,
 }
-REVIEWS = ("AdamW", "DCT", "SVD", "fixed", "no feedback", "no rotation", "Trion", "Dion")
-RATES = {  # the best on tuning seeds: on reviews, and on the chain
+REVIEWS = ("AdamW", "DCT", "SVD")
+RATES = {  # the best on tuning seeds: on reviews, where it is measured, and on the chain
     "AdamW": (1e-2, 3e-2),
     "DCT": (2e-2, 3e-2),
     "SVD": (1e-2, 3e-2),
-    "fixed": (2e-2, 1e-1),
-    "no feedback": (2e-2, 3e-2),
-    "no rotation": (2e-2, 1e-1),
+    "fixed": (None, 1e-1),
+    "no feedback": (None, 3e-2),
+    "no rotation": (None, 1e-1),
     "identity": (None, 3e-2),
     "random": (None, 3e-2),
     "full rank": (None, 3e-2),
-    "Trion": (6e-2, 1e-1),
-    "Dion": (6e-2, 3e-2),
+    "Trion": (None, 1e-1),
+    "Dion": (None, 3e-2),
 }
 
 
@@ -203,12 +203,12 @@ CLAIMS = [
         margin=0.02,
     ),
     claim(
-        f"{ON} Trion has a lower held-out loss than Dion",
+        f"{CHAIN} Trion ends at a lower loss than Dion",
         "loss",
-        "Trion",
+        "Trion, chain",
         "<",
-        "Dion",
-        margin=0.02,
+        "Dion, chain",
+        margin=0.01,
         expect="reversed",
     ),
 ]
@@ -217,10 +217,9 @@ for words, ours, baseline in (
     ("error feedback lowers the loss", "DCT", "no feedback"),
     ("the loss is lower if the moments are rotated to new columns", "DCT", "no rotation"),
 ):
-    CLAIMS += [
-        claim(f"{ON} {words}", "loss", ours, "<", baseline, margin=0.02),
-        claim(f"{CHAIN} {words}", "loss", f"{ours}, chain", "<", f"{baseline}, chain", margin=0.01),
-    ]
+    CLAIMS.append(
+        claim(f"{CHAIN} {words}", "loss", f"{ours}, chain", "<", f"{baseline}, chain", margin=0.01)
+    )
 CLAIMS += [
     claim(
         f"{CHAIN} DCT-AdamW ends at the same loss as with the SVD",
