@@ -10,10 +10,10 @@ Theory expects that a module of the second source forgets the first and that the
 both, close to joint training on shuffled pairs. It does not expect that the chase learns faster
 than DPO: in a convex problem its extra push acts as a larger learning rate.
 
-Tried on tuning seed 100: OFS-DPO through both groups of drift ended at short captions that name
-half as many objects as before, while COFS-DPO kept what the first group likes, improved on what the
-second dislikes, and moved little. The taste that is pleased less, that of the second group, is then
-higher for the stream, at a much larger KL.
+Tried on tuning seed 100: COFS-DPO kept what the first group likes, improved on what the second
+dislikes, and moved little. The taste that is pleased less, that of the second group, is higher for
+DPO on both groups, at a much larger KL. OFS-DPO through both groups, which no claim is about, ended
+at short captions that name half as many objects as before.
 """
 
 import torch
@@ -115,7 +115,6 @@ def on_drift(lab):
     """{arm: one {named, hallucinations, tastes} per seed} of language models on drift."""
     arms = {
         "dpo": Config(alpha=0.0),
-        "ofs": Config(),
         "cofs": Config(variant="cofs"),
     }
     out = {name: [] for name in arms}
