@@ -258,8 +258,12 @@ def lost(lab, there, judge, prompts, scores, rng):
 
 
 def run(lab, cfg):
+    return driven(lab, cfg, *judge_of(lab, cfg))
+
+
+def driven(lab, cfg, there, judge):
+    """The generator after GRPO with the verdicts of a judge and its Lab, as of `judge_of`."""
     policy, world, steps = lab.base(), lab.world, cfg.sampler_steps
-    there, judge = judge_of(lab, cfg)
 
     def data(policy, round):
         rng = lab.rng("groups", round)
