@@ -7,18 +7,23 @@ greedy ones, and two yardsticks that read the same digits, one rubric for all re
 weights.
 
 The generator: on glyphs, 40 rounds of GRPO with 16 groups of 8 drawings, with the verdicts of that
-judge and of the fixed rubric. `utility` is what the annotators think, which no arm sees;
-`judge_wins` and `true_wins` are shares of wins over the base model's drawings.
+judge and of the fixed rubric. `utility` is what the annotators think, which no arm sees.
+`own_lost` is measured on pairs of the generator's own drawings for the same prompt: how much less
+often the judge is right than the true weights that read the same digits.
 
 What theory expects: sampled traces repeat the teacher's noise and greedy ones do not, so stage 2
-sharpens what SFT has learned, and hardly changes greedy verdicts. A fixed rubric can be right in at
-most 78 % of the questions. Where the criteria do not conflict, it drives a generator as well in the
-mean, and may neglect a kind of request. On tuning seed 100, stage 2 raised the verdicts of sampled
-traces from 0.66 to 0.80 and their reasons from 0.71 to 0.79; greedy verdicts stayed at 0.89, the
-fixed rubric had 0.79 and the true weights 0.91. There, the utility of drawings rose from -0.55 to
-1.11 and that of the worst context from -2.0 to 0.26, while the Frechet distance rose from 1.0 to
-8.2; the judge saw 95 % wins over the base model and the annotators 98 %, as the errors of a judge
-pull its shares towards one half.
+sharpens what SFT has learned, and hardly changes greedy verdicts. In expectation, one rubric with
+equal weights is right in 78 % of the questions about scores without error (a test has the closed
+form). Where the criteria do not conflict, it drives a generator as well in the mean, and may
+neglect a kind of request. A judge that is exploited loses more on the generator's own drawings
+after GRPO than before. Its share of wins over the base model would not show that, since errors pull
+every share towards one half. Drawings that grow alike make harder questions, which `own_lost` also
+contains.
+
+On tuning seed 100, stage 2 raised the verdicts of sampled traces from 0.66 to 0.80 and their
+reasons from 0.71 to 0.79; greedy verdicts stayed at 0.89. On its 1,000 questions the fixed rubric
+had 0.79, and the true weights 0.91. There, the utility of drawings rose from -0.55 to 1.11 and that
+of the worst context from -2.0 to 0.26, while the Frechet distance rose from 1.0 to 8.2.
 """
 
 from lab.claims import claim
@@ -62,20 +67,20 @@ def measure(lab):
         for curve in curves["flex"]
     ]
     series |= {"judge sft": first, "judge flex": flex}
-    series |= {name: [each[name] for each in flex] for name in ("fixed_rubric", "known_weights")}
+    series["fixed_rubric"] = [each["fixed_rubric"] for each in flex]
     for name, found in (("sft", first), ("flex", flex)):
         series[f"judge {name}, greedy"] = [each["greedy"] for each in found]
-    for side in ("judge_wins", "true_wins"):
-        series[f"{side}, flex"] = [curve[-1][side] for curve in curves["flex"]]
+    for when, look in (("before", 0), ("after", -1)):
+        series[f"own_lost, {when}"] = [curve[look]["own_lost"] for curve in curves["flex"]]
     return series
 
 
 def report(lab, series):
-    """A picture of the truth and of the judge's wins during GRPO, one line per arm and seed."""
+    """A picture of the truth and of the judge's errors during GRPO, one line per arm and seed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 4), layout="constrained")
-    panels = ("utility", "worst_context", "judge_wins", "judge_right")
+    panels = ("utility", "worst_context", "judge_right", "own_lost")
     for axes, metric in zip(figure.subplots(1, 4), panels):
         for i, name in enumerate(GENERATORS):
             for n, curve in enumerate(series[f"generator {name}"]):
@@ -119,17 +124,6 @@ CLAIMS = [
         expect="no effect",
     ),
     claim(
-        "On verdicts, a judge with the true weights, which reads the same digits, is right more "
-        "often than the trained judge",
-        None,
-        "known_weights",
-        ">",
-        "judge flex, greedy",
-        margin=0.02,
-        kind="control",
-        expect="inconclusive",
-    ),
-    claim(
         "On glyphs, GRPO with the judge raises the annotators' utility more than GRPO with one "
         "rubric for all prompts",
         "utility",
@@ -150,13 +144,13 @@ CLAIMS = [
         expect="inconclusive",
     ),
     claim(
-        "On glyphs, a generator that is driven by the judge wins more often over the base model in "
-        "the judge's eyes than in the annotators'",
+        "On glyphs, on pairs of the generator's own drawings, what the judge loses to the true "
+        "weights, which read the same digits, is more after GRPO than before",
         None,
-        "judge_wins, flex",
+        "own_lost, after",
         ">",
-        "true_wins, flex",
+        "own_lost, before",
         margin=0.03,
-        expect="reversed",
+        expect="inconclusive",
     ),
 ]
