@@ -24,7 +24,7 @@ ARMS = {
     "no smoothing": Config(smooth=False),
 }
 TRIE = dict(world="trie", steps=16, eval_every=4, prompts=20, lr=0.2, batch_size=64, k=20)
-SUMS = dict(world="arithmetic", steps=40, eval_every=4, prompts=32, lr=1e-4, batch_size=32, k=8)
+SUMS = dict(world="arithmetic", steps=40, eval_every=10, prompts=32, lr=1e-4, batch_size=32, k=8)
 
 
 def at_tokens(curves, arms):
