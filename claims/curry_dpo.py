@@ -106,7 +106,7 @@ def measure(lab):
         f"{name}, reviews": lambda lab, cfg=ARMS[name]: run(lab, cfg)
         for name in ("curriculum", "easiest pair")
     }
-    settings = dict(world="reviews", k=4, eval_size=1000, eval_every=50, steps=150, batch_size=32)
+    settings = dict(world="reviews", k=4, eval_size=1000, eval_every=150, steps=150, batch_size=32)
     found = {name: [bandit[name] for bandit in bandits] for name in ARMS}
     return found | lab.race(arms, **settings)
 
