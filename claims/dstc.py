@@ -8,7 +8,8 @@ That the card's matrices give its pairs, and the quality of pairs in the card's 
 
 Theory and the trial expect that minimax makes better pairs than random cells, that the rejected
 tests are nearly always right, that ranking by passed tests alone does as well or better, and that
-the belief which programs and tests share, that "skip" is "next", is trained in.
+the belief which programs and tests share, that "skip" is "next", is trained in. On tuning seeds 100
+and 101 ranking by passed tests was behind the other rules, which were equal within the interval.
 """
 
 from lab.claims import claim
