@@ -3,8 +3,8 @@
 On captions the teacher is the base model, which hallucinates in more than half of its captions, and
 the student is narrower. D2D distils it, D2S makes it sparse, and the last stage aligns it with the
 teacher as the reference, on pairs that the teacher wrote. Beside it stand the usual reference (the
-student's own start), the loss kto_pair, and students that only imitate the data or stay dense. A
-hallucination is an object that is named and not on the picture.
+student's own start), and students that only imitate the data or stay dense. A hallucination is an
+object that is named and not on the picture.
 
 On tables of 16 prompts and 8 answers, whose optimum is known in closed form, the teacher favors two
 answers, right or wrong. On vectors, four tasks are distilled from four networks into one student,
@@ -30,7 +30,6 @@ from methods.llava_mod import Config, Mixture, distill, fresh, mimic, upcycle
 ARMS = {
     "MoD": Config(),
     "own start as reference": Config(anchor="student"),
-    "kto_pair": Config("kto_pair"),
 }
 
 
@@ -99,15 +98,14 @@ def table(lab, seed, beta=0.5):
     found = {"teacher, table": wrong(teacher), "closed form, table": wrong(best)}
     flat = torch.zeros(16, 8).double().log_softmax(1)
     starts = {
-        "MoD, table": (teacher, teacher, "dpo"),
-        "kto_pair, table": (teacher, teacher, "kto_pair"),
-        "own start, table": (flat, flat, "dpo"),
-        "unlike the teacher, table": (flat, teacher, "dpo"),
+        "MoD, table": (teacher, teacher),
+        "own start, table": (flat, flat),
+        "unlike the teacher, table": (flat, teacher),
     }
-    for name, (start, reference, variant) in starts.items():
+    for name, (start, reference) in starts.items():
         logits = start.clone().requires_grad_()
         optimizer = torch.optim.Adam([logits], lr=0.02)
-        cfg = Config(variant, beta=beta)
+        cfg = Config(beta=beta)
         for _ in range(lab.few(1000)):
             s = torch.randint(16, (512,), generator=rng)
             y = torch.multinomial(teacher.exp()[s], 2, replacement=True, generator=rng)  # (512, 2)
