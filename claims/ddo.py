@@ -56,7 +56,7 @@ def pretrained(lab, clean):
     def nll(model, batch):
         return -how["score"](model, batch)[:, 0].sum(-1), {}
 
-    return here.fit(base, batches, nll, steps=here.few(2500), lr=3e-3, decay=True)
+    return here.fit(base, batches, nll, steps=here.few(3500), lr=3e-3, decay=True)
 
 
 def arm(loss, cfg, steps=400, **options):
