@@ -388,12 +388,17 @@ def test_exchanged_betas_let_the_rejected_likelihood_fall_faster():
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_the_networks_start_at_the_likelihoods_of_the_scenario(scenario):
     high, low = SCENARIOS[scenario]
-    path = networks(dpo.loss, dpo.Config(), scenario, seed=100, count=2, steps=1).exp()
-    assert path.shape == (2, 2, 4, 4)
-    start = path[0]
-    torch.testing.assert_close(start[..., :3].sum(-1), torch.ones(2, 4), rtol=0, atol=1e-5)
-    for column, value in ((0, high), (1, low), (3, 1 - 4 * high - 4 * low)):
-        assert (start[..., column] - value).abs().max() < 0.02
+    path = networks(dpo.loss, dpo.Config(), scenario, seed=100, count=2, steps=1)
+    assert all(values.shape == (2, 2, 4) for values in path.values())
+    start = {name: values[0] for name, values in path.items()}
+    total = start["chosen"] + start["rejected"] + start["outside the pair"]
+    torch.testing.assert_close(total, torch.ones(2, 4), rtol=0, atol=1e-5)
+    rest = 1 - 4 * high - 4 * low
+    known = {"chosen": high, "rejected": low, "chosen elsewhere": 3 * high, "8 and 9": rest}
+    for name, value in known.items():
+        assert (start[name] - value).abs().max() < 0.02
+    assert (start["kl"] == 0).all()
+    assert (path["kl"][1] > 0).all()
 
 
 # ---- runs
