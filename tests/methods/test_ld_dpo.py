@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 
 import train
+from claims.ld_dpo import Fillers
 from data import UserError
 from lab import Lab, Settings
-from methods import dpo
+from methods import dpo, survey
 from methods.ld_dpo import PAPER, Config, loss, run
 from tests import builders
 from tests.builders import value_and_gradient
@@ -252,83 +253,22 @@ def test_a_world_of_tables_is_refused(capsys, tmp_path, monkeypatch):
 # ---- the exact optimum where the labels prefer longer responses
 
 
-CAP = 40  # fillers at most; a response that reaches it ends without a scored token
+def push(world, cfg):
+    """The first step's pull on b, towards more fillers, of pairs that are equally good."""
+    theta, good = world.start.clone().requires_grad_(), world.good[world.pairs]
+    weight = world.weight * (good[:, 0] == good[:, 1])
+    value = (weight * world.losses(theta, loss, cfg)).sum()
+    return -torch.autograd.grad(value, theta)[0][1].item()
 
 
-class Wordy:
-    """A policy with two parameters (a, b) over all its responses.
-
-    A response is a content token, good with probability sigmoid(a), then n filler tokens, each with
-    probability sigmoid(b), then the end. The true reward is 1 for good content, and the labels add
-    `bias` for each filler token. Pairs are drawn from the reference, a = 0 and sigmoid(b) = 3/4."""
-
-    def __init__(self, bias):
-        n = torch.arange(CAP + 1).repeat(2)  # (R,)
-        good = torch.arange(len(n)) > CAP
-        place = torch.arange(CAP + 2)
-        # what each token is: 0 none, 1 bad, 2 good, 3 filler, 4 the end
-        ends = (place == n[:, None] + 1) & (n[:, None] < CAP)
-        self.codes = torch.where(place <= n[:, None], 3, torch.where(ends, 4, 0))
-        self.codes[:, 0] = 1 + good.long()
-        self.n, self.good = n.double(), good.double()
-        self.start = torch.tensor([0.0, math.log(3)], dtype=torch.float64)
-        # every ordered pair of different responses, the chosen one first
-        every = torch.arange(len(n))
-        self.pairs = torch.cartesian_prod(every, every)
-        self.pairs = self.pairs[self.pairs[:, 0] != self.pairs[:, 1]]
-        first, second = self.pairs.unbind(1)
-        score, probs = self.good + bias * self.n, self.probs(self.start)
-        weight = probs[first] * probs[second] * torch.sigmoid(score[first] - score[second])
-        self.weight = weight / weight.sum()
-        self.batch = SimpleNamespace(mask=(self.codes > 0)[self.pairs])
-
-    def logps(self, theta):
-        """Log-probs (R, T) of all responses' tokens."""
-        a, b = theta
-        parts = [0 * a, F.logsigmoid(-a), F.logsigmoid(a), F.logsigmoid(b), F.logsigmoid(-b)]
-        return torch.stack(parts)[self.codes]
-
-    def probs(self, theta):
-        """Probabilities (R,)."""
-        return self.logps(theta).sum(1).exp()
-
-    def expected(self, theta, cfg, weight=None):
-        """The expected loss."""
-        logps, ref_logps = (self.logps(x)[self.pairs] for x in (theta, self.start))
-        losses, _ = loss(logps, ref_logps, self.batch, cfg)
-        return ((self.weight if weight is None else weight) * losses).sum()
-
-    def push(self, cfg):
-        """The first step's pull on b, towards more fillers, of pairs that are equally good."""
-        theta, good = self.start.clone().requires_grad_(), self.good[self.pairs]
-        value = self.expected(theta, cfg, self.weight * (good[:, 0] == good[:, 1]))
-        return -torch.autograd.grad(value, theta)[0][1].item()
-
-    def optimum(self, cfg):
-        """(E[n], P(good)) at the minimum of the expected loss."""
-        theta = self.start.clone().requires_grad_()
-        optimizer = torch.optim.LBFGS(
-            [theta],
-            max_iter=200,
-            tolerance_grad=1e-10,
-            tolerance_change=1e-14,
-            line_search_fn="strong_wolfe",
-        )
-
-        def closure():
-            optimizer.zero_grad()
-            value = self.expected(theta, cfg)
-            value.backward()
-            return value
-
-        optimizer.step(closure)
-        probs = self.probs(theta.detach())
-        return (probs * self.n).sum().item(), (probs * self.good).sum().item()
+def fillers(world, alpha, on_reference=True):
+    """E[n] at the optimum of the expected loss."""
+    return world.optimum(loss, Config(0.5, alpha, on_reference))["fillers"]
 
 
 @pytest.mark.paper
 def test_the_reference_and_the_labels_of_the_exact_model():
-    world = Wordy(0.1)
+    world = Fillers(0.1)
     probs = world.probs(world.start)
     assert probs.sum().item() == pytest.approx(1)
     assert world.weight.sum().item() == pytest.approx(1)
@@ -345,15 +285,16 @@ def test_the_reference_and_the_labels_of_the_exact_model():
     [(1e-6, (1, 0.8929, 0.7857, 0.6786, 0.5715)), (0.1, (1, 0.8995, 0.7990, 0.6986, 0.5981))],
 )
 def test_the_first_push_on_length_is_linear_in_alpha(bias, pushes):
-    world = Wordy(bias)
-    found = [world.push(Config(0.5, alpha)) for alpha in ALPHAS]
+    world = Fillers(bias)
+    found = [push(world, Config(0.5, alpha)) for alpha in ALPHAS]
     assert [x / found[0] for x in found] == pytest.approx(pushes, abs=1e-4)
 
 
 @pytest.mark.paper
 def test_with_biased_labels_the_optimum_is_shorter_and_as_good():
-    world = Wordy(0.1)
-    lengths, good = zip(*[world.optimum(Config(0.5, alpha)) for alpha in ALPHAS])
+    world = Fillers(0.1)
+    looks = [world.optimum(loss, Config(0.5, alpha)) for alpha in ALPHAS]
+    lengths, good = ([look[name] for look in looks] for name in ("fillers", "quality"))
     assert lengths == pytest.approx((10.585, 9.553, 8.316, 7.314, 6.478), abs=2e-3)
     assert good == pytest.approx((0.8808, 0.8801, 0.8790, 0.8779, 0.8767), abs=2e-4)
     assert max(good) - min(good) < 0.005
@@ -363,25 +304,25 @@ def test_with_biased_labels_the_optimum_is_shorter_and_as_good():
 
 @pytest.mark.paper
 def test_with_a_mild_bias_a_smaller_alpha_is_not_always_shorter():
-    world = Wordy(0.05)
-    lengths = [world.optimum(Config(0.5, alpha))[0] for alpha in ALPHAS]
+    world = Fillers(0.05)
+    lengths = [fillers(world, alpha) for alpha in ALPHAS]
     assert lengths == pytest.approx((4.841, 4.970, 4.923, 4.732, 4.457), abs=2e-3)
 
 
 @pytest.mark.paper
 def test_without_bias_the_length_stays():
-    world = Wordy(0.0)
-    lengths = [world.optimum(Config(0.5, alpha))[0] for alpha in ALPHAS]
+    world = Fillers(0.0)
+    lengths = [fillers(world, alpha) for alpha in ALPHAS]
     assert lengths == pytest.approx([3.0] * 5, abs=1e-3)
 
 
 @pytest.mark.paper
 def test_a_reference_that_is_not_split_shortens_without_any_bias():
-    world = Wordy(0.0)
-    alone = [Config(0.5, alpha, False) for alpha in ALPHAS[1:]]
-    lengths = [world.optimum(cfg)[0] for cfg in alone]
+    world = Fillers(0.0)
+    lengths = [fillers(world, alpha, on_reference=False) for alpha in ALPHAS[1:]]
     assert lengths == pytest.approx([1.929, 1.200, 0.663, 0.324], abs=2e-3)
-    starts = [world.expected(world.start, cfg).item() for cfg in alone]
+    alone = [Config(0.5, alpha, False) for alpha in ALPHAS[1:]]
+    starts = [(world.weight * world.losses(world.start, loss, cfg)).sum().item() for cfg in alone]
     assert starts == pytest.approx([0.7040, 0.7354, 0.7850, 0.8498], abs=1e-4)
 
 
@@ -389,6 +330,18 @@ def test_a_reference_that_is_not_split_shortens_without_any_bias():
 def test_dpo_at_the_optimum_lengthens_by_the_bias_over_beta():
     """log p(filler) = log 0.75 + bias / beta, apart from the cap."""
     assert 0.75 * math.exp(0.1 / 0.5) == pytest.approx(0.9161, abs=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["dpo", "r_dpo"])
+def test_sampled_pairs_and_a_penalty_that_equals_the_bias(variant):
+    """R-DPO ends at the length of the reference; DPO ends far above it."""
+    world = Fillers(0.1, 20000, torch.Generator().manual_seed(0))
+    assert world.weight.sum().item() == pytest.approx(1)
+    fields = dict(alpha=0.1) if variant == "r_dpo" else {}
+    found = world.optimum(survey.loss, survey.Config(variant, 0.5, **fields))
+    assert found["quality"] == pytest.approx(0.8808, abs=0.02)
+    length = dict(dpo=10.585, r_dpo=3.0)[variant]
+    assert found["fillers"] == pytest.approx(length, rel=0.1)
 
 
 # ---- runs
