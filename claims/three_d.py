@@ -31,12 +31,12 @@ from methods.three_d import Config
 SCENARIOS = {1: (0.12, 0.12), 2: (0.02, 0.12), 3: (0.12, 0.02), 4: (0.02, 0.02)}
 
 
-def networks(loss, cfg, scenario, seed, count=8, steps=500, width=32):
+def networks(loss, cfg, scenario, seed, count=8, steps=500, width=32, fitted=300):
     """The paper's toy (sec. 3.2), `count` networks of three layers at once.
 
     For prompt i of 4, response i of 10 is chosen and one of 4 to 7 is rejected; 8 and 9 are in no
-    pair. The networks are fitted to the scenario's likelihoods of a chosen and a rejected response,
-    and then trained with the loss. -> {name: values (steps + 1, count, 4 prompts)}: the likelihood
+    pair. The networks are fitted to the scenario's likelihoods of a chosen and a rejected response
+    in `fitted` steps, and then trained with the loss. -> {name: values (steps + 1, count, 4 prompts)}: the likelihood
     of the chosen and of the rejected response, of all that are outside the pair, and of some of
     these, and the KL from the reference."""
     rng = torch.Generator().manual_seed(seed)
@@ -63,7 +63,7 @@ def networks(loss, cfg, scenario, seed, count=8, steps=500, width=32):
         optimizer.step()
 
     optimizer = torch.optim.Adam([*weights, *biases], lr=1e-2)
-    for _ in range(300):
+    for _ in range(fitted):
         step(optimizer, (wanted * (wanted.log() - log_probs())).sum())
     reference = log_probs().detach()
     ref_logps = reference.gather(-1, pair).view(-1, 2, 1)
@@ -101,7 +101,7 @@ def in_the_toy(lab, arm, seed):
     `fall` is how far the chosen likelihood is below its peak, and `8 and 9 ahead` how much more
     probability is on 8 and 9 than on the responses that are chosen for other prompts.
     """
-    path = networks(*arm, seed, count=2, steps=lab.few(200))
+    path = networks(*arm, seed, 2, lab.few(200), fitted=lab.few(300))
     means = {name: values.mean((1, 2)) for name, values in path.items()}
     means["fall"] = means["chosen"].cummax(0).values - means["chosen"]
     means["8 and 9 ahead"] = means["8 and 9"] - means["chosen elsewhere"]
