@@ -36,9 +36,9 @@ def networks(loss, cfg, scenario, seed, count=8, steps=500, width=32, fitted=300
 
     For prompt i of 4, response i of 10 is chosen and one of 4 to 7 is rejected; 8 and 9 are in no
     pair. The networks are fitted to the scenario's likelihoods of a chosen and a rejected response
-    in `fitted` steps, and then trained with the loss. -> {name: values (steps + 1, count, 4 prompts)}: the likelihood
-    of the chosen and of the rejected response, of all that are outside the pair, and of some of
-    these, and the KL from the reference."""
+    in `fitted` steps, and then trained with the loss. -> {name: values (steps + 1, count,
+    4 prompts)}: the likelihood of the chosen and of the rejected response, of all that are outside
+    the pair, and of some of these, and the KL from the reference."""
     rng = torch.Generator().manual_seed(seed)
     high, low = SCENARIOS[scenario]
     wanted = torch.tensor([high] * 4 + [low] * 4 + [(1 - 4 * high - 4 * low) / 2] * 2)
