@@ -271,7 +271,7 @@ def rollout(lab, policy, round, n, cfg):
     return out
 
 
-def fresh(lab, policy, round, cfg):
+def searched(lab, policy, round, cfg):
     """The rows of one round of the online training.
 
     UserError: the first round has none. StopTraining: a later one has none.
@@ -306,7 +306,7 @@ def run(lab, cfg):
     check_settings(lab, cfg)
     policy = lab.base()
     if cfg.online:
-        data = lambda policy, round: fresh(lab, policy, round, cfg)  # noqa: E731
+        data = lambda policy, round: searched(lab, policy, round, cfg)  # noqa: E731
         policy = lab.align(policy, data, loss, cfg, every=cfg.every)
     else:
         total = tasks_per_round(lab) * max(1, lab.steps // cfg.every)

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("own_folder")
 
 def test_a_run_writes_what_it_says_and_nothing_half_written(tmp_path, capsys, pictures):
     out = tmp_path / "run"
-    assert train.main(["--method", "dpo", *TINY, "--out", str(out)]) == 0
+    assert train.main(["--method", "dpo", *TINY, "--eval_every", "1", "--out", str(out)]) == 0
     printed = capsys.readouterr()
     names = {
         "run.json",

@@ -239,6 +239,8 @@ def INPUTS():
     calls += [("anchors", x, 3) for x in (TABLE, rough, same, TABLE[:2], TABLE[:, :2])]
     calls += [("anchors", GIVEN @ numbers([[1, 0, 0.5], [0, 0, 0.5], [0, 1, 0]]), 3)]
     calls += [("anchors", table[:3].abs() + 0.1 * torch.eye(3, 6), 3)]
+    lonely = torch.tensor([[0.5, 0, 0, 0], [0, 0.5, 0, 0], [0, 0, 0.5, 0], [0.5, 0.5, 0.5, 1]])
+    calls += [("anchors", lonely.double(), 3)]
     alone = torch.cat([cell, torch.tensor([6])]), torch.cat([domain, torch.tensor([3])])
     calls += [("frequencies", *alone, 7, 4)]
     worse = numbers([[0.9, 0.1, 0], [0, 0.3, 0.7], [0.5, 0.5, 0], [0.1, 0.1, 0.8]])
