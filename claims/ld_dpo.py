@@ -28,6 +28,7 @@ import torch.nn.functional as F
 
 from lab.claims import at_or_nan, claim
 from methods import dpo, ld_dpo, survey
+from toy.exact import minimize
 
 CAP = 40  # fillers at most; a response that reaches it ends without a scored token
 PULLS = (1.4, 1.8, 2.2, 2.8)  # 1 / beta of the fits
@@ -84,21 +85,7 @@ class Fillers:
     def optimum(self, loss, cfg):
         """{fillers, quality} at the minimum of the weighted mean loss."""
         theta = self.start.clone().requires_grad_()
-        optimizer = torch.optim.LBFGS(
-            [theta],
-            max_iter=200,
-            tolerance_grad=1e-10,
-            tolerance_change=1e-14,
-            line_search_fn="strong_wolfe",
-        )
-
-        def closure():
-            optimizer.zero_grad()
-            value = (self.weight * self.losses(theta, loss, cfg)).sum()
-            value.backward()
-            return value
-
-        optimizer.step(closure)
+        minimize([theta], lambda: (self.weight * self.losses(theta, loss, cfg)).sum())
         probs = self.probs(theta.detach())
         found = {"fillers": self.n, "quality": self.good}
         return {name: (probs * values).sum().item() for name, values in found.items()}

@@ -57,7 +57,7 @@ def main(folder):
         try:
             found = {name: x.contiguous().clone() for name, x in function().items()}
         except NotImplementedError as error:
-            found = text(f"your turn: {error}".replace("your turn: your turn", "your turn"))
+            found = text(f"your turn: {str(error).removeprefix('your turn: ')}")
         except MemoryError:
             found = text(f"it needs more than {job['memory'] >> 20} MB of memory")
         except RecursionError:

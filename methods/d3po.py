@@ -1,23 +1,21 @@
 """D3PO - Using Human Feedback to Fine-tune Diffusion Models without Any Reward Model (2023),
 arXiv:2311.13231
 
-A random sampler of T denoising steps is a policy in a Markov decision process: each step draws the
-next state from a normal distribution with the model's mean. D3PO samples two paths from one noise
-x_T with the current policy, and an annotator compares the two images. Every step of the chosen path
-is then taken as better than the same step of the rejected one, which gives one loss of DPO per
-step, without gradients through the path:
+A random sampler of T denoising steps is a policy: each step draws the next state from a normal
+distribution with the model's mean. D3PO samples two paths from one noise x_T with the current
+policy, and an annotator compares the two images. Every step of the chosen path is then taken as
+better than the same step of the rejected one, which gives one loss of DPO per step:
 
     log p(x_s | x_t) = -|x_s - mean|^2 / (2 sigma^2) + const
     loss_i = -log sigmoid( beta log [ p / p_ref ](chosen step i)
                            - beta log [ p / p_ref ](rejected step i) )                   (eq. 14)
 
-Only the first step, where both paths are in the same state, follows from the theory (eq. 12).
+Only the first step, where both paths are in one state, follows from the theory (eq. 12).
 
 Differences from the paper
-1. Log-probs are averaged over dimensions, as in the official code.
-2. The clip of the ratio, which only the code has, is done in the log domain.
-3. The last step, which is deterministic and has no density, is left out.
-4. The training stops when the KL of a path exceeds a limit; the run reports it.
+1. Log-probs are averaged over dimensions, and the ratio is clipped, as in the official code.
+2. The last step, which has no density, is left out.
+3. The training stops when the KL of a path exceeds a limit; the run reports it.
 
     python train.py --method d3po                          the reward rises at the cost of variety
     python train.py --method d3po --variant first --steps 60     as many pairs, hardly any reward

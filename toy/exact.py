@@ -133,17 +133,10 @@ class Table(nn.Module):
         return best.set_log_probs(self.log_probs().cpu() + rewards / beta)
 
 
-def population(world, pairs, loss, cfg):
-    """The Table that minimizes the mean of weight * loss over weighted pairs, in float64.
-
-    world: a world of this file; its reference is the reference of the loss and the initial policy.
-    pairs: rows with a column `weight`, as from `World.pairs_all`. loss(logps, ref_logps, batch,
-    cfg) -> losses, metrics, as in methods/. The optimizer is L-BFGS.
-    """
-    policy, batch = world.model().double(), collate(pairs)
-    ref_logps, weight = policy.logps(batch).detach(), batch.weight.double()
+def minimize(parameters, value):
+    """Move parameters in place to a minimum of value() -> a scalar tensor, by L-BFGS in float64."""
     optimizer = torch.optim.LBFGS(
-        policy.parameters(),
+        parameters,
         max_iter=500,
         tolerance_grad=1e-12,
         tolerance_change=1e-16,
@@ -152,12 +145,28 @@ def population(world, pairs, loss, cfg):
 
     def closure():
         optimizer.zero_grad()
-        losses, _ = loss(policy.logps(batch), ref_logps, batch, cfg)
-        value = (weight * losses).mean()
-        value.backward()
-        return value
+        found = value()
+        found.backward()
+        return found
 
     optimizer.step(closure)
+
+
+def population(world, pairs, loss, cfg):
+    """The Table that minimizes the mean of weight * loss over weighted pairs, in float64.
+
+    world: a world of this file; its reference is the reference of the loss and the initial policy.
+    pairs: rows with a column `weight`, as from `World.pairs_all`. loss(logps, ref_logps, batch,
+    cfg) -> losses, metrics, as in methods/.
+    """
+    policy, batch = world.model().double(), collate(pairs)
+    ref_logps, weight = policy.logps(batch).detach(), batch.weight.double()
+
+    def value():
+        losses, _ = loss(policy.logps(batch), ref_logps, batch, cfg)
+        return (weight * losses).mean()
+
+    minimize(policy.parameters(), value)
     return policy
 
 

@@ -22,6 +22,7 @@ from methods import dpo
 from methods.irpo import Config, graded, label_ranks, loss, relevance_weights, run
 from tests import builders
 from tests.builders import grades, ragged
+from toy.exact import minimize
 from toy.ranking import ndcg
 
 R, Y, K = (0.5, -0.2, 0.1, -0.4), (0.0, 2.0, 1.0, 0.0), (3, 1, 2, 4)  # the hand case
@@ -77,21 +78,7 @@ def by_hand(r, w, beta, inner, reduce):
 def free_scores(batch, objective, cfg):
     """The scores r (K,) of one list that minimize a loss, as free parameters."""
     r = torch.zeros(*batch.mask.shape, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [r],
-        max_iter=500,
-        tolerance_grad=1e-12,
-        tolerance_change=1e-16,
-        line_search_fn="strong_wolfe",
-    )
-
-    def closure():
-        optimizer.zero_grad()
-        value = objective(r, torch.zeros_like(r), batch, cfg)[0].sum()
-        value.backward()
-        return value
-
-    optimizer.step(closure)
+    minimize([r], lambda: objective(r, torch.zeros_like(r), batch, cfg)[0].sum())
     return r.detach().flatten()
 
 
@@ -253,22 +240,13 @@ def test_optimum_of_a_policy_over_the_whole_list(beta):
     """If the list has all responses, the optimum is pi_ref p^(1/beta), normalized."""
     ref = torch.tensor([0.1, 0.6, 0.3], dtype=torch.float64).log()
     logits = torch.zeros(3, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS(
-        [logits],
-        max_iter=500,
-        tolerance_grad=1e-12,
-        tolerance_change=1e-16,
-        line_search_fn="strong_wolfe",
-    )
     batch, cfg = lists((3.0, 2.0, 1.0), (1, 2, 3)), Config(beta=beta, inner="excl")
 
-    def closure():
-        optimizer.zero_grad()
-        value = loss(logits.log_softmax(0)[None, :, None], ref[None, :, None], batch, cfg)[0].sum()
-        value.backward()
-        return value
+    def value():
+        logps = logits.log_softmax(0)[None, :, None]
+        return loss(logps, ref[None, :, None], batch, cfg)[0].sum()
 
-    optimizer.step(closure)
+    minimize([logits], value)
     w = relevance_weights(batch, cfg)[0]
     torch.testing.assert_close(
         logits.detach().softmax(0),
