@@ -161,7 +161,7 @@ class Bench:
         rng, scores = random.Random(0), [1.0] + [0.0] * (s.k - 1)
 
         def draw(n, end=0):
-            """n tokens, end-of-text included, if the lengths are equal."""
+            """n random tokens, or fewer with mixed lengths, less `end` for end-of-text."""
             n = rng.randint(-(-n // 4), n) if s.lengths == "mixed" else n
             return rng.choices(range(s.vocab - 2), k=n - end)
 
