@@ -1,23 +1,23 @@
 """ASFT - Aligned Supervised Fine-Tuning through Absolute Likelihood (2024), arXiv:2409.10571
 
-DPO lowers the probability of the rejected response faster than it raises that of the chosen one,
-so both may fall. ASFT gives each response a target of its own, without a reference model: to SFT
-it adds two binary cross-entropies on the length-normalized probability p.
+DPO lowers the probability of the rejected response faster than it raises that of the chosen one, so
+both may fall. Without a reference model, ASFT gives each response its own target: SFT plus two
+binary cross-entropies on the length-normalized probability p.
 
     s(y) = 1/|y| sum_t log pi(y_t | x, y_<t)      p = exp(s)      o = log( p / (1 - p) )
     loss = -s(y_w) + weight [ -log sigmoid(o(y_w)) - log sigmoid(-o(y_l)) ]
          = -(1 + weight) s(y_w) - weight log(1 - p(y_l))
 
-The second form is SFT plus unlikelihood training. Its gradient in s(y_w) is constant, and its
-gradient in s(y_l) vanishes as p(y_l) goes to 0.
+The second form is SFT plus unlikelihood training: the gradient in s(y_w) is constant, and that in
+s(y_l) vanishes with p(y_l).
 
 Differences from the paper
-1. We had no access to the paper; the formulas and the weight are those of arXiv:2502.01237.
-2. `beta` (a temperature of o) and `supervised` come from that study.
+1. We had no access to the paper; the formulas are those of arXiv:2502.01237.
+2. `beta` and `supervised` are additions of that study.
 3. s(y_l), and with beta != 1 also s(y_w), is clamped at -1e-6, since the loss is infinite at 0.
-4. Images are refused, since minus a noise error is not a log-prob.
+4. Images are refused, since noise errors are not log-probs.
 
-Anchored SFT (arXiv:2509.23753) is a different method.
+Anchored SFT (arXiv:2509.23753) is another method.
 
     python train.py --method asft                      the chosen log-prob ends above DPO's
     python train.py --method asft --weight 0,1,10      0 is SFT

@@ -2,10 +2,10 @@
 arXiv:2305.18290
 
 RLHF fits a reward model to preferences and then maximizes reward - beta KL(policy || reference).
-The optimum is known: pi(y|x) = pi_ref(y|x) exp(r(x,y) / beta) / Z(x) (eq. 4). Solved for r, it
-gives r = beta log(pi / pi_ref) + beta log Z(x) (eq. 5), and Z cancels between two responses to one
-prompt. So the policy is trained directly, as its own reward model, by a logistic loss on pairs of
-a chosen response y_w and a rejected one y_l:
+The optimum is pi(y|x) = pi_ref(y|x) exp(r(x,y) / beta) / Z(x) (eq. 4), so
+r = beta log(pi / pi_ref) + beta log Z(x) (eq. 5), and Z cancels between two responses to one
+prompt. So the policy, as its own reward model, is trained by a logistic loss on pairs of a chosen
+response y_w and a rejected one y_l:
 
     z = beta [ log pi(y_w) / pi_ref(y_w) - log pi(y_l) / pi_ref(y_l) ]
     loss = -log sigmoid(z)                                                                  (eq. 7)
@@ -15,11 +15,11 @@ Only the difference enters: both log-probs may fall while the margin z rises.
 Differences from the paper: none. On images the log-probs are minus summed noise errors, which
 makes this Diffusion-DPO (arXiv:2311.12908).
 
-    python train.py --method dpo                     the true reward rises, and so does the KL
+    python train.py --method dpo                     the true reward and the KL rise
     python train.py --method dpo --beta 0.1,1        a larger beta stays closer to the reference
 
-Over-optimization: with few noisy pairs and a small beta the margin goes on rising while the true
-reward falls (see the reward against the KL in curves.png):
+Over-optimization: with few noisy pairs and a small beta the margin keeps rising while the true
+reward falls (curves.png):
 
     python train.py --method dpo --prompts 1024 --label_temperature 1 --beta 0.05 --steps 250
 """

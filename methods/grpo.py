@@ -1,22 +1,22 @@
 """GRPO - DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models (2024),
 arXiv:2402.03300
 
-Group relative policy optimization is PPO without a value network: the policy samples K responses
-to each question, and the mean reward of this group is the baseline. Two successors are variants
-of the same loss. Dr. GRPO (arXiv:2503.20783) drops two divisions that bias GRPO, one by the
-standard deviation of the group and one by the length of the response. DAPO (arXiv:2503.14476)
-averages over all tokens of the batch and clips high ratios less. With rho = pi / pi_old per token,
+Group relative policy optimization is PPO without a value network: the mean reward of K responses to
+one question is the baseline. Two successors are variants of it. Dr. GRPO (arXiv:2503.20783) drops
+the divisions by the group's standard deviation and by the response's length, which bias GRPO. DAPO
+(arXiv:2503.14476) averages over all tokens and clips high ratios less. With rho = pi / pi_old per
+token,
 
     A   = (r - mean r) / std r over the group                            (dr_grpo: r - mean r)
     J_t = min( rho_t A, clip(rho_t, 1 - epsilon, 1 + epsilon_high) A )
-    loss = -mean over responses of the mean of J_t over tokens                          (grpo)
-    loss = -mean over responses of the sum of J_t over tokens / normaliser           (dr_grpo)
-    loss = -sum of J_t over all tokens of the batch / their number                      (dapo)
+    loss = -mean_k 1/|y_k| sum_t J_t                                                    (grpo)
+    loss = -mean_k sum_t J_t / normaliser                                            (dr_grpo)
+    loss = -mean of J_t over all tokens of the batch                                    (dapo)
 
 Differences from the papers
 1. The KL penalty of GRPO to a reference model is left out; the two successors have none.
-2. DAPO's dynamic sampling, which replaces groups without a gradient, is left out.
-3. DAPO's penalty on length is left out.
+2. DAPO's dynamic sampling, which replaces groups without a gradient, and its length penalty are
+   left out.
 
     python train.py --method grpo                                the success rate rises
     python train.py --method grpo --variant grpo,dr_grpo,dapo    the three side by side

@@ -2,25 +2,23 @@
 arXiv:2203.02155
 
 RLHF is what DPO replaces: a reward model r is fitted to the pairs under the Bradley-Terry model,
-then the policy maximizes the reward minus beta times the KL from the reference. The policy gradient
-is REINFORCE with a leave-one-out baseline over K samples (RLOO, arXiv:2402.14740). It needs no
-value network and, since every step draws new samples, no clipping; its paper finds it at least as
-good as PPO. The true reward is never used.
+then the policy maximizes r - beta KL(policy || reference). The policy gradient is REINFORCE with a
+leave-one-out baseline over K samples (RLOO, arXiv:2402.14740). It needs no value network and, since
+every step draws new samples, no clipping. The policy never sees the true reward.
 
     loss of r = -log sigmoid( r(x, y_w) - r(x, y_l) )                              (DPO, eq. 2)
     R_k  = r(x, y_k) - beta log( pi(y_k|x) / pi_ref(y_k|x) )                       (DPO, eq. 3)
     A_k  = R_k - mean of R_j over the other K - 1 samples,   without gradient
     loss = -mean_k A_k log pi(y_k|x)
 
-On text the reward model is the base model with a linear head on the state that predicts the last
-scored token; on a table it is a second table.
+On text r is the base model with a linear head; on a table it is a second table.
 
 Differences from the paper
 1. RLOO replaces PPO, and no pretraining loss is mixed in.
 2. Policy and reward model take --steps steps each; the prompts are those of the pairs.
 
     python train.py --method rlhf                 the true reward rises, reviews become short
-    python train.py --method dpo,rlhf --seeds 3   DPO and what it replaces, side by side
+    python train.py --method dpo,rlhf --seeds 3   DPO beside RLHF
 """
 
 import copy
@@ -42,7 +40,7 @@ PAPER = Paper(
 
 @dataclass(frozen=True)
 class Config:
-    beta: float = 0.1  # weight of the KL penalty; as in DPO, the same beta has the same optimum
+    beta: float = 0.1  # weight of the KL penalty; the same beta has the same optimum as in DPO
 
     def __post_init__(self):
         check_fields(self, beta="[0, inf)")

@@ -1,8 +1,7 @@
 """SFT - Supervised fine-tuning on chosen responses, Preferred-FT in DPO (2023), arXiv:2305.18290
 
 SFT is the baseline of every preference method (DPO, sec. 6). The policy is trained by maximum
-likelihood on the chosen response of a pair, or on the response of a list with the best score.
-There is no reference model.
+likelihood on the chosen response of a pair. There is no reference model.
 
     loss = -1/|y| sum_t log pi(y_t | x, y_<t)                                 y: the chosen response
 
@@ -12,9 +11,9 @@ becomes more than twice as likely (K times in lists of K). If lengths differ, sh
 gain more, since the log-prob of each is divided by |y|.
 
 Differences from the paper
-1. Lists are used as well as pairs; if best scores tie, the first response is used.
+1. Of a list, the first response with the best score is used.
 2. Single answers (prompt, completion, label) are used if their label is good.
-3. The loss is averaged over the tokens of each response first, so all responses weigh the same.
+3. The loss is a mean over tokens, so all responses weigh the same.
 4. On images the loss is the noise error of the chosen image.
 
     python train.py --method sft             the true reward rises a little
