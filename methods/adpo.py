@@ -1,22 +1,22 @@
 """ADPO - Anchored Direct Preference Optimization (2025), arXiv:2510.18913
 
-A list of responses has a target distribution q, from hard labels, rewards, their ranks or a
-teacher. If the policy is fitted to q directly, noise in q can move it arbitrarily far. ADPO fits in
-anchored coordinates: the log-ratios to an anchor, divided by a temperature tau, are the logits of a
-softmax over the list, which is fitted to q by cross-entropy:
+If a policy is fitted directly to a target distribution q over a list of responses (from labels,
+rewards, ranks or a teacher), noise in q can move it arbitrarily far. ADPO fits anchored
+coordinates: log-ratios to an anchor, divided by a temperature tau, are the logits of a softmax over
+the list, which cross-entropy fits to q:
 
     u_i = log pi(y_i) / pi_anchor(y_i) / tau
-    loss = -sum_i q_i log softmax(u)_i                                      gradient: softmax(u) - q
+    loss = -sum_i q_i log softmax(u)_i                                 gradient in u: softmax(u) - q
 
-The optimum is proportional to pi_anchor q^tau, so a larger tau has smaller gradients and an optimum
-farther from the anchor. A pair with q = (1, 0) is DPO at beta = 1 / tau. Without an anchor,
-q = softmax(teacher / tau) is distillation.
+The optimum is proportional to pi_anchor q^tau: a larger tau moves it farther from the anchor. A
+pair with q = (1, 0) is DPO at beta = 1 / tau. Without an anchor, q = softmax(teacher / tau) is
+distillation.
 
 Differences from the paper
 1. The versions of the paper differ; this is the sixth.
-2. Adaptive tau, clipping and an anchor that is updated at a threshold of the KL are left out.
-3. Equal scores share a hard target, and compete with each other under target = order.
-4. The target kde is our reading of the rank smoothing, whose formula is unpublished.
+2. Adaptive tau, clipping and the KL-triggered update of the anchor are left out.
+3. Equal scores share a hard target, and compete under target = order.
+4. The target kde is our reading of rank smoothing, whose formula is unpublished.
 
     python train.py --method adpo                    the reward rises
     python train.py --method adpo --anchor round     more reward, more KL

@@ -4,13 +4,13 @@ arXiv:2403.07230
 Preference data often have K > 2 rated responses per prompt, of which DPO uses one pair. If R1 is
 the best response, K - 1 pairs share it as chosen: (R1, RK) is the easiest, (R1, R2) the hardest.
 Curry-DPO trains on them from easy to hard, one round per difficulty. Each round starts from the
-policy rho with which the previous round ended, and rho is also its reference:
+policy rho that ended the previous round, and rho is also its reference:
 
     z = beta [ log pi(y_w) / rho(y_w) - log pi(y_l) / rho(y_l) ]
     loss = -log sigmoid(z)
 
-A moving reference acts like a smaller beta: each round that is trained to its optimum on all pairs
-adds r / beta to the logits, so M rounds amount to one run of DPO with beta / M.
+A moving reference acts like a smaller beta: each round trained to its optimum on all pairs adds
+r / beta to the logits, so M rounds amount to one run of DPO with beta / M.
 
 Differences from the paper
 1. Training details are not public; here each round has a new optimizer and equally many steps.
@@ -18,7 +18,7 @@ Differences from the paper
 3. The fields `reference`, `order` and `pairs` are for ablations.
 
     python train.py --method curry_dpo                       the true reward rises in every round
-    python train.py --method curry_dpo --order hard_easy     the rounds in the opposite order
+    python train.py --method curry_dpo --order hard_easy     the opposite order
 """
 
 from dataclasses import dataclass

@@ -2,25 +2,25 @@
 (2026), arXiv:2601.00623
 
 Most multimodal preference pairs are easy, since the rejected response is plainly wrong. DPO keeps
-raising their margins, while the margins of fine-grained pairs hardly change. DA-DPO measures once
-how far the two responses of a pair are apart, with two frozen estimators, a contrastive one (CLIP)
-and a generative one. The larger this gap, the larger the pair's beta, and the sooner it saturates:
+raising their margins, while those of fine-grained pairs hardly change. DA-DPO measures once how far
+apart the two responses are, by two frozen models, contrastive (CLIP) and generative. A larger gap
+means a larger beta and earlier saturation:
 
-    g = a_c Phi((c - mean c) / std c) + a_m Phi((m - mean m) / std m)                gaps c and m
+    g = a_c n(c) + a_m n(m)             gaps c and m, n(v) = Phi((v - mean) / std)
     z = beta alpha (1 + g) [ log pi(y_w) / pi_ref(y_w) - log pi(y_l) / pi_ref(y_l) ]
     loss = -log sigmoid(z)
 
-An easy pair has a larger gradient than under DPO at first, and a smaller one later.
+Compared with DPO, an easy pair's gradient is larger at first and smaller later.
 
 Differences from the paper
-1. The code of the gaps is unpublished; Phi and the weights a_c, a_m are our reading of the text.
+1. Phi and the weights a_c, a_m are our reading, since the code of the gaps is unpublished.
 2. The generative score is the summed log-prob under the reference.
-3. In worlds without an image-text similarity, the contrastive score is log p(y) with its own
-   prompt minus log p(y) with another row's prompt.
-4. The fields `reach`, which scales g, and `matched` are ours.
+3. Without an image-text similarity, the contrastive score is log p(y|x) - log p(y|x') with another
+   row's prompt x'.
+4. `reach`, which scales g, and `matched` are ours.
 
     python train.py --method da_dpo                  fewer captions hallucinate
-    python train.py --method da_dpo --matched true   with the mean beta of DPO
+    python train.py --method da_dpo --matched true   at DPO's mean beta
 """
 
 from dataclasses import dataclass, replace

@@ -1,25 +1,24 @@
 """DisCO - Reinforcing Large Reasoning Models with Discriminative Constrained Optimization (2025),
 arXiv:2505.12366
 
-With rewards of 0 and 1 from a verifier, GRPO maximizes the gap between the scores of right and
-wrong responses, weighted by sqrt(p (1 - p)), where p is the success rate of the question (prop. 1).
-Questions whose success rate is near 0 or 1 therefore get almost no gradient (difficulty bias).
-DisCO maximizes the gap itself, with an unclipped score, a logsumexp over the wrong responses and
-a penalty on the KL that acts only outside a trust region of radius delta:
+With rewards 0 and 1, GRPO maximizes the gap between the scores of right and wrong responses,
+weighted by sqrt(p (1 - p)) for the question's success rate p (prop. 1). So questions with p near 0
+or 1 get almost no gradient (difficulty bias). DisCO maximizes the gap itself, with an unclipped
+score, a logsumexp over the wrong responses and a KL penalty outside a trust region of radius delta:
 
     s(o) = mean_t log pi(o_t)   (log_l)     or     mean_t pi(o_t) / pi_old(o_t)   (l_ratio)
     J    = mean_{o right} [ s(o) - tau log mean_{o' wrong} exp(s(o') / tau) ]          (disco)
     J    = mean_{o right} s(o) - mean_{o' wrong} s(o')                               (disco_b)
     loss = -J + beta max( KL(pi_old || pi) - delta, 0 )^2
 
-A round samples groups of K responses from pi_old and takes one pass over them.
+A round takes one pass over groups of K responses sampled from pi_old.
 
 Differences from the paper
 1. The default delta is ten times the paper's, since one step moves a small model farther.
-2. The penalty is the square, as in the paper; the official code has half its gradient.
+2. The penalty is the paper's; the official code has half its gradient.
 
     python train.py --method disco                       the success rate rises
-    python train.py --method disco,grpo --seeds 3        beside GRPO, with as many rollouts
+    python train.py --method disco,grpo --seeds 3        GRPO with as many rollouts
 """
 
 from dataclasses import dataclass

@@ -9,13 +9,13 @@ change: f'(u) replaces log u. With rho = log u and s(rho) = f'(exp(rho)), up to 
     z = beta [ s(rho_w) - s(rho_l) ]
     loss = -log sigmoid(z)
 
-Forward KL and alpha have large gradients at responses that the policy has made less likely, and
-small ones at those that it has made more likely. Jensen-Shannon has slope 1/2 at the reference, so
-it needs twice DPO's beta. Total variation and chi-squared are excluded, since f'(0) is finite.
+Under forward KL and alpha, gradients are large at responses that became less likely, and small at
+those that became more likely. Jensen-Shannon has slope 1/2 at the reference, so it needs twice
+DPO's beta. Total variation and chi-squared are excluded, since f'(0) is finite.
 
 Differences from the paper
 1. Exponents are clamped at 40, since larger ones overflow the gradient norm in float32.
-2. alpha is the order as in the paper; since version 0.29, TRL's alpha is 1 - alpha.
+2. alpha is the paper's; since version 0.29, TRL's is 1 - alpha.
 
     python train.py --method fdpo --divergence rkl,js,fkl            fkl moves the least
     python train.py --method fdpo --divergence alpha --alpha 0.3     between rkl and fkl
