@@ -1,26 +1,24 @@
 """D3PO - Using Human Feedback to Fine-tune Diffusion Models without Any Reward Model (2023),
 arXiv:2311.13231
 
-A random sampler of T denoising steps is a policy: each step draws the next state from a normal
-distribution with the model's mean. D3PO samples two paths from one noise x_T with the current
-policy, and an annotator compares the two images. Every step of the chosen path is then taken as
-better than the same step of the rejected one, which gives one loss of DPO per step:
+A random sampler is a policy: each denoising step draws the next state from a normal distribution
+with the model's mean. D3PO samples two paths of the current policy from one noise x_T, and an
+annotator compares their images. Every step of the chosen path counts as better than the same step
+of the rejected one, so each step has a DPO loss:
 
-    log p(x_s | x_t) = -|x_s - mean|^2 / (2 sigma^2) + const
-    loss_i = -log sigmoid( beta log [ p / p_ref ](chosen step i)
-                           - beta log [ p / p_ref ](rejected step i) )                   (eq. 14)
+    log p(x_s | x_t) = -|x_s - mean|^2 / (2 sigma^2) + const         r_i = log p - log p_ref
+    loss_i = -log sigmoid( beta r_i(chosen) - beta r_i(rejected) )                       (eq. 14)
 
-Only the first step, where both paths are in one state, follows from the theory (eq. 12).
+Only the first step, where both paths share a state, follows from theory (eq. 12).
 
 Differences from the paper
-1. Log-probs are averaged over dimensions, and the ratio is clipped, as in the official code.
+1. As in the official code, log-probs are means over dimensions and ratios are clipped.
 2. The last step, which has no density, is left out.
-3. The training stops when the KL of a path exceeds a limit; the run reports it.
+3. Training stops when the KL of a path exceeds a limit.
 
-    python train.py --method d3po                          the reward rises at the cost of variety
+    python train.py --method d3po                          the reward rises, variety falls
     python train.py --method d3po --variant first --steps 60     as many pairs, hardly any reward
-    python train.py --method d3po --reference round        it leaves the data and is stopped
-    python train.py --method d3po --world glyphs           cleaner drawings, and simpler shapes
+    python train.py --method d3po --world glyphs           cleaner, simpler drawings
 """
 
 import math
@@ -47,7 +45,7 @@ class Config:
     variant: str = "all"  # the steps of a path in the loss: all (eq. 14) or first (eq. 12)
     sampler_steps: int = 10  # denoising steps T of a path
     eta: float = 1.0  # noise of the sampler; 1 is ancestral sampling
-    reference: str = "start"  # the base model, or round: the policy at the begin of each round
+    reference: str = "start"  # the base model, or round: the policy as each round begins
     kl_limit: float = 10.0  # KL of a path, in nats per dimension, at which the training stops
 
     def __post_init__(self):

@@ -1,27 +1,24 @@
 """DDO - Direct Discriminative Optimization: Your Likelihood-Based Visual Generative Model is
 Secretly a GAN Discriminator (2025), arXiv:2503.01103
 
-A model that is too small and trained by maximum likelihood covers every mode of the data, but also
-puts probability between the modes. A GAN's discriminator would see this: against samples of p_ref
-its optimum is sigmoid(log p_data / p_ref). DDO writes this discriminator as
-sigmoid(log p / p_ref) with the likelihood model p itself, so training the discriminator trains the
-model. There are no preferences: real data and samples of the reference are two classes, and the
-best model becomes the reference of the next round.
+A small model trained by maximum likelihood covers every mode of the data, but puts probability
+between them. A GAN's discriminator would see this: against samples of p_ref its optimum is
+sigmoid(log p_data / p_ref). DDO writes the discriminator as sigmoid(log p / p_ref), so training it
+trains the likelihood model p. The best model is the next round's reference:
 
     r(x) = log p(x) - log p_ref(x)
     loss = -log sigmoid( beta r(real) ) - alpha log sigmoid( -beta r(sample) )            (eq. 13)
 
-On images log p is minus the weighted noise error at one draw of noise (eq. 14-16).
+On images log p is minus the weighted noise error at one noise draw (eq. 14-16).
 
 Differences from the paper
-1. A real response and a sample for the same prompt or class make one row and share their noise.
-2. There is no classifier-free guidance, so every row has a label.
-3. There is no moving average of the weights.
-4. alpha and beta are the same in all rounds.
-5. The best round is that of the smallest Frechet distance where the world has one, else the last.
+1. A real and a sampled response to one prompt or class share their noise.
+2. Classifier-free guidance and the moving average of the weights are left out.
+3. alpha and beta are the same in all rounds.
+4. The best round has the smallest Frechet distance; without one, it is the last.
 
-    python train.py --method ddo                      told_apart rises above one half
-    python train.py --method ddo --rounds 4           more self-play rounds in the same steps
+    python train.py --method ddo                      told_apart rises above 1/2
+    python train.py --method ddo --rounds 4           more rounds in the same steps
     python train.py --method ddo --world digits       images
 """
 

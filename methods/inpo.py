@@ -2,9 +2,9 @@
 Alignment (2025), arXiv:2503.18454
 
 Diffusion-DPO adds random noise to both images of a pair, although the sampler would never turn this
-noise into these images. InPO looks for the noisy image x_t from which the model itself generates
-the image x_0, by DDIM inversion, and applies the loss of DPO there. The noise that leads from x_0
-to x_t takes the place of the random noise:
+noise into these images. By DDIM inversion, InPO finds the noisy image x_t from which the model
+itself generates the image x_0, and applies DPO's loss there. The noise tau from x_0 to x_t replaces
+the random noise:
 
     x_t = DDIM inversion of x_0 up to step t
     tau = (x_t - sqrt(alpha_bar) x_0) / sqrt(1 - alpha_bar)
@@ -15,8 +15,8 @@ Each image has its own tau. No gradient passes through the inversion.
 
 Differences from the paper
 1. Training steps t lie on the grid of the inversion; the official code scores at another t.
-2. Errors are summed over the image instead of averaged, so beta is smaller.
-3. The noise that the official code can add during the inversion is left out.
+2. Errors are summed over the image, not averaged, so beta is smaller.
+3. The official code's optional noise in the inversion is left out.
 4. The reference can invert; its inversions are computed once.
 
     python train.py --method inpo                           the reward, and points off the ring

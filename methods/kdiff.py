@@ -1,25 +1,25 @@
 """k-Diff - Revisiting Diffusion Model Predictions Through Dimensionality (2026), arXiv:2601.21419
 
-A denoiser may predict the noise n, the image x, or the velocity x - n; all are equivalent for an
-unlimited network. k-Diff puts them on one line and learns the place k with the network:
+k-Diff puts the targets of a denoiser (noise, velocity, image) on one line and learns the place k
+with the network:
 
-    x_t = t x + (1 - t) n                                     flow matching, t = 1 is the image
-    u   = k x - (1 - k) n                                     k: 0 noise, 1/2 velocity, 1 image
-    v   = (u + (1 - 2k) x_t) / (k (1 - t) + (1 - k) t)        the velocity that u implies
-    loss = |v - (x - n)|^2,   k = sigmoid(w)
+    x_t = t x + (1-t) n                                       t: 0 noise n, 1 image x
+    u   = k x - (1-k) n                                       k: 0 noise, 1/2 velocity, 1 image
+    v   = (u + (1-2k) x_t) / (k (1-t) + (1-k) t)              the velocity that u implies
+    loss = |v - (x-n)|^2,   k = sigmoid(w)
 
-The energy of the target u for data of intrinsic dimension d in D dimensions is smallest at
-k* = D / (D + d): the velocity if the data fill the space, and the image if they do not. At the
-optimum of the network k has no gradient, so it depends on the course of the training. There are no
-preferences and no reference; the model is trained from scratch.
+For data of intrinsic dimension d in D dimensions, the target u has the least energy at
+k* = D/(D+d), the velocity if d = D and nearly the image if d is small. At the network's optimum k
+has no gradient, so it depends on the course of training. The model is trained from scratch, without
+preferences.
 
 Differences from the paper
-1. We had no access to its training details; the loss in velocity space is our reading.
-2. Steps, batch size and learning rate are those of the world's base model, unless given.
+1. We had no access to training details; the velocity-space loss is our reading.
+2. Steps, batch size and learning rate default to the base model's.
 
-    python train.py --method kdiff                          k rises towards 64 / 66
+    python train.py --method kdiff                          k rises towards 64/66
     python train.py --method kdiff --fixed_k 0,0.5,1        fixed targets
-    python train.py --method kdiff --world digits           a k between velocity and image
+    python train.py --method kdiff --world digits           k between velocity and image
 """
 
 from dataclasses import dataclass

@@ -1,24 +1,24 @@
 """RankDPO - Scalable Ranked Preference Optimization for Text-to-Image Generation (2024),
 arXiv:2410.18013
 
-Pairs labelled by people are expensive and soon outdated. Syn-Pic draws k images for a prompt with
-several generators and lets n reward models vote: phi_i is the share of comparisons with the other
-images that image i wins. RankDPO compares all pairs of the list by their denoising errors, as
-Diffusion-DPO does, and weights a pair as DCG does, so most of the gradient goes to the top:
+Human-labelled pairs are expensive and soon outdated. Syn-Pic draws k images per prompt with several
+generators, and n reward models vote: phi_i is the share of its comparisons that image i wins.
+RankDPO compares all pairs of the list by their denoising errors, as Diffusion-DPO does, weighted as
+in DCG, so most of the gradient goes to the top:
 
     s_i = |eps_i - eps_theta|^2 - |eps_i - eps_ref|^2               lower is better         (eq. 5)
-    w_ij = |2^phi_i - 2^phi_j| |1 / log(1 + tau_i) - 1 / log(1 + tau_j)|                    (eq. 6)
+    w_ij = |2^phi_i - 2^phi_j| |1/log(1 + tau_i) - 1/log(1 + tau_j)|                        (eq. 6)
     loss = -sum_{i better than j} w_ij log sigmoid( -beta (s_i - s_j) )                     (eq. 7)
 
-tau is the rank by phi. Here -s_i is the log-ratio r_i, so lists of text are ranked alike.
+tau is the rank by phi. On text, -s_i is the log-ratio r_i.
 
 Differences from the paper
-1. Generators are one base model at several scales of guidance, or base models of several seeds.
+1. Generators are one base model at several guidance scales, or several base models.
 2. The reward models are the world's opinions, or noisy copies of the truth.
-3. Where the model is trained on its output's error, s is the difference of that error.
+3. If the model is trained on its output's error, s uses that error.
 4. The paper does not give beta.
 
-    python train.py --method rankdpo                            the truth and the Frechet distance
+    python train.py --method rankdpo                            true reward and Frechet distance
     python train.py --method rankdpo --raters truth,all,random  better and worse reward models
 """
 

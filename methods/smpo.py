@@ -2,8 +2,8 @@
 Varied Human Preferences (2025), arXiv:2506.02698
 
 A binary label asks for a margin even if both images are equally good. SmPO scores all images with a
-reward model, with r scaled to [0, 1] by its extremes over the data. The image with the larger r is
-chosen, and the margin is multiplied by a weight that is 0 at a tie:
+reward model r, scaled to [0, 1] by its extremes. The image with the larger r is chosen, and the
+margin gets a weight that is 0 at a tie:
 
     p     = exp(r_w) / (exp(r_w) + exp(r_l))
     omega = gamma (2 p - 1) = gamma tanh((r_w - r_l) / 2)                                   (eq. 9)
@@ -11,12 +11,12 @@ chosen, and the margin is multiplied by a weight that is 0 at a tie:
     loss  = -log sigmoid(z)
 
 Log-probs are scored at DDIM inversions by the current policy, as in InPO. ReNoise evaluates each
-step of the inversion again at its result and averages both. That lowers the error of the inversion;
-it changes the reward little.
+step of the inversion again at its result and averages both; this lowers the inversion's error, but
+changes the reward little.
 
 Differences from the paper
-1. Training steps t lie on the grid of the inversion.
-2. Errors are summed over the image instead of averaged, so beta is smaller.
+1. Training steps t lie on the inversion's grid.
+2. Errors are summed over the image, not averaged, so beta is smaller.
 
     python train.py --method smpo                           human labels are replaced
     python train.py --method smpo --rater proxy             a biased reward model
