@@ -1,26 +1,23 @@
 """DNO - Direct Nash Optimization: Teaching Language Models to Self-Improve with General
 Preferences (2024), arXiv:2404.03715
 
-Preferences may be cyclic, so that no reward explains them. DNO therefore seeks the Nash equilibrium
-of the game whose payoff is the preference P(y > y'). In round t the reward of a response is its
-expected win rate over the current policy, and the implicit reward, relative to the policy pi_t with
-which the round began, is fitted to it by regression (Algorithm 1, variant dno):
+No reward explains cyclic preferences, so DNO seeks the Nash equilibrium of the game with payoff
+P(y > y'). In round t the reward r_t of a response is its win rate over other samples of the round's
+first policy pi_t, and the implicit reward relative to pi_t is fitted to it (Algorithm 1, dno):
 
-    r_t(y) = E_{y' ~ pi_t} P(y > y')
     D = eta [ log pi(y1) / pi_t(y1) - log pi(y2) / pi_t(y2) ],    z = sigmoid(r_t(y1) - r_t(y2))
     loss = -z log sigmoid(D) - (1 - z) log sigmoid(-D)                                       (eq. 8)
 
-The practical Algorithm 2 (variant prct) is iterated DPO, z = 1, on pairs with a large margin. A
-pool holds K samples and the response of a teacher, and is ranked by sampled comparisons.
-Restrictive keeps the pairs that the teacher wins; SPIN prefers the teacher without comparing.
+Algorithm 2 (prct) is iterated DPO (z = 1) on large-margin pairs from pools of K samples and a
+teacher's response, ranked by sampled comparisons. Variant restrictive keeps the pairs that the
+teacher wins; spin prefers the teacher without comparing.
 
 Differences from the paper
-1. r_t is a mean over the other K - 1 samples.
-2. The margin is a difference in wins, not in an annotator's grades.
-3. The last policy is returned, not the best validated one.
+1. The margin counts wins, not an annotator's grades.
+2. The last policy is returned, not the best validated one.
 
     python train.py --method dno                        the policy overtakes its teacher
-    python train.py --method dno --variant spin         the policy stays below its teacher
+    python train.py --method dno --variant spin         it stays below its teacher
     python train.py --method dno --world game --variant dno --eta 1 --rounds 30 --output average
 """
 

@@ -2,23 +2,22 @@
 (2024), arXiv:2411.13611
 
 A model writes J programs and J tests for every task. All pairs are executed, r_jk = 1 if program j
-passes test k, and one preference is made from the matrix. Own tests are often wrong, so the chosen
+passes test k, and the matrix gives one preference. The model's tests are often wrong, so the chosen
 program is joined by the hardest test that it passes, and the rejected one by the easiest that it
-fails (R, S: sums of rows and columns):
+fails (R, S: row and column sums):
 
     j+ = argmax R_j                   k+ = argmin S_k  with r_{j+ k} = 1
     k- = argmax S_k  with S_k < J     j- = argmin R_j  with r_{j k-} = 0
 
 The texts "program ; test" are compared, so the label is what the interpreter said. The loss is that
-of DPO or KTO. Other selections: a passed and a failed cell at random, two programs under the same
-test, the most against the least passed, and the oracle of true tests.
+of DPO or KTO. `select` has other rules.
 
 Differences from the paper
 1. The fourth rule, ties (first index) and the separator are our reading.
-2. Several rounds, each with tests by the current policy.
+2. There are several rounds, each with tests by the current policy.
 3. KTO's reference point is the mean log-ratio of the other side, at least 0.
 
-    python train.py --method dstc                              success by own tests
+    python train.py --method dstc                              success with own tests
     python train.py --method dstc --select passed,random,oracle    other selections
 """
 
@@ -42,7 +41,7 @@ PAPER = Paper(
 class Config:
     beta: float = 0.1  # strength of the pull to the reference, as in DPO
     variant: str = "dpo"  # dpo or kto
-    select: str = "minimax"  # minimax, random, same_test, passed or oracle
+    select: str = "minimax"  # rule that makes a pair: minimax, random, same_test, passed or oracle
     rounds: int = 3  # each has its own tasks and an equal share of the steps
 
     def __post_init__(self):
@@ -78,6 +77,7 @@ def first(values, allowed, largest=True):
 
 
 def minimax(r, quality, rng):
+    """The paper's four rules, as in the docstring of this file."""
     R, S = r.sum(1), r.sum(0)
     best = int(R.argmax())
     hard = first(S, r[best], largest=False)
@@ -88,6 +88,7 @@ def minimax(r, quality, rng):
 
 
 def random(r, quality, rng):
+    """A passed and a failed cell of the matrix at random."""
     passed, failed = r.nonzero(), (~r).nonzero()
     if not len(passed) or not len(failed):
         return None
@@ -99,6 +100,7 @@ def random(r, quality, rng):
 
 
 def same_test(r, quality, rng):
+    """A program that passes and one that fails the same random test, without the test."""
     mixed = (r.any(0) & ~r.all(0)).nonzero()[:, 0]
     if not len(mixed):
         return None
@@ -109,10 +111,12 @@ def same_test(r, quality, rng):
 
 
 def passed(r, quality, rng):
+    """The programs that pass the most and the fewest of the model's tests."""
     return extremes(r.sum(1))
 
 
 def oracle(r, quality, rng):
+    """The programs that are right most and least often, by true tests."""
     return extremes(quality)
 
 

@@ -1,31 +1,26 @@
 """MCTS-DPO - Monte Carlo Tree Search Boosts Reasoning via Iterative Preference Learning (2024),
 arXiv:2405.00451
 
-A pair of whole solutions does not say which step was wrong. MCTS-DPO searches over reasoning steps
-with the current policy. A node's value R is a judge's opinion, plus 1 or -1 for a right or wrong
-end. A search walks down by
+A pair of whole solutions does not say which step was wrong, so MCTS-DPO searches over steps with
+the current policy. A node's value R is a judge's opinion, plus 1 or -1 at a right or wrong end. A
+path follows `select` to its end and is backed up:
 
-    argmax over children of Q + c p sqrt(N) / (1 + N_child)        p: share among sampled steps
+    select: argmax_child Q_child + c p sqrt(N) / (1 + N_child)
+    backup: N += 1,   V = sum N_child Q_child / sum N_child,   Q = R - R_parent + V
 
-until a path ends, and then backs up, with r = R - R_parent:
+Along the most visited path, the siblings of highest and lowest Q are a pair, with label smoothing
+a = N_l / (N_w + N_l), at most 1/2:
 
-    N += 1,    V = sum N_child Q_child / sum N_child,    Q = r + V
-
-Along the most visited path the siblings with the highest and lowest Q are a pair, given the steps
-before. Its label is smoothed by the visits, a = N_l / (N_w + N_l), at most 1/2:
-
-    loss = -(1 - a) log sigmoid(h) - a log sigmoid(-h),    h = beta times DPO's margin of the step
-
-Level "instance" pairs a right and a wrong whole sample, without a search.
+    loss = -(1-a) log sigmoid(h) - a log sigmoid(-h),    h: DPO's z
 
 Differences from the paper
-1. Priors are shares of samples, without a length penalty.
-2. The judge is the world's noisy look at the steps, not the model's own evaluation.
-3. No search reuses the tree of another.
+1. The prior p is a share of samples, without a length penalty.
+2. A noisy judge of the world replaces the model's self-evaluation.
+3. No search reuses another's tree.
 
-    python train.py --method mcts_dpo                               prints the tree of a question
-    python train.py --method mcts_dpo --level step,instance         at equal sampled tokens?
-    python train.py --method mcts_dpo --world trie --online false   all searches by the base model
+    python train.py --method mcts_dpo                              prints a question's tree
+    python train.py --method mcts_dpo --level step,instance        whole samples, without search
+    python train.py --method mcts_dpo --world trie --online false  searches by the base model
 """
 
 import math

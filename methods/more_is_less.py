@@ -1,26 +1,25 @@
 """More is Less - The Pitfalls of Multi-Model Synthetic Preference Data in DPO Safety Alignment
 (2025), arXiv:2504.02193
 
-The loss is DPO's; the paper varies where the two responses of a pair come from. If the chosen one
-is by a stronger model or a person and the rejected one by the policy, style tells them apart. DPO
-then drives its loss to zero on style, all features share one saturating factor sigmoid(-z), and the
-decision to refuse hardly moves. Pairs of the policy's own samples, ranked by a reward model R,
-differ mainly in safety, and give the lowest attack rate.
+The loss is DPO's; the paper varies who writes the two responses of a pair. If a stronger model or a
+person writes the chosen one and the policy the other, DPO drives its loss to zero on style: all
+features share one saturating factor sigmoid(-z), so refusals hardly change. Pairs of the policy's
+own samples, ranked by a reward model R, differ mainly in safety, and give the lowest attack rate.
 
     z = beta [ log pi(y_w) / pi_ref(y_w) - log pi(y_l) / pi_ref(y_l) ],    loss = -log sigmoid(z)
-    hc_self      y_w: a person's response                  y_l: a sample of the policy
-    strong_self  y_w: the stronger model's response        y_l: a sample of the policy
-    peer_rm      best and worst by R of a sample and a peer's response
-    all_rm       best and worst by R of a sample and the responses of all three
+    hc_self      y_w: a person                y_l: the policy
+    strong_self  y_w: the stronger model      y_l: the policy
     self_rm      best and worst by R of K samples of the policy
+    peer_rm      the same of the policy and a peer
+    all_rm       the same of all four writers
 
 Differences from the paper
 1. Rejected samples are drawn, not greedy.
 2. R is the true reward plus noise.
-3. The pairs that were labelled by people are left out.
+3. Pairs labelled by people are left out.
 
-    python train.py --method more_is_less --source self_rm,strong_self    attack rate, refusals
-    python train.py --method more_is_less --source strong_self --beta 0.1    loses its own style
+    python train.py --method more_is_less --source self_rm,strong_self     attack rate and refusals
+    python train.py --method more_is_less --source strong_self --beta 0.1  it loses its own style
 """
 
 from dataclasses import dataclass

@@ -1,25 +1,25 @@
 """OFS-DPO - Online DPO: Online Direct Preference Optimization with Fast-Slow Chasing (2024),
 arXiv:2406.05534
 
-Preferences arrive as a stream and their source changes, so DPO's gradient fades once it has fitted
-its pairs, and it forgets the first source while it learns from the next. OFS-DPO trains two LoRA
-modules of one frozen model, F fast and S slow. Each sees the margin of the other as a constant:
+Preferences arrive as a stream whose source changes. DPO's gradient fades once pairs are fitted, and
+DPO forgets one source while learning the next. OFS-DPO trains two LoRA modules of one frozen model,
+F fast and S slow. Each treats the other's margin as a constant:
 
     m = beta [ log pi(y_w) / pi_ref(y_w) - log pi(y_l) / pi_ref(y_l) ]
     L_F = -log sigmoid(m_F) - alpha log sigmoid(m_F - m_S)
     L_S = -log sigmoid(m_S) + alpha log sigmoid(m_F - m_S)
 
-Every N steps the module with the lower DPO loss takes the role of F; learning rates stay. COFS-DPO
-trains two modules for each source and combines their F by weights that minimize the DPO loss on a
-small memory of pairs.
+Every N steps the module with the lower DPO loss becomes F, but keeps its learning rate. COFS-DPO
+trains two modules per source and combines the sources' F by weights that minimize the DPO loss on
+stored pairs.
 
 Differences from the paper
-1. We had no access to the paper's equations; they are those of a public implementation.
-2. The weights of COFS are the best of a grid on the simplex.
-3. Each source begins with new adapters in COFS.
+1. We had no access to the paper; the equations are those of a public implementation.
+2. COFS weights are the best on a grid.
+3. COFS begins each source with new adapters.
 
     python train.py --method ofs_dpo                           both tastes, after the second source
-    python train.py --method ofs_dpo --variant cofs            modules of both sources, combined
+    python train.py --method ofs_dpo --variant cofs            modules of both sources combined
     python train.py --method ofs_dpo --alpha 0                 DPO at two learning rates
 """
 

@@ -2,23 +2,21 @@
 arXiv:2602.02380
 
 Reward models apply one rubric to every prompt. This judge reads a prompt and two images and writes
-a trace: which criterion counts here, who wins each criterion, who wins. It is trained by SFT on a
-teacher's traces, then by DPO on pairs of its own: a trace with the right verdict beats one with
-the wrong verdict, and of two right ones the trace with better reasons wins. The judge then drives
-GRPO of a generator: every pair of a group of G images is judged, and
+a trace: which criterion counts most, and which image wins each and overall. It is trained by SFT on
+a teacher's traces, then by DPO on its own: a right verdict beats a wrong one, and among right ones
+better reasons win. In GRPO of a generator, it judges all pairs of G images:
 
-    R(i) = wins of i / (G - 1)             A = alpha norm(mean_d R_d) + (1 - alpha) norm(R)
-    rho = p(x_next | x) / p_old(x_next | x)
-    loss = mean_i max( -A_i rho_i, -A_i clip(rho_i, 1 - epsilon, 1 + epsilon) )
+    R(i) = wins of i / (G - 1)             A = alpha norm(mean_d R_d) + (1-alpha) norm(R)
+    rho = p / p_old of a step
+    loss = mean_i max(-A_i rho_i, -A_i clip(rho_i, 1 - epsilon, 1 + epsilon))
 
-R_d counts verdicts on criterion d, norm is over a group, and log p is averaged over pixels. During
-training, `utility` is what the annotators think, which the generator never sees.
+R_d is R on criterion d; norm is over a group. The generator never sees `utility`, the annotators'
+opinion.
 
 Differences from the paper
-1. The judge reads noisy measurements of the criteria instead of pixels.
-2. Of two right traces, known reasons decide, not a larger model.
-3. The sampler is DDIM with eta, not a flow.
-4. There is no CLIP reward.
+1. The judge reads noisy measurements, not pixels.
+2. Known reasons, not a larger model, rank two right traces.
+3. The sampler is DDIM with eta, not a flow, and there is no CLIP reward.
 
     python train.py --method urflex                          the judge's accuracy, then the truth
     python train.py --method urflex --critic fixed,known,flex    one rubric, the right weights
