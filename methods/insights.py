@@ -1,24 +1,24 @@
 """INSIGHTS - Insights into Alignment: Evaluating DPO and its Variants Across Multiple Tasks (2024),
 arXiv:2404.14723
 
-DPO, IPO, KTO and CPO are trained on the same pairs, each from three models (`scenario`): does a
-method still need SFT on demonstrations first? Let a and c be the log-ratios of chosen and rejected
-to the model at the start, n_w and n_l their lengths, and h = a - c:
+Does DPO, IPO, KTO or CPO still need SFT first? Each is trained on the same pairs from three models
+(`scenario`). Let a and c be the log-ratios of chosen and rejected, n_w and n_l their lengths, and
+h = a - c:
 
-    dpo   -log sigmoid( beta h )
-    ipo   ( h - 1 / (2 tau) )^2                                ipo_mean: h = a / n_w - c / n_l
-    kto   lambda_d sigmoid( beta (z - a) ) + lambda_u sigmoid( beta (c - z) )
-    cpo   -log sigmoid( beta [log pi(y_w) - log pi(y_l)] ) - lam log pi(y_w) / n_w
-    nll   -log pi(y_w) / n_w                                   SFT on the chosen responses
+    dpo   -log sigmoid(beta h)
+    ipo   (h - 1/(2 tau))^2                                       ipo_mean: h = a/n_w - c/n_l
+    kto   lambda_d sigmoid(beta (z - a)) + lambda_u sigmoid(beta (c - z))
+    nll   -log pi(y_w) / n_w                                      SFT
+    cpo   -log sigmoid(beta [log pi(y_w) - log pi(y_l)]) + lam nll
 
 dpo, ipo and kto stop learning once the log-ratios are large, so a base model that rarely writes a
 good response may never learn to. cpo and nll raise the likelihood itself.
 
 Differences from the paper
-1. We had no access to its equations; the losses are those of the methods' own papers and code.
-2. kto's z is z0, or the mean log-ratio of the other side, at least 0 and without gradient.
-3. Scenario base is the world's model; sft and instruct add SFT on the best of two or eight samples.
-4. Worlds take the place of the paper's tasks.
+1. We had no access to its equations; losses follow the methods' papers and code.
+2. kto's z is z0 or the detached mean log-ratio of the other side, at least 0.
+3. Scenarios sft and instruct begin with SFT on the best of two or eight samples.
+4. Worlds replace the paper's tasks.
 
     python train.py --method insights --variant dpo,ipo,kto,cpo --scenario sft,base,instruct
 """

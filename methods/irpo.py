@@ -1,24 +1,23 @@
 """IRPO - In-context Ranking Preference Optimization (2025), arXiv:2504.15477
 
-A language model ranks a list of items in its context, and feedback is sparse: a few items have a
-graded relevance, and the others have none. IRPO gives every item i a term "i beats the rest",
-weighted as in NDCG by its relevance y_i and label rank k_i, so the order among relevant items is
-learned too:
+A language model ranks a list of items in its context, of which only a few have a graded relevance.
+IRPO gives every item i a term "i beats the rest", weighted as in NDCG by its relevance y_i and
+label rank k_i:
 
-    r_i = mean_t log pi(e_i,t | x, earlier items) / pi_ref(same)                  score of item i
+    r_i = mean_t log pi(e_i,t | x, earlier items) / pi_ref(same)                  score
     z_i = -log sum_{j in J_i} exp(beta (r_j - r_i))                               competitors J_i
-    loss = -mean_i w_i log sigmoid(z_i)               w_i = (2^y_i - 1) / log2(1 + k_i)
+    loss = -mean_i w_i log sigmoid(z_i)               w_i = (2^y_i - 1)/log2(1 + k_i)
 
-If J_i holds all other items and the scores are free parameters, the optimum is softmax(beta r) =
-w / sum w. Items with w = 0 are pushed down without bound. Iterative Reasoning Preference
-Optimization is a different method with the same abbreviation.
+With all other items in J_i and free scores, the optimum is softmax(beta r) = w / sum w. Items with
+w = 0 are pushed down without bound. Iterative Reasoning Preference Optimization, also abbreviated
+IRPO, is another method.
 
 Differences from the paper
-1. The paper's J_i is inner = incl; the default is that of the released code.
+1. The default J_i is the released code's; inner = incl is the paper's.
 2. The policy does not generate lists.
-3. Losses are averaged over a batch; the released code sums them.
-4. The released code scores a token with the logits at its own position; we use those before it.
-5. In the released code an item still competes with itself if beta is small; here it never does.
+3. Unlike in the released code, losses are batch means and tokens are scored with the logits before
+   them.
+4. No item competes with itself, as the released code allows at small beta.
 
     python train.py --method irpo                    held-out NDCG rises
     python train.py --method irpo --inner excl       listwise softmax

@@ -2,10 +2,9 @@
 Optimization (2025), arXiv:2510.05342
 
 With one beta for all pairs, DPO overfits easy pairs and underfits hard ones. MADPO first fits a
-reward model r to the same pairs and freezes it. The DPO loss of a pair is then multiplied by a
-weight w(h) of the margin h = r(y_w) - r(y_l), which is negative where the reward model disagrees
-with the label. Averaged over labels, a pair with |h| < tau is fitted as if its margin were c(h) h.
-Beyond tau, where w is 1 for negative h, margins are hardly damped.
+reward model r to the same pairs, then multiplies a pair's DPO loss by a weight w(h) of the margin
+h = r(y_w) - r(y_l), which is negative where r disagrees with the label. Averaged over labels, a
+pair with |h| < tau is fitted as if its margin were c(h) h. Margins beyond tau are hardly damped.
 
     c(h) = c_min + (c_max - c_min) sigmoid(-lam (|h| - tau) - log((c_max - 1) / (1 - c_min)))
     w(h) = sigmoid(c(h) h) / sigmoid(h)  for h > -tau,  else 1
@@ -14,7 +13,7 @@ Beyond tau, where w is 1 for negative h, margins are hardly damped.
 
 Differences from the paper
 1. The weight, and the value 1 for h <= -tau, are those of the published code.
-2. The reward model is trained for fixed steps with weight decay, not with early stopping.
+2. The reward model has fixed steps and weight decay instead of early stopping.
 
     python train.py --method madpo                   the true reward rises
     python train.py --method madpo --c_max 2,4       a larger c_max has the larger KL

@@ -1,22 +1,21 @@
 """r2q - From r to Q*: Your Language Model is Secretly a Q-Function (2024), arXiv:2404.12358
 
 DPO is derived for whole responses. In the token-level MDP, a state s is the prompt with the tokens
-so far and an action a is the next token, so states form a tree. In this MDP DPO is inverse
-Q-learning: the logits are Q* up to a constant of the state, and beta times a token's log-ratio is
-its advantage:
+so far and an action a is the next token. There DPO is inverse Q-learning: the logits are Q* up to a
+constant of the state, and beta times a token's log-ratio is its advantage:
 
     Q(s,a) = r(s,a) + beta log pi_ref(a|s) + V(s')                                          (eq. 7)
     A(s,a) = beta log pi(a|s) / pi_ref(a|s) = r(s,a) + V(s') - V(s)                        (eq. 10)
     loss = -log sigmoid(sum_t A(y_w,t) - sum_t A(y_l,t))                                    (eq. 9)
 
-The token rewards A show where a response goes wrong, and beam search over the policy's log-probs
-follows its own value function. Over samples of the reference, sum_t A has mean
--beta KL(pi_ref || pi) (eq. 16), so after SFT on the chosen responses their reward falls.
+A shows where a response goes wrong, and beam search over log-probs follows the policy's own value
+function. Over samples of the reference, sum_t A has mean -beta KL(pi_ref || pi) (eq. 16), so after
+SFT on chosen responses their reward falls.
 
 Differences from the paper
 1. Proxy tuning follows eq. 14, since eq. 15 omits the reference.
 2. Beam scores are not divided by length.
-3. A truncated response is treated as one that ended.
+3. Truncated responses are treated as ended.
 
     python train.py --method r2q                        wrong steps get low token rewards
     python train.py --method r2q --reference chosen     first SFT on the chosen responses

@@ -1,25 +1,25 @@
 """SPINAL - Scaling-law and Preference Integration in Neural Alignment Layers (2026),
 arXiv:2601.06238
 
-Where in a model does DPO act? SPINAL measures every layer l, at the last token of a set of prompts:
+Where in a model does DPO act? SPINAL measures every layer l at the last token of prompts:
 
-    alpha_l = -d log sigma_k(H_l) / d log k     decay of the spectrum of the states H_l
-    path_l = 2 arccos sum_v sqrt(p_{l-1}(v) p_l(v))     step of the next-token belief in layer l
+    alpha_l = -d log sigma_k(H_l)/d log k     spectral decay of the states H_l
+    path_l = 2 arccos sum_v sqrt(p_{l-1}(v) p_l(v))     step of the next-token belief
 
 where p_l is the logit lens. The paper says that DPO raises alpha and shortens the path in the last
 layers. Three terms describe this signature: the change of alpha minus that of the path in the last
-third of the layers, the coherence (smoothness) of the trajectory, and the terminal share of the
+third of layers, the coherence (smoothness) of the trajectory, and the last layers' share of the
 gradient norm.
 
-The signature did not appear in this project's trial, on deep: alpha rose in all layers, the path
-had no common sign, and at first the gradient was largest in the first layer.
+In the world deep, the signature did not appear: alpha rose in all layers, the path had no common
+sign, and at first the gradient was largest in layer 1.
 
 Differences from the paper
-1. The formulas of the three terms, the tail of the spectrum and the position are our reading.
-2. Both models are read through the lens of the base model.
+1. The three terms' formulas, the spectrum's tail and the position are our reading.
+2. Both models are read through the base model's lens.
 
     python train.py --method spinal                             every layer before and after DPO
-    python train.py --method spinal --train last                exactly no change in early layers
+    python train.py --method spinal --train last                no change in early layers
     python train.py --method spinal --init OUT                  measures a finished run
 """
 

@@ -1,26 +1,23 @@
 """TPO - Tree Preference Optimization: Aligning Large Language Models with Multi-branch & Multi-step
 Preference Trees (2024), arXiv:2410.12854
 
-Solutions of one problem share their first steps and differ in quality. TPO trains on the whole
-ranked list of solutions. It weights pairs as in learning to rank, and the steps of a pair by their
-similarity (Adaptive Step Reward). With the log-ratio g_ik of step k of response i, scores v in
-[0, 1], ranks tau and mean hidden states u:
+TPO trains on a ranked list of solutions of one problem. It weights pairs as in learning to rank,
+and the steps of a pair by their similarity (Adaptive Step Reward). With the log-ratio g_ik of step
+k of response i, scores v in [0, 1], ranks tau and mean hidden states u:
 
     w_ij,k = 1 + cos(u_ik, u_jk)
     RM_ij = beta sum_k w_ij,k (g_ik - g_jk)
-    lam_ij = |2^v_i - 2^v_j| |1 / log(1 + tau_i) - 1 / log(1 + tau_j)|
+    lam_ij = |2^v_i - 2^v_j| |1/log(1 + tau_i) - 1/log(1 + tau_j)|
     loss = -sum_{v_i > v_j} lam_ij log sigmoid(RM_ij) / sum lam
 
-A row is a tree of steps: every path from the root to a leaf is a response, and the steps that two
-responses share cancel.
+A row is a tree of steps whose root-to-leaf paths are the responses; shared steps cancel.
 
 Differences from the paper
 1. We had no access to the paper's equations; the loss is LiPO's lambda loss with the step weights
    of the released code.
-2. The outer loss of the released code inverts the ranking and is left out.
-3. If responses differ in their number of steps, surplus steps are merged into the last one.
-4. w and lam have no gradient.
-5. The loss is divided by sum lam.
+2. The released code's outer loss, which inverts the ranking, is left out.
+3. Surplus steps, beyond the shortest response, are merged into the last common one.
+4. w and lam have no gradient, and the loss is divided by sum lam.
 
     python train.py --method tpo                     more correct sums
 """
