@@ -1,24 +1,21 @@
 """DCT_ADAMW - SVD-Free Low-Rank Adaptive Gradient Optimization for Large Language Models (2025),
 arXiv:2505.17967
 
-Optimizers of low rank keep their states in a subspace of r dimensions for every matrix, and pay for
-an SVD and a stored projection. Here all matrices share one fixed basis, the cosines of the DCT.
-Each step selects the r columns that the gradient G (R x n, n the smaller side) fits best, and
-stores r integers. What is left over, E, is added to the next gradient. When the selection changes,
-the moments move along: columns that stay keep theirs, new ones begin at 0.
+Low-rank optimizers keep their states in an r-dimensional subspace per matrix, and pay for an SVD
+and a stored projection. Here all matrices share the cosines of the DCT as basis Q. Each step
+selects the r columns that fit the gradient G best and adds the rest, E, to the next gradient. When
+the selection changes, columns that stay keep their moments; new ones begin at 0:
 
-    A = G + E     S = A Q     idx = top-r columns of S by norm     a = S[:, idx]
-    E = A - a Q_r^T           m, v: rotated to idx, then AdamW's on a
-    W = W - lr m / (sqrt(v) + eps) Q_r^T                   DCT-AdamW, m and v without bias
-    M = B - (1 - mu) b Q_r^T,   W = W - lr orth(b) Q_r^T   Trion, B = M + G, b its columns
+    A = G + E     S = A Q     idx = top-r columns by norm     Q_r = Q[:, idx]     a = A Q_r
+    E = A - a Q_r^T              W = W - lr adam(a) Q_r^T                        DCT-AdamW
+    M = B - (1 - mu) b Q_r^T     W = W - lr orth(b) Q_r^T      Trion, with b of B = M + G
 
 Differences from the paper
-1. Q has the cosines as columns for the matrix product, too, so that it equals the FFT.
-2. The rank is a share of the smaller side, and 8 bits are 256 levels.
+1. The matrix product and the FFT use the same Q, unlike in the official code.
+2. The rank is a share of a matrix's smaller side.
 
     python train.py --method dct_adamw                    AdamW's loss with less state
     python train.py --method dct_adamw --variant trion --lr 0.02
-    python train.py --method dct_adamw --feedback false   without error feedback
     python train.py --method dpo --optimizer dct_adamw    under another method
 """
 

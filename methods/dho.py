@@ -4,7 +4,7 @@ via Dual-Head Optimization (2025), arXiv:2505.07675
 A student has few labels, many unlabeled inputs, and a frozen teacher that is systematically wrong
 on some classes. On one head the gradients of labels and teacher oppose each other. DHO gives a
 shared backbone two linear heads, of which one sees only labels and the other only the teacher, and
-mixes their probabilities afterwards; alpha and beta are searched without training again.
+mixes their probabilities afterwards.
 
     L = lam CE(h_CE(z), y) + (1 - lam) tau^2 KL(softmax(t / tau) | softmax(h_KD(z) / tau))
     p(x) = alpha softmax(h_CE(z)) + (1 - alpha) softmax(h_KD(z) / beta)
@@ -12,8 +12,8 @@ mixes their probabilities afterwards; alpha and beta are searched without traini
 KL is averaged over labeled inputs and over unlabeled ones, and the two means are added.
 
 Differences from the paper
-1. The inputs are vectors and the backbone is a small network; there is no augmentation and no
-   initialization from text.
+1. The inputs are vectors and the backbone is small; augmentation and initialization from text are
+   left out.
 2. alpha and beta are searched once, after training, on validation data that are not the test.
 
     python train.py --method dho                     the cosine of the gradients is below 0 on one

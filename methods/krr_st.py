@@ -1,25 +1,23 @@
 """KRR-ST - Self-Supervised Dataset Distillation for Transfer Learning (2023), arXiv:2310.06511
 
-An unlabeled data set is distilled into m images X_s and m target representations Y_s, both learned,
-so that a fresh network that regresses Y_s on X_s comes close to a frozen self-supervised network g.
-A self-supervised loss inside would give the outer gradient a bias, since its views are random; mean
-squared errors are deterministic. Back-propagation through a training is avoided as well: features f
-come from a pool of networks of all ages, and only their last layer is solved, by kernel ridge
-regression. Only X_s and Y_s have a gradient.
+An unlabeled data set is distilled into m learned images X_s with representations Y_s, so that a
+fresh network regressing Y_s on X_s approaches a frozen self-supervised network g. The random views
+of a self-supervised loss would bias the outer gradient, so both losses are mean squared errors.
+Nothing is back-propagated through training: features f come from a pool of networks of all ages,
+and kernel ridge regression solves their last layer. Only X_s and Y_s have a gradient.
 
-    inner: mean (h(X_s) - Y_s)^2            a step of a pool network, full batch
+    inner: mean (h(X_s) - Y_s)^2            a full-batch step of a pool network
     outer: mean (K_ts (K_ss + lambda I)^-1 Y_s - g(X_t))^2,    lambda = ridge tr K_ss
     K_ss = F_s F_s^T,  K_ts = F_t F_s^T,  F = [f(X), 1]
 
 Differences from the paper
-1. Networks are small and have no batch normalization; the outer batch is not augmented, and the
-   rate of the outer optimizer follows a cosine.
+1. Networks are small and without batch normalization, the outer batch is not augmented, and the
+   outer learning rate follows a cosine.
 2. The representation is standardized, so that no dimension dominates.
-3. A network that starts anew has age 0; --reset false is the released code, where it never does.
+3. A network that starts anew gets age 0; in the released code (--reset false) it keeps its age.
 
     python train.py --method krr_st                  a student of 20 learned images beats one of 20
-                                                     real ones; distilled.png shows both
-    python train.py --method krr_st --m 5            fewer images
+                                                     real ones (distilled.png)
 """
 
 import copy

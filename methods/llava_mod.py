@@ -1,26 +1,25 @@
 """LLAVA_MOD - LLaVA-MoD: Making LLaVA Tiny via MoE Knowledge Distillation (2024), arXiv:2408.15881
 
-A small student learns from a large teacher in three stages. A dense student mimics the teacher's
-distribution over the whole vocabulary (D2D). Then its feed-forward layers are copied into experts
-with a router, which changes no output at first, and it goes on mimicking (D2S). Finally it learns
-from preferences with the teacher as the reference, so that it must raise good answers above the
-teacher's own probability and lower bad ones: it can hallucinate less than its teacher.
+A small student learns from a large teacher in three stages. First it mimics the teacher's
+distribution over the vocabulary (D2D). Then its feed-forward layers are copied into experts with a
+router, and it mimics again (D2S). Finally it learns from preferences with the teacher as the
+reference: it must raise good answers above the teacher's own probability, so it can hallucinate
+less than its teacher.
 
-    mimic: mean over tokens of KL(pi_T | pi_S)         D2S: + next-token loss + aux E sum_e f_e g_e
-    r = log pi_S(y|x) / pi_T(y|x)                      of the chosen (w) and the rejected (l)
+    mimic: mean_t KL(pi_T | pi_S)                D2S: + next-token loss + aux times `balance`
+    r = log pi_S(y|x) / pi_T(y|x)                chosen r_w, rejected r_l
     dpo:      loss = -log sigmoid(beta (r_w - r_l))
-    kto_pair: loss = mean of 1 - sigmoid(beta (r_w - z_l)) and 1 - sigmoid(beta (z_w - r_l)),
-              z = max(0, batch mean of r), a constant
+    kto_pair: loss = 1 - mean of sigmoid(beta (r_w - z_l)) and sigmoid(beta (z_w - r_l)),
+              z = max(0, batch mean of r), detached
 
 Differences from the paper
-1. Pictures are patches in the prompt; there is no projector and no stage for it.
-2. The second expert is chosen without noise, there is no limit of tokens per expert, and every
-   expert computes every token: the others have the weight 0.
-3. The sparse student is not saved as a checkpoint, since it is no Llama.
+1. Pictures are patches in the prompt, without a projector or its stage.
+2. Routing has no noise and no token limit, and all experts compute every token, unused ones at
+   weight 0.
+3. The sparse student is not saved as a checkpoint.
 
     python train.py --method llava_mod                      fewer hallucinations than the teacher
-    python train.py --method llava_mod --anchor student     the usual reference: its own start
-    python train.py --method llava_mod --variant kto_pair   the loss of the released code
+    python train.py --method llava_mod --anchor student     the student itself as reference
 """
 
 import copy
@@ -43,7 +42,7 @@ PAPER = Paper(
 
 @dataclass(frozen=True)
 class Config:
-    variant: str = "dpo"  # dpo or kto_pair
+    variant: str = "dpo"  # dpo or kto_pair, which the released code uses
     beta: float = 0.5  # strength of the pull to the reference (the released code: 0.1)
     anchor: str = "teacher"  # the reference of the last stage: teacher or student
     experts: int = 4  # experts of a sparse layer
@@ -158,7 +157,7 @@ def upcycle(student, cfg):
     student.requires_grad_(False)
     for layer in student.layers:
         layer.mlp.requires_grad_(True)
-    student.save_pretrained = None  # it is no Llama
+    student.save_pretrained = None  # a Llama checkpoint has no experts
     return student
 
 

@@ -1,8 +1,8 @@
 """LLS - Unsupervised Learning under Latent Label Shift (2022), arXiv:2207.13179
 
 There are no labels, only points from several domains in which the unknown classes have different
-shares; what shifts together belongs together. A discriminator f(x) = p(d | x) maps all points of
-the same class posterior to one point of the simplex, however different they look. Its outputs are
+shares; what shifts together belongs together. A discriminator f(x) = p(d|x) maps all points of the
+same class posterior to one point of the simplex, however different they look. Its outputs are
 discretized, the table of clusters and domains is factorized, and linear algebra gives the classes:
 
     f(x) = Q_{D|Y} p(y | x)                        Q_{D|Y}[d, y] = W[y, d] / sum_d' W[y, d']  (1)
@@ -11,9 +11,9 @@ discretized, the table of clusters and domains is factorized, and linear algebra
     Q_{c(X)|D} = C W                               W[y, d] = p(y | d)                         (4)
 
 Differences from the paper
-1. The factorization is also done with anchors (SPA), since NMF is not unique: it may fit the table
-   exactly with other classes.
-2. p(y | x) is clipped at 0 before (3); otherwise a negative sum would flip the classes.
+1. The factorization is also done with anchors (SPA), since NMF may fit the table exactly with other
+   classes.
+2. p(y|x) is clipped at 0 before (3); otherwise a negative sum would flip the classes.
 3. The learning rate decays instead of early stopping.
 
     python train.py --method lls                            far above k-means on the features

@@ -1,22 +1,20 @@
 """Survey - A Survey of Direct Preference Optimization (2025), arXiv:2503.11701
 
-The survey sorts papers by the part of the DPO loss that they change (TAXONOMY, at the end of this
-file). `loss` has 36 of these losses, one line each, in the same few quantities of a pair:
+The survey sorts papers by the part of the DPO loss that they change (TAXONOMY, below). `loss` has
+36 of these losses, one line each, in these quantities of a pair:
 
     a = log pi(y_w) / pi_ref(y_w),   c = log pi(y_l) / pi_ref(y_l),   h = a - c       (sums)
     lw, ll = log pi(y_w), log pi(y_l),   nw, nl = their tokens,   z = beta h         (DPO: z)
 
 Differences from the papers
-1. A loss has no state: running averages become batch means (bco, alpha_dpo), or a given number
-   (beta_dpo, which does not filter pairs); kto's z0 is the mean of the other side, at least 0.
-2. r_dpo adds alpha (nw - nl), as derived in its paper; one repository subtracts it.
-3. gamma of simpo and alpha_dpo is a margin before beta is applied; alpha of alpha_div is fdpo's.
-4. sppo is the sum of two squares, as in TRL, which is twice the authors' loss.
-5. orpo's SFT term covers the response, not the prompt.
-6. Exponents are clamped at 80 (fkl, alpha_div, chi_po, disco_pop).
-7. Left out: losses of whole distributions (TDPO, TIS-DPO, WPO, MallowsPO), random tokens (SamPO) or
-   other rewards (MODPO), other ways to run DPO (SPIN, TR-DPO), and what no code could confirm
-   (exponential GPO, DPO-RK).
+1. A loss has no state: running averages become batch means (bco, alpha_dpo) or a given number
+   (beta_dpo, which filters no pairs), and kto's z0 is the other side's mean, at least 0.
+2. gamma of simpo and alpha_dpo is a margin before beta is applied; alpha of alpha_div is fdpo's.
+3. sppo is twice the authors' loss, as in TRL.
+4. orpo's SFT term covers the response, not the prompt.
+5. Exponents are clamped at 80.
+6. Losses of whole distributions (TDPO), random tokens (SamPO) or other rewards (MODPO), other ways
+   to run DPO (SPIN), and losses that no code could confirm (DPO-RK) are left out.
 
     python train.py --method survey --variant dpo,ipo,simpo,kto     at one beta the KLs differ
 """
@@ -194,7 +192,7 @@ def loss(logps, ref_logps, batch, cfg):
         ),
         # length (3.4.1)
         "rrhf": lambda: (ml - mw).clamp(min=0) - mw,
-        "r_dpo": lambda: -log_s(z + alpha * (nw - nl).to(z.dtype)),
+        "r_dpo": lambda: -log_s(z + alpha * (nw - nl).to(z.dtype)),  # + as its paper derives
         "ln_dpo": lambda: -log_s(beta * mean_h),
         "ld_dpo": lambda: -log_s(beta * discounted(logps - ref_logps, batch.mask, alpha)),
         # likelihood collapse (3.4.2)

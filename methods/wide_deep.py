@@ -1,19 +1,19 @@
 """WIDE_DEEP - Wide and Deep Neural Networks Achieve Optimality for Classification (2022),
 arXiv:2204.14126
 
-A network that is infinitely wide and infinitely deep classifies like a kernel, and the kernel
-depends on the activation phi only through three numbers of z ~ N(0, 1): A = E phi(z), A' = E
-phi'(z), B' = E phi'(z)^2, where E phi(z)^2 = 1. If A is not 0 (and B' at least 1, as here), the
-classifier is the majority vote; if A = A' = 0, it is the nearest neighbor. Otherwise it is a vote
-with a singular kernel, which is Bayes-consistent in d dimensions if its order is d/2:
+An infinitely wide and deep network classifies like a kernel that depends on the activation phi only
+through three numbers of z ~ N(0, 1): A = E phi(z), A' = E phi'(z), B' = E phi'(z)^2, where
+E phi(z)^2 = 1. If A is not 0 (and B' at least 1, as here), the classifier is the majority vote; if
+A = A' = 0, it is the nearest neighbor. Otherwise it is a vote with a singular kernel, which is
+Bayes-consistent in d dimensions if its order is d/2:
 
     phihat(xi) = E phi(u) phi(v) = sum_k a_k^2 xi^k       u, v normal with correlation xi
     class(x) = sign sum_i y_i kappa(x_i . x),    kappa(xi) = lim phihat^(L)(xi) / A'^(2L)
     kappa(1 - e) ~ e^(-alpha),    alpha = -log A'^2 / log B'
 
 Differences from the paper
-1. With several classes, the class of the largest vote wins; for two this is the sign.
-2. At a finite depth a ridge is possible.
+1. With several classes, the class with the largest vote wins.
+2. A finite network can have a ridge.
 
     python train.py --method wide_deep                 as accurate as the Hilbert kernel
     python train.py --method wide_deep --variant relu  the majority vote
