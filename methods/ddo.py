@@ -12,10 +12,10 @@ trains the likelihood model p. The best model is the next round's reference:
 On images log p is minus the weighted noise error at one noise draw (eq. 14-16).
 
 Differences from the paper
-1. A real and a sampled response to one prompt or class share their noise.
+1. A row pairs a real and a sampled response to one prompt or class, with shared noise.
 2. Classifier-free guidance and the moving average of the weights are left out.
 3. alpha and beta are the same in all rounds.
-4. The best round has the smallest Frechet distance; without one, it is the last.
+4. Without a Frechet distance, the last round counts as the best.
 
     python train.py --method ddo                      told_apart rises above 1/2
     python train.py --method ddo --rounds 4           more rounds in the same steps
