@@ -12,7 +12,7 @@ The second form is SFT plus unlikelihood training: the gradient in s(y_w) is con
 s(y_l) vanishes with p(y_l).
 
 Differences from the paper
-1. We had no access to the paper; the formulas are those of arXiv:2502.01237.
+1. We had no access to the paper; formulas and weight are those of arXiv:2502.01237.
 2. `beta` and `supervised` are additions of that study.
 3. s(y_l), and with beta != 1 also s(y_w), is clamped at -1e-6, since the loss is infinite at 0.
 4. Images are refused, since noise errors are not log-probs.
