@@ -1,17 +1,18 @@
 """DCT_ADAMW - SVD-Free Low-Rank Adaptive Gradient Optimization for Large Language Models (2025),
 arXiv:2505.17967
 
-Low-rank optimizers keep their states in an r-dimensional subspace per matrix, and pay for an SVD
-and a stored projection. Here all matrices share the cosines of the DCT as basis Q. Each step
-selects the r columns that fit the gradient G best and adds the rest, E, to the next gradient. When
-the selection changes, columns that stay keep their moments; new ones begin at 0:
+Low-rank optimizers keep their states in a subspace per matrix, and pay for an SVD and a stored
+projection. Here all matrices share the DCT's cosines as basis Q. Each step selects the r columns
+that fit the gradient G best and adds the rest, E, to the next gradient. Columns that stay selected
+keep their moments; new ones begin at 0:
 
     A = G + E     S = A Q     idx = top-r columns by norm     Q_r = Q[:, idx]     a = A Q_r
     E = A - a Q_r^T              W = W - lr adam(a) Q_r^T                        DCT-AdamW
     M = B - (1 - mu) b Q_r^T     W = W - lr orth(b) Q_r^T      Trion, with b of B = M + G
 
 Differences from the paper
-1. The matrix product and the FFT use the same Q, unlike in the official code.
+1. Unlike in the official code, the matrix product and the FFT use the same Q, and 8 bits are 256
+   levels.
 2. The rank is a share of a matrix's smaller side.
 
     python train.py --method dct_adamw                    AdamW's loss with less state
