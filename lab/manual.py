@@ -5,6 +5,7 @@ from collections import Counter
 
 from lab.flags import ACTIONS, catalogue, filled_in, settings_flags
 from lab.report import table
+from lab.results import OWN, verdicts
 from lab.settings import world_module, worlds
 
 
@@ -79,13 +80,16 @@ def paper_help(method):
 
 
 def listing():
-    """The text of --list: methods by family, and worlds; for a file that is broken, the reason."""
-    rows = []
+    """The text of --list: methods by family with the verdict of their primary claim, and worlds.
+
+    For a file that is broken, it has the reason.
+    """
+    rows, known = [], verdicts(OWN)
     for method in sorted(catalogue(), key=lambda m: (m.problem != "", family(m), m.name)):
         kinds = "/".join(method.paper.worlds) if not method.problem else ""
         title = f"cannot be read: {method.problem}" if method.problem else method.title
-        rows.append([method.name, family(method), kinds, title])
-    parts = [table(rows, ["method", "family", "worlds of", "paper"])]
+        rows.append([method.name, family(method), kinds, known.get(method.name, ""), title])
+    parts = [table(rows, ["method", "family", "worlds of", "verdict", "paper"])]
     rows = []
     for name in worlds():
         module = world_module(name)

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -29,6 +30,7 @@ from lab.settings import Settings, title
 from lab.store import HERE, commit, write_text
 
 BLOCKS = ("reported", "tuning")
+OWN = os.path.join(HERE, "results")  # the project's own folder, whose verdicts its README shows
 
 
 def block_of(seeds):
@@ -49,6 +51,16 @@ def stored(out):
             if isinstance(content, dict) and "exact checks" in content:
                 found[os.path.basename(path)[: -len(".json")]] = content
     return found
+
+
+def verdicts(out):
+    """{paper: verdict of its primary claim on the reported seeds} of a folder of results."""
+    return {
+        name: row["verdict"]
+        for name, content in stored(out).items()
+        for row in content.get("reported", {"claims": []})["claims"]
+        if row["kind"] == "primary"
+    }
 
 
 def refuse_measured(out, names, seeds):
@@ -132,6 +144,7 @@ def claim(runs, seeds, out, tasks):
         left = (time.time() - start) / max(1, ran) * (len(modules) - i - 1)
         line = failed or in_short(rows)
         print(f"[{i + 1}/{len(modules)}] {name}: {line}; {clock(left)} left", flush=True)
+    publish(out)
     print(f"{clock(time.time() - start)} in all; written to {out}/: README.md, NAME.md, NAME.json")
     return 0 if good else 1
 
@@ -281,7 +294,23 @@ def write_paper(out, name, module, about, content):
     write_text(os.path.join(out, f"{name}.json"), as_json(rounded(content)))
     figures = [file for file in pages if file not in texts]
     write_text(os.path.join(out, f"{name}.md"), paper_page(content, texts, figures))
+    publish(out)
+
+
+def publish(out):
+    """Write README.md of a folder of results, and the project's README if the folder is its own."""
     write_text(os.path.join(out, "README.md"), overview(stored(out)))
+    page = os.path.join(HERE, "README.md")
+    if os.path.realpath(out) == os.path.realpath(OWN) and os.path.isfile(page):
+        with open(page, encoding="utf-8") as file:
+            text = file.read()
+        write_text(page, with_verdicts(text, verdicts(out)))
+
+
+def with_verdicts(text, known):
+    """The text of the project's README, with {paper: verdict} in the fourth cell of its row."""
+    row = r"^(\| \[(\w+)\]\(methods/\w+\.py\) \|[^|\n]*\|[^|\n]*\|)[^|\n]*\|"
+    return re.sub(row, lambda m: f"{m[1]} {known.get(m[2], 'not run')} |", text, flags=re.MULTILINE)
 
 
 def as_json(content, depth=0):

@@ -7,8 +7,9 @@ import pytest
 
 import train
 from data import UserError
-from lab import flags
+from lab import flags, results
 from lab.claims import claim
+from lab.store import HERE
 from methods import dpo
 from tests.lab.commands import Killed, killed_at, refused
 
@@ -205,6 +206,37 @@ def test_stored_series_are_judged_again_without_measuring(tmp_path, monkeypatch,
     refused(capsys, ["--judge", "results", "--method", "rdpo"], "no results to judge")
     refused(capsys, ["--judge", "nowhere"], "no results to judge")
     refused(capsys, ["--judge", "results", "--seeds", "3"], "--seeds does nothing")
+
+
+def test_a_row_of_the_readme_gets_the_verdict_of_its_paper_and_nothing_else_changes():
+    text = (
+        "| method | paper | what | verdict | code |\n|---|---|---|---|---|\n"
+        "| [dpo](methods/dpo.py) | [DPO](x) | a, b | not run | 1,221 |\n"
+        "| [irpo](methods/irpo.py) | [IRPO](x) | c | supported | 6,525 |\n"
+        "| [sft](methods/sft.py) | [SFT](x) | three cells |\n"
+    )
+    told = results.with_verdicts(text, {"dpo": "no effect", "sft": "reversed"})
+    assert told == text.replace("not run", "no effect").replace("supported", "not run")
+
+
+def test_the_projects_own_folder_of_results_writes_the_verdicts_into_its_readme(
+    tmp_path, monkeypatch
+):
+    there(monkeypatch, dpo=(numbers([1.0, 1.1]), [claim("a", None, "ours", ">", "zero", **PRIMARY)]))
+    page = tmp_path / "README.md"
+    page.write_text("| [dpo](methods/dpo.py) | [DPO](x) | a | not run | 1,221 |\n")
+    monkeypatch.setattr(results, "HERE", str(tmp_path))
+    monkeypatch.setattr(results, "OWN", str(tmp_path / "results"))
+    argv = ["--method", "dpo", "--claim", "--seeds", "2", "--out"]
+    assert train.main([*argv, "elsewhere"]) == 0 and "not run" in page.read_text()
+    assert train.main([*argv, "results"]) == 0
+    assert page.read_text() == "| [dpo](methods/dpo.py) | [DPO](x) | a | supported | 1,221 |\n"
+
+
+def test_the_readme_has_the_verdicts_of_the_results():
+    with open(f"{HERE}/README.md", encoding="utf-8") as file:
+        text = file.read()
+    assert results.with_verdicts(text, results.verdicts(results.OWN)) == text
 
 
 def test_reports_are_part_of_the_page(tmp_path, monkeypatch):

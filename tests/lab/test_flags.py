@@ -11,7 +11,7 @@ import sys
 import pytest
 
 import train
-from lab import Settings, flags, store
+from lab import Settings, flags, results, store
 from lab.settings import methods, worlds
 from methods.dpo import PAPER, Config
 from tests.lab.commands import (
@@ -94,6 +94,9 @@ def test_list_and_help_name_every_method_flag_and_world(capsys):
     helped = capsys.readouterr().out
     for name in methods() + worlds():
         assert name in listed
+    for name, verdict in results.verdicts(results.OWN).items():
+        (row,) = [line for line in listed.splitlines() if line.startswith(f"{name} ")]
+        assert f" {verdict} " in row
     for name, flag in flags.settings_flags().items():
         assert f"--{name} " in helped and flag.text, f"{name} has no explanation"
         assert hasattr(Settings(), name)
