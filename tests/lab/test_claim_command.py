@@ -222,7 +222,8 @@ def test_a_row_of_the_readme_gets_the_verdict_of_its_paper_and_nothing_else_chan
 def test_the_projects_own_folder_of_results_writes_the_verdicts_into_its_readme(
     tmp_path, monkeypatch
 ):
-    there(monkeypatch, dpo=(numbers([1.0, 1.1]), [claim("a", None, "ours", ">", "zero", **PRIMARY)]))
+    stated = [claim("a", None, "ours", ">", "zero", **PRIMARY)]
+    there(monkeypatch, dpo=(numbers([1.0, 1.1]), stated))
     page = tmp_path / "README.md"
     page.write_text("| [dpo](methods/dpo.py) | [DPO](x) | a | not run | 1,221 |\n")
     monkeypatch.setattr(results, "HERE", str(tmp_path))
