@@ -288,11 +288,12 @@ def write_paper(out, name, module, about, content):
         lab = Lab(settings, quiet=True, seeds=len(block["seeds"]))
         pages = about.report(lab, block["series"])
     texts = {file: page for file, page in pages.items() if isinstance(page, str)}
-    for file, page in pages.items():
-        if file not in texts:
-            write_figure(os.path.join(out, file), page)
+    figures = {  # of this paper alone, and without spaces, at which a link of Markdown would end
+        file: f"{name}-{re.sub('[^a-zA-Z0-9.]+', '-', file)}" for file in pages if file not in texts
+    }
+    for file, path in figures.items():
+        write_figure(os.path.join(out, path), pages[file])
     write_text(os.path.join(out, f"{name}.json"), as_json(rounded(content)))
-    figures = [file for file in pages if file not in texts]
     write_text(os.path.join(out, f"{name}.md"), paper_page(content, texts, figures))
     publish(out)
 
@@ -386,7 +387,10 @@ def markdown(head, rows):
 
 
 def paper_page(content, texts, figures):
-    """NAME.md: how the claims of one paper were measured, and their verdicts."""
+    """NAME.md: how the claims of one paper were measured, and their verdicts.
+
+    texts: {file: text}; figures: {file: path}, where the file is what claims/NAME.py calls it.
+    """
     lines = [f"# {content['title']}", ""]
     if content["exact checks"]:
         name = content["paper"]
@@ -412,8 +416,8 @@ def paper_page(content, texts, figures):
             lines += [""] * bool(reasons) + reasons + [""]
     for file, text in texts.items():
         lines += [f"## {file.partition('.')[0]}", "", "```", text, "```", ""]
-    for file in figures:
-        lines += [f"![{file}]({file})", ""]
+    for file, path in figures.items():
+        lines += [f"![{file.partition('.')[0]}]({path})", ""]
     return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+from matplotlib.figure import Figure
 
 import train
 from data import UserError
@@ -242,11 +243,15 @@ def test_the_readme_has_the_verdicts_of_the_results():
 
 def test_reports_are_part_of_the_page(tmp_path, monkeypatch):
     made = there(monkeypatch, dpo=(numbers([1.0, 1.1]), []))
-    made["dpo"].report = lambda lab, series: {"table.txt": f"seen: {series['ours']} {lab.seeds}"}
+    made["dpo"].report = lambda lab, series: {
+        "table.txt": f"seen: {series['ours']} {lab.seeds}",
+        "reward, and KL.png": Figure(),
+    }
     assert train.main(["--method", "dpo", "--claim", "--seeds", "2", "--out", "run"]) == 0
-    assert (
-        "## table\n\n```\nseen: [1.0, 1.1] [10, 11]\n```" in (tmp_path / "run/dpo.md").read_text()
-    )
+    page = (tmp_path / "run/dpo.md").read_text()
+    assert "## table\n\n```\nseen: [1.0, 1.1] [10, 11]\n```" in page
+    assert "![reward, and KL](dpo-reward-and-KL.png)" in page
+    assert (tmp_path / "run/dpo-reward-and-KL.png").exists()
 
 
 def test_claims_have_five_seeds_and_twenty_tables_by_default(tmp_path, monkeypatch, capsys):
