@@ -467,7 +467,7 @@ def overview(found):
         "",
     ]
     head = ["family", "paper", "claim", "world", "ours / baseline", "difference [95 %]"]
-    head += ["matched on", "verdict", "p (Holm)", "exact checks"]
+    head += ["matched on", "verdict", "p (Holm)", "exact checks", "seconds"]
     cells = []
     for (content, row), p in zip(rows, adjusted):
         name = content["paper"]
@@ -475,4 +475,5 @@ def overview(found):
         both = f"{number(mean(row['ours']))} / {number(mean(row['baseline']))}"
         cells.append([content["family"], f"[{name}]({name}.md)", row["text"], row["world"], both])
         cells[-1] += [bounds(row), matched, words(row), f"{p:.2g}", content["exact checks"] or ""]
+        cells[-1].append(f"{content['reported']['seconds']:.0f}")
     return "\n".join([*lines, *markdown(head, cells)]) + "\n"

@@ -54,6 +54,7 @@ def test_the_clipped_loss_has_a_floor():
     assert losses[0].item() == pytest.approx(0.683164, abs=1e-6) and losses[0] < math.log(2)
 
 
+@pytest.mark.paper
 def test_at_the_reference_a_step_costs_ln_2_and_has_a_gradient():
     logps, _, batch = ragged()
     losses, gradient = value_and_gradient(loss, logps, logps.detach(), batch, Config())
@@ -61,6 +62,7 @@ def test_at_the_reference_a_step_costs_ln_2_and_has_a_gradient():
     assert gradient[:, 0, 0].tolist() == pytest.approx([-0.05] * 5)
 
 
+@pytest.mark.paper
 def test_a_clipped_side_has_no_gradient():
     item = one_pair(0.2, 0.05)
     _, gradient = value_and_gradient(loss, *item, Config())
@@ -69,6 +71,7 @@ def test_a_clipped_side_has_no_gradient():
     assert (gradient != 0).all()
 
 
+@pytest.mark.paper
 def test_clipping_is_that_of_the_ratio_and_asymmetric_in_the_log_domain():
     for d in (-0.2, -0.1, 0.0, 0.09, 0.2):
         value = loss(*one_pair(d, 0.0), Config(beta=1.0))[0]
@@ -76,6 +79,7 @@ def test_clipping_is_that_of_the_ratio_and_asymmetric_in_the_log_domain():
         torch.testing.assert_close(value, -logsigmoid(ratio.log())[None])
 
 
+@pytest.mark.paper
 def test_gradients_without_the_clip():
     logps, ref_logps, batch = ragged()
     cfg = Config(beta=0.7, clip_ratio=0.0)

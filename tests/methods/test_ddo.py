@@ -113,6 +113,7 @@ def optimum(world, cfg, policy=None):
 # ---- values
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize(("alpha", "value"), [(0.0, 0.693147), (1.0, 1.386294), (4.0, 3.465736)])
 def test_at_the_reference_each_term_costs_ln_2(alpha, value):
     logps, _, batch = ragged()
@@ -126,6 +127,7 @@ def test_at_the_reference_each_term_costs_ln_2(alpha, value):
         )
 
 
+@pytest.mark.paper
 def test_the_loss_has_its_values():
     assert loss(*ratios(3.0, -2.0), Config(0.05, 4.0))[0].item() == pytest.approx(
         3.198544, abs=1e-6
@@ -163,6 +165,7 @@ def test_gradients_on_ragged_responses(beta, alpha):
     )  # the same for every token: a sum, not a mean
 
 
+@pytest.mark.paper
 def test_real_and_fake_do_not_meet_in_one_sigmoid():
     real, fake = torch.tensor([0.3, -1.0, 2.0]), torch.tensor([1.0, 0.5, -3.0])
     together = loss(*ratios(real, fake), Config(0.7, 2.0))[0].sum()
@@ -170,6 +173,7 @@ def test_real_and_fake_do_not_meet_in_one_sigmoid():
     torch.testing.assert_close(together, shuffled)
 
 
+@pytest.mark.paper
 def test_it_is_convex_in_each_ratio():
     beta, alpha = 0.7, 3.0
     r = torch.linspace(-8, 8, 33, dtype=torch.float64).requires_grad_()
@@ -183,6 +187,7 @@ def test_it_is_convex_in_each_ratio():
         assert (second > 0).all()
 
 
+@pytest.mark.paper
 def test_one_sigmoid_a_draw_of_noise_bounds_the_sigmoid_of_the_mean():
     draws = torch.randn(2, 1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     cfg = Config(0.5, 2.0)
@@ -196,6 +201,7 @@ def test_one_sigmoid_a_draw_of_noise_bounds_the_sigmoid_of_the_mean():
     )
 
 
+@pytest.mark.paper
 def test_without_fakes_it_is_a_monotone_transform_of_the_likelihood():
     r = torch.linspace(-5, 5, 21)
     values = [
@@ -297,6 +303,7 @@ def test_rows_without_a_real_and_a_fake_are_refused():
 # ---- the optimum, four states
 
 
+@pytest.mark.paper
 def test_the_optimum_is_the_data():
     world = four()
     policy = optimum(world, Config(1.0, 1.0))
@@ -310,6 +317,7 @@ def test_the_optimum_is_the_data():
     assert value == pytest.approx(2 * math.log(2) - 2 * shannon, abs=1e-6)
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize(
     ("beta", "alpha", "probs"),
     [
@@ -331,6 +339,7 @@ def test_beta_decides_how_far_beyond_the_data(beta, alpha, probs):
         assert max(abs(a - b) for a, b in zip(target.probs()[0].tolist(), probs)) > 0.01
 
 
+@pytest.mark.paper
 def test_the_normaliser():
     weight = [b ** (1 - 1 / 0.5) * a ** (1 / 0.5) for a, b in zip(P_DATA, P_REF)]
     assert sum(weight) == pytest.approx(1.258333, abs=1e-6) and theory(
@@ -338,6 +347,7 @@ def test_the_normaliser():
     )[1] == pytest.approx(sum(weight) ** 0.5)
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize(
     ("beta", "alpha", "gradient"),
     [(1.0, 1.0, (-0.1, 0, 0.025, 0.075)), (0.3, 4.0, (-0.03, 0, 0.0075, 0.0225))],
@@ -353,6 +363,7 @@ def test_the_first_step_is_maximum_likelihood_whatever_alpha(beta, alpha, gradie
     torch.testing.assert_close(found, beta / 2 * torch.autograd.grad(nll, policy.logits)[0])
 
 
+@pytest.mark.paper
 def test_away_from_the_reference_the_gradient_weighs_by_the_discriminator():
     world = four()
     policy = Table(4).double()
@@ -381,6 +392,7 @@ def test_away_from_the_reference_the_gradient_weighs_by_the_discriminator():
     torch.testing.assert_close(found.flatten(), distance @ jacobian)
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize(("beta", "critical"), [(0.05, 1.051), (0.5, 1.667), (1.0, 3.0)])
 def test_too_much_weight_on_fakes_breaks_the_symmetry(beta, critical):
     """If the reference is the data, it is a minimum up to alpha = (2 + beta) / (2 - beta)."""
@@ -402,6 +414,7 @@ def test_too_much_weight_on_fakes_breaks_the_symmetry(beta, critical):
         assert (curvature > 0).all() if stable else (curvature < 0).all()
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize(
     ("alpha", "probs"), [(1.55, (0.25, 0.25, 0.25, 0.25)), (1.783, (0.652, 0.116, 0.116, 0.116))]
 )
@@ -418,6 +431,7 @@ def test_where_the_mass_goes_beyond_the_critical_alpha(alpha, probs):
 # ---- sequences
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize(
     ("beta", "alpha", "valid"), [(1.0, 1.0, 0.9039), (0.5, 1.186, 0.9173), (0.25, 1.295, 0.9346)]
 )
@@ -566,6 +580,7 @@ def test_shared_noise_makes_the_ratio_small():
     assert shared.std() < noise.std() / 10 and shared.std() < both.std() / 10
 
 
+@pytest.mark.paper
 def test_edms_weight_is_one_over_c_out_squared():
     torch.manual_seed(0)
     model, sd = MLP(prediction="edm", sd=0.7).double(), 0.7

@@ -86,6 +86,7 @@ def test_one_step_models_keep_gaussian_data_at_its_place():
 # ---- identities and gradients
 
 
+@pytest.mark.paper
 def test_the_loss_is_that_of_diffusion_dpo():
     for item in (ragged(), ragged(seed=1, scale=9)):
         for beta in (0.3, 2.5):
@@ -94,6 +95,7 @@ def test_the_loss_is_that_of_diffusion_dpo():
             assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
 
 
+@pytest.mark.paper
 def test_at_the_reference_a_pair_costs_ln_2_and_equal_images_have_no_gradient():
     logps, _, batch = ragged()
     losses, _ = loss(logps, logps.detach(), batch, Config())
@@ -160,6 +162,7 @@ def test_the_scores_are_those_of_the_inverted_image_at_a_step_of_the_grid():
         torch.testing.assert_close(logps[b, :, 0], -error.square().sum(1))
 
 
+@pytest.mark.paper
 def test_the_first_grid_point_is_one_step_and_its_error_is_zero():
     """One DDIM step from the image: the noise that it used is the implied noise."""
     model, batch = denoiser(), collate(rows_of(5))
@@ -210,6 +213,7 @@ def test_a_run_trains_and_repeats_itself(inverter):
     assert not torch.equal(ends[0], torch.cat([p.flatten() for p in lab.base().parameters()]))
 
 
+@pytest.mark.paper
 def test_with_forward_noise_it_is_diffusion_dpo_bit_for_bit(monkeypatch):
     def forward(lab, policy, rows, cfg):
         return rows, None

@@ -62,6 +62,7 @@ CANONICAL = [  # fields, value, slope in log pi(y_w), slope in log pi(y_l)
 ]
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize("fields, known, chosen, rejected", CANONICAL)
 def test_every_variant_has_its_value_on_the_canonical_pair(fields, known, chosen, rejected):
     item = canonical()
@@ -75,6 +76,7 @@ def test_every_variant_has_its_value_on_the_canonical_pair(fields, known, chosen
     ).all()  # every token of a response alike
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize(
     "fields, known",
     [
@@ -97,6 +99,7 @@ def test_every_variant_has_its_value_at_the_reference(fields, known):
     )
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize("seed", [1, 2])
 def test_slopes_are_those_of_the_formulas(seed):
     """In log pi(y_w) and log pi(y_l), for random ragged pairs."""
@@ -194,6 +197,7 @@ def test_cpo_has_no_reference():
         assert not torch.allclose(value((logps, 1.7 * ref_logps, batch), name), value(item, name))
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize("mean", [True, False])
 def test_ipo_is_at_rest_at_its_target_and_turns_round_beyond(mean):
     _, ref_logps, batch = ragged(seed=6)
@@ -215,6 +219,7 @@ def test_ipo_is_at_rest_at_its_target_and_turns_round_beyond(mean):
         assert sign == 0 or (grad[:, 0].sign() == sign).all()
 
 
+@pytest.mark.paper
 def test_kto_weighs_its_two_sides_apart():
     logps, ref_logps, batch = item = ragged(seed=7)
     turned = logps.flip(1), ref_logps.flip(1), SimpleNamespace(mask=batch.mask.flip(1))
@@ -279,6 +284,7 @@ def test_ktos_reference_point_carries_no_gradient_and_is_never_negative():
     torch.testing.assert_close(value(high, "kto"), expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.paper
 def test_kto_saturates_far_from_its_reference_point():
     present = torch.ones(1, 2, dtype=torch.bool)
     slopes = [
@@ -298,6 +304,7 @@ def test_kto_saturates_far_from_its_reference_point():
     assert one.item() == pytest.approx(slopes[1])
 
 
+@pytest.mark.paper
 def test_cpos_slope_in_the_preferred_response_never_vanishes():
     logps = torch.tensor([[[0.0, 0.0], [-1e4, 0.0]]], dtype=torch.float64, requires_grad=True)
     batch = SimpleNamespace(mask=torch.ones(1, 2, 2, dtype=torch.bool))
@@ -389,6 +396,7 @@ def expected_loss(ratios, cfg, p):
     return (torch.tensor([p, 1 - p], dtype=torch.float64) * losses).sum()
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize(
     "cfg, h",
     [
@@ -417,6 +425,7 @@ def test_every_variant_has_its_population_optimum(cfg, h):
     assert h == pytest.approx(3.0 if cfg.variant == "ipo" else math.log(4) / 0.1, abs=1e-4)
 
 
+@pytest.mark.paper
 @pytest.mark.parametrize("p, sign", [(0.8, -1), (0.5, 0), (0.3, 1)])
 def test_kto_with_a_fixed_reference_point_has_no_optimum(p, sign):
     for h in (1.0, 10.0, 100.0):
