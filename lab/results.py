@@ -17,6 +17,7 @@ import shutil
 import sys
 import time
 import traceback
+from collections import Counter
 
 import numpy as np
 
@@ -309,7 +310,8 @@ def publish(out):
 
 
 def with_verdicts(text, known):
-    """The text of the project's README, with {paper: verdict} in the fourth cell of its row."""
+    """The text of the README, with {paper: verdict} in its rows and counted above them."""
+    text = re.sub(r"^Of \d+ primary claims.*$", counted(known.values()), text, flags=re.MULTILINE)
     row = r"^(\| \[(\w+)\]\(methods/\w+\.py\) \|[^|\n]*\|[^|\n]*\|)[^|\n]*\|"
     return re.sub(row, lambda m: f"{m[1]} {known.get(m[2], 'not run')} |", text, flags=re.MULTILINE)
 
@@ -430,6 +432,13 @@ def cells_of(rows):
     ]
 
 
+def counted(known):
+    """How often each of some verdicts occurs, as a sentence."""
+    count = Counter(known)
+    told = ", ".join(f"{n} {verdict}" for verdict, n in sorted(count.items()))
+    return f"Of {count.total()} primary claims, one per paper: {told}."
+
+
 def overview(found):
     """README.md of a folder of results: one row per paper, with its primary claim."""
     found = {name: content for name, content in found.items() if "reported" in content}
@@ -442,16 +451,12 @@ def overview(found):
     if not rows:
         return "# Results\n\nThere are no results of the reported seeds here.\n"
     adjusted = holm([row["p"] for _, row in rows])
-    count = {}
-    for _, row in rows:
-        count[row["verdict"]] = count.get(row["verdict"], 0) + 1
-    told = ", ".join(f"{n} {verdict}" for verdict, n in sorted(count.items()))
     held = [row["verdict"] == "supported" and p < 0.05 for (_, row), p in zip(rows, adjusted)]
     checks = sum(content["exact checks"] or 0 for content in found.values())
     lines = [
         "# What the papers claim, and what came out here",
         "",
-        f"Of {len(rows)} primary claims, one per paper: {told}. After Holm's correction for "
+        f"{counted(row['verdict'] for _, row in rows)} After Holm's correction for "
         f"{len(rows)} tests, {sum(held)} stay supported at 5 %. Besides, {checks} tests check "
         "numbers, identities and closed forms of the papers (`python -m pytest -m paper`).",
         "",

@@ -211,13 +211,16 @@ def test_stored_series_are_judged_again_without_measuring(tmp_path, monkeypatch,
 
 def test_a_row_of_the_readme_gets_the_verdict_of_its_paper_and_nothing_else_changes():
     text = (
+        "Of 9 primary claims, one per paper: 9 supported.\n"
         "| method | paper | what | verdict | code |\n|---|---|---|---|---|\n"
         "| [dpo](methods/dpo.py) | [DPO](x) | a, b | not run | 1,221 |\n"
         "| [irpo](methods/irpo.py) | [IRPO](x) | c | supported | 6,525 |\n"
         "| [sft](methods/sft.py) | [SFT](x) | three cells |\n"
     )
     told = results.with_verdicts(text, {"dpo": "no effect", "sft": "reversed"})
-    assert told == text.replace("not run", "no effect").replace("supported", "not run")
+    head, rows = text.split("\n", 1)
+    rows = rows.replace("not run", "no effect").replace("supported", "not run")
+    assert told == f"Of 2 primary claims, one per paper: 1 no effect, 1 reversed.\n{rows}"
 
 
 def test_the_projects_own_folder_of_results_writes_the_verdicts_into_its_readme(
