@@ -276,7 +276,7 @@ def several(runs, given, out):
 
     given: the flags.
     """
-    names = list(dict.fromkeys(r.method for r in runs)) if "claim" in given else runs
+    names = list(results.with_claims(runs)) if "claim" in given else runs
     tasks, failed = spread.share(len(names), given.get("shard")), {}
     if int(given.get("jobs", 1)) > 1:
         titles = [name if isinstance(name, str) else name.name() for name in names]

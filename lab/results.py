@@ -150,15 +150,21 @@ def claim(runs, seeds, out, tasks):
     return 0 if good else 1
 
 
+def with_claims(runs):
+    """{name: module} of the papers of a command line: those with claims, if there are several."""
+    modules = {run.method: run.module for run in runs}
+    if len(modules) == 1:
+        return modules
+    return {name: module for name, module in modules.items() if flags.claims_path(module)}
+
+
 def plan(runs, seeds):
     """(settings, {name: module}) of the papers of a command line that have claims."""
     first = runs[0].settings
     same = {name: getattr(first, name) for name in ("device", "dtype", "compile", "capture")}
-    modules = {run.method: run.module for run in runs}
-    if len(modules) > 1:
-        for name in [name for name, module in modules.items() if not flags.claims_path(module)]:
-            print(f"left out: {name} has no claims", file=sys.stderr)
-            del modules[name]
+    modules = with_claims(runs)
+    for name in dict.fromkeys(run.method for run in runs if run.method not in modules):
+        print(f"left out: {name} has no claims", file=sys.stderr)
     return Settings(seed=seeds[0], **same), modules
 
 

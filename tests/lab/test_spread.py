@@ -89,7 +89,8 @@ def test_the_claims_of_several_papers_are_shared_and_joined(tmp_path, monkeypatc
         about = flags.load_claims(module)
         block = {"command": "", "commit": "", "run": results.run_of(out), "seeds": seeds}
         block |= {"seconds": 1.0, "source": results.stamp(about), "claims": [], "series": {}}
-        write_json(f"{out}/{name}.json", {"exact checks": 1, "reported": block})
+        head = {"paper": name, "family": "pairs", "exact checks": 1}
+        write_json(f"{out}/{name}.json", head | {"reported": block})
         return []
 
     monkeypatch.setattr(results, "measured", measured)
@@ -104,6 +105,22 @@ def test_the_claims_of_several_papers_are_shared_and_joined(tmp_path, monkeypatc
     monkeypatch.setattr(results, "again", lambda out, chosen: judged.append(out) or 0)
     assert train.main(["--merge", "c1", "c2", "--out", "all"]) == 0
     assert sorted(results.stored("all")) == ["dpo", "rdpo", "sft"] and judged == ["all"]
+
+
+def test_a_paper_that_fails_in_another_process_is_named_beside_methods_without_claims(
+    tmp_path, monkeypatch, capsys
+):
+    def failing(given, out, names, jobs):
+        assert names == ["disco", "irpo"]
+        return {1: "no memory"}
+
+    monkeypatch.setattr(spread, "in_processes", failing)
+    monkeypatch.setattr(results, "publish", lambda out: None)
+    argv = ["--method", "disco,grpo,irpo", "--claim", "--jobs", "2", "--out", "c"]
+    train.main(argv)
+    said = capsys.readouterr()
+    assert "irpo: no memory" in said.err and "left out: grpo has no claims" in said.err
+    assert "[2/2] irpo: not done" in said.out
 
 
 @pytest.mark.slow
