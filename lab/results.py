@@ -442,7 +442,7 @@ def counted(known):
     """How often each of some verdicts occurs, as a sentence."""
     count = Counter(known)
     told = ", ".join(f"{n} {verdict}" for verdict, n in sorted(count.items()))
-    return f"Of {count.total()} primary claims, one per paper: {told}."
+    return f"Of {count.total()} primary claims, one per method: {told}."
 
 
 def overview(found):

@@ -138,7 +138,7 @@ def test_the_claims_of_many_methods_go_on_after_a_failure_and_are_resumed(
         "nothing",
         "supported",
     ]
-    assert "Of 3 primary claims, one per paper: 3 supported." in table
+    assert "Of 3 primary claims, one per method: 3 supported." in table
 
 
 def test_results_are_added_to_a_folder_and_measured_again_only_on_request(
@@ -211,7 +211,7 @@ def test_stored_series_are_judged_again_without_measuring(tmp_path, monkeypatch,
 
 def test_a_row_of_the_readme_gets_the_verdict_of_its_paper_and_nothing_else_changes():
     text = (
-        "Of 9 primary claims, one per paper: 9 supported.\n"
+        "Of 9 primary claims, one per method: 9 supported.\n"
         "| method | paper | what | verdict | code |\n|---|---|---|---|---|\n"
         "| [dpo](methods/dpo.py) | [DPO](x) | a, b | not run | 1,221 |\n"
         "| [irpo](methods/irpo.py) | [IRPO](x) | c | supported | 6,525 |\n"
@@ -220,7 +220,7 @@ def test_a_row_of_the_readme_gets_the_verdict_of_its_paper_and_nothing_else_chan
     told = results.with_verdicts(text, {"dpo": "no effect", "sft": "reversed"})
     head, rows = text.split("\n", 1)
     rows = rows.replace("not run", "no effect").replace("supported", "not run")
-    assert told == f"Of 2 primary claims, one per paper: 1 no effect, 1 reversed.\n{rows}"
+    assert told == f"Of 2 primary claims, one per method: 1 no effect, 1 reversed.\n{rows}"
 
 
 def test_the_projects_own_folder_of_results_writes_the_verdicts_into_its_readme(
