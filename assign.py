@@ -76,7 +76,7 @@ def main(arguments=None):
                     "a ready-made assignment says itself what is blanked: leave --blank"
                 )
             title, option, task = ready.chosen(number, given.seed)
-            paths = [handout.ROOT / f"methods/{name}.py" for name, _ in option]
+            paths = [handout.ROOT / ready.path_of(name) for name, _ in option]
             texts = [text for _, text in option]
         if len(texts) == 1:
             texts = texts * len(paths)

@@ -1,8 +1,9 @@
 """Blank functions of a source by its syntax tree, and look for what gives a blank away.
 
 A target is the name of a function, "loss" or "Class.method", whose body is blanked, or "loss:2",
-the right side of its second assignment. Signature and docstring stay. The blank begins right after
-the docstring, so comments go as well, unless they are kept on request.
+the right side of its second assignment, or "loss:ipo", the value of the key "ipo" in a dict that it
+writes out (of a lambda, what it returns). Signature and docstring stay. The blank begins right
+after the docstring, so comments go as well, unless they are kept on request.
 """
 
 import ast
@@ -17,24 +18,40 @@ IMPORT = "from classroom.turn import your_turn"
 
 @dataclass(frozen=True)
 class Target:
-    """A function of a file, and the number of one of its assignments (0: its whole body)."""
+    """A function of a file, and a part of it: the number of an assignment, or a key of a dict.
+
+    Without a part, 0 and "", it is the whole body.
+    """
 
     function: str
     assignment: int = 0
+    key: str = ""
+
+    @property
+    def part(self):
+        return str(self.assignment or self.key)
+
+    @property
+    def whole(self):
+        return not (self.assignment or self.key)
 
     @property
     def name(self):
-        return f"{self.function}:{self.assignment}" if self.assignment else self.function
+        return self.function if self.whole else f"{self.function}:{self.part}"
 
 
 def targets(text):
-    """The targets in a text such as "loss,gap:2". UserError: a number is not one."""
+    """The targets in a text such as "loss,gap:2". UserError: a part is not one."""
     found = []
-    for part in text.split(","):
-        function, colon, number = part.strip().partition(":")
-        if not function or (colon and not (number.isdecimal() and int(number))):
-            raise UserError(f"--blank {part}: expected a function, or function:2 for its 2nd '='")
-        found.append(Target(function, int(number) if colon else 0))
+    for one in text.split(","):
+        function, colon, part = one.strip().partition(":")
+        number = int(part) if part.isdecimal() else 0
+        if not function or (colon and not number and not part.isidentifier()):
+            raise UserError(
+                f"--blank {one}: expected a function, function:2 for its 2nd '=', or "
+                "function:key for a key of its dict"
+            )
+        found.append(Target(function, number, "" if number else part))
     return list(dict.fromkeys(found))
 
 
@@ -55,6 +72,29 @@ def assignments(function):
     kinds = (ast.Assign, ast.AugAssign, ast.AnnAssign)
     found = [node for node in ast.walk(function) if isinstance(node, kinds) and node.value]
     return sorted(found, key=lambda node: (node.lineno, node.col_offset))
+
+
+def entries(function):
+    """{key: value} of the dicts that a function writes out; of a lambda the value is its body."""
+    found = {}
+    for node in ast.walk(function):
+        for key, value in zip(node.keys, node.values) if isinstance(node, ast.Dict) else ():
+            if isinstance(key, ast.Constant) and isinstance(key.value, str):
+                found[key.value] = value.body if isinstance(value, ast.Lambda) else value
+    return found
+
+
+def value_of(function, target):
+    """The expression that a target blanks. UserError: the function has no such part."""
+    if target.key:
+        found = entries(function)
+        if target.key not in found:
+            raise UserError(f"{target.function} has no dict with a key {target.key}")
+        return found[target.key]
+    found = assignments(function)
+    if target.assignment > len(found):
+        raise UserError(f"{target.function} has {len(found)} assignments, not {target.assignment}")
+    return found[target.assignment - 1].value
 
 
 def documented(function):
@@ -93,14 +133,14 @@ def blanked(source, wanted, keep_comments=False):
             raise UserError(f"no function {target.function} in this file")
         node = known[target.function]
         edits.append(
-            one_value(source, node, target, keep_comments)
-            if target.assignment
-            else whole_body(source, node, target, keep_comments)
+            whole_body(source, node, target, keep_comments)
+            if target.whole
+            else one_value(source, node, target, keep_comments)
         )
     lines = source.splitlines()
     for first, last, new in sorted(edits, reverse=True):
         lines[first - 1 : last] = new
-    if any(target.assignment for target in wanted):
+    if not all(target.whole for target in wanted):
         last = [node for node in ast.parse(source).body if is_import(node)][-1].end_lineno
         lines.insert(last, IMPORT)
     return "\n".join(lines) + "\n"
@@ -120,15 +160,15 @@ def whole_body(source, node, target, keep_comments):
 
 
 def one_value(source, node, target, keep_comments):
-    found = assignments(node)
-    if target.assignment > len(found):
-        raise UserError(f"{target.function} has {len(found)} assignments, not {target.assignment}")
-    statement = found[target.assignment - 1]
-    value, lines = statement.value, source.splitlines()
-    first, last = value.lineno, statement.end_lineno
+    value, lines = value_of(node, target), source.splitlines()
+    first, last = value.lineno, value.end_lineno
+    start = lines[first - 1].encode()[: value.col_offset].decode()
+    end = lines[last - 1].encode()[value.end_col_offset :].decode().split("#")[0].rstrip()
+    if target.assignment:  # with the parentheses around it, in which comments may stand
+        start, end = start.rstrip("( ") + " ", ""
+        last = assignments(node)[target.assignment - 1].end_lineno
     kept = "".join("  " + text for _, text in comments(source, first, last) if keep_comments)
-    start = lines[first - 1].encode()[: value.col_offset].decode().rstrip("( ")
-    return first, last, [f'{start} your_turn("{target.name}"){kept}']
+    return first, last, [f'{start}your_turn("{target.name}"){end}{kept}']
 
 
 # ---- what was blanked, and where else it stands
@@ -139,31 +179,38 @@ def code_of(source, wanted):
     known, found = functions(source), []
     for target in wanted:
         node = known[target.function]
-        parts = [assignments(node)[target.assignment - 1]] if target.assignment else node.body
+        parts = node.body
+        if target.assignment:
+            parts = [assignments(node)[target.assignment - 1]]
+        elif target.key:
+            value = value_of(node, target)
+            found += [ast.unparse(value)] if computes(value) else []
+            continue
         for part in parts:
             for inner in ast.walk(part):
-                if isinstance(inner, (ast.Assign, ast.AugAssign, ast.Return)) and computes(inner):
-                    found.append(ast.unparse(inner))
+                if isinstance(inner, (ast.Assign, ast.AugAssign, ast.Return)) and inner.value:
+                    found += [ast.unparse(inner)] if computes(inner.value) else []
     return list(dict.fromkeys(found))
 
 
 ARITHMETIC = (ast.Add, ast.Sub, ast.Mult, ast.Div, ast.Pow, ast.MatMult, ast.USub)
 
 
-def computes(statement):
-    """Whether a statement does arithmetic with at least two names."""
-    if statement.value is None:
-        return False
-    parts = list(ast.walk(statement.value))
+def computes(expression):
+    """Whether an expression does arithmetic with at least two names."""
+    parts = list(ast.walk(expression))
     names = {node.id for node in parts if isinstance(node, ast.Name)}
     return len(names) > 1 and any(isinstance(getattr(n, "op", None), ARITHMETIC) for n in parts)
 
 
 def statements(source):
-    """{normalised text: line} of the simple statements of a source."""
+    """{normalised text: line} of the simple statements of a source, and of what lambdas return."""
     kinds = (ast.Assign, ast.AugAssign, ast.Return, ast.Expr)
-    found = [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
-    return {ast.unparse(node): node.lineno for node in found}
+    parts = list(ast.walk(ast.parse(source)))
+    found = [node for node in parts if isinstance(node, kinds)]
+    found += [node.body for node in parts if isinstance(node, ast.Lambda)]
+    found += [node.value for node in parts if isinstance(node, (ast.Assign, ast.Return))]
+    return {ast.unparse(node): node.lineno for node in found if node}
 
 
 def leaks(code, sources):

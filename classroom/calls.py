@@ -23,7 +23,8 @@ class NotPlain(TypeError):
 def pack(value, tensors):
     """A value as JSON. Its tensors are added to the dict `tensors`. NotPlain: it has other parts.
 
-    A Config, which is a dataclass, is written as its fields.
+    A Config, which is a dataclass, is written as its fields; a model, whose class CLASS has a
+    CLASSConfig, as the fields of its config and its weights.
     """
     if isinstance(value, torch.Tensor):
         name = f"t{len(tensors)}"
@@ -35,6 +36,10 @@ def pack(value, tensors):
         return {"namespace": {key: pack(part, tensors) for key, part in vars(value).items()}}
     if dataclasses.is_dataclass(value) and type(value).__name__ == "Config":
         return {"config": {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}}
+    if isinstance(value, torch.nn.Module):
+        weights = {key: pack(x, tensors) for key, x in value.named_parameters()}
+        config = dataclasses.asdict(value.config)
+        return {"model": type(value).__name__, "config": config, "weights": weights}
     if isinstance(value, (tuple, list)):
         return {type(value).__name__: [pack(part, tensors) for part in value]}
     if isinstance(value, dict) and all(isinstance(key, str) for key in value):
@@ -42,21 +47,29 @@ def pack(value, tensors):
     raise NotPlain(f"a {type(value).__name__} cannot be sent to another process")
 
 
-def unpack(form, tensors, config):
-    """The value of `pack`; leaf tensors that had a gradient have one. config: the Config class."""
+def unpack(form, tensors, names):
+    """The value of `pack`; leaf tensors that had a gradient have one.
+
+    names: {name: class}, the names of the module whose Config and models these are.
+    """
     (kind, content), *rest = form.items()
     if kind == "tensor":
         return tensors[content].clone().requires_grad_(form["gradient"])
     if kind == "plain":
         return content
     if kind == "config":
-        return config(**content)
+        return names["Config"](**content)
+    if kind == "model":
+        weights = {key: unpack(part, tensors, names) for key, part in form["weights"].items()}
+        model = names[content](names[content + "Config"](**form["config"]))
+        model.to(next(iter(weights.values())).dtype).load_state_dict(weights)
+        return model
     if kind == "namespace":
-        parts = {key: unpack(part, tensors, config) for key, part in content.items()}
+        parts = {key: unpack(part, tensors, names) for key, part in content.items()}
         return SimpleNamespace(**parts)
     if kind == "dict":
-        return {key: unpack(part, tensors, config) for key, part in content.items()}
-    made = [unpack(part, tensors, config) for part in content]
+        return {key: unpack(part, tensors, names) for key, part in content.items()}
+    made = [unpack(part, tensors, names) for part in content]
     return tuple(made) if kind == "tuple" else made
 
 
@@ -82,6 +95,8 @@ def leaves(value):
     """The tensors of a value that require a gradient."""
     if isinstance(value, torch.Tensor):
         return [value] if value.requires_grad else []
+    if isinstance(value, torch.nn.Module):
+        value = [x for x in value.parameters() if x.requires_grad]
     if isinstance(value, SimpleNamespace):
         value = vars(value)
     if isinstance(value, dict):

@@ -79,7 +79,7 @@ def main(folder):
     except BaseException as error:  # noqa: BLE001 - a submission may raise anything
         failed = error
     forms, tensors = calls.read(folder, "calls")
-    config = getattr(module, "Config", dict)
+    names = {} if module is None else vars(module)
 
     def one(form):
         if failed is not None:
@@ -87,10 +87,10 @@ def main(folder):
         owner = module
         for part in form["function"].split("."):
             owner = getattr(owner, part)
-        arguments = calls.unpack(form["arguments"], tensors, config)
+        arguments = calls.unpack(form["arguments"], tensors, names)
         return calls.result(owner, arguments, form["function"] == "loss")
 
-    def short_run(settings):
+    def short_run(run):
         if failed is not None:
             raise ImportError(f"the file cannot be imported: {type(failed).__name__}: {failed}")
         from lab import Lab, Settings
@@ -103,7 +103,9 @@ def main(folder):
             return returned if isinstance(returned, tuple) else (returned, {})
 
         module.loss = loss
-        policy = module.run(Lab(Settings(**settings), quiet=True), module.Config())
+        policy = module.run(
+            Lab(Settings(**run["settings"]), quiet=True), module.Config(**run["fields"])
+        )
         return {name: x.detach() for name, x in policy.state_dict().items()}
 
     for number in range(job["first"], job["count"]):

@@ -14,19 +14,20 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from safetensors.torch import save_file
 
 from classroom import blank, calls, grader, hidden, properties, ready, visible
 from data import UserError
-from lab import Lab, Settings
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ("LICENSE", "requirements.txt", "data.py", "diffusion.py", "nanomodel.py", "train.py")
 PACKAGES = ("lab", "toy", "methods", "classroom")
-CLASSROOM = ("__init__", "turn", "calls", "properties", "visible")
-SIZES = ("world", "steps", "batch_size", "prompts", "lr", "eval_every")  # set by a short run
+CLASSROOM = ("__init__", "turn", "calls", "larger", "properties", "visible")
+# what a short run sets itself
+SIZES = ("world", "steps", "batch_size", "prompts", "lr", "eval_every", "base_steps")
 SEEDS = 3  # runs of the solution, whose spread a submission's run may have
 FEW_ITEMS = 3  # inputs of the visible tests
 TEST = '''"""The visible tests: properties that every right solution has. Run: python -m pytest"""
@@ -50,7 +51,7 @@ def test_property(case):
 
 @dataclasses.dataclass
 class File:
-    """One method file of an assignment: its name, module, source and what is blanked."""
+    """One file, a method or nanomodel.py: its name, module, source and what is blanked of it."""
 
     name: str
     module: object
@@ -59,7 +60,11 @@ class File:
 
     @property
     def path(self):
-        return f"methods/{self.name}.py"
+        return ready.path_of(self.name)
+
+    @property
+    def import_name(self):
+        return self.path.removesuffix(".py").replace("/", ".")
 
 
 def files_of(paths, texts):
@@ -67,10 +72,11 @@ def files_of(paths, texts):
     found = []
     for path, text in zip(paths, texts):
         path = Path(path)
-        if path.resolve().parent != ROOT / "methods" or not path.is_file():
+        part = path.resolve().parent == ROOT and path.stem in hidden.PARTS
+        if not path.is_file() or not (part or path.resolve().parent == ROOT / "methods"):
             raise UserError(f"{path}: expected a file in methods/ of this project")
-        module = importlib.import_module(f"methods.{path.stem}")
-        if "loss" not in module.PAPER.core:
+        module = importlib.import_module(path.stem if part else f"methods.{path.stem}")
+        if not part and "loss" not in module.PAPER.core:
             raise UserError(f"{path}: this paper has no loss, so there is nothing to grade")
         source = path.read_text(encoding="utf-8")
         found.append(File(path.stem, module, source, blank.targets(text)))
@@ -123,16 +129,20 @@ def public_items(module, tests, seed):
 
 
 def property_cases(file, tests, items):
-    """[(module, function, property, fields)]: the properties that the solution has, by setting."""
-    cases, names = [], {target.function for target in file.wanted}
-    settings = [{}, *tests.CASES[:1]]
-    for fields in settings if "loss" in names else []:
+    """[(module, blank, property, fields)]: the properties that the solution has, by setting."""
+    cases, parts = [], [target for target in file.wanted if target.function == "loss"]
+    if not parts:
+        return []
+    meets = hidden.reaching(file.module, tests, file.wanted, items[0])
+    settings = [("loss", fields) for fields in ({}, *tests.CASES[:1]) if "loss" in meets]
+    settings += [(part.name, meets[part.name]) for part in parts if not part.whole]
+    for label, fields in settings:
         cfg = file.module.Config(**fields)
         usable = [item for item in items if hidden.takes(file.module, item, cfg)]
         for name in properties.holding(file.module, usable, cfg) if usable else []:
-            known = [case[2] for case in cases]
+            known = [case[2] for case in cases if case[1] == label]
             if name not in known or name == "noisy labels":
-                cases.append((f"methods.{file.name}", "loss", name, fields))
+                cases.append((file.import_name, label, name, fields))
     return cases
 
 
@@ -151,22 +161,25 @@ def helper_examples(file, made):
 
 
 def run_settings(module):
-    """Settings of a short run: on the exact table where the method can use one.
+    """Settings of a short run: on an exact table where the method can use one.
 
     All that the method changes by default is written out, so that the command in the task sheet and
-    the grader's run are the same.
+    the grader's run are the same. Methods that need a verifier run on a world in which a small base
+    model is right now and then; it never is on sums after so few steps.
     """
     paper = module.PAPER
     own = {name: value for name, value in paper.defaults.items() if name not in SIZES}
-    if "table" in paper.worlds and paper.needs != "verifier":
+    if paper.needs == "verifier" and "table" in paper.worlds:
+        settings = dict(world="trie", steps=40, batch_size=16, prompts=20)
+    elif paper.needs == "verifier":
+        settings = dict(world="classroom/larger.py", steps=80, prompts=64, eval_size=100, lr=3e-3)
+    elif "table" in paper.worlds:
         settings = dict(world="bandit", steps=40, batch_size=16, prompts=256)
     else:
         settings = dict(steps=12, batch_size=8, prompts=96, eval_size=32, base_steps=60)
         settings["world"] = paper.defaults.get("world", "reviews")
-    if paper.needs == "verifier":
-        settings["prompts"] = 8
     settings = own | settings
-    return settings | {"lr": Lab(Settings(**settings), quiet=True).lr}
+    return {"lr": grader.lab_of(settings).lr} | settings
 
 
 # ---------------------------------------------------------------- writing
@@ -211,20 +224,27 @@ def write_file(file, public, folder, seed, say):
     """Write what is needed to test one file -> (what the grader knows, the visible cases)."""
     tests = hidden.material(file.name)
     made, found = hidden.all_tests(file.module, tests, file.wanted, seed)
-    items = public_items(file.module, tests, seed)
+    part = file.name in hidden.PARTS
+    items = [] if part else public_items(file.module, tests, seed)
     cases = property_cases(file, tests, items)
     helpers = helper_examples(file, made)
-    cases += [(f"methods.{file.name}", name, "shapes", {}) for name in helpers]
+    for name in helpers:
+        rules = ("shapes", *properties.HELPERS.get(name, ()))
+        cases += [(file.import_name, name, rule, {}) for rule in rules]
 
     def passes(names):
         """Whether the visible tests pass with the names of a mutant."""
-        module = type("Mutant", (), {"loss": staticmethod(names["loss"])})
         try:
+            module = SimpleNamespace(**names)
             return all(
                 visible.keeps(module, case[2], item, file.module.Config(**case[3]))
                 for case in cases
-                if case[1] == "loss"
+                if visible.of_loss(case[1])
                 for item in items
+            ) and not any(
+                visible.of_helper(module, *case[1:3], *helpers[case[1]])
+                for case in cases
+                if not visible.of_loss(case[1])
             )
         except Exception:  # noqa: BLE001 - a mutant may do anything
             return False
@@ -239,7 +259,7 @@ def write_file(file, public, folder, seed, say):
     made, found = hidden.pruned(made, found, gate.tellers)
     first = len(made)
     made += shown
-    for _, _, name, fields in [case for case in cases if case[1] == "loss"]:
+    for _, label, name, fields in [case for case in cases if visible.of_loss(case[1])]:
         cfg, numbers = file.module.Config(**fields), []
         for item in items:
             group = properties.PROPERTIES[name].calls(item, cfg) or []
@@ -250,8 +270,15 @@ def write_file(file, public, folder, seed, say):
                 leaf = logps.detach() if frozen else logps.requires_grad_()
                 made.append(("loss", (leaf, ref, batch, changed)))
         sentence = properties.PROPERTIES[name].sentence
-        test = hidden.Test(f"loss: {name}", "loss", "property", numbers, 1, True, sentence)
+        test = hidden.Test(f"{label}: {name}", "loss", "property", numbers, 1, True, sentence)
         found.append(dataclasses.replace(test, setting=fields))
+    for _, label, name, _ in [case for case in cases if case[2] in properties.LOGPS]:
+        group = properties.LOGPS[name].calls(helpers[label][0], None)
+        numbers = list(range(len(made), len(made) + len(group)))
+        made += [(label, arguments) for arguments, _ in group]
+        sentence = properties.LOGPS[name].sentence
+        test = hidden.Test(f"{label}: {name}", label, "property", [numbers], 1, True, sentence)
+        found.append(test)
     folder.mkdir()
     calls.write(folder, "calls", made)
     (folder / "solution.py").write_text(file.source, encoding="utf-8")
@@ -274,7 +301,7 @@ def write_file(file, public, folder, seed, say):
     return {
         "name": file.name,
         "path": file.path,
-        "module": f"methods.{file.name}",
+        "module": file.import_name,
         "functions": [target.name for target in file.wanted],
         "tests": [dataclasses.asdict(test) for test in found],
         "mistakes": sentences,
@@ -284,46 +311,57 @@ def write_file(file, public, folder, seed, say):
 
 
 def measure_runs(files, about, teacher, say):
-    """Run the solutions for a few seeds, and store their rewards and their spread."""
+    """Run the solutions for a few seeds, and store their rewards and their spread.
+
+    A run whose reward the base model has as well tells nothing, and is left out.
+    """
     cache = teacher / "cache"
     cache.mkdir()
     for file, one in zip(files, about["files"]):
-        if not any(target.function == "loss" for target in file.wanted):
-            one["run"] = None
+        one["run"] = None
+        parts = [target for target in file.wanted if target.function == "loss"]
+        if not parts:
             continue
+        tests, fields = hidden.material(file.name), {}
+        if not parts[0].whole:
+            item = public_items(file.module, tests, 0)[0]
+            fields = hidden.reaching(file.module, tests, file.wanted, item)[parts[0].name]
         settings = run_settings(file.module)
-        runs = [settings | {"seed": seed} for seed in range(SEEDS)]
+        runs = [dict(settings=settings | {"seed": seed}, fields=fields) for seed in range(SEEDS)]
         rewards = []
         with tempfile.TemporaryDirectory() as work:
-            sheet = grader.Job(teacher, one, Path(work), {file.path: file.source}, cache)
-            for answer in sheet.run_only(runs):
+            job = grader.Job(teacher, one, Path(work), {file.path: file.source}, cache)
+            for answer in job.run_only(runs):
                 if isinstance(answer, str):
                     raise UserError(f"the short run of {file.path} fails: {answer}")
-                rewards.append(grader.reward_of(answer, runs[len(rewards)]))
-        spread = float(torch.tensor(rewards, dtype=torch.float64).std())
-        one["run"] = {"settings": runs[0], "reward": rewards[0], "spread": 2 * spread + 1e-6}
+                rewards.append(grader.reward_of(answer, settings))
+        spread = 2 * float(torch.tensor(rewards, dtype=torch.float64).std()) + 1e-6
+        line = f"{rewards[0]:.3f} +-{spread:.3f}"
+        say(f"{file.path}: the solution's short run ends at a reward of {line}")
+        before = grader.reward_of(None, settings)
+        if before >= rewards[0] - spread:
+            say(f"    the base model has {before:.3f}, so this run is not graded")
+            continue
+        one["run"] = runs[0] | {"reward": rewards[0], "spread": spread}
         name = f"{file.name}: a short run reaches the reward of the solution's"
         one["tests"].append(dataclasses.asdict(hidden.Test(name, "loss", "run", [], 10)))
         one["picture"] = picture(file, runs[0], teacher, cache)
-        line = f"{rewards[0]:.3f} +-{2 * spread:.3f}"
-        say(f"{file.path}: the solution's short run ends at a reward of {line}")
 
 
-def picture(file, settings, teacher, cache):
+def picture(file, run, teacher, cache):
     """Draw the curves of the solution's short run into the student's folder -> the file's name.
 
     UserError: the command that the task sheet prints does not work.
     """
-    flags = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
     with tempfile.TemporaryDirectory() as work:
         tree = Path(work) / "tree"
         shutil.copytree(teacher / "tree", tree)
         (tree / file.path).write_text(file.source, encoding="utf-8")
-        command = [sys.executable, "train.py", "--method", file.name, *flags, "--out", "run"]
+        command = [sys.executable, "train.py", "--method", file.name, *ready.flags(run)]
         ran = subprocess.run(
-            command,
+            [*command, "--out", "run"],
             cwd=tree,
-            env=os.environ | {"NANOPREF_CACHE": str(cache)},
+            env=os.environ | {"NANOPREF_CACHE": str(cache.resolve())},
             capture_output=True,
             text=True,
         )

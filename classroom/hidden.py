@@ -26,16 +26,28 @@ FEW = 40  # calls of a test besides those that tell mutants apart
 # ---------------------------------------------------------------- calls
 
 
+# files besides the methods of which parts can be blanked, and what the tests know about them: calls
+# of these parts, PLAIN ways to write them, and the blanks that need not be filled
+PARTS = {"nanomodel": "tests.classroom.logps"}
+
+
+def place_of(name):
+    """The module with what the tests know about a file."""
+    return PARTS.get(name, f"tests.methods.test_{name}")
+
+
 def material(name):
     """What the tests of this project know about a method: its cases, inputs and equivalent edits.
 
-    UserError: the project's tests are not there, or the method has none.
+    For one of the PARTS, what they know about it. UserError: the project's tests are not there, or
+    the method has none.
     """
+    place = place_of(name)
     try:
-        return importlib.import_module(f"tests.methods.test_{name}")
+        return importlib.import_module(place)
     except ImportError:
         raise UserError(
-            f"tests/methods/test_{name}.py is missing: an assignment is made in a clone of the "
+            f"{place.replace('.', '/')}.py is missing: an assignment is made in a clone of the "
             "project, out of a method that has tests"
         ) from None
 
@@ -87,6 +99,34 @@ def loss_calls(module, tests, seed):
     return made
 
 
+def reached(names, call):
+    """The name of the blank that a call of blanked code ends at, or ""."""
+    found = answer(names, call)
+    start = "NotImplementedError: your turn: "
+    return found.removeprefix(start) if isinstance(found, str) and start in found else ""
+
+
+def blanked_names(module, wanted):
+    """The names of a module in which the targets are blanked."""
+    from tests import mutation
+
+    return mutation.execute(blank.blanked(inspect.getsource(module), wanted), module)[0]
+
+
+def reaching(module, tests, wanted, item):
+    """{name of a blank: fields of a Config, as few as possible, with which the loss meets it}."""
+    names, found = blanked_names(module, wanted), {}
+    single = [{name: value} for fields in tests.CASES for name, value in fields.items()]
+    for fields in [{}, *single, *tests.CASES]:
+        try:
+            cfg = module.Config(**fields)
+        except UserError:  # a field that no default variant has
+            continue
+        if takes(module, item, cfg):
+            found.setdefault(reached(names, ("loss", (*item, cfg))), fields)
+    return {name: fields for name, fields in found.items() if name}
+
+
 def recorded(module, function, made):
     """The arguments of all calls of a function of a module while its loss runs on the items."""
     owner = module
@@ -102,7 +142,7 @@ def recorded(module, function, made):
             key = str(form) + str([x.tolist() for x in tensors.values()])
             if key not in seen:
                 seen.add(key)
-                found.append(calls.unpack(form, tensors, module.Config))
+                found.append(calls.unpack(form, tensors, vars(module)))
 
     for item, cfg in made:
         leaf = properties.with_logps(item, item[0])
@@ -134,20 +174,24 @@ class Test:
     setting: dict = dataclasses.field(default_factory=dict)
 
 
-def tests_of(function, made, first, module):
-    """[Test] of values and gradients, of the default settings and of the others."""
+def tests_of(name, made):
+    """[Test] of values and gradients, of the default settings and of the others.
+
+    name: what was blanked. made: [(number of a call, its arguments)].
+    """
     default, other = [], []
-    for number, arguments in enumerate(made, first):
+    for number, arguments in made:
         configs = [x for x in arguments if dataclasses.is_dataclass(x)]
-        plain = not configs or configs[0] == module.Config()
+        plain = not configs or configs[0] == type(configs[0])()
         (default if plain else other).append(number)
+    if not default:  # a variant that is not the default one
+        default, other = other, []
     found = []
     for label, numbers, points in (("", default, 25), (", other settings", other, 15)):
         if numbers:
-            line = f"{function}: values{label}"
-            found.append(Test(line, function, "values", numbers, points))
-            line = f"{function}: gradients{label}"
-            found.append(Test(line, function, "gradients", numbers, points))
+            for kind in ("values", "gradients"):
+                line = f"{name}: {kind}{label}"
+                found.append(Test(line, name.split(":")[0], kind, numbers, points))
     return found
 
 
@@ -157,9 +201,32 @@ def all_tests(module, tests, wanted, seed):
     A function that cannot be called alone, because it takes an argument that cannot be written to a
     file, is tested through the loss. UserError: a function is no part of the loss.
     """
+    without, free = blanked_names(module, wanted), ()
+    if module.__name__ in PARTS:
+        entries, free = tests.calls(seed), tests.FREE
+    else:
+        entries = entries_of(module, tests, wanted, seed)
+    made, found = [], []
+    meets = {}  # {name of a blank: [(number of a call that meets it, its arguments)]}
+    for name, arguments in entries.items():
+        for each in arguments:
+            met = reached(without, (name, each))
+            if met:
+                meets.setdefault(met, []).append((len(made), each))
+                made.append((name, each))
+    for target in wanted:
+        if target.name not in meets and target.name not in free:
+            raise UserError(f"no input of the tests reaches {target.name}")
+        found += tests_of(target.name, meets.get(target.name, ()))
+    if not found:
+        raise UserError(f"no input of the tests reaches {wanted[0].name} alone")
+    return made, found
+
+
+def entries_of(module, tests, wanted, seed):
+    """{function: [arguments]}: the calls that test the blanked functions of a method."""
     names = list(dict.fromkeys(target.function for target in wanted))
     losses = loss_calls(module, tests, seed)
-    made, found = [], []
     parts = reachable(inspect.getsource(module))
     for name in names:
         if name not in parts:
@@ -173,12 +240,7 @@ def all_tests(module, tests, wanted, seed):
                 names.append("loss")
     if "loss" in names:
         entries["loss"] = [(*item, cfg) for item, cfg in losses]
-    for name, arguments in entries.items():
-        if not arguments:
-            raise UserError(f"no input of the tests reaches {name}")
-        found += tests_of(name, arguments, len(made), module)
-        made += [(name, each) for each in arguments]
-    return made, found
+    return entries
 
 
 def reachable(source):
@@ -199,16 +261,16 @@ def answer(names, call):
     for part in rest:
         owner = getattr(owner, part)
     try:
-        fresh = tuple(copied(x) for x in arguments)
+        fresh = tuple(copied(x, names) for x in arguments)
         return calls.result(owner, fresh, function == "loss")
     except Exception as error:  # noqa: BLE001 - a mutant may do anything
         return f"{type(error).__name__}: {error}"
 
 
-def copied(x):
-    """A copy of an argument whose leaf tensors share nothing with it."""
+def copied(x, names):
+    """A copy of an argument whose leaf tensors share nothing with it; names: of its module."""
     tensors = {}
-    return calls.unpack(calls.pack(x, tensors), tensors, type(x))
+    return calls.unpack(calls.pack(x, tensors), tensors, names)
 
 
 def agree(a, b, kind="both"):
@@ -279,12 +341,18 @@ def gate(module, tests, wanted, made, visible):
     from tests import mutation
 
     source = inspect.getsource(module)
+    if module.__name__ in PARTS:
+        source, wanted = in_plain_words(source, tests.PLAIN), blank.targets(",".join(tests.PLAIN))
     places = [place for target in wanted for place in lines_of(source, target)]
     functions = list(dict.fromkeys(target.function for target in wanted))
     expected = [answer(vars(module), call) for call in made]
     order, shown = list(range(len(made))), spread(len(made), SHOWN)
     result = Gate([], 0, [], [], shown, set())
     alive = []
+    if module.__name__ in PARTS:
+        names, _ = mutation.execute(source, module)
+        if not all(agree(answer(names, call), right) for call, right in zip(made, expected)):
+            raise UserError("the plain way to write it differs from the solution")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for mutant in mutation.mutants(source, functions):
@@ -308,23 +376,37 @@ def gate(module, tests, wanted, made, visible):
         for mutant in alive:
             if mutant.name in tests.SURVIVORS:
                 result.equivalent.append(mutant.name)
-            elif changes_habits(module, tests, mutant):
+            elif module.__name__ not in PARTS and changes_habits(module, tests, mutant):
                 result.habits.append(mutant.name)
             else:
+                place = place_of(module.__name__.split(".")[-1]).replace(".", "/")
                 raise UserError(
                     f"line {mutant.line}: `{mutant.after}` in place of `{mutant.before}` passes "
                     "the hidden tests: no assignment is written before an input tells them apart "
-                    f"(INPUTS in tests/methods/test_{module.__name__.split('.')[-1]}.py)"
+                    f"(INPUTS in {place}.py)"
                 )
     return result
+
+
+def in_plain_words(source, plain):
+    """A source with other bodies of some of its functions, {name: body}.
+
+    What a student would write is edited in their place where the shipped body also decides about
+    memory and devices.
+    """
+    lines, known = source.splitlines(), blank.functions(source)
+    for name in sorted(plain, key=lambda name: -known[name].lineno):
+        first, last = blank.body(source, known[name])
+        lines[first - 1 : last] = plain[name].splitlines()
+    return "\n".join(lines) + "\n"
 
 
 def lines_of(source, target):
     """[(first, last line)] of what a target blanks."""
     node = blank.functions(source)[target.function]
-    if not target.assignment:
+    if target.whole:
         return [(node.body[0].lineno, node.end_lineno)]
-    value = blank.assignments(node)[target.assignment - 1].value
+    value = blank.value_of(node, target)
     return [(value.lineno, value.end_lineno)]
 
 

@@ -5,7 +5,9 @@ for them. It knows no solution: `holding` finds the properties that a given loss
 this project, the tests in a handout and the grader use the same list.
 """
 
+import copy
 import dataclasses
+import math
 from collections import namedtuple
 from types import SimpleNamespace
 
@@ -13,7 +15,16 @@ import torch
 
 from classroom import calls
 
-Result = namedtuple("Result", "losses gradient touched")  # (B,), (B, K, T), bool
+
+class Result(namedtuple("Result", "losses gradient touched")):  # (B,), (B, K, T), bool
+    """The first tensor that a call returned, its gradient in the first argument, and a change."""
+
+    @classmethod
+    def of(cls, found):
+        """The Result of what `calls.result` returned."""
+        return cls(found["value0"], found["gradient0"], bool(found["touched"]))
+
+
 TINY = dict(rtol=1e-9, atol=1e-11)
 
 
@@ -322,9 +333,43 @@ PROPERTIES = {
 }
 
 
+# ---------------------------------------------------------------- log-probs of a model
+
+
+def flat_model(item):
+    """(model, batch) with all weights of the model 0, so that its logits are equal."""
+    model = copy.deepcopy(item[0])
+    for p in model.parameters():
+        p.data.zero_()
+    return model, item[1]
+
+
+LOGPS = {
+    "outside the mask": Property(
+        "log-probs are 0 outside batch.mask",
+        alone,
+        lambda r, c: not r[0].losses[~c[0][0][1].mask].any(),
+    ),
+    "at most 0": Property(
+        "a log-prob is at most 0, since a probability is at most 1, and below 0 inside batch.mask",
+        alone,
+        lambda r, c: bool((r[0].losses[c[0][0][1].mask] < 0).all() and (r[0].losses <= 0).all()),
+    ),
+    "ln V": Property(
+        "where all logits are equal, every token of a vocabulary of V has the log-prob -ln V",
+        lambda item, cfg: [(flat_model(item), {})],
+        lambda r, c: close(
+            r[0].losses, -math.log(c[0][0][0].config.vocab_size) * c[0][0][1].mask.double()
+        ),
+    ),
+}
+HELPERS = {"GPT.logps": LOGPS}  # the properties of functions other than a loss
+RULES = PROPERTIES | LOGPS
+
+
 def keeps(name, results, calls, cfg):
     """Whether the results of a property's calls keep it."""
-    rule = PROPERTIES[name]
+    rule = RULES[name]
     if name == "noisy labels":
         return rule.keeps(results, calls, cfg.epsilon)
     return bool(rule.keeps(results, calls))
@@ -340,7 +385,7 @@ def observe(module, item, fields, cfg):
         found = calls.result(module.loss, (logps.detach(), ref, batch, cfg), loss=True)
     else:
         found = calls.result(module.loss, (leaf, ref_logps, batch, cfg), loss=True)
-    return Result(found["value0"], found["gradient0"], bool(found["touched"]))
+    return Result.of(found)
 
 
 def holding(module, items, cfg):

@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass
 
-from classroom import properties
+from classroom import hidden, properties
 
 
 @dataclass(frozen=True)
@@ -23,20 +23,38 @@ class Ready:
 READY = {
     1: Ready(
         "DPO: from log-probs to a loss",
-        ((("dpo", "loss"),),),
-        "Write the loss of DPO. Sum the log-probs over the tokens of a response, subtract those of "
-        "the reference, and put the difference of the two log-ratios into a logistic loss. Then "
-        "run it with beta = {beta} and say why both log-probs may fall while the margin rises.",
+        ((("nanomodel", "GPT.logps,GPT._token_logps"), ("dpo", "loss")),),
+        "First the log-probs: turn the logits of a model into the log-prob of every token of the "
+        "responses. `self.logits(batch)` returns the logits (B, K, T, V), each from the hidden "
+        "state before the token that it predicts; `batch.target` (B, K, T) has the tokens, and "
+        "`batch.mask` says which of them count. A few lines suffice. `GPT._token_logps`, with "
+        "which the project saves memory, is blank as well: you may use it or not.\n\n"
+        "Then the loss of DPO: sum the log-probs over the tokens of a response, subtract those of "
+        "the reference, and put the difference of the two log-ratios into a logistic loss. "
+        "Train a language model with both,\n\n"
+        "    python train.py --method dpo --world reviews --beta {beta}\n\n"
+        "and say why both log-probs may fall while the margin rises.",
         (("beta", ("0.05", "0.1", "0.3")),),
     ),
     2: Ready(
-        "Noisy labels: the unbiased loss of rDPO",
-        ((("rdpo", "loss"),),),
-        "A share of {flip} of the labels is flipped. Write the loss whose mean over the flips is "
-        "the loss of clean labels. Then train with the right epsilon and with epsilon 0 at flip "
-        "rates of 0, 0.1, 0.2, 0.3 and 0.4, and plot the true reward against the flip rate:\n\n"
-        "    python train.py --method rdpo --world bandit --flip 0,0.1,0.2,0.3,0.4 "
-        "--epsilon {epsilon} --seeds 3",
+        "Noisy labels: IPO, conservative DPO and the unbiased loss of rDPO",
+        ((("rdpo", "loss"), ("survey", "loss:ipo,loss:ipo_mean,loss:cdpo,loss:rdpo")),),
+        "A share of {flip} of the labels is flipped. Write the loss of rDPO, whose mean over the "
+        "flips is the loss of clean labels, in its own file and as one line of the survey. Beside "
+        "it write two lines of the survey that were made for noise as well: conservative DPO, "
+        "which averages DPO's loss over both labels with the weights 1 - epsilon and epsilon; and "
+        "IPO, which moves the difference h of the log-ratios to 1 / (2 tau) by least squares "
+        "(`ipo_mean`: h of log-ratios that are means over tokens). Then train at several flip "
+        "rates, with the right epsilon and with epsilon = {epsilon} at every rate, and plot the "
+        "true reward against the flip rate:\n\n"
+        "    F=0,0.1,0.2,0.3,0.4\n"
+        "    python train.py --method survey --variant dpo,ipo --world bandit --flip $F --seeds 3\n"
+        "    python train.py --method survey --variant cdpo,rdpo --world bandit --flip $F "
+        "--epsilon =flip --seeds 3\n"
+        "    python train.py --method survey --variant cdpo,rdpo --world bandit --flip $F "
+        "--epsilon {epsilon} --seeds 3\n\n"
+        "Which of the four losses gains from knowing the flip rate, and what does rDPO pay for a "
+        "wrong epsilon?",
         (("flip", ("0.2", "0.3")), ("epsilon", ("0.2", "0.3"))),
     ),
     3: Ready(
@@ -106,12 +124,17 @@ def chosen(number, seed):
     return item.title, rng.choice(item.options), item.task.format(**numbers)
 
 
+def path_of(name):
+    """The path of a file of an assignment, given its name."""
+    return f"{name}.py" if name in hidden.PARTS else f"methods/{name}.py"
+
+
 def listing():
     """The lines of `assign.py --list`."""
     lines = ["python assign.py NUMBER --out FOLDER writes one of these:"]
     for number, item in READY.items():
         blanks = " or ".join(
-            " and ".join(f"methods/{name}.py ({text})" for name, text in option)
+            " and ".join(f"{path_of(name)} ({text})" for name, text in option)
             for option in item.options
         )
         lines.append(f"{number:>3}  {item.title}: {blanks}")
@@ -121,6 +144,12 @@ def listing():
 
 
 # ---------------------------------------------------------------- the task sheet
+
+
+def flags(run):
+    """The words of the command line of a short run."""
+    both = run["settings"] | run["fields"]
+    return [word for name, value in both.items() for word in (f"--{name}", str(value))]
 
 
 def readme(about, files, task, kept):
@@ -155,20 +184,23 @@ def readme(about, files, task, kept):
         '    python -m pytest                       every test says "your turn" at first',
     ]
     for file, one in zip(files, about["files"]):
+        if file.name in hidden.PARTS:
+            continue
         lines.append(f"    python train.py --method {file.name}")
         if one.get("run"):
-            run = one["run"]["settings"]
-            flags = " ".join(f"--{name} {value}" for name, value in run.items())
             lines += [
                 "",
                 f"A right solution of `{file.name}` ends at a true reward of about "
                 f"{one['run']['reward']:.2f} in this short run:",
                 "",
-                f"    python train.py --method {file.name} {flags} --out run",
+                f"    python train.py --method {file.name} {' '.join(flags(one['run']))} --out run",
                 "",
                 f"Its curves are in {one['picture']}.",
+                "",
             ]
-    lines += ["", "## The visible tests", ""]
+    if lines[-1]:
+        lines.append("")
+    lines += ["## The visible tests", ""]
     names = {
         test["name"].split(": ", 1)[1]
         for one in about["files"]
@@ -176,9 +208,7 @@ def readme(about, files, task, kept):
         if test["kind"] == "property"
     }
     lines += [
-        f"- {name}: {rule.sentence}."
-        for name, rule in properties.PROPERTIES.items()
-        if name in names
+        f"- {name}: {rule.sentence}." for name, rule in properties.RULES.items() if name in names
     ]
     lines += [
         "",

@@ -38,18 +38,25 @@ def your_turn(case):
     return f"your turn: write {case.function} in {case.module.replace('.', '/')}.py"
 
 
+def of_loss(name):
+    """Whether a blank is the loss or a part of it."""
+    return name.split(":")[0] == "loss"
+
+
 def failure(folder, case):
     """What is wrong with a function, as one line; None if it has the property."""
     _, inputs = load(folder)
     forms, tensors = inputs[case.module]
     module = importlib.import_module(case.module)
     try:
-        if case.function != "loss":
-            return shape_of_helper(module, case, forms, tensors)
+        if not of_loss(case.function):
+            form = next(form for form in forms if form["function"] == case.function)
+            arguments = calls.unpack(form["arguments"], tensors, vars(module))
+            return of_helper(module, case.function, case.property, arguments, form["shapes"])
         cfg = module.Config(**case.setting)
         for form in forms:
             if form["function"] == "loss":
-                *item, _ = calls.unpack(form["arguments"], tensors, module.Config)
+                *item, _ = calls.unpack(form["arguments"], tensors, vars(module))
                 if not keeps(module, case.property, tuple(item), cfg):
                     return properties.PROPERTIES[case.property].sentence
     except NotImplementedError:
@@ -67,15 +74,19 @@ def keeps(module, name, item, cfg):
     )
 
 
-def shape_of_helper(module, case, forms, tensors):
-    """What is wrong with the shapes that a function returns for the stored calls; None: nothing."""
+def of_helper(module, function, name, arguments, shapes):
+    """What is wrong with a function other than a loss, for one call; None: nothing.
+
+    name: one of its properties, or "shapes": those of what it returns.
+    """
     owner = module
-    for part in case.function.split("."):
+    for part in function.split("."):
         owner = getattr(owner, part)
-    for form in forms:
-        if form["function"] == case.function:
-            found = calls.result(owner, calls.unpack(form["arguments"], tensors, module.Config))
-            shapes = [list(x.shape) for name, x in found.items() if name.startswith("value")]
-            if shapes != form["shapes"]:
-                return f"{case.function} returns shapes {shapes}, expected {form['shapes']}"
-    return None
+    if name == "shapes":
+        found = calls.result(owner, arguments)
+        made = [list(x.shape) for key, x in found.items() if key.startswith("value")]
+        return None if made == shapes else f"{function} returns shapes {made}, expected {shapes}"
+    rule = properties.RULES[name]
+    group = rule.calls(arguments, None)
+    results = [properties.Result.of(calls.result(owner, each)) for each, _ in group]
+    return None if properties.keeps(name, results, group, None) else rule.sentence

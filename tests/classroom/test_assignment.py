@@ -15,10 +15,12 @@ import torch
 
 import assign
 import grade
-from classroom import grader, handout, hidden, outputs, package, ready
+import nanomodel
+from classroom import calls, grader, handout, hidden, larger, outputs, package, ready
 from data import UserError
 from lab import settings
 from tests import mutation
+from tests.classroom import logps
 
 ROOT = Path(handout.__file__).parents[1]
 BLANK = '    raise NotImplementedError("your turn: loss")'
@@ -196,6 +198,130 @@ def test_every_mutant_has_less_than_full_marks(sheet):
     others = sheet.one["mutants"]["others"]
     assert set(others) <= set(full)
     assert all(name in others or "_detached" in name for name in full)
+
+
+# ---- parts of a loss, and of the model
+
+
+def written(tmp_path, monkeypatch, path, text):
+    """An assignment of one file without a short run -> (its folder, its Sheet)."""
+    monkeypatch.setattr(handout, "measure_runs", without_runs)
+    files = handout.files_of([ROOT / path], [text])
+    about = handout.write(files, tmp_path / "hw", say=lambda line: None)
+    return tmp_path / "hw", grader.Sheet(tmp_path / "hw/grader", about["files"][0])
+
+
+def marks_of(sheet, source):
+    """The rows of a source of any file, run in this process."""
+    names = {"__name__": sheet.one["module"], "__file__": sheet.one["path"]}
+    names["_detached"] = lambda x: x.detach()
+    exec(compile(source, sheet.one["path"], "exec"), names)
+    return sheet.mark([hidden.answer(names, call) for call in sheet.calls], None)
+
+
+@pytest.mark.slow
+def test_one_line_of_the_survey_can_be_assigned_alone(tmp_path, monkeypatch):
+    folder, sheet = written(tmp_path, monkeypatch, "methods/survey.py", "loss:cdpo")
+    blanked = (folder / "student/methods/survey.py").read_text()
+    names = {test["name"].split(": ")[0] for test in sheet.one["tests"]}
+    assert names == {"loss:cdpo"} and {call[1][3].variant for call in sheet.calls} == {"cdpo"}
+    assert {row[2] for row in marks_of(sheet, blanked)} == {"not attempted"}
+    for line, right in (
+        ("-log_s(z) + epsilon * z", True),
+        ("(1 - epsilon) * F.softplus(-z) + epsilon * F.softplus(z)", True),
+        ("-log_s(z) - epsilon * z", False),
+        ("-log_s(z)", False),
+    ):
+        got = points(marks_of(sheet, blanked.replace('your_turn("loss:cdpo")', line)))
+        assert (got == 100) == right, line
+    assert points(marks_of(sheet, blanked.replace('your_turn("loss:cdpo")', "0 * z"))) <= 10
+
+
+def test_a_call_with_a_model_is_written_and_read_back(tmp_path):
+    function, arguments = "GPT.logps", logps.calls(3)["GPT.logps"][0]
+    calls.write(tmp_path, "calls", [(function, arguments)])
+    (form,), tensors = calls.read(tmp_path, "calls")
+    again = calls.unpack(form["arguments"], tensors, vars(nanomodel))
+    right = hidden.answer(vars(nanomodel), (function, arguments))
+    assert hidden.agree(hidden.answer(vars(nanomodel), (function, again)), right)
+    assert len([key for key in right if key.startswith("gradient")]) == len(
+        list(arguments[0].parameters())
+    )
+
+
+@pytest.mark.slow
+def test_the_log_probs_of_the_model_can_be_assigned(tmp_path, monkeypatch):
+    both = "GPT.logps,GPT._token_logps"
+    folder, sheet = written(tmp_path, monkeypatch, "nanomodel.py", both)
+    blanked = (folder / "student/nanomodel.py").read_text()
+    turn = '        raise NotImplementedError("your turn: GPT.logps")'
+    assert "F.cross_entropy" not in blanked and turn in blanked
+    rows = marks_of(sheet, blanked)
+    assert {row[2] for row in rows} == {"not attempted"} and points(rows) == 0
+    assert points(marks_of(sheet, (ROOT / "nanomodel.py").read_text())) == 100
+    plain = blanked.replace(turn, logps.PLAIN["GPT.logps"])
+    assert points(marks_of(sheet, plain)) == 100
+    zeros = blanked.replace(turn, "        return self.logits(batch)[..., 0] * 0")
+    assert points(marks_of(sheet, zeros)) <= 10
+    edits = mutation.mutants(plain, ["GPT.logps"])
+    assert len(edits) > 10 and all(points(marks_of(sheet, m.source)) < 100 for m in edits)
+    said = " ".join(row[3] for row in marks_of(sheet, plain.replace(" * batch.mask", "")))
+    assert "This equals the solution with a mistake: batch.mask is missing" in said
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests"]
+    for text, passed in ((blanked, 0), (plain, 4)):
+        (folder / "student/nanomodel.py").write_text(text)
+        ran = subprocess.run(command, cwd=folder / "student", capture_output=True, text=True)
+        assert ("your turn: write GPT.logps in nanomodel.py" in ran.stdout) == (not passed)
+        assert (f"{passed} passed" in ran.stdout) == bool(passed), ran.stdout
+
+
+# ---- short runs
+
+
+def test_a_short_run_that_tells_nothing_is_not_graded(tmp_path, monkeypatch):
+    files = handout.files_of([ROOT / "methods/rdpo.py"], ["loss"])
+    (tmp_path / "tree").mkdir()
+    for before, graded in ((0.4, True), (0.7, False)):
+        said, about = [], {"files": [{"path": "methods/rdpo.py", "tests": []}]}
+        teacher = tmp_path / str(before)
+        teacher.mkdir()
+        rewards = iter([0.9, 0.8, 1.0, before])  # of three seeds, and of the base model
+        monkeypatch.setattr(grader, "Job", lambda *about: types.SimpleNamespace(run_only=list))
+        monkeypatch.setattr(grader, "reward_of", lambda weights, settings: next(rewards))
+        monkeypatch.setattr(handout, "picture", lambda *about: "expected.png")
+        handout.measure_runs(files, about, teacher, said.append)
+        one = about["files"][0]
+        assert bool(one["run"]) == graded == bool(one["tests"])
+        assert ("is not graded" in " ".join(said)) == (not graded)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["grpo", "disco"])
+def test_the_short_run_of_a_method_with_a_verifier_tells_right_from_wrong(name, monkeypatch):
+    module = importlib.import_module(f"methods.{name}")
+    settings, plain = handout.run_settings(module), module.loss
+    rewards = [grader.reward_of(None, settings)]
+    for sign in (1, 0, -1):
+
+        def loss(*arguments, sign=sign):
+            losses, metrics = plain(*arguments)
+            return sign * losses, metrics
+
+        monkeypatch.setattr(module, "loss", loss)
+        policy = module.run(grader.lab_of(settings), module.Config())
+        rewards.append(grader.reward_of(policy.state_dict(), settings))
+    base, right, nothing, wrong = rewards
+    assert nothing == base and right > base + 0.15 and wrong < base
+
+
+def test_the_larger_of_two_digits():
+    world = larger.World()
+    rewards = world.reward(["38=", "83=", "38=", "38=", "44="], ["8", "8", "3", "88", "4"])
+    assert rewards.tolist() == [1, 1, 0, 0, 1] and rewards.dtype == torch.float64
+    rows, again = (world.demonstrations(500, torch.Generator().manual_seed(1)) for _ in range(2))
+    assert rows == again
+    right = world.reward([r["prompt"] for r in rows], [r["responses"][0] for r in rows]).mean()
+    assert 0.6 < right < 0.75  # the wrong ones are right by chance now and then
 
 
 # ---- submissions in their own process

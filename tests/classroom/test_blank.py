@@ -1,6 +1,7 @@
 """Blanking by syntax tree, and the lines that give a blank away."""
 
 import pytest
+import torch
 
 from classroom import blank
 from data import UserError
@@ -78,13 +79,51 @@ def test_the_right_side_of_one_assignment_goes():
     assert 'z = your_turn("loss:2")  # the margin' in kept
 
 
+TABLE = """import torch
+
+
+def loss(h, tau, variant):
+    losses = {
+        "ipo": lambda: (h - 1 / (2 * tau)).square(),  # the target
+        "hinge": lambda: (
+            (1 - h).clamp(min=0)  # RSO
+        ),
+        "flat": h * tau,
+    }
+    return losses[variant]()
+"""
+
+
+def test_one_entry_of_a_dict_goes_and_the_others_still_run():
+    text = blank.blanked(TABLE, blank.targets("loss:ipo,loss:hinge"))
+    assert '"ipo": lambda: your_turn("loss:ipo"),' in lines_of(text) and blank.IMPORT in text
+    assert "the target" not in text and "clamp" not in text
+    names = {}
+    exec(text, names)
+    for variant in ("ipo", "hinge"):
+        with pytest.raises(NotImplementedError, match=f"your turn: loss:{variant}"):
+            names["loss"](torch.ones(2), 0.5, variant)
+    text = blank.blanked(TABLE, blank.targets("loss:flat"))
+    assert '"flat": your_turn("loss:flat"),' in lines_of(text)
+    with pytest.raises(UserError, match="loss has no dict with a key kto"):
+        blank.blanked(TABLE, blank.targets("loss:kto"))
+
+
+def test_a_blanked_entry_is_found_in_another_lambda():
+    code = blank.code_of(TABLE, blank.targets("loss:ipo,loss:flat"))
+    assert code == ["(h - 1 / (2 * tau)).square()", "h * tau"]
+    other = "def f(h, tau):\n    return lambda: (h - 1 / (2 * tau)).square()\n"
+    assert blank.leaks(code, {"a.py": other}) == [("a.py", 2, code[0])]
+    assert blank.leaks(code, {"a.py": "x = h * tau\n"}) == [("a.py", 1, code[1])]
+
+
 def test_a_method_of_a_class_is_named_with_its_class():
     text = blank.blanked(SOURCE, blank.targets("Model.forward"))
     assert 'raise NotImplementedError("your turn: Model.forward")' in lines_of(text)
     assert "self.bias" not in text
 
 
-@pytest.mark.parametrize("text", ["", "loss:", "loss:0", "loss:x", ":2", "loss,,gap"])
+@pytest.mark.parametrize("text", ["", "loss:", "loss:0", "loss:-1", ":2", "loss,,gap"])
 def test_a_target_that_is_none_is_refused(text):
     with pytest.raises(UserError, match="expected a function"):
         blank.targets(text)
