@@ -50,10 +50,38 @@ def parsed(arguments):
     return parser, parser.parse_args(arguments)
 
 
+def write(given, out):
+    """Write the assignment that a command line asks for. UserError: it cannot be written."""
+    from classroom import handout, ready, tasks
+
+    title, task, written, paths, texts = None, "", (), given.what, given.blank or ["loss"]
+    if len(given.what) == 1 and given.what[0].isdecimal():
+        number = int(given.what[0])
+        if number not in ready.READY and number not in ready.TASKS:
+            raise UserError(f"no ready-made assignment {number}; see --list")
+        if given.blank:
+            raise UserError("a ready-made assignment says itself what is blanked: leave --blank")
+        if number in ready.TASKS:
+            if given.keep:
+                raise UserError(f"nothing is blanked in assignment {number}: leave --keep")
+            return tasks.write(ready.TASKS[number], out, given.seed)
+        title, option, task = ready.chosen(number, given.seed)
+        written = ready.by_hand(ready.READY[number].written)
+        paths = [handout.ROOT / ready.path_of(name) for name, _ in option]
+        texts = [text for _, text in option]
+    if len(texts) == 1:
+        texts = texts * len(paths)
+    if len(texts) != len(paths):
+        raise UserError(f"{len(texts)} times --blank for {len(paths)} files")
+    files = handout.files_of(paths, texts)
+    kept = bool(given.keep)
+    return handout.write(files, out, given.seed, kept, title, task, written=written)
+
+
 def main(arguments=None):
     """Carry out a command line -> its exit status."""
     parser, given = parsed(arguments)
-    from classroom import handout, package, ready
+    from classroom import package, ready
 
     if given.list:
         print(ready.listing())
@@ -66,24 +94,7 @@ def main(arguments=None):
             raise UserError(f"{out} exists: choose another --out, or add --overwrite")
         if given.overwrite and out.exists() and not (out / "grader/assignment.json").is_file():
             raise UserError(f"{out} is no assignment, so it is not replaced")
-        title, task, paths, texts = None, "", given.what, given.blank or ["loss"]
-        if len(given.what) == 1 and given.what[0].isdecimal():
-            number = int(given.what[0])
-            if number not in ready.READY:
-                raise UserError(f"no ready-made assignment {number} with a grader; see --list")
-            if given.blank:
-                raise UserError(
-                    "a ready-made assignment says itself what is blanked: leave --blank"
-                )
-            title, option, task = ready.chosen(number, given.seed)
-            paths = [handout.ROOT / ready.path_of(name) for name, _ in option]
-            texts = [text for _, text in option]
-        if len(texts) == 1:
-            texts = texts * len(paths)
-        if len(texts) != len(paths):
-            raise UserError(f"{len(texts)} times --blank for {len(paths)} files")
-        files = handout.files_of(paths, texts)
-        handout.write(files, out, given.seed, bool(given.keep), title, task)
+        write(given, out)
         if given.gradescope:
             print(f"written: {package.write(out)}")
         print(f"written: {out}/student and {out}/grader; next: python grade.py {out}/grader FOLDER")

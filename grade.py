@@ -2,10 +2,12 @@
 
     python grade.py hw3/grader submissions/ --out results/
     python grade.py hw3/grader submissions/ --out results/ --jobs 2 --user nobody
+    python grade.py hw9/grader submissions/ --out results/ --written results/by_hand.csv
 
 A submission is a folder with the listed files, or, if one file is asked for, a Python file. Each
 runs in a process of its own with limits on time and memory. --out holds STUDENT.md, STUDENT.json
-(Gradescope's results.json), STUDENT.xml (JUnit) and class.csv. The exit status is 0 when all
+(Gradescope's results.json), STUDENT.xml (JUnit) and class.csv; by_hand.csv lists what a teacher has
+to mark. The exit status is 0 when all
 submissions were graded, whatever their marks, and 2 when the command itself cannot be carried out.
 """
 
@@ -33,6 +35,11 @@ def parsed(arguments):
         "--seconds", type=float, default=20.0, help="limit for one call of a function"
     )
     parser.add_argument(
+        "--written",
+        metavar="FILE",
+        help="the points of what is marked by hand: OUT/by_hand.csv, filled in",
+    )
+    parser.add_argument(
         "--user", help="run submissions as this user, who cannot read the grader (needs root)"
     )
     return parser.parse_args(arguments)
@@ -54,14 +61,16 @@ def main(arguments=None):
             raise UserError("--jobs and --seconds are positive numbers")
         about = json.loads((folder / "assignment.json").read_text())
         found = grader.submissions(given.submissions, about)
+        marks = outputs.read_by_hand(given.written) if given.written else {}
         out = Path(given.out)
         out.mkdir(parents=True, exist_ok=True)
-        sheets = [grader.Sheet(folder, one) for one in about["files"]]
+        sheets = [grader.sheet_of(folder, one) for one in about["files"]]
 
         def one(student):
             rows, seconds = grader.grade(
                 folder, about, sheets, found[student], given.seconds, given.user
             )
+            rows = outputs.marked_by_hand(rows, student, marks)
             outputs.write(out, student, about, rows, seconds)
             return student, rows
 
@@ -71,6 +80,8 @@ def main(arguments=None):
                 graded[student] = rows
                 print(f"{printable(student):<24} {outputs.total(rows)[0]:5.1f} points", flush=True)
         outputs.write_class(out, graded)
+        if outputs.write_by_hand(out, graded):
+            print(f"written: {out}/by_hand.csv; fill in its points for --written")
         print(f"written: {out}/class.csv, and a page per student")
         return 0
     except UserError as error:

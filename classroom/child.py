@@ -90,6 +90,10 @@ def main(folder):
         arguments = calls.unpack(form["arguments"], tensors, names)
         return calls.result(owner, arguments, form["function"] == "loss")
 
+    def last(run):
+        """A short run of a method, or a call that takes as long."""
+        return one(run) if "function" in run else short_run(run)
+
     def short_run(run):
         if failed is not None:
             raise ImportError(f"the file cannot be imported: {type(failed).__name__}: {failed}")
@@ -112,7 +116,7 @@ def main(folder):
         if number < len(forms):
             answer(number, lambda form=forms[number]: one(form))
         else:
-            answer(number, lambda n=number: short_run(job["runs"][n - len(forms)]))
+            answer(number, lambda n=number: last(job["runs"][n - len(forms)]))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from classroom import calls, hidden, properties
+from classroom import calls, hidden, outputs, properties
 from data import UserError, printable
 
 START = 90.0  # seconds in which torch is imported, and in which a short run ends
@@ -75,7 +75,9 @@ class Job:
             reason = "the grader stopped after several processes that ended early"
             if starts <= RESTARTS:
                 job = dict(module=self.one["module"], token=token, first=first, count=count)
-                job |= dict(memory=MEMORY, written=WRITTEN, runs=runs)
+                # a card maps far more addresses than it has memory
+                memory = -1 if self.one.get("kind") == "step" else MEMORY
+                job |= dict(memory=memory, written=WRITTEN, runs=runs)
                 (self.work / "job.json").write_text(json.dumps(job))
                 reason = self.process(token, first, count)
                 starts += 1
@@ -305,6 +307,42 @@ class Sheet:
         return None
 
 
+class TaskSheet:
+    """What is judged of a file that has no solution: a world, or a training step."""
+
+    def __init__(self, folder, one):
+        self.one = one
+
+    def mark(self, answers, weights=None):
+        """[(test, points, status, message)] for the answers to all calls."""
+        from classroom import promises
+
+        known = {}
+        for form, found in zip(self.one["asked"], answers):
+            if not isinstance(found, str):
+                count = sum(name.startswith("value") for name in found)
+                found = [found.get(f"value{i}") for i in range(count)]
+            known[tuple(form)] = found
+        verdicts = promises.verdicts(self.one["kind"], self.one["seed"], known.__getitem__)
+        rows, broken = [], False
+        for test, (promise, wrong, judged) in zip(self.one["tests"], verdicts):
+            status = "failed" if wrong else "passed"
+            if isinstance(wrong, promises.ByHand):
+                status = outputs.BY_HAND
+            elif wrong and not judged and TURN in wrong:
+                status = "not attempted"
+            broken |= promise.required and judged and status == "failed"
+            rows.append([test, test["points"] if wrong is None else 0, status, wrong or ""])
+        for row in rows:
+            row[1] = 0 if broken else row[1]
+        return rows
+
+
+def sheet_of(folder, one):
+    """The Sheet or TaskSheet of a file of an assignment."""
+    return TaskSheet(folder, one) if "kind" in one else Sheet(folder, one)
+
+
 # ---------------------------------------------------------------- submissions
 
 
@@ -361,13 +399,15 @@ def grade(folder, about, sheets, submitted, seconds=20.0, user=None):
         if not isinstance(source, str):
             rows += [(one, test, 0, "not attempted", str(source)) for test in one["tests"]]
             continue
-        runs = [one["run"]] if one["run"] else []
+        runs = one["long"] if "kind" in one else [one["run"]] if one["run"] else []
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
             if user:
                 os.chmod(work, 0o755)
             # the other files are those of the handout: a mistake in one of them costs nothing here
             job = Job(folder, one, work, {one["path"]: source}, folder / "cache", seconds, user)
             answers = job.run(runs)
-        weights = answers.pop() if runs else None
+        weights = answers.pop() if runs and "kind" not in one else None
         rows += [(one, *row) for row in sheet.mark(answers, weights)]
+    for test in about.get("written", ()):
+        rows.append((about["files"][0], test, 0, outputs.BY_HAND, test["sentence"]))
     return rows, time.monotonic() - start

@@ -185,23 +185,19 @@ def run_settings(module):
 # ---------------------------------------------------------------- writing
 
 
-def write(files, out, seed=0, keep_comments=False, title=None, task="", say=print):
-    """Write an assignment to a folder. UserError: a mutant survives, or something leaks."""
+def write(files, out, seed=0, keep_comments=False, title=None, task="", say=print, written=()):
+    """Write an assignment to a folder. UserError: a mutant survives, or something leaks.
+
+    written: the tests that a teacher marks by hand.
+    """
     tree, telling = hide(files, keep_comments)
     say("blanked: " + "; ".join(f"{f.path} ({', '.join(t.name for t in f.wanted)})" for f in files))
     if telling:
         say("left out, since they hold the same lines: " + ", ".join(telling))
-    out = Path(out)
-    half = out.with_name(out.name + ".half")
-    shutil.rmtree(half, ignore_errors=True)
+    half = begun(out, tree, TEST)
     student, teacher = half / "student", half / "grader"
-    for path, text in tree.items():
-        (student / path).parent.mkdir(parents=True, exist_ok=True)
-        (student / path).write_text(text, encoding="utf-8")
-    (student / "tests").mkdir()
-    (student / "tests/test_assignment.py").write_text(TEST, encoding="utf-8")
-    teacher.mkdir()
     about = {"title": title or ", ".join(file.name for file in files), "seed": seed, "files": []}
+    about["written"] = list(written)
     public = {"files": []}
     for file in files:
         one, cases = write_file(file, student / "tests", teacher / file.name, seed, say)
@@ -213,11 +209,29 @@ def write(files, out, seed=0, keep_comments=False, title=None, task="", say=prin
     measure_runs(files, about, teacher, say)
     (teacher / "assignment.json").write_text(json.dumps(about, indent=1))
     text = ready.readme(about, files, task, keep_comments)
-    (student / "README.md").write_text(text, encoding="utf-8")
+    ended(out, text)
+    return about
+
+
+def begun(out, tree, test):
+    """Write {path: text} and the visible tests to a folder beside OUT, which it will become."""
+    half = Path(out).with_name(Path(out).name + ".half")
+    shutil.rmtree(half, ignore_errors=True)
+    for path, text in (tree | {"tests/test_assignment.py": test}).items():
+        (half / "student" / path).parent.mkdir(parents=True, exist_ok=True)
+        (half / "student" / path).write_text(text, encoding="utf-8")
+    (half / "grader").mkdir()
+    return half
+
+
+def ended(out, readme):
+    """Write the task sheet, and put the folder that `begun` made in the place of OUT."""
+    out = Path(out)
+    half = out.with_name(out.name + ".half")
+    (half / "student/README.md").write_text(readme, encoding="utf-8")
     if out.exists():
         shutil.rmtree(out)
     half.rename(out)
-    return about
 
 
 def write_file(file, public, folder, seed, say):

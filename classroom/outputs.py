@@ -4,7 +4,11 @@ import csv
 import json
 from xml.etree import ElementTree
 
-STATUS = {"passed": "passed", "failed": "failed", "not attempted": "failed"}
+from data import UserError
+
+STATUS = {"passed": "passed", "failed": "failed", "not attempted": "failed", "marked": "passed"}
+BY_HAND = "by hand"  # the status of what a teacher has not marked yet
+COLUMNS = ["student", "test", "most", "points"]  # of by_hand.csv
 
 
 def total(rows):
@@ -17,6 +21,10 @@ def page(student, about, rows):
     """The result of one student as Markdown."""
     points, most = total(rows)
     lines = [f"# {about['title']}: {student}", "", f"**{points:.1f} of {most:.0f} points**", ""]
+    waiting = [test["points"] for _, test, _, status, _ in rows if status == BY_HAND]
+    if waiting:
+        share = 100 * sum(waiting) / sum(test["points"] for _, test, *_ in rows)
+        lines += [f"Up to {share:.1f} more are marked by hand.", ""]
     for one in about["files"]:
         lines += [f"## {one['path']}", "", "| test | points | result |", "|---|---|---|"]
         for file, test, got, status, message in rows:
@@ -36,7 +44,7 @@ def gradescope(rows, seconds):
             "name": test["name"],
             "score": got,
             "max_score": test["points"],
-            "status": STATUS[status],
+            **({"status": STATUS[status]} if status in STATUS else {}),
             "output": f"{status}: {message}" if message else status,
             "visibility": "visible" if test["visible"] else "after_published",
         }
@@ -47,7 +55,8 @@ def gradescope(rows, seconds):
 
 def junit(student, rows):
     """The result as JUnit XML."""
-    failed = sum(status != "passed" for *_, status, _ in rows)
+    passed = ("passed", "marked", BY_HAND)
+    failed = sum(status not in passed for *_, status, _ in rows)
     suite = ElementTree.Element(
         "testsuite", name=clean(student), tests=str(len(rows)), failures=str(failed)
     )
@@ -55,7 +64,9 @@ def junit(student, rows):
         case = ElementTree.SubElement(
             suite, "testcase", classname=file["module"], name=clean(test["name"])
         )
-        if status != "passed":
+        if status == BY_HAND:
+            ElementTree.SubElement(case, "skipped", message=clean(message))
+        elif status not in passed:
             ElementTree.SubElement(case, "failure", type=status, message=clean(message))
     return ElementTree.tostring(suite, encoding="unicode")
 
@@ -73,6 +84,11 @@ def write(folder, student, about, rows, seconds):
     (folder / f"{student}.xml").write_text(junit(student, rows), encoding="utf-8")
 
 
+def cell(student):
+    """A name that no spreadsheet takes for a formula."""
+    return f"'{student}" if student[:1] in "=+-@" else student
+
+
 def write_class(folder, graded):
     """Write class.csv: one line per student, the points of every test beside the total."""
     names = [test["name"] for _, test, *_ in next(iter(graded.values()))]
@@ -80,5 +96,60 @@ def write_class(folder, graded):
         writer = csv.writer(file)
         writer.writerow(["student", "points", *names])
         for student, rows in graded.items():
-            name = f"'{student}" if student[:1] in "=+-@" else student  # no formula in a sheet
-            writer.writerow([name, f"{total(rows)[0]:.1f}", *(row[2] for row in rows)])
+            points = ["" if row[3] == BY_HAND else row[2] for row in rows]
+            writer.writerow([cell(student), f"{total(rows)[0]:.1f}", *points])
+
+
+# ---------------------------------------------------------------- what a teacher marks
+
+
+def write_by_hand(folder, graded):
+    """Write by_hand.csv, a line for everything that a teacher has to mark -> whether there is any.
+
+    A file that is there already is left as it is, since a teacher may have filled it in.
+    """
+    lines = [
+        [cell(student), test["name"], test["points"], ""]
+        for student, rows in graded.items()
+        for _, test, _, status, _ in rows
+        if status == BY_HAND
+    ]
+    if lines and not (folder / "by_hand.csv").exists():
+        with open(folder / "by_hand.csv", "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([COLUMNS, *lines])
+    return bool(lines)
+
+
+def read_by_hand(path):
+    """{(student, test): points} of a by_hand.csv without its empty cells. UserError: a mistake."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            lines = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--written {path}: it cannot be read") from error
+    marks = {}
+    for number, line in enumerate(lines, 2):
+        if not set(COLUMNS) <= set(line):
+            raise UserError(f"--written {path}: expected the columns {', '.join(COLUMNS)}")
+        if line["points"]:
+            try:
+                points, most = float(line["points"]), float(line["most"])
+            except (TypeError, ValueError):
+                points, most = -1.0, 0.0
+            if not 0 <= points <= most:
+                raise UserError(
+                    f"--written {path}, line {number}: points {line['points']} are not a number "
+                    f"from 0 to {line['most']}"
+                )
+            marks[line["student"], line["test"]] = points
+    return marks
+
+
+def marked_by_hand(rows, student, marks):
+    """The rows, with the points that a teacher gave where nothing else has marked them."""
+    done = []
+    for file, test, points, status, message in rows:
+        if status == BY_HAND and (cell(student), test["name"]) in marks:
+            points, status = min(marks[cell(student), test["name"]], test["points"]), "marked"
+        done.append((file, test, points, status, message))
+    return done

@@ -1,7 +1,9 @@
 """The zip that Gradescope takes as an autograder.
 
 Gradescope builds a container out of it: setup.sh installs what is needed and makes a second user,
-run_autograder grades the one submission that lies in /autograder/submission.
+run_autograder grades the one submission that lies in /autograder/submission. Outside of such a
+container, AUTOGRADER_ROOT stands for /autograder, AUTOGRADER_PYTHON for the interpreter, and
+AUTOGRADER_USER for the user that runs submissions; an empty one stands for the caller.
 """
 
 import zipfile
@@ -20,12 +22,15 @@ chmod -R go-rwx /autograder/source/grader
 """
 RUN = """#!/usr/bin/env bash
 set -e
-cd /autograder/source/project
-mkdir -p /tmp/all /tmp/out
-rm -rf /tmp/all/student && cp -r /autograder/submission /tmp/all/student
-/autograder/venv/bin/python grade.py /autograder/source/grader /tmp/all --out /tmp/out \\
-  --user student
-cp /tmp/out/student.json /autograder/results/results.json
+root="${AUTOGRADER_ROOT:-/autograder}"
+user="${AUTOGRADER_USER-student}"
+work="$(mktemp -d)"
+mkdir "$work/all"
+cp -r "$root/submission" "$work/all/student"
+cd "$root/source/project"
+"${AUTOGRADER_PYTHON:-$root/venv/bin/python}" grade.py "$root/source/grader" "$work/all" \\
+  --out "$work/out" ${user:+--user "$user"}
+cp "$work/out/student.json" "$root/results/results.json"
 """
 
 
@@ -35,8 +40,8 @@ def write(out):
     target = out / "autograder.zip"
     folders = ("lab", "toy", "methods", "classroom")
     files = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
-    names = ("data.py", "diffusion.py", "nanomodel.py", "train.py", "grade.py", "requirements.txt")
-    files += [ROOT / name for name in names]
+    names = ("bench.py", "data.py", "diffusion.py", "nanomodel.py", "train.py", "grade.py")
+    files += [ROOT / name for name in (*names, "requirements.txt")]
     try:
         with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
             for name, text in (("setup.sh", SETUP), ("run_autograder", RUN)):

@@ -1,5 +1,6 @@
 """The ready-made assignments, and the task sheet that a handout begins with."""
 
+import dataclasses
 import random
 from dataclasses import dataclass
 
@@ -12,12 +13,24 @@ class Ready:
 
     options: choices of ((method, what is blanked), ...); `--seed` takes one of them. constants:
     {name: choices} for the numbers in the task. task: the text, with {name} for a constant.
+    written: ((what is marked by hand, points), ...).
     """
 
     title: str
     options: tuple
     task: str
     constants: tuple = ()
+    written: tuple = ()
+
+
+@dataclass(frozen=True)
+class Task:
+    """A ready-made assignment without a blank: its kind (classroom/tasks.py), and as in Ready."""
+
+    kind: str
+    title: str
+    task: str
+    written: tuple = ()
 
 
 READY = {
@@ -56,6 +69,7 @@ READY = {
         "Which of the four losses gains from knowing the flip rate, and what does rDPO pay for a "
         "wrong epsilon?",
         (("flip", ("0.2", "0.3")), ("epsilon", ("0.2", "0.3"))),
+        (("the plot of reward against flip rate, and what it shows", 40),),
     ),
     3: Ready(
         "f-DPO: derive two divergences",
@@ -78,6 +92,7 @@ READY = {
         "and answer in half a page: why does the chosen log-prob fall, where does the probability "
         "go, and what does each of the two papers change? The written answer is graded by hand.",
         (("beta", ("0.02", "0.05")),),
+        (("why the chosen log-prob falls, and what the papers change", 60),),
     ),
     5: Ready(
         "Credit for tokens: from r to Q*",
@@ -109,12 +124,43 @@ READY = {
         (("beta", ("0.1", "0.2")),),
     ),
 }
-WRITTEN = {
-    9: "a world of your own: CONTRIBUTING.md has the six steps; hand in a world file, its reward, "
-    "an example, and what the reward can be gamed by; graded by hand",
-    10: "make the step fast on a card: `make gpu`, docs/speed.md; hand in the numbers of bench.py "
-    "before and after; graded by hand",
+TASKS = {
+    9: Task(
+        "world",
+        "A world of your own",
+        "Make a world: prompts, demonstrations and a true reward that a program computes, and a "
+        "model that is small enough to be aligned in a minute. Fill in my_world.py; "
+        "toy/world.py explains all that a world may define, and the other files in toy/ are "
+        "examples. Write into its docstring, with one example, what a prompt, a response and the "
+        "reward are, and how the reward can be gamed. This command must run, and the reward must "
+        "rise:\n\n"
+        "    python train.py --method dpo --world my_world.py\n\n"
+        "Then train for longer or with a smaller --beta until the reward is gamed, or say why it "
+        "cannot be.",
+        (("what the reward can be gamed by, shown in a run or explained in the docstring", 15),),
+    ),
+    10: Task(
+        "step",
+        "Make the training step fast",
+        "step.py has one training step. Make it faster on a card without changing what it "
+        "computes: the grader compares losses and weights with those of the shipped step, in "
+        "float32 and up to a thousandth of their length, and then times both in turns. "
+        "Everything in step.py is yours: compile it, capture it in a CUDA graph, compute less. "
+        "All batches have the same shapes. The sizes are those of classroom/clock.py. Time is "
+        "marked on a card only; on a CPU the tests say how fast the step is, and a person marks "
+        "it.",
+    ),
 }
+
+
+def by_hand(written):
+    """The tests that a teacher marks, as entries of assignment.json."""
+    return [
+        dataclasses.asdict(
+            hidden.Test(f"by hand: {text}", "", "written", [], points, True, "the teacher marks it")
+        )
+        for text, points in written
+    ]
 
 
 def chosen(number, seed):
@@ -138,8 +184,8 @@ def listing():
             for option in item.options
         )
         lines.append(f"{number:>3}  {item.title}: {blanks}")
-    lines.append("without a grader (docs/classroom.md):")
-    lines += [f"{number:>3}  {text}" for number, text in WRITTEN.items()]
+    for number, item in TASKS.items():
+        lines.append(f"{number:>3}  {item.title}: a file of the student's own")
     return "\n".join(lines)
 
 

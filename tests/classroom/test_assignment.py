@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -16,7 +18,19 @@ import torch
 import assign
 import grade
 import nanomodel
-from classroom import calls, grader, handout, hidden, larger, outputs, package, ready
+from classroom import (
+    calls,
+    clock,
+    grader,
+    handout,
+    hidden,
+    larger,
+    outputs,
+    package,
+    promises,
+    ready,
+    tasks,
+)
 from data import UserError
 from lab import settings
 from tests import mutation
@@ -458,6 +472,218 @@ def test_a_short_run_is_measured_and_graded(tmp_path, capsys):
         for name in ("setup.sh", "run_autograder"):
             assert archive.getinfo(name).external_attr >> 16 == 0o755
     assert package.write(out) == out / "autograder.zip"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("bash") is None, reason="Gradescope's scripts are for bash")
+def test_the_zip_for_gradescope_grades_a_submission(made, tmp_path):
+    with zipfile.ZipFile(package.write(made[0])) as archive:
+        archive.extractall(tmp_path / "source")
+    for script in ("setup.sh", "run_autograder"):
+        subprocess.run(["bash", "-n", str(tmp_path / "source" / script)], check=True)
+    for folder in ("submission", "results"):
+        (tmp_path / folder).mkdir()
+    source = (ROOT / "methods/rdpo.py").read_text()
+    (tmp_path / "submission/rdpo.py").write_text(source.replace("- slope * z", "+ slope * z"))
+    user = "nobody" if os.name == "posix" and os.getuid() == 0 else ""
+    about = dict(AUTOGRADER_ROOT=str(tmp_path), AUTOGRADER_PYTHON=sys.executable)
+    about |= dict(AUTOGRADER_USER=user)
+    command = ["bash", str(tmp_path / "source/run_autograder")]
+    ran = subprocess.run(command, env=os.environ | about, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    result = json.loads((tmp_path / "results/results.json").read_text())
+    assert 0 < result["score"] <= 50 and "+ in place of -" in json.dumps(result)
+
+
+# ---- a world of one's own, a fast step, and what is marked by hand
+
+
+def judged(kind, found):
+    """The rows of a task for {call: answer}, where an answer is a list of tensors or an error."""
+    asked, _ = promises.asked(kind, 7)
+    tests = [
+        dict(name=each.name, points=each.points, visible=True) for each in promises.KINDS[kind][0]
+    ]
+    one = dict(kind=kind, seed=7, tests=tests, asked=asked)
+    answers = []
+    for call in asked:
+        answer = found[call] if call in found else found[call[0]]
+        if isinstance(answer, tuple):
+            answer = {f"value{i}": x for i, x in enumerate(calls.flat(answer))}
+        answers.append(answer)
+    return grader.TaskSheet(None, one).mark(answers)
+
+
+def right_world():
+    """Answers that keep all promises of a world."""
+    text = "A prompt is a number. " * 12 + "The reward cannot be gamed."
+    rewards = torch.arange(4, dtype=torch.float64)
+    return {
+        "prompts": (8, torch.tensor([1, 2])),
+        ("prompts", 8, 8): (8, torch.tensor([3, 4])),
+        "demonstrations": (8, torch.tensor([5])),
+        "rewards": (rewards, rewards, rewards, rewards, 4),
+        "description": (torch.tensor(list(text.encode()), dtype=torch.uint8),),
+        "trained": (0.0, 0.5, 1.0, True, torch.tensor([0.3])),
+    }
+
+
+def test_a_world_that_keeps_its_promises_has_full_marks():
+    rows = judged("world", right_world())
+    assert {row[2] for row in rows} == {"passed"} and points(rows) == 100
+
+
+NUMBERS = torch.arange(4, dtype=torch.float64)
+BROKEN = {
+    "one prompt too few": ({"prompts": (7, torch.tensor([1, 2]))}, "returns 7 prompts"),
+    "global random numbers": (
+        {("prompts", 8, 7, 1): (8, torch.tensor([1, 9]))},
+        "the same generator gives other data",
+    ),
+    "no random numbers": ({("prompts", 8, 8): (8, torch.tensor([1, 2]))}, "gives the same data"),
+    "float32": ({"rewards": (*[NUMBERS.float()] * 4, 4)}, "torch.float32"),
+    "a column": ({"rewards": (*[NUMBERS[:, None]] * 4, 4)}, "of shape (4, 1)"),
+    "NaN": ({"rewards": (*[NUMBERS / 0] * 4, 4)}, "NaN or infinite"),
+    "noise": ({"rewards": (NUMBERS, NUMBERS + 1, NUMBERS, NUMBERS, 4)}, "the second time"),
+    "place": ({"rewards": (NUMBERS, NUMBERS, NUMBERS + 1, NUMBERS, 4)}, "depends on its place"),
+    "others": ({"rewards": (NUMBERS, NUMBERS, NUMBERS, NUMBERS - 1, 4)}, "on the others"),
+    "short docstring": ({"description": (torch.tensor([65], dtype=torch.uint8),)}, "docstring"),
+    "falls": ({"trained": (0.5, 0.4, 1.0, True, torch.tensor([0.3]))}, "should rise"),
+    "look": ({"trained": (0.0, 0.5, 1.0, True, torch.tensor([1.0]).log() / 0)}, "finite numbers"),
+    "explain": ({"trained": (0.0, 0.5, 1.0, False, torch.tensor([0.3]))}, "a text"),
+    "error": ({"rewards": "TypeError: reward returns a list"}, "returns a list"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_world_that_breaks_a_promise_is_told_which(name):
+    changed, message = BROKEN[name]
+    rows = judged("world", right_world() | changed)
+    said = " ".join(row[3] for row in rows)
+    assert message in said and 0 < points(rows) < 100
+
+
+def test_a_world_with_one_reward_for_all_earns_nothing():
+    flat = (0.0, 0.0, 0.0, True, torch.tensor([0.3]))
+    rows = judged("world", right_world() | {"trained": flat})
+    assert points(rows) == 0 and "nothing to learn" in " ".join(row[3] for row in rows)
+    turn = {name: "your turn: model" for name in right_world()}
+    rows = judged("world", turn)
+    assert {row[2] for row in rows} == {"not attempted"} and points(rows) == 0
+
+
+@pytest.fixture
+def own_world(tmp_path, monkeypatch):
+    """A folder whose my_world.py is the example of the assignment."""
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / tasks.FILES["world"][2]).read_text()
+    (tmp_path / "my_world.py").write_text(text)
+    monkeypatch.delitem(sys.modules, "my_world", raising=False)
+    monkeypatch.setattr(settings, "loaded", {})
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_the_example_of_a_world_keeps_its_promises(own_world):
+    for promise, wrong, judged in promises.here("world", 3):
+        assert wrong is None and judged, (promise.name, wrong)
+
+
+def step_answers(seconds, on_card, losses=None, moved=None):
+    """The answers of a step whose losses are right, or shifted."""
+    right = torch.tensor([0.7, 0.6])
+    way = torch.tensor([1.0, 2.0, 3.0])
+    seconds = torch.tensor([[1.0, seconds]] * 5, dtype=torch.float64)
+    losses = right if losses is None else losses
+    moved = way if moved is None else moved
+    both = torch.stack([right, losses], 1).double()
+    return (
+        right,
+        way,
+        {
+            "trace": (losses, moved),
+            "race": (seconds, both, torch.stack([way, moved]), on_card),
+        },
+    )
+
+
+def test_a_fast_step_is_marked_on_a_card_and_by_hand_on_a_cpu(monkeypatch):
+    right, way, _ = step_answers(1.0, True)
+    monkeypatch.setattr(clock, "trace", lambda name, seed: (right, way))
+    marks = [points(judged("step", step_answers(s, True)[2])) for s in (1.0, 0.85, 0.6, 0.4)]
+    assert marks == [10, 40, 70, 100]  # the shipped step has the points of the right result alone
+    rows = judged("step", step_answers(0.5, False)[2])
+    assert points(rows) == 10 and {row[2] for row in rows[1:]} == {"by hand"}
+    assert "2.00 times as fast as the shipped step on a CPU" in rows[1][3]
+    for wrong in (dict(losses=right + 0.01), dict(moved=way * 1.01), dict(moved=way * 0)):
+        rows = judged("step", step_answers(0.1, True, **wrong)[2])
+        assert points(rows) == 0 and {row[2] for row in rows} == {"failed"}
+
+
+@pytest.mark.slow
+def test_the_shipped_step_equals_itself(monkeypatch):
+    monkeypatch.setattr(clock, "ROUNDS", 4)
+    monkeypatch.setattr(clock, "WARM", 1)
+    losses, moved = clock.trace(clock.SHIPPED, 3)
+    assert len(losses) == 4 and losses.isfinite().all() and moved.norm() > 0.05
+    seconds, both, ways, on_card = clock.race(clock.SHIPPED, 3)
+    assert seconds.shape == both.shape == (4, 2) and (seconds > 0).all()
+    assert promises.unlike(both[:, 1], ways[1], both[:, 0], ways[0]) is None
+    assert on_card == torch.cuda.is_available()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", ready.TASKS)
+def test_a_task_without_a_blank_is_written_and_graded(number, tmp_path, capsys):
+    out, students = tmp_path / "hw", tmp_path / "students"
+    students.mkdir()
+    assert assign.main([str(number), "--out", str(out)]) == 0
+    path, _, example = tasks.FILES[ready.TASKS[number].kind]
+    (students / "right.py").write_text((ROOT / example).read_text())
+    (students / "blank.py").write_text((out / "student" / path).read_text())
+    (students / "broken.py").write_text("raise ValueError('no')\n")
+    assert grade.main([str(out / "grader"), str(students), "--out", str(tmp_path / "out")]) == 0
+    table = (tmp_path / "out/class.csv").read_text().splitlines()
+    got = {line.split(",")[0]: float(line.split(",")[1]) for line in table[1:]}
+    if number == 9:
+        assert got == dict(blank=0, broken=0, right=85)
+    else:  # the shipped step is right and as fast as itself
+        assert got["broken"] == 0 and got["right"] == got["blank"] == 10
+    assert (tmp_path / "out/by_hand.csv").exists()
+    task = (out / "student/README.md").read_text()
+    assert f"Hand in `{path}`" in task
+
+
+def test_what_a_teacher_marks_is_added(tmp_path):
+    test = dict(name="by hand: the plot", points=20, visible=True)
+    file = dict(path="a.py", module="a", tests=[])
+    rows = [(file, dict(name="values", points=60, visible=False), 60, "passed", "")]
+    rows += [(file, test, 0, "by hand", "the teacher marks it")]
+    assert outputs.total(rows)[0] == 75
+    assert "Up to 25.0 more are marked by hand" in outputs.page("=ann", {"title": "t"}, rows)
+    assert "skipped" in outputs.junit("=ann", rows) and 'failures="0"' in outputs.junit("a", rows)
+    outputs.write_class(tmp_path, {"=ann": rows})
+    assert (tmp_path / "class.csv").read_text().splitlines()[1] == "'=ann,75.0,60,"
+    assert outputs.write_by_hand(tmp_path, {"=ann": rows})
+    file = tmp_path / "by_hand.csv"
+    empty = file.read_text()
+    assert empty.splitlines()[1] == "'=ann,by hand: the plot,20,"
+    assert outputs.read_by_hand(file) == {}
+    file.write_text(empty.replace("20,", "20,15"))
+    assert outputs.write_by_hand(tmp_path, {"=ann": rows}) and ",20,15" in file.read_text()
+    done = outputs.marked_by_hand(rows, "=ann", outputs.read_by_hand(file))
+    assert outputs.total(done)[0] == 93.75 and done[1][3] == "marked"
+    assert outputs.gradescope(done, 1.0)["tests"][1]["status"] == "passed"
+    for text, message in (
+        (empty.replace("20,", "20,21"), "from 0 to 20"),
+        (empty.replace("20,", "20,x"), "from 0 to 20"),
+        ("student,points\na,1\n", "expected the columns"),
+    ):
+        file.write_text(text)
+        with pytest.raises(UserError, match=message):
+            outputs.read_by_hand(file)
+    with pytest.raises(UserError, match="cannot be read"):
+        outputs.read_by_hand(tmp_path / "none.csv")
 
 
 # ---- every method, every ready-made assignment
