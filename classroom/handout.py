@@ -133,7 +133,7 @@ def property_cases(file, tests, items):
     cases, parts = [], [target for target in file.wanted if target.function == "loss"]
     if not parts:
         return []
-    meets = hidden.reaching(file.module, tests, file.wanted, items[0])
+    meets = hidden.reaching(file.module, tests, file.wanted, items)
     settings = [("loss", fields) for fields in ({}, *tests.CASES[:1]) if "loss" in meets]
     settings += [(part.name, meets[part.name]) for part in parts if not part.whole]
     for label, fields in settings:
@@ -338,8 +338,8 @@ def measure_runs(files, about, teacher, say):
             continue
         tests, fields = hidden.material(file.name), {}
         if not parts[0].whole:
-            item = public_items(file.module, tests, 0)[0]
-            fields = hidden.reaching(file.module, tests, file.wanted, item)[parts[0].name]
+            items = public_items(file.module, tests, about["seed"])
+            fields = hidden.reaching(file.module, tests, file.wanted, items)[parts[0].name]
         settings = run_settings(file.module)
         runs = [dict(settings=settings | {"seed": seed}, fields=fields) for seed in range(SEEDS)]
         rewards = []

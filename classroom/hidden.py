@@ -113,8 +113,11 @@ def blanked_names(module, wanted):
     return mutation.execute(blank.blanked(inspect.getsource(module), wanted), module)[0]
 
 
-def reaching(module, tests, wanted, item):
-    """{name of a blank: fields of a Config, as few as possible, with which the loss meets it}."""
+def reaching(module, tests, wanted, items):
+    """{name of a blank: fields of a Config, as few as possible, with which the loss meets it}.
+
+    UserError: with none of the items and settings of the tests it meets a blank of the loss.
+    """
     names, found = blanked_names(module, wanted), {}
     single = [{name: value} for fields in tests.CASES for name, value in fields.items()]
     for fields in [{}, *single, *tests.CASES]:
@@ -122,9 +125,13 @@ def reaching(module, tests, wanted, item):
             cfg = module.Config(**fields)
         except UserError:  # a field that no default variant has
             continue
-        if takes(module, item, cfg):
-            found.setdefault(reached(names, ("loss", (*item, cfg))), fields)
-    return {name: fields for name, fields in found.items() if name}
+        for item in items:
+            if takes(module, item, cfg):
+                found.setdefault(reached(names, ("loss", (*item, cfg))), fields)
+    for target in wanted:
+        if target.function == "loss" and target.name not in found:
+            raise UserError(f"no public input of the tests reaches {target.name}")
+    return found
 
 
 def recorded(module, function, made):

@@ -41,14 +41,14 @@ def prompts(n, seed, state=0):
 def demonstrations(n, seed, state=0):
     """n demonstrations of a seed -> how many rows are right, and the rows.
 
-    A world whose base model is not trained needs none.
+    A world whose base model is not trained needs none: they are 0 bytes.
     """
     own = world(state)
     if own.pretrain is None:
-        return n, coded("none")
+        return n, torch.zeros(0, dtype=torch.uint8)
     rows = own.demonstrations(n, torch.Generator().manual_seed(seed))
     right = [row["prompt"] is not None and len(row["responses"]) == 1 for row in rows]
-    return sum(right) + abs(len(rows) - n), coded(rows)
+    return sum(right) if len(rows) == n else -1, coded(rows)
 
 
 def responses(lab, seed):

@@ -206,6 +206,7 @@ def readme(about, files, task, kept):
     lines += ["## What to write", ""]
     for one in about["files"]:
         lines.append(f"- `{one['path']}`: {', '.join(f'`{name}`' for name in one['functions'])}")
+    lines += [f"- {test['name']}" for test in about["written"]]
     lines += [
         "",
         "The docstring of the file has the paper's formulas, the docstring of a function its "

@@ -296,7 +296,7 @@ def test_a_short_run_that_tells_nothing_is_not_graded(tmp_path, monkeypatch):
     files = handout.files_of([ROOT / "methods/rdpo.py"], ["loss"])
     (tmp_path / "tree").mkdir()
     for before, graded in ((0.4, True), (0.7, False)):
-        said, about = [], {"files": [{"path": "methods/rdpo.py", "tests": []}]}
+        said, about = [], {"seed": 0, "files": [{"path": "methods/rdpo.py", "tests": []}]}
         teacher = tmp_path / str(before)
         teacher.mkdir()
         rewards = iter([0.9, 0.8, 1.0, before])  # of three seeds, and of the base model
@@ -553,6 +553,12 @@ BROKEN = {
     "explain": ({"trained": (0.0, 0.5, 1.0, False, torch.tensor([0.3]))}, "a text"),
     "error": ({"rewards": "TypeError: reward returns a list"}, "returns a list"),
 }
+
+
+def test_a_table_with_one_prompt_needs_no_demonstrations():
+    none = (8, torch.zeros(0, dtype=torch.uint8))
+    one = {("prompts", 8, 8): (8, torch.tensor([1, 2])), "demonstrations": none}
+    assert points(judged("world", right_world() | one)) == 100
 
 
 @pytest.mark.parametrize("name", BROKEN)
