@@ -23,7 +23,7 @@ class World(world.World):
     name, kind, verifier = "larger", "text", True
     max_response = 2  # tokens: the digit and end-of-text
     pretrain = dict(steps=300, batch_size=32, lr=3e-3)
-    align = dict(prompts=64, steps=40, lr=1e-3, batch_size=16, k=8)
+    align = dict(prompts=64, steps=80, lr=3e-3, batch_size=16, k=8)
 
     def __init__(self):
         self.tokenizer = data.Tokenizer.toy([])

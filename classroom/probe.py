@@ -14,7 +14,7 @@ from lab.settings import world_module
 from methods import dpo
 
 FILE = "my_world.py"  # the student's file
-MOST = dict(steps=60, prompts=512, base_steps=300)  # of a short run, whatever the world's recipe
+MOST = dict(steps=60, prompts=1024, base_steps=300)  # of a short run, whatever the world's recipe
 
 
 def coded(value):

@@ -663,10 +663,11 @@ def test_a_task_without_a_blank_is_written_and_graded(number, tmp_path, capsys):
 def test_what_a_teacher_marks_is_added(tmp_path):
     test = dict(name="by hand: the plot", points=20, visible=True)
     file = dict(path="a.py", module="a", tests=[])
+    about = {"title": "t", "files": [file]}
     rows = [(file, dict(name="values", points=60, visible=False), 60, "passed", "")]
     rows += [(file, test, 0, "by hand", "the teacher marks it")]
     assert outputs.total(rows)[0] == 75
-    assert "Up to 25.0 more are marked by hand" in outputs.page("=ann", {"title": "t"}, rows)
+    assert "Up to 25.0 more are marked by hand" in outputs.page("=ann", about, rows)
     assert "skipped" in outputs.junit("=ann", rows) and 'failures="0"' in outputs.junit("a", rows)
     outputs.write_class(tmp_path, {"=ann": rows})
     assert (tmp_path / "class.csv").read_text().splitlines()[1] == "'=ann,75.0,60,"
