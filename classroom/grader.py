@@ -53,8 +53,9 @@ class Job:
             shutil.copy(Path(teacher) / one["name"] / f"calls.{suffix}", self.work)
         (self.work / "answers").mkdir()
         self.count = len(json.loads((self.work / "calls.json").read_text()))
-        if cache:
-            shutil.copytree(cache, self.work / "cache")
+        (self.work / "cache").mkdir()
+        if cache and Path(cache).is_dir():  # a zip has no empty folders
+            shutil.copytree(cache, self.work / "cache", dirs_exist_ok=True)
         self.cache = cache
 
     def run(self, runs):
