@@ -724,7 +724,7 @@ def test_every_loss_can_be_assigned(name, tmp_path, monkeypatch):
 def test_every_sheet_of_a_ready_made_assignment_can_be_written(number, tmp_path, monkeypatch):
     monkeypatch.setattr(handout, "measure_runs", without_runs)
     for turn, option in enumerate(ready.READY[number].options):
-        paths = [ROOT / f"methods/{name}.py" for name, _ in option]
+        paths = [ROOT / ready.path_of(name) for name, _ in option]
         files = handout.files_of(paths, [text for _, text in option])
         handout.write(files, tmp_path / f"hw{turn}", say=lambda line: None)
 
