@@ -107,20 +107,29 @@ class Job:
         ready.unlink(missing_ok=True)
         options = {} if os.name == "nt" else {"start_new_session": True}
         if self.user:
-            for path in [self.work, *self.work.rglob("*")]:
-                shutil.chown(path, self.user)
+            try:
+                for path in [self.work, *self.work.rglob("*")]:
+                    shutil.chown(path, self.user)
+            except (LookupError, PermissionError) as error:
+                raise UserError(f"--user {self.user}: {error}") from error
             options |= {"user": self.user, "extra_groups": []}
         # -I: no variables of the environment, no current folder and no user's packages are read
         command = [sys.executable, "-I", str(self.work / "child.py"), str(self.work)]
-        child = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-            cwd=self.work,
-            **options,
-        )
+        try:
+            child = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=environment,
+                cwd=self.work,
+                **options,
+            )
+        except PermissionError as error:
+            raise UserError(
+                f"--user {self.user}: this user may not run {sys.executable}; use a Python that "
+                "all users can read, and start grade.py as root"
+            ) from error
         done, limit, started = first, START, False
         deadline = time.monotonic() + limit
         try:

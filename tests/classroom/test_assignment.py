@@ -474,6 +474,30 @@ def test_a_short_run_is_measured_and_graded(tmp_path, capsys):
     assert package.write(out) == out / "autograder.zip"
 
 
+def anyone_can_run_python():
+    """Whether another user can run this interpreter, and this process may become one."""
+    try:
+        return subprocess.run([sys.executable, "-c", ""], user="nobody").returncode == 0
+    except (PermissionError, ValueError, OSError):
+        return False
+
+
+def test_a_user_who_cannot_run_submissions_is_refused(made, tmp_path, capsys, monkeypatch):
+    (tmp_path / "ann.py").write_text("")
+    arguments = [str(made[0] / "grader"), str(tmp_path), "--out", str(tmp_path / "out")]
+    assert grade.main([*arguments, "--user", "no-such-user"]) == 2
+    assert "--user no-such-user:" in capsys.readouterr().err
+
+    def refused(*arguments, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(shutil, "chown", lambda path, user: None)
+    monkeypatch.setattr(subprocess, "Popen", refused)
+    assert grade.main([*arguments, "--user", "nobody"]) == 2
+    said = capsys.readouterr().err
+    assert "this user may not run" in said and said.count("\n") == 1
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("bash") is None, reason="Gradescope's scripts are for bash")
 def test_the_zip_for_gradescope_grades_a_submission(made, tmp_path):
@@ -485,7 +509,7 @@ def test_the_zip_for_gradescope_grades_a_submission(made, tmp_path):
         (tmp_path / folder).mkdir()
     source = (ROOT / "methods/rdpo.py").read_text()
     (tmp_path / "submission/rdpo.py").write_text(source.replace("- slope * z", "+ slope * z"))
-    user = "nobody" if os.name == "posix" and os.getuid() == 0 else ""
+    user = "nobody" if anyone_can_run_python() else ""
     about = dict(AUTOGRADER_ROOT=str(tmp_path), AUTOGRADER_PYTHON=sys.executable)
     about |= dict(AUTOGRADER_USER=user)
     command = ["bash", str(tmp_path / "source/run_autograder")]
