@@ -14,7 +14,7 @@ of whole solutions points at the step as well. Tried on tuning seed 100.
 import numpy as np
 
 from lab.claims import claim
-from methods.mcts_dpo import Config, printed, run, trees
+from methods.mcts_dpo import Config, drawn, printed, run, trees
 from toy import trie
 
 ARMS = {
@@ -57,32 +57,7 @@ def report(lab, series):
     """The search of one trie, as text and drawn."""
     here = lab.at(**TRIE)
     (root,) = trees(here, here.base(), [3], ("shown",), Config(simulations=20))
-    return {"tree.txt": "\n".join(printed(here, root)) + "\n", "tree.png": drawn(here, root)}
-
-
-def drawn(lab, root):
-    """A Figure of a tree: darker lines are visited more often, green ends are right."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4))
-    axes, place = figure.subplots(), [0]
-
-    def draw(node, depth):
-        xs = [draw(child, depth + 1) for child in node.children]
-        if not xs:
-            place[0] += 1
-        x = sum(xs) / len(xs) if xs else place[0]
-        for child, to in zip(node.children, xs):
-            shade = 0.85 * (1 - child.N / max(1, root.N))
-            axes.plot([x, to], [-depth, -depth - 1], color=str(shade), zorder=1)
-        color = "white" if not node.ended else "tab:green" if node.R > 0 else "tab:red"
-        axes.scatter(x, -depth, s=18, color=color, edgecolors="black", zorder=2)
-        return x
-
-    draw(root, 0)
-    axes.set_title(f"{root.N} simulations; darker: more visits; green: right, red: wrong")
-    axes.axis("off")
-    return figure
+    return {"tree.txt": "\n".join(printed(here, root)) + "\n", "tree.png": drawn(root)}
 
 
 CLAIMS = [

@@ -18,7 +18,7 @@ Differences from the paper
 2. A noisy judge of the world replaces the model's self-evaluation.
 3. No search reuses another's tree.
 
-    python train.py --method mcts_dpo                              prints a question's tree
+    python train.py --method mcts_dpo                              a question's tree (tree.png)
     python train.py --method mcts_dpo --level step,instance        whole samples, without search
     python train.py --method mcts_dpo --world trie --online false  searches by the base model
 """
@@ -154,6 +154,31 @@ def printed(lab, node, depth=0):
     for child in sorted(node.children, key=lambda n: -n.N):
         lines += printed(lab, child, depth + 1)
     return lines
+
+
+def drawn(root):
+    """A Figure of a tree: darker lines are visited more often, green ends are right."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4))
+    axes, place = figure.subplots(), [0]
+
+    def draw(node, depth):
+        xs = [draw(child, depth + 1) for child in node.children]
+        if not xs:
+            place[0] += 1
+        x = sum(xs) / len(xs) if xs else place[0]
+        for child, to in zip(node.children, xs):
+            shade = 0.85 * (1 - child.N / max(1, root.N))
+            axes.plot([x, to], [-depth, -depth - 1], color=str(shade), zorder=1)
+        color = "white" if not node.ended else "tab:green" if node.R > 0 else "tab:red"
+        axes.scatter(x, -depth, s=18, color=color, edgecolors="black", zorder=2)
+        return x
+
+    draw(root, 0)
+    axes.set_title(f"{root.N} simulations; darker: more visits; green: right, red: wrong")
+    axes.axis("off")
+    return figure
 
 
 # ---- steps of a policy
@@ -312,9 +337,11 @@ def run(lab, cfg):
     if cfg.level == "step" and not lab.quiet:
         before = lab.samples
         prompts = lab.world.prompts(8, lab.rng("shown"))
-        found = [printed(lab, root) for root in trees(lab, policy, prompts, ("shown",), cfg)]
+        roots = trees(lab, policy, prompts, ("shown",), cfg)
         lab.samples = before
+        found = [printed(lab, root) for root in roots]
         most = max(range(8), key=lambda i: len(found[i]))
         lab.say(f"\nthe search of a question, {lab.text(prompts[most])}, the largest tree of eight")
         lab.say("\n".join(found[most]))
+        lab.draw("tree", drawn(roots[most]))
     return policy

@@ -19,7 +19,7 @@ Differences from the paper
 3. COFS begins each source with new adapters.
 
     python train.py --method ofs_dpo                           both tastes, after the second source
-    python train.py --method ofs_dpo --variant cofs            modules of both sources combined
+    python train.py --method ofs_dpo --variant ofs,cofs,joint  one stream, combined, shuffled
     python train.py --method ofs_dpo --alpha 0                 DPO at two learning rates
 """
 
@@ -40,7 +40,7 @@ PAPER = Paper(
     ignores=("k", "lora", "optimizer", "ema", "compile"),
     defaults=dict(world="drift"),
 )
-VARIANTS = dict(ofs={}, cofs=dict(memory=100, combine="deltas"))
+VARIANTS = dict(ofs={}, joint={}, cofs=dict(memory=100, combine="deltas"))
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,9 @@ class Config:
     rho: float = 0.2  # learning rate of the slow module, as a share of that of the fast one
     every: int = 20  # steps between two assignments of the roles
     rank: int = 4  # of the adapters
-    variant: str = "ofs"  # ofs: one stream; cofs: one pair of modules for each source
+    # ofs: one stream, source by source; joint: ofs on the shuffled pairs of all sources, which a
+    # stream cannot give; cofs: one pair of modules for each source
+    variant: str = "ofs"
     memory: int | None = None  # cofs: pairs of each source that choose the weights
     combine: str | None = None  # cofs: deltas B A are combined, or parameters, A and B apart
 
@@ -219,16 +221,19 @@ def run(lab, cfg):
     sources = max(1, len(lab.world.tastes))
     if 0 < lab.steps < sources or lab.prompts < sources:
         raise UserError(f"--steps and --prompts: at least {sources}, one for each source")
-    if cfg.variant == "cofs" and sources < 2:
-        raise UserError(f"variant = cofs: {lab.world.name} has one source of preferences")
+    if cfg.variant != "ofs" and sources < 2:
+        raise UserError(f"variant = {cfg.variant}: {lab.world.name} has one source of preferences")
     base, n = lab.base(), lab.prompts // sources
     streams = [lab.stage("stream", lambda d=d: stream(lab, base, d, n)) for d in range(sources)]
     if not all(streams):
         raise UserError("a source gave no pair with different scores: more --prompts may help")
     share = lab.steps // sources  # with few steps every source is cut, not the last one
     streams = [rows[: max(1, share) * lab.batch_size] for rows in streams]
-    if cfg.variant == "ofs":
+    if cfg.variant != "cofs":
         rows = sum(streams, [])
+        if cfg.variant == "joint":
+            order = torch.randperm(len(rows), generator=lab.rng("order of joint training"))
+            rows = [rows[i] for i in order.tolist()]
         return LoRA.merged(chase(lab, base, rows, cfg, lab.rng("adapters"), lab.steps))
     modules = []
     for rows in streams:

@@ -262,6 +262,15 @@ def test_a_search_by_step_learns_a_trie_and_solved_questions_give_no_pair():
 
 
 @pytest.mark.parametrize("level", ["step", "instance"])
+def test_a_search_is_printed_and_drawn_where_there_is_one(tmp_path, capsys, level):
+    settings = Settings(world="trie", steps=1, prompts=4)
+    run(Lab(settings, str(tmp_path)), Config(level=level))
+    searched = level == "step"
+    assert ("(the question)  N 8" in capsys.readouterr().out) == searched
+    assert (tmp_path / "tree.png").exists() == searched
+
+
+@pytest.mark.parametrize("level", ["step", "instance"])
 def test_a_training_whose_questions_are_all_solved_ends_early_with_its_policy(monkeypatch, level):
     plain = mcts_dpo.rollout
 
