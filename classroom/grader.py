@@ -163,13 +163,21 @@ def stop(child):
 
 def read_answer(file):
     """The tensors of an answer, or the text of its error."""
+    if not regular(file):  # a pipe, which a submission may put there, would never end
+        return "its answer is no file"
     try:
         found = load_file(file)
-    except (SafetensorError, OSError, ValueError):
+        if set(found) != {"error"}:
+            return found
+        text = bytes(found["error"].to(torch.uint8).flatten().tolist())
+    except (SafetensorError, OSError, ValueError, RuntimeError):
         return "its answer cannot be read"
-    if set(found) == {"error"}:
-        return printable(bytes(found["error"].to(torch.uint8).tolist()).decode("utf-8", "replace"))
-    return found
+    return printable(text.decode("utf-8", "replace"))
+
+
+def regular(file):
+    """Whether a path is a file, neither a link nor a pipe nor a folder."""
+    return file.is_file() and not file.is_symlink()
 
 
 def lab_of(settings):
@@ -227,12 +235,10 @@ class Sheet:
         """[(test, points, status, message)] for the answers to the calls and the run's weights."""
         rows = []
         for test in self.one["tests"]:
-            if test["kind"] == "run":
-                message = self.of_run(weights)
-            elif test["kind"] == "property":
-                message = self.of_property(test, answers)
-            else:
-                message = self.of_values(test, answers)
+            try:
+                message = self.of_test(test, answers, weights)
+            except Exception as error:  # noqa: BLE001 - the tensors may be anything
+                message = f"its answers cannot be compared: {type(error).__name__}"
             status = "passed" if message is None else "failed"
             if message and TURN in message:
                 status = "not attempted"
@@ -241,6 +247,14 @@ class Sheet:
             for row in rows:  # a constant has many properties, and earns nothing for them
                 row[1] = 0
         return rows
+
+    def of_test(self, test, answers, weights):
+        """What is wrong with the answers to the calls of a test; None: nothing."""
+        if test["kind"] == "run":
+            return self.of_run(weights)
+        if test["kind"] == "property":
+            return self.of_property(test, answers)
+        return self.of_values(test, answers)
 
     def of_values(self, test, answers):
         """What is wrong with the values or gradients of a test; None: nothing."""
@@ -285,7 +299,6 @@ class Sheet:
 
     def of_property(self, test, answers):
         cfg = self.names["Config"](**test["setting"]) if "Config" in self.names else None
-        name = test["name"].split(": ", 1)[1]
         for numbers in test["calls"]:
             results = []
             for number in numbers:
@@ -297,7 +310,7 @@ class Sheet:
                 results.append(properties.Result.of(found))
             group = [(self.calls[number][1][:3], {}) for number in numbers]
             try:
-                if numbers and not properties.keeps(name, results, group, cfg):
+                if numbers and not properties.keeps(test["rule"], results, group, cfg):
                     return test["sentence"]
             except (RuntimeError, ValueError, IndexError):  # tensors of shapes that do not fit
                 return test["sentence"]
@@ -368,30 +381,42 @@ def submissions(folder, about):
     wanted = [one["path"] for one in about["files"]]
     found = {}
     for entry in sorted(folder.iterdir()):
+        name = shown(entry.stem if entry.suffix == ".py" and not entry.is_dir() else entry.name)
+        if name in found:
+            raise UserError(f"{folder}: there are two submissions of {printable(name)}")
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
-            found[entry.name] = {path: source_in(entry, path) for path in wanted}
+        if entry.is_symlink() and entry.is_dir():
+            link = ValueError("a link was handed in, not a folder")
+            found[name] = dict.fromkeys(wanted, link)
+        elif entry.is_dir():
+            found[name] = {path: source_in(entry, path) for path in wanted}
         elif entry.suffix == ".py" and len(wanted) == 1:
-            found[entry.stem] = {wanted[0]: read_source(entry)}
+            found[name] = {wanted[0]: read_source(entry)}
     if not found:
         raise UserError(f"{folder}: no submissions; expected a folder or a .py file per student")
     return found
 
 
+def shown(name):
+    """A name of a file that can be written as text; bytes that are no UTF-8 become "?"."""
+    return name.encode("utf-8", "replace").decode()
+
+
 def source_in(folder, path):
     """The source of one listed file in a student's folder: in its place, or by its name alone."""
     name = Path(path).name
-    places = [folder / path, folder / name, *sorted(folder.rglob(name))]
-    for place in places:
-        if place.is_file() and not place.is_symlink():
+    home = folder.resolve()
+    for place in [folder / path, folder / name, *sorted(folder.rglob(name))]:
+        # a linked folder could hold the solution
+        if regular(place) and place.resolve().is_relative_to(home):
             return read_source(place)
     return ValueError(f"{name} was not handed in")
 
 
 def read_source(file):
     """A submitted source; a ValueError that says why not."""
-    if file.is_symlink():
+    if not regular(file):
         return ValueError("a link was handed in, not a file")
     if file.stat().st_size > LARGEST:
         return ValueError(f"the file is larger than {LARGEST >> 10} KB")

@@ -283,15 +283,17 @@ def write_file(file, public, folder, seed, say):
                 frozen = ref is not None and ref.requires_grad
                 leaf = logps.detach() if frozen else logps.requires_grad_()
                 made.append(("loss", (leaf, ref, batch, changed)))
+        title = visible.title(visible.Case(file.import_name, label, name, fields))
         sentence = properties.PROPERTIES[name].sentence
-        test = hidden.Test(f"{label}: {name}", "loss", "property", numbers, 1, True, sentence)
-        found.append(dataclasses.replace(test, setting=fields))
+        test = hidden.Test(title, "loss", "property", numbers, 1, True, sentence, name, fields)
+        found.append(test)
     for _, label, name, _ in [case for case in cases if case[2] in properties.LOGPS]:
         group = properties.LOGPS[name].calls(helpers[label][0], None)
         numbers = list(range(len(made), len(made) + len(group)))
         made += [(label, arguments) for arguments, _ in group]
         sentence = properties.LOGPS[name].sentence
-        test = hidden.Test(f"{label}: {name}", label, "property", [numbers], 1, True, sentence)
+        title = f"{label}: {name}"
+        test = hidden.Test(title, label, "property", [numbers], 1, True, sentence, name)
         found.append(test)
     folder.mkdir()
     calls.write(folder, "calls", made)

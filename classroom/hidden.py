@@ -168,7 +168,8 @@ class Test:
     """One line of the result: what is compared, on which calls, for how many points.
 
     kind: "values", "gradients", "property" or "run". calls: the numbers of the calls that it reads;
-    of a property one list of numbers per input. setting: the fields of the Config of a property.
+    of a property one list of numbers per input. rule: the name of the property, and setting: the
+    fields of its Config.
     """
 
     name: str
@@ -178,6 +179,7 @@ class Test:
     points: int
     visible: bool = False
     sentence: str = ""
+    rule: str = ""
     setting: dict = dataclasses.field(default_factory=dict)
 
 

@@ -17,6 +17,17 @@ def total(rows):
     return 100.0 * sum(row[2] for row in rows) / max(most, 1), 100.0
 
 
+def titles(rows):
+    """The names of the tests of some rows, each behind its file if there are several."""
+    several = len({file["path"] for file, *_ in rows}) > 1
+    return [
+        f"{file['path']}, {test['name']}"
+        if several and not test["name"].startswith(BY_HAND)
+        else test["name"]
+        for file, test, *_ in rows
+    ]
+
+
 def page(student, about, rows):
     """The result of one student as Markdown."""
     points, most = total(rows)
@@ -41,14 +52,14 @@ def gradescope(rows, seconds):
     points, _ = total(rows)
     tests = [
         {
-            "name": test["name"],
+            "name": title,
             "score": got,
             "max_score": test["points"],
             **({"status": STATUS[status]} if status in STATUS else {}),
             "output": f"{status}: {message}" if message else status,
             "visibility": "visible" if test["visible"] else "after_published",
         }
-        for _, test, got, status, message in rows
+        for title, (_, test, got, status, message) in zip(titles(rows), rows)
     ]
     return {"score": round(points, 2), "execution_time": round(seconds, 1), "tests": tests}
 
@@ -91,7 +102,7 @@ def cell(student):
 
 def write_class(folder, graded):
     """Write class.csv: one line per student, the points of every test beside the total."""
-    names = [test["name"] for _, test, *_ in next(iter(graded.values()))]
+    names = titles(next(iter(graded.values())))
     with open(folder / "class.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["student", "points", *names])

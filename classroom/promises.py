@@ -241,7 +241,7 @@ def verdicts(kind, seed, answer):
         if judged:
             try:
                 wrong = promise.judge(seed, answers)
-            except (RuntimeError, ValueError, IndexError, TypeError):
+            except Exception:  # noqa: BLE001 - a submission may answer anything
                 wrong = "its answers have other shapes than asked for"
         found.append((promise, wrong, judged))
     return found

@@ -249,7 +249,7 @@ def readme(about, files, task, kept):
         lines.append("")
     lines += ["## The visible tests", ""]
     names = {
-        test["name"].split(": ", 1)[1]
+        test["rule"]
         for one in about["files"]
         for test in one["tests"]
         if test["kind"] == "property"

@@ -1,5 +1,6 @@
 """An assignment from both sides: the handout, right and wrong and hostile submissions, results."""
 
+import csv
 import importlib
 import json
 import os
@@ -13,6 +14,7 @@ import zipfile
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import assign
 import grade
@@ -402,16 +404,65 @@ def test_what_cannot_be_graded_is_refused(made, tmp_path, capsys):
 
 
 def test_a_submission_that_is_no_source_is_said(tmp_path):
-    (tmp_path / "a.py").write_bytes(b"\xff\xfe")
-    (tmp_path / "b.py").write_text("x" * (grader.LARGEST + 1))
-    (tmp_path / "c.py").symlink_to("/etc/hostname")
-    found = grader.submissions(tmp_path, {"files": [{"path": "methods/rdpo.py"}]})
-    said = [str(each["methods/rdpo.py"]) for each in found.values()]
-    assert [line.split(",")[0] for line in said] == [
-        "the file is not text in UTF-8",
-        "the file is larger than 1024 KB",
-        "a link was handed in",
-    ]
+    students, about = tmp_path / "students", {"files": [{"path": "methods/rdpo.py"}]}
+    students.mkdir()
+    (students / "a.py").write_bytes(b"\xff\xfe")
+    (students / "b.py").write_text("x" * (grader.LARGEST + 1))
+    (students / "c.py").symlink_to(ROOT / "methods/rdpo.py")
+    (students / "d").symlink_to(ROOT)
+    (students / "e").mkdir()
+    (students / "e/methods").symlink_to(ROOT / "methods")  # the folder with the solution
+    (students / "notes.txt").write_text("")
+    found = grader.submissions(students, about)
+    said = {name: str(each["methods/rdpo.py"]).split(",")[0] for name, each in found.items()}
+    assert said == {
+        "a": "the file is not text in UTF-8",
+        "b": "the file is larger than 1024 KB",
+        "c": "a link was handed in",
+        "d": "a link was handed in",
+        "e": "rdpo.py was not handed in",
+    }
+    (students / "a").mkdir()
+    with pytest.raises(UserError, match="two submissions of a"):
+        grader.submissions(students, about)
+
+
+def test_a_name_that_is_no_text_does_not_end_the_grading(tmp_path):
+    try:
+        (tmp_path / os.fsdecode(b"\xff.py")).write_text("")
+    except OSError:
+        pytest.skip("this file system has names in UTF-8 alone")
+    (name,) = grader.submissions(tmp_path, {"files": [{"path": "a.py"}]})
+    assert name == "?"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with names")
+def test_an_answer_that_is_no_file_of_tensors_is_said(tmp_path):
+    """A submission could write answers itself."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "text").write_text("hello")
+    save_file({"error": torch.full((2, 2), 300.0)}, tmp_path / "error")
+    for name in ("pipe", "link", "folder"):
+        assert grader.read_answer(tmp_path / name) == "its answer is no file"
+    assert grader.read_answer(tmp_path / "text") == "its answer cannot be read"
+    assert isinstance(grader.read_answer(tmp_path / "error"), str)
+
+
+def test_tensors_that_cannot_be_compared_earn_nothing(sheet):
+    losses = torch.zeros(5)
+    for value in (
+        {},
+        {"value0": losses},
+        {"value0": losses.to(torch.float8_e4m3fn), "touched": torch.tensor(False)},
+        {"value0": losses.to(torch.complex64), "gradient0": losses, "touched": losses},
+        {"value0": losses.to(torch.uint8)[None], "gradient0": losses[:0], "touched": losses > 0},
+    ):
+        rows = sheet.mark([value] * len(sheet.calls), None)
+        assert points(rows) == 0 and all(row[3] for row in rows if row[2] == "failed")
+        rows = sheet.mark([dict(value) for _ in sheet.calls], value)
+        assert {row[2] for row in rows if row[0]["kind"] == "values"} == {"failed"}
 
 
 @pytest.mark.slow
@@ -652,6 +703,22 @@ def test_a_task_without_a_blank_is_written_and_graded(number, tmp_path, capsys):
     assert (tmp_path / "out/by_hand.csv").exists()
     task = (out / "student/README.md").read_text()
     assert f"Hand in `{path}`" in task
+
+
+def test_equal_tests_of_two_files_have_different_names(made, tmp_path):
+    one = json.loads((made[0] / "grader/assignment.json").read_text())["files"][0]
+    names = [test["name"] for test in one["tests"]]
+    assert len(set(names)) == len(names)
+    test = dict(name="loss: values", points=25, visible=False)
+    files = [dict(path=f"methods/{name}.py", module=f"methods.{name}") for name in ("dpo", "rdpo")]
+    rows = [(file, test, 25, "passed", "") for file in files]
+    rows.append((files[0], dict(name="by hand: a plot", points=5, visible=True), 0, "by hand", ""))
+    titles = ["methods/dpo.py, loss: values", "methods/rdpo.py, loss: values", "by hand: a plot"]
+    assert outputs.titles(rows) == titles and outputs.titles(rows[:1]) == ["loss: values"]
+    assert [test["name"] for test in outputs.gradescope(rows, 1.0)["tests"]] == titles
+    outputs.write_class(tmp_path, {"ann": rows})
+    with open(tmp_path / "class.csv", newline="") as file:
+        assert next(csv.reader(file)) == ["student", "points", *titles]
 
 
 def test_what_a_teacher_marks_is_added(tmp_path):
