@@ -24,6 +24,7 @@ from data import UserError
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CACHE = os.environ.get("NANOPREF_CACHE") or os.path.join(HERE, ".cache")
+WRITTEN = ":(exclude)results", ":(exclude)README.md"  # what --claim writes, for git
 
 # ---------------------------------------------------------------- files
 
@@ -366,9 +367,13 @@ def generator(*key):
 
 
 def commit():
-    """The git commit of this code, with a + if files differ from it; "" without a repository."""
+    """The git commit of this code, with a + if files differ from it; "" without a repository.
+
+    The results and the README, which --claim itself writes, are not looked at.
+    """
     git = ["git", "-C", HERE]
-    questions = ["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no"]
+    changed = ["status", "--porcelain", "--untracked-files=no", "--", ".", *WRITTEN]
+    questions = ["rev-parse", "--short", "HEAD"], changed
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         name, changed = (
             subprocess.run([*git, *ask], capture_output=True, text=True, check=True).stdout.strip()

@@ -163,3 +163,27 @@ def test_an_empty_name_of_the_cache_is_not_the_current_folder(tmp_path):
 def test_json_without_a_number_is_null_and_the_file_is_whole(tmp_path):
     store.write_json(tmp_path / "a.json", {"x": float("nan"), "y": [float("inf"), 1]})
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": None, "y": [None, 1]}
+
+
+def test_the_commit_has_a_plus_where_code_differs_and_not_for_what_claims_write(
+    tmp_path, monkeypatch
+):
+    def git(*words):
+        about = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", *about, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    monkeypatch.setattr(store, "HERE", str(tmp_path))
+    assert store.commit() == ""
+    (tmp_path / "results").mkdir()
+    for name in ("train.py", "README.md", "results/dpo.md"):
+        (tmp_path / name).write_text("1")
+    git("init")
+    git("add", "-A")
+    git("commit", "-m", "first")
+    clean = store.commit()
+    assert len(clean) >= 7 and "+" not in clean
+    for name in ("README.md", "results/dpo.md"):
+        (tmp_path / name).write_text("2")
+    assert store.commit() == clean
+    (tmp_path / "train.py").write_text("2")
+    assert store.commit() == clean + "+"
