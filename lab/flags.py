@@ -637,7 +637,8 @@ def fitting(runs, flags):
                 raise UserError(f"{run.name()}: {error}" if run.varied else str(error)) from None
             if run.method not in left:
                 named = "" if str(error).startswith(run.method) else f"{run.method}: "
-                print(f"left out: {named}{error}", file=sys.stderr)
+                reason = str(error).partition("; ")[0]  # behind it are methods that can be used
+                print(f"left out: {named}{reason}", file=sys.stderr)
             left.add(run.method)
     if not kept:
         raise UserError("no method can use this world")
