@@ -34,6 +34,11 @@ def load_pretrained(folder):
     config = read_object(os.path.join(folder, "config.json"))
     loaders = {"llama": load_gpt, "unet": load_unet}
     kind = config.get("model_type")
+    if kind is None and "_diffusers_version" in config:
+        raise UserError(
+            f"{folder}: {shown(config.get('_class_name'))} of diffusers has layers that the UNet "
+            "of this project lacks; --init reads the folders that a run on images has written"
+        )
     if not isinstance(kind, str) or kind not in loaders:
         raise UserError(f"{folder}: model_type is {shown(kind)}, expected llama or unet")
     return loaders[kind](folder)

@@ -517,6 +517,15 @@ def test_a_folder_of_unknown_type_is_refused_by_name(tmp_path, kind):
     assert NOT_UNET + "model_type is" in refusal(UNet.from_pretrained, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["UNet2DModel", "UNet2DConditionModel", CONTROL])
+def test_a_folder_of_diffusers_is_refused_by_its_class(tmp_path, name):
+    config = {"_class_name": name, "_diffusers_version": "0.35.1", "sample_size": 32}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    said = refusal(load_pretrained, tmp_path)
+    assert "of diffusers has layers that the UNet of this project lacks" in said
+    assert name == CONTROL or name in said
+
+
 def test_each_loader_refuses_the_folder_of_the_other(tmp_path):
     saved(tmp_path / "gpt")
     saved_unet(tmp_path / "unet")
