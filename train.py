@@ -23,7 +23,6 @@ if __name__ == "__main__":  # Ctrl-C while the libraries are imported; main() ha
 
 import contextlib
 import dataclasses
-import json
 import re
 import shutil
 import time
@@ -112,8 +111,7 @@ def finished(out):
     if not path or not os.path.exists(path):
         return None
     shutil.rmtree(os.path.join(out, "stages"), ignore_errors=True)
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
+    return folder.read_summary(out)
 
 
 def evaluated(run, lab, model, out, say):

@@ -5,7 +5,6 @@ picture can be drawn again.
 """
 
 import csv
-import json
 import math
 import os
 import sys
@@ -17,6 +16,7 @@ from data import UserError, printable
 from lab import report
 from lab.claims import at_kl
 from lab.evaluate import interval
+from lab.folder import read_metrics, read_object, read_summary
 from lab.store import write_beside
 
 GRID = (0.5, 1.0, 2.0, 4.0)  # nats at which runs are compared
@@ -52,18 +52,17 @@ def read(folder):
     if not os.path.exists(folder):
         raise UserError(f"--compare {folder} does not exist")
     try:
-        with open(os.path.join(folder, "run.json"), encoding="utf-8") as file:
-            made = json.load(file)
-        with open(os.path.join(folder, "summary.json"), encoding="utf-8") as file:
-            summary = json.load(file)
+        made = read_object(os.path.join(folder, "run.json"))
+        summary = read_summary(folder)
         about = {"method": summary["method"]} | made["settings"] | made["config"]
         about |= made["resolved"]
-        lines = []
+        if type(about["seed"]) is not int or not isinstance(about["method"], str):
+            raise ValueError
         path = os.path.join(folder, "metrics.jsonl")
-        if os.path.exists(path):
-            with open(path, encoding="utf-8") as file:
-                lines = [json.loads(line) for line in file if line.strip()]
-        steps, looks = joined(lines)
+        lines = read_metrics(path) if os.path.exists(path) else []
+        steps, looks = joined([values for _, values in lines])
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{folder} is not a run that has ended") from None
     return Record(folder, about, steps, looks, summary)

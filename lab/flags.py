@@ -8,6 +8,7 @@ breaks nothing but itself.
 import ast
 import contextlib
 import dataclasses
+import functools
 import io
 import itertools
 import math
@@ -259,6 +260,7 @@ class Run:
         return ", ".join(f"{k} {v}" for k, v in self.varied.items())
 
 
+@functools.cache
 def settings_flags():
     """{run setting: Flag}."""
     with open(os.path.join(HERE, "lab", "settings.py"), encoding="utf-8") as file:

@@ -5,6 +5,7 @@ import dataclasses
 import glob
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -12,7 +13,7 @@ import time
 
 import torch
 
-from data import UserError
+from data import UserError, error_line
 from lab.store import clear_half_written, commit, lock, write_json
 
 MARK = "run.json"
@@ -195,8 +196,7 @@ def absolute(flags):
 def note_resolved(out, lab):
     """Add to run.json the settings that the world chose, as "resolved"."""
     path = os.path.join(out, MARK)
-    with open(path, encoding="utf-8") as file:
-        known = json.load(file)
+    known = read_object(path)
     names = ("steps", "batch_size", "lr", "prompts", "k", "max_response", "eval_every", "eval_size")
     known["resolved"] = {name: getattr(lab, name) for name in names}
     known["resolved"] |= {"world": lab.world.name, "device": str(lab.device), "bf16": lab.bf16}
@@ -209,8 +209,7 @@ def read_run(out):
     UserError: the folder is not a run, or a file that it reads has changed since.
     """
     try:
-        with open(os.path.join(out, MARK), encoding="utf-8") as file:
-            kept = json.load(file)
+        kept = read_object(os.path.join(out, MARK))
         argv = [f"--{name}={text}" for name, text in kept["flags"].items()]
         old, files = dict(kept["versions"]), dict(kept.get("files", {}))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -233,6 +232,70 @@ def stamp(path):
     """A hash of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------- what a run has written
+
+
+def read_object(path):
+    """The JSON object in a file. UserError: there is none, it is damaged."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error_line(error)}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is damaged: it holds no JSON object")
+    return found
+
+
+def read_summary(out):
+    """summary.json of a finished run, with NaN where it has null. UserError: it is damaged."""
+    path = os.path.join(out, "summary.json")
+    found = read_object(path)
+    try:
+        parts = [found[name] for name in ("before", "after") if name in found]
+        parts += [*found.get("table", {}).values(), *found.get("best_of", [])]
+        for part in parts:
+            for name, value in part.items():
+                pair = name.endswith("_interval") and isinstance(value, list) and len(value) == 2
+                if not all(map(is_number, value if pair else [value])):
+                    raise TypeError
+                part[name] = math.nan if value is None else value
+        for point in found.get("best_of", []):
+            point["kl"], point["reward"], found["before"]["reward"]
+        if not isinstance(found["method"], str):
+            raise TypeError
+    except (KeyError, TypeError, AttributeError):
+        told = "it does not hold the numbers of an evaluation"
+        raise UserError(f"{path} is damaged: {told}") from None
+    return found
+
+
+def is_number(value):
+    """Whether a value from JSON is a number that a float can hold, or null."""
+    small = type(value) is int and abs(value) < 2**63
+    return small or value is None or type(value) is float
+
+
+def read_metrics(path):
+    """[(line, the dict in it)] of a metrics.jsonl, without a last line that a kill has cut off.
+
+    UserError: another line is damaged."""
+    found = []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                values = json.loads(line)
+                whole = {type(values["stage"]), type(values["step"])} == {int}
+                if not whole or not all(map(is_number, values.values())):
+                    raise ValueError
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                raise UserError(f"{path}:{number} is damaged: it is no line of metrics") from None
+            found.append((line, values))
+    return found
 
 
 # ---------------------------------------------------------------- one writer

@@ -4,7 +4,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import json
 import os
 import sys
 import time
@@ -18,9 +17,17 @@ from data import UserError, collate, encode, fit_context, label, preference
 from lab import align, batches, evaluate, graph, loop, report, store
 from lab.align import frozen
 from lab.batches import Batches
+from lab.folder import read_object
 from lab.graph import Captured
 from lab.hub import load_pretrained
-from lab.settings import make_world, pick_compile, pick_device, pick_optimizer, refuse_idle
+from lab.settings import (
+    Settings,
+    make_world,
+    pick_compile,
+    pick_device,
+    pick_optimizer,
+    refuse_idle,
+)
 from lab.store import alone, digest, generator, load_value, save_value, source
 from nanomodel import LoRA
 
@@ -280,13 +287,17 @@ class Lab:
                 f"--init {folder} has no run.json, so its base model is not known; "
                 "--steps trains from it"
             )
-        with open(path, encoding="utf-8") as file:
-            made = json.load(file)["settings"]
+        origin = ("init", "base_seed", "base_steps", "context", "truncate")
+        made = read_object(path).get("settings")
+        try:
+            made = {name: made[name] for name in (*origin, "world", "data")}
+            Settings(**made)
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{path} is damaged: it does not hold the settings of a run") from None
         for name, default in {"world": "reviews", "data": None}.items():
             two = [made[name] or default, getattr(self.settings, name) or default]
             if len({os.path.abspath(x) if x and os.path.exists(x) else x for x in two}) > 1:
                 raise UserError(f"{folder} is a run with --{name} {two[0]}, not {two[1]}")
-        origin = ("init", "base_seed", "base_steps", "context", "truncate")
         self.reference = self.at(**{name: made[name] for name in origin}).base()
         self.steps = 0
         if not self.quiet:

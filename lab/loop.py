@@ -11,6 +11,7 @@ import time
 import torch
 
 from data import StopTraining, UserError
+from lab.folder import read_metrics
 from lab.graph import Captured, capturable, packed, set_rate, unpacked
 from lab.report import Progress
 from lab.store import load_value, remove_value, save_value, write_text
@@ -291,22 +292,21 @@ class Log:
         if found is None:
             if self.file and self.first_fit and os.path.exists(self.file):
                 # an interrupted run may have written lines before its first checkpoint
-                with open(self.file, encoding="utf-8") as file:
-                    lines = [line for line in file if line.endswith("\n")]
-                lines = [line for line in lines if json.loads(line)["stage"] < self.number]
-                write_text(self.file, "".join(lines))
+                lines = read_metrics(self.file)
+                lines = [line for line, values in lines if values["stage"] < self.number]
+                write_text(self.file, b"".join(lines).decode())
             return 0, []
         if state:
             state[1](found["state"])
         load_weights(model, found["model"])
         load_optimizer(optimizer, found["optimizer"])
         if self.file and os.path.exists(self.file):
+            if os.path.getsize(self.file) < found["log"]:
+                raise UserError(f"{self.file} is damaged: it is shorter than the checkpoint says")
             with open(self.file, "r+b") as file:
                 file.truncate(found["log"])
             if self.fall:
-                with open(self.file, encoding="utf-8") as file:
-                    lines = [json.loads(line) for line in file]
-                for line in lines:
+                for _, line in read_metrics(self.file):
                     if line["stage"] == self.number and "loss" in line:
                         self.fall.add(line)
         self.bar.first = found["step"]

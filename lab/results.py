@@ -21,13 +21,13 @@ from collections import Counter
 
 import numpy as np
 
-from data import UserError
+from data import UserError, error_line
 from lab import flags
 from lab.claims import as_expected, holm, judge
-from lab.folder import MARK
+from lab.folder import MARK, read_object
 from lab.lab import Lab
 from lab.report import clock, number, table, write_figure
-from lab.settings import Settings, title
+from lab.settings import Settings, methods, title
 from lab.store import HERE, commit, write_text
 
 BLOCKS = ("reported", "tuning")
@@ -46,12 +46,26 @@ def stored(out):
     """{paper: content of its NAME.json} of a folder of results."""
     found = {}
     for path in sorted(glob.glob(os.path.join(glob.escape(out), "*.json"))):
-        with contextlib.suppress(OSError, ValueError):
-            with open(path, encoding="utf-8") as file:
-                content = json.load(file)
-            if isinstance(content, dict) and "exact checks" in content:
-                found[os.path.basename(path)[: -len(".json")]] = content
+        name = os.path.basename(path)[: -len(".json")]
+        content = read_object(path) if name + ".json" != MARK else {}
+        if "exact checks" in content or name in methods():
+            with fitting(path, "page"):
+                overview({name: content})
+                paper_page(content, {}, {})
+            found[name] = content
     return found
+
+
+@contextlib.contextmanager
+def fitting(path, what):
+    """UserError for a NAME.json that does not hold what was measured, so that `what` fails."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        told = f"{type(error).__name__}: {error_line(error)}"
+        raise UserError(f"{path} is damaged, or of other claims: no {what} ({told})") from None
 
 
 def verdicts(out):
@@ -176,9 +190,8 @@ def finished(out, name, seeds):
 
 def run_of(out):
     """When the run that writes to this folder began, which tells it from earlier ones."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        with open(os.path.join(out, MARK), encoding="utf-8") as file:
-            return json.load(file)["began"]
+    with contextlib.suppress(OSError, UserError):
+        return read_object(os.path.join(out, MARK)).get("began")
     return None
 
 
@@ -264,16 +277,17 @@ def again(out, chosen):
     modules = {method.name: flags.load(method) for method in chosen if method.name in found}
     if not modules:
         raise UserError(f"{out} has no results to judge: there is no NAME.json of these papers")
-    good = True
-    for name, module in modules.items():
-        about, content = flags.load_claims(module), found[name]
-        for which in BLOCKS:
-            if which in content:
-                block = content[which]
+    good, claims = True, {name: flags.load_claims(module) for name, module in modules.items()}
+    for name, about in claims.items():  # all are judged before anything is written
+        for block in (found[name][which] for which in BLOCKS if which in found[name]):
+            with fitting(os.path.join(out, f"{name}.json"), "verdict"):
                 block["claims"] = judge(about.CLAIMS, block["series"])
                 if stamp(about) != block["source"]:
                     block["judged"] = commit()
-        write_paper(out, name, module, about, content)
+    for name, module in modules.items():
+        content = found[name]
+        with fitting(os.path.join(out, f"{name}.json"), "page"):
+            write_paper(out, name, module, claims[name], content)
         rows = content.get("reported", content.get("tuning"))["claims"]
         good = good and as_expected(rows)
         print(f"{name}: {in_short(rows)}")

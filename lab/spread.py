@@ -5,7 +5,6 @@ every n-th task, from the i-th on. Shards share one --out folder, or --merge joi
 """
 
 import concurrent.futures
-import json
 import os
 import re
 import shutil
@@ -15,7 +14,7 @@ import time
 
 from data import UserError, printable
 from lab import report
-from lab.folder import MARK, absolute, write_run
+from lab.folder import MARK, absolute, read_object, write_run
 from lab.store import HERE
 
 OWN = ("out", "overwrite", "jobs", "shard")  # flags in which the parts of a command may differ
@@ -44,9 +43,11 @@ def same_command(flags):
 def flags_of(folder):
     """The flags in the run.json of a folder. UserError: it has none."""
     try:
-        with open(os.path.join(folder, MARK), encoding="utf-8") as file:
-            return dict(json.load(file)["flags"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        found = dict(read_object(os.path.join(folder, MARK))["flags"])
+        if not all(isinstance(text, str) for text in found.values()):
+            raise TypeError
+        return found
+    except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{folder} has no readable {MARK}") from None
 
 

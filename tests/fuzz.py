@@ -7,17 +7,21 @@ seed and `--fuzz-cases 1` repeats it. SHARES says how the cases are divided amon
 """
 
 import contextlib
+import csv
+import functools
 import gzip
 import io
 import json
 import math
 import os
+import pathlib
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
+import traceback
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -28,17 +32,19 @@ import train
 from data import Tokenizer, UserError, collate
 from lab import Lab, Settings, flags, render, store
 from lab.hub import ChatTemplate, load_pretrained
-from lab.settings import methods
-from nanomodel import GPT, GPTConfig, UNet, UNetConfig
+from lab.settings import methods, worlds
+from nanomodel import GPT, GPTConfig, LoRA, UNet, UNetConfig
+from tests.lab.commands import PAIRS, Killed, killed_at, rows_file
+from toy import files, verified
 from toy.digits import World as Images
+from toy.files import plain_chat
 
 pytestmark = [pytest.mark.fuzz, pytest.mark.usefixtures("own_folder")]
-SHARES = dict(
-    rows=0.35, bytes=0.12, images=0.08, checkpoint=0.2, template=0.03, command=0.1, cache=0.116
-)
-SHARES["kill"] = 0.004
+SHARES = dict(rows=0.3, bytes=0.14, images=0.12, checkpoint=0.16, template=0.015, command=0.1)
+SHARES |= dict(cache=0.124, folder=0.04, kill=0.001)
 BYTES = Tokenizer.toy([], name="bytes")
 TOY = Tokenizer.toy([" good", " bad", " the", "\n", "film"])
+CHAT = Tokenizer("chat", BYTES.engine, BYTES.eot, BYTES.pad, BYTES.vocab_size, chat=plain_chat)
 
 # ---------------------------------------------------------------- what is allowed
 
@@ -46,6 +52,17 @@ TOY = Tokenizer.toy([" good", " bad", " the", "\n", "film"])
 def one_line(text):
     """Whether an error is one line that a terminal may show."""
     return text.isprintable() and 0 < len(text) < 4000
+
+
+def command(argv, main=train.main):
+    """Carry out a command line -> (exit status, stderr); of errors, the last line is one."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main(argv)
+    if status == 2:
+        lines = err.getvalue().strip().split("\n")
+        assert one_line(lines[-1]) and lines[-1].startswith(("train.py: ", "error: ")), lines
+    return status, err.getvalue()
 
 
 def refused_or(function):
@@ -154,9 +171,19 @@ def record(form, i, rng):
         return {"chosen": [user, a], "rejected": [user, b]}
     if form == "chat":
         return {"prompt": [user], "chosen": [a], "rejected": [b]}
-    if form == "transcript":
+    if form in ("transcript", "asked"):
         head = f"\n\nHuman: {prompt}\n\nAssistant: "
+        head = rng.choice(["", f"{head}no\n\nHuman: {prompt}", "note: "]) + head
+        if form == "asked":
+            return {"prompt": head, "chosen": chosen, "rejected": rejected}
         return {"chosen": head + chosen, "rejected": head + rejected}
+    if form == "solutions":
+        marks = ["#### {}", "\\boxed{{{}}}", "Answer: {}", "{}", "$ {} $", "\\boxed{{{}"]
+        numbers = ["4", "-1,234.5", "1/0", "9" * 5000, "1e999", "\u0663", "x", "", "."]
+        row = {"prompt": prompt, "responses": []}
+        for _ in range(2):
+            row["responses"].append(rng.choice(marks).format(rng.choice(numbers)))
+        return row | {"scores": [rng.choice([1, 0]), rng.choice([0, 1])]}
     if form == "labels":
         return {"prompt": prompt, "completion": chosen, "label": rng.random() < 0.5}
     k = 2 if form == "two" else 4
@@ -171,7 +198,7 @@ def record(form, i, rng):
 
 
 FORMS = ["pairs", "ids", "messages", "chat", "transcript", "labels", "two", "four", "tree"]
-FORMS += ["targets"]
+FORMS += ["targets", "asked", "solutions"]
 
 
 def records(rng):
@@ -180,9 +207,20 @@ def records(rng):
 
 
 def as_file(path, rows, rng):
-    """Write records as JSON Lines, gzipped JSON Lines or Parquet -> the path."""
+    """Write records as JSON Lines, a JSON array or CSV, each also gzipped, or Parquet -> a path."""
+    kind = rng.choice([".jsonl", ".jsonl", ".json", ".csv", ".parquet"])
     lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    if rng.random() < 0.25:
+    if kind == ".json":
+        lines = json.dumps(rows, indent=rng.choice([None, 1])).encode()
+    if kind == ".csv":
+        page, rows = io.StringIO(newline=""), [row for row in rows if isinstance(row, dict)]
+        writer = csv.DictWriter(page, list(dict.fromkeys(n for row in rows for n in row)))
+        writer.writeheader()
+        writer.writerows(
+            {n: v if isinstance(v, str) else json.dumps(v) for n, v in row.items()} for row in rows
+        )
+        lines = page.getvalue().encode(errors="replace")
+    if kind == ".parquet":
         import pyarrow
         import pyarrow.parquet
 
@@ -190,8 +228,9 @@ def as_file(path, rows, rng):
             table = pyarrow.Table.from_pylist([row for row in rows if isinstance(row, dict)])
             pyarrow.parquet.write_table(table, f"{path}.parquet")
             return f"{path}.parquet"
+        kind = ".jsonl"
     packed = rng.random() < 0.25
-    path += ".jsonl" + ".gz" * packed
+    path += kind + ".gz" * packed
     with open(path, "wb") as file:
         file.write(gzip.compress(lines) if packed else lines)
     return path
@@ -199,21 +238,27 @@ def as_file(path, rows, rng):
 
 def used(path, rng):
     """Everything that happens to a file before training, and the batches of its rows."""
-    from toy.files import World
-
-    small = dict(steps=1, batch_size=4, context=64, eval_size=2, base_steps=1)
-    if rng.random() < 0.3:
-        small["truncate"] = "true"
+    small = dict(steps=1, batch_size=4, eval_size=2, base_steps=1)
+    if not path.endswith(".npz"):
+        small |= dict(context=64, max_response=4)
+        more = dict(truncate="true", lora=2, verify="true", ema=0.5, optimizer="dct_adamw")
+        small |= {name: more[name] for name in more if rng.random() < 0.15}
+    elif rng.random() < 0.3:
+        small |= rng.choice([dict(guidance=2), dict(image_size=4), dict(ema=0.5)])
     given = {name: str(value) for name, value in small.items()} | {"data": path}
-    given["method"] = rng.choice(methods())
+    online = ["grpo", "dno", "disco"]
+    given["method"] = rng.choice(online if "verify" in small else methods())
     chosen = flags.chosen_methods(["--method", given["method"]])
     runs = refused_or(lambda: flags.fitting(flags.combinations(given, chosen), given))
     if runs and rng.random() < 0.1:  # what was not refused trains
-        argv = [f"--{name}={value}" for name, value in given.items()]
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            assert train.main([*argv, "--out", f"{path}-run"]) in (0, 2)
-    world = refused_or(lambda: World(path, BYTES, context=64))
-    if world:
+        assert command(
+            [f"--{name}={value}" for name, value in given.items()] + ["--out", f"{path}-run"]
+        )[0] in (0, 2, 3)
+    if path.endswith(".npz"):
+        return
+    kind = verified if "verify" in small else files
+    world = refused_or(lambda: kind.World(path, rng.choice([BYTES, CHAT]), context=64))
+    if world and kind is files:
         lab = Lab(Settings(base_steps=0, truncate=True), quiet=True, world=world)
         lab.base()
         batch = refused_or(lambda: lab.collate(lab.encode(world.given(None)[:8])))
@@ -247,15 +292,29 @@ def fuzz_images(rng, path):
     arrays["labels"] = np.arange(rng.choice([n, n, n + 1])) % rng.choice([1, 2, 10])
     if rng.random() < 0.3:
         arrays["labels"] = arrays["labels"] * rng.choice([-1, 0.5, 10**12])
+    if rng.random() < 0.4:
+        texts = ["a cat", "", "Two  dogs", "\x1b[31m", "x " * 70, "\ud800", "cat " * 20]
+        arrays["prompts"] = np.array([rng.choice(texts) for _ in range(n)] or ["x"][:n])
+        del arrays[rng.choice(["labels", "labels", "labels", "prompts"])]
+    if rng.random() < 0.5:
+        pairs = rng.choice([1, 3, 12])
+        kind = arrays.get("labels", arrays.get("prompts", np.zeros(n)))
+        for name in rng.choice([["image_w", "image_l"]] * 5 + [["image_w"]]):
+            same = np.flatnonzero(kind == kind[0]) if n and rng.random() < 0.7 else np.arange(n)
+            picked = [rng.choice(same.tolist() or [0]) for _ in range(pairs)]
+            arrays[name] = np.array(picked) + (rng.random() < 0.1) * rng.choice([-1, 0.5, 10**12])
     if rng.random() < 0.2:
-        arrays[rng.choice(["images", "labels", "\x1b[31m"])] = np.array(rng.choice([1.0, math.nan]))
+        arrays[rng.choice(["images", "labels", "image_w", "\x1b[31m"])] = np.array(
+            rng.choice([1.0, math.nan])
+        )
     name = f"{path}/images.npz"
     rng.choice([np.savez, np.savez_compressed])(name, **arrays)
-    if rng.random() < 0.6:
+    if rng.random() < 0.4:
         with open(name, "rb") as file:
             data = damaged(file.read(), rng)
         with open(name, "wb") as file:
             file.write(data)
+    used(name, rng)
     world = refused_or(lambda: Images.from_npz(name, limit=2**22))
     if world:
         assert world.reward([0], world.images[:1]).isfinite().all()
@@ -268,15 +327,20 @@ def save_checkpoint(folder, kind):
     torch.manual_seed(0)
     if kind == "unet":
         model = UNet(UNetConfig(width=8))
+    elif kind == "words":
+        words = [[2, 3], [2, 1], [0, 0]]
+        model = UNet(UNetConfig(width=8, classes=2, words=words, patch=2, place=True, free=True))
     else:
         sizes = dict(vocab_size=TOY.vocab_size, hidden_size=16, intermediate_size=24)
         sizes |= dict(num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2)
         model = GPT(GPTConfig(**sizes, max_position_embeddings=64), TOY)
+    if kind == "lora":
+        LoRA.adapt(model, 2)
     model.save_pretrained(folder)
 
 
 def fuzz_checkpoint(rng, path):
-    kind = rng.choice(["gpt", "gpt", "unet"])
+    kind = rng.choice(["gpt", "gpt", "lora", "unet", "words"])
     save_checkpoint(path, kind)
     for _ in range(rng.choice([1, 1, 2])):
         name = rng.choice(sorted(n for n in os.listdir(path) if not n.startswith("rows")))
@@ -416,7 +480,8 @@ VALUES = [
         "1e3",
     ),
 ]
-WORLDS = ["reviews", "bandit", "tokens", "modular", "tree", "arithmetic", "gaussians", "nowhere"]
+KINDS = dict(int=["1", "2", "16", "2,4"], float=["0.5", "0.1,1", "=flip"], bool=["true", "false"])
+KINDS["str"] = ["auto", "on", "off", "float32", "adamw", "dct_adamw", "1/2", "run"]
 
 
 def fuzz_command(rng, path):
@@ -425,22 +490,29 @@ def fuzz_command(rng, path):
     if rng.random() < 0.95:
         argv += ["--method", rng.choice([*methods(), "dpo,rdpo", "all", "x"])]
     if rng.random() < 0.8:
-        argv += ["--world", rng.choice(WORLDS)]
-    names = [*flags.settings_flags(), *flags.ACTIONS]
+        argv += ["--world", rng.choice([*worlds(), "nowhere"])]
+    known = flags.settings_flags() | dict.fromkeys(flags.ACTIONS)
     for about in flags.catalogue():
-        names += about.flags if about.name in argv else []
+        known |= about.flags if about.name in argv else {}
     for _ in range(rng.choice([0, 1, 2, 4])):
-        argv += [f"--{rng.choice(names)}"]
-        argv += [rng.choice(VALUES)] if rng.random() < 0.9 else []
+        name = rng.choice(list(known))
+        fitting = (
+            [KINDS.get(part.strip(), []) for part in known[name].kind.split("|")]
+            if known[name]
+            else []
+        )
+        argv += [f"--{name}"]
+        argv += (
+            [rng.choice(sum(fitting, []) if fitting and rng.random() < 0.6 else VALUES)]
+            if rng.random() < 0.9
+            else []
+        )
     if rng.random() < 0.1:
         rng.shuffle(argv)
-    before, out, err = os.listdir("."), io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = train.main(argv)
+    before = os.listdir(".")
+    status, _ = command(argv)
     assert status in (0, 1, 2)
     if status == 2:
-        lines = err.getvalue().strip().split("\n")
-        assert one_line(lines[-1]) and lines[-1].startswith("train.py: "), lines
         assert sorted(before) == sorted(os.listdir(".")), argv
     for name in set(os.listdir(".")) - set(before):
         shutil.rmtree(name, ignore_errors=True)
@@ -493,44 +565,180 @@ def fuzz_cache(rng, path):
     assert equal(store.load_value(place), value)
 
 
+# ---------------------------------------------------------------- folders of runs and of results
+
+TINY = ["--steps=12", "--batch_size=4"]
+TABLE = ["--method=dpo", "--world=bandit", "--prompts=24", *TINY]
+TEXT = ["--method=dpo", "--lora=2", "--base_steps=2", "--max_response=4", "--eval_size=4", *TINY]
+KEPT = ("compare", "prompt", "init", "merge")  # commands that leave the folders as they are
+
+
+@functools.cache
+def masters(place):
+    """Undamaged folders, made once: runs, sweeps, a shard, a run that was killed, results."""
+    data = rows_file(pathlib.Path(place) / "rows.jsonl", PAIRS)
+    at = {name: f"{place}/{name}" for name in ("table", "text", "sweep", "shard", "begun")}
+    sweep = [*TABLE, "--beta=0.1,0.3"]
+    for name, argv in dict(table=TABLE, text=[*TEXT, "--data", data], sweep=sweep).items():
+        assert command([*argv, "--out", at[name]]) == (0, ANY), name
+    assert command([*sweep, "--shard=1/2", "--out", at["shard"]]) == (0, ANY)
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
+        patch.setattr(Lab, "checkpoint_every", 0.0)
+        killed_at(patch, 9)
+        command([*TEXT, "--data", data, "--out", at["begun"]])
+    shutil.copytree(f"{store.HERE}/results", f"{place}/results", ignore=keep_papers)
+    return [*at, "results"]
+
+
+def keep_papers(folder, names):
+    """What `copytree` leaves out: most papers."""
+    return [n for n in names if n.partition(".")[0] not in ("dpo", "rdpo", "sft", "README")]
+
+
+def spoil(folder, rng):
+    """Damage one file of a folder, or remove it."""
+    files = [os.path.join(place, n) for place, _, names in os.walk(folder) for n in names]
+    name = rng.choice(sorted(n for n in files if not n.endswith((".png", ".lock"))))
+    with open(name, "rb") as file:
+        data = file.read()
+    if rng.random() < 0.1:
+        os.unlink(name)
+        return
+    lines = data.split(b"\n")
+    i = rng.randrange(len(lines)) if name.endswith(".jsonl") else None
+    if rng.random() < 0.7 and name.endswith((".json", ".jsonl")):
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(data if i is None else lines[i])
+            for _ in range(rng.choice([1, 1, 3])):
+                value = disturbed(value, rng)
+            lines[i or 0 : len(lines) if i is None else i + 1] = [json.dumps(value).encode()]
+            data = b"\n".join(lines)
+    else:
+        data = damaged(data, rng)
+    with open(name, "wb") as file:
+        file.write(data)
+
+
+def contents(folder):
+    """{path: bytes} of the files of a folder, locks apart."""
+    paths = [os.path.join(place, n) for place, _, names in os.walk(folder) for n in names]
+    found = {}
+    for path in paths:
+        if not path.endswith(".lock"):
+            with open(path, "rb") as file:
+                found[path] = file.read()
+    return found
+
+
+def fuzz_folder(rng, path):
+    """A folder with damaged files is refused in one line or used, and nothing in it is lost."""
+    place = os.path.join(os.path.dirname(path), "masters")
+    os.makedirs(place, exist_ok=True)
+    names = masters(place)
+    for name in names:
+        shutil.copytree(f"{place}/{name}", f"{path}/{name}")
+    target = rng.choice(names)
+    folder = f"{path}/{target}"
+    for _ in range(rng.choice([1, 1, 2])):
+        spoil(folder, rng)
+    data = ["--data", f"{place}/rows.jsonl"]
+    ways = dict(
+        compare=["--compare", folder, f"{path}/table", "--out", f"{path}/new"],
+        resume=["--resume", folder],
+        merge=["--merge", folder, f"{path}/shard", "--out", f"{path}/new"],
+        judge=["--judge", folder],
+        prompt=["--init", folder, "--prompt", "question 1 ?", *data, "--max_response=4"],
+        init=[
+            "--method=dpo",
+            "--init",
+            folder,
+            *data,
+            "--max_response=4",
+            *TINY,
+            "--out",
+            f"{path}/new",
+        ],
+        overwrite=[*TABLE, "--out", folder, "--overwrite", *rng.choice([[], ["--lr=1e300"]])],
+        shard=[*TABLE, "--beta=0.1,0.3", "--shard=2/2", "--out", folder],
+        claim=["--method=dpo", "--claim", "--out", folder],
+    )
+    fitting = dict(text=["prompt", "init"], begun=["resume"], shard=["merge", "shard"])
+    fitting |= dict(results=["judge", "judge", "claim"])
+    way = rng.choice(fitting.get(target, []) * 3 + ["compare", "resume", "overwrite"])
+    before = contents(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.results, "measured", lambda *about, **more: [])
+        status, error = command(ways[way])
+    assert status in (0, 1, 2, 3)
+    after = contents(folder)
+    if way in KEPT or status == 2 and way != "resume":
+        assert before == {name: after.get(name) for name in before}, (way, error)
+    lost = [name for name in before if name not in after and "/stages/" not in name]
+    assert way == "overwrite" or not lost, (way, lost)
+
+
 # ---------------------------------------------------------------- kills
+
+
+def child(argv, path, cache, pause):
+    """Start a command in a process of its own, a copy of this one -> (its id, its stderr).
+
+    pause: seconds between two checkpoints."""
+    said = f"{path}/stderr"
+    if pid := os.fork():
+        return pid, said
+    status = 70
+    with open(os.devnull, "w") as sys.stdout, open(said, "w") as sys.stderr:
+        try:
+            os.chdir(path)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            torch.set_num_threads(1)
+            store.CACHE, Lab.checkpoint_every, Lab.memory = f"{path}/{cache}", pause, {}
+            status = train.main(argv)
+        except KeyboardInterrupt:
+            status = 130
+        except BaseException:  # noqa: BLE001 - the parent reads it
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+
+
+def ended(pid, said):
+    """Wait for a child -> its exit status, negative for a signal."""
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    with open(said, encoding="utf-8") as file:
+        error = file.read()
+    assert "Traceback" not in error and status in (0, 130, -9, -15, -2), (status, error)
+    return status
 
 
 def fuzz_kill(rng, path):
     """A run that is killed again and again ends with the weights of one that is left alone."""
     world = rng.choice(["bandit", "reviews"])
-    size = ["--steps", "400"] if world == "bandit" else ["--steps", "12", "--base_steps", "4"]
-    size += [] if world == "bandit" else ["--eval_size", "8", "--max_response", "6"]
-    argv = ["--method", rng.choice(["dpo", "adpo", "curry_dpo"]), "--world", world, *size]
-    argv += ["--prompts", "24", "--batch_size", "8", "--seed", str(rng.randrange(99))]
-    sweep = ["--beta", "0.1,0.3"] if rng.random() < 0.3 else []
-    command = [sys.executable, os.path.join(store.HERE, "train.py")]
-    quiet = dict(cwd=path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    cache = {
-        name: os.environ | {"NANOPREF_CACHE": f"{path}/cache-{name}"} for name in ("whole", "cut")
-    }
-    subprocess.run(
-        [*command, *argv, *sweep, "--out", "whole"], env=cache["whole"], check=True, **quiet
-    )
-    start, kills = [*argv, *sweep, "--out", "cut"], 0
+    names = ["dpo", "adpo", "curry_dpo"] + ["grpo", "dno"] * (world == "reviews")
+    size = ["--steps=200"] if world == "bandit" else ["--steps=12", "--base_steps=4"]
+    if world == "reviews":
+        more = [["--lora=2"], ["--ema=0.5"], ["--optimizer=dct_adamw"], [], []]
+        size += ["--eval_size=8", "--max_response=6", *rng.choice(more)]
+    argv = ["--method", rng.choice(names), "--world", world, *size]
+    argv += ["--prompts=24", "--batch_size=8", f"--seed={rng.randrange(99)}"]
+    argv += ["--lr=0.001,0.003"] if rng.random() < 0.3 else []
+    begun, pause = time.time(), rng.choice([0.0, 0.0, 0.1, 5.0])
+    assert ended(*child([*argv, "--out", "whole"], path, "cache-whole", 5.0)) == 0
+    seconds, kills = time.time() - begun, rng.choice([1, 3, 5])
     while True:
-        again = ["--resume", "cut"] if os.path.exists(f"{path}/cut/run.json") else start
-        if again is start:
-            shutil.rmtree(f"{path}/cut", ignore_errors=True)  # killed before run.json was written
-        with contextlib.suppress(FileNotFoundError):  # it says when the imports are done
-            os.unlink(f"{path}/cut/.lock")
-        process = subprocess.Popen([*command, *again], env=cache["cut"], **quiet)
-        while process.poll() is None and not os.path.exists(f"{path}/cut/.lock"):
-            time.sleep(0.01)
-        if kills < 3:
-            time.sleep(rng.random() * 3)
-            process.send_signal(rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
-            kills += 1
-        error = process.communicate()[1].decode()
-        assert "Traceback" not in error, error
-        if process.returncode == 0:
+        again = ["--resume", "cut"]
+        if not os.path.exists(f"{path}/cut/run.json"):
+            shutil.rmtree(f"{path}/cut", ignore_errors=True)  # killed before it was written
+            again = [*argv, "--out", "cut"]
+        pid, said = child(again, path, "cache-cut", pause)
+        if kills:
+            time.sleep(rng.random() * 1.2 * seconds)
+            os.kill(pid, rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
+            kills -= 1
+        if ended(pid, said) == 0:
             break
-        assert process.returncode in (130, -9, -15, -2), (process.returncode, error)
     assert not list(os.walk(f"{path}/cut/stages")) and not [
         name for _, _, names in os.walk(f"{path}/cut") for name in names if name[0] == "."
     ]
@@ -550,6 +758,8 @@ def limited(impatient, monkeypatch):
     """Small limits, no pictures, no downloads; commands end before their first step."""
     monkeypatch.setattr(Tokenizer, "text", classmethod(lambda cls: BYTES))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("declared", "fields_of"):  # they read the same sources again and again
+        monkeypatch.setattr(flags, name, functools.cache(getattr(flags, name)))
     store.open_cache()
 
 
@@ -563,13 +773,20 @@ def test_random_and_hostile_input(kind, tmp_path, request, limited, monkeypatch)
         for name in ("again", "smoke"):
             monkeypatch.setattr(train.results, name, lambda *about: 0)
         monkeypatch.setattr(train.contract, "check", lambda run: 0)
+    faults = {}  # {where and what: the first case in which it happened}
     for case in range(seed, seed + max(1, round(cases * SHARES[kind]))):
         Lab.memory.clear()
         path = tmp_path / f"{kind}-{case}"
         path.mkdir()
         try:
             globals()[f"fuzz_{kind}"](random.Random(f"{kind} {case}"), str(path))
-        except Exception as error:
-            again = f'-k "[{kind}]" --fuzz-seed {case} --fuzz-cases 1'
-            raise AssertionError(f"{type(error).__name__}: {error}\nrepeat: {again}") from error
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is a fault
+            ours = [
+                f for f in traceback.extract_tb(error.__traceback__) if store.HERE in f.filename
+            ]
+            what = f"case {case}: {type(error).__name__}: {error}"
+            where = " < ".join(f"{os.path.basename(f.filename)}:{f.lineno}" for f in ours[:1:-1])
+            faults.setdefault(where, f"{what}\n  in {where}")
         shutil.rmtree(path)
+    again = f'repeat: -k "[{kind}]" --fuzz-seed CASE --fuzz-cases 1'
+    assert not faults, "\n".join([*faults.values(), again])
