@@ -12,6 +12,7 @@ the blanked code from the solution.
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 from data import UserError
@@ -94,10 +95,12 @@ def main(arguments=None):
             raise UserError(f"{out} exists: choose another --out, or add --overwrite")
         if given.overwrite and out.exists() and not (out / "grader/assignment.json").is_file():
             raise UserError(f"{out} is no assignment, so it is not replaced")
+        start = time.monotonic()
         write(given, out)
         if given.gradescope:
             print(f"written: {package.write(out)}")
-        print(f"written: {out}/student and {out}/grader; next: python grade.py {out}/grader FOLDER")
+        print(f"written: {out}/student and {out}/grader, in {time.monotonic() - start:.0f} s")
+        print(f"next: python grade.py {out}/grader FOLDER")
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -72,13 +72,14 @@ def main(arguments=None):
             )
             rows = outputs.marked_by_hand(rows, student, marks)
             outputs.write(out, student, about, rows, seconds)
-            return student, rows
+            return student, rows, seconds
 
         graded = {}
         with ThreadPoolExecutor(given.jobs) as pool:
-            for student, rows in pool.map(one, found):
+            for student, rows, seconds in pool.map(one, found):
                 graded[student] = rows
-                print(f"{printable(student):<24} {outputs.total(rows)[0]:5.1f} points", flush=True)
+                points = outputs.total(rows)[0]
+                print(f"{printable(student):<24} {points:5.1f} points {seconds:6.1f} s", flush=True)
         outputs.write_class(out, graded)
         if outputs.write_by_hand(out, graded):
             print(f"written: {out}/by_hand.csv; fill in its points for --written")

@@ -231,6 +231,19 @@ class Sheet:
             number, call, name = key[1:].split("-")
             self.mistakes[int(number)].setdefault(int(call), {})[name] = value
 
+    def check(self):
+        """UserError: the solution fails a test, as in a folder that another version wrote."""
+        for test in self.one["tests"]:
+            try:
+                wrong = test["kind"] != "run" and self.of_test(test, self.expected, None)
+            except (KeyError, TypeError):
+                wrong = True
+            if wrong:
+                raise UserError(
+                    f"{self.folder}: the solution fails `{test['name']}`; write the assignment "
+                    "again with this version of assign.py"
+                )
+
     def mark(self, answers, weights):
         """[(test, points, status, message)] for the answers to the calls and the run's weights."""
         rows = []
@@ -362,8 +375,12 @@ class TaskSheet:
 
 
 def sheet_of(folder, one):
-    """The Sheet or TaskSheet of a file of an assignment."""
-    return TaskSheet(folder, one) if "kind" in one else Sheet(folder, one)
+    """The Sheet or TaskSheet of a file of an assignment. UserError: it is of another version."""
+    if "kind" in one:
+        return TaskSheet(folder, one)
+    sheet = Sheet(folder, one)
+    sheet.check()
+    return sheet
 
 
 # ---------------------------------------------------------------- submissions

@@ -129,13 +129,16 @@ def public_items(module, tests, seed):
 
 
 def property_cases(file, tests, items):
-    """[(module, blank, property, fields)]: the properties that the solution has, by setting."""
-    cases, parts = [], [target for target in file.wanted if target.function == "loss"]
-    if not parts:
-        return []
+    """[(module, blank, property, fields)]: the properties that the solution's loss has, by setting.
+
+    Those of a helper are the properties of the loss under settings in which it calls the helper.
+    """
+    cases = []
+    if file.name in hidden.PARTS:
+        return cases
     meets = hidden.reaching(file.module, tests, file.wanted, items)
     settings = [("loss", fields) for fields in ({}, *tests.CASES[:1]) if "loss" in meets]
-    settings += [(part.name, meets[part.name]) for part in parts if not part.whole]
+    settings += [(name, fields) for name, fields in meets.items() if name not in ("", "loss")]
     for label, fields in settings:
         cfg = file.module.Config(**fields)
         usable = [item for item in items if hidden.takes(file.module, item, cfg)]
@@ -253,12 +256,12 @@ def write_file(file, public, folder, seed, say):
             return all(
                 visible.keeps(module, case[2], item, file.module.Config(**case[3]))
                 for case in cases
-                if visible.of_loss(case[1])
+                if case[2] in properties.PROPERTIES
                 for item in items
             ) and not any(
                 visible.of_helper(module, *case[1:3], *helpers[case[1]])
                 for case in cases
-                if not visible.of_loss(case[1])
+                if case[2] not in properties.PROPERTIES
             )
         except Exception:  # noqa: BLE001 - a mutant may do anything
             return False
@@ -273,7 +276,7 @@ def write_file(file, public, folder, seed, say):
     made, found = hidden.pruned(made, found, gate.tellers)
     first = len(made)
     made += shown
-    for _, label, name, fields in [case for case in cases if visible.of_loss(case[1])]:
+    for _, label, name, fields in [case for case in cases if case[2] in properties.PROPERTIES]:
         cfg, numbers = file.module.Config(**fields), []
         for item in items:
             group = properties.PROPERTIES[name].calls(item, cfg) or []
@@ -335,13 +338,15 @@ def measure_runs(files, about, teacher, say):
     cache.mkdir()
     for file, one in zip(files, about["files"]):
         one["run"] = None
-        parts = [target for target in file.wanted if target.function == "loss"]
-        if not parts:
+        if file.name in hidden.PARTS:
             continue
-        tests, fields = hidden.material(file.name), {}
-        if not parts[0].whole:
-            items = public_items(file.module, tests, about["seed"])
-            fields = hidden.reaching(file.module, tests, file.wanted, items)[parts[0].name]
+        tests = hidden.material(file.name)
+        items = public_items(file.module, tests, about["seed"])
+        meets = hidden.reaching(file.module, tests, file.wanted, items)
+        first = next((target.name for target in file.wanted if target.name in meets), None)
+        if first is None:
+            continue
+        fields = meets[first]
         settings = run_settings(file.module)
         runs = [dict(settings=settings | {"seed": seed}, fields=fields) for seed in range(SEEDS)]
         rewards = []

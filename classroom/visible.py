@@ -38,18 +38,13 @@ def your_turn(case):
     return f"your turn: write {case.function} in {case.module.replace('.', '/')}.py"
 
 
-def of_loss(name):
-    """Whether a blank is the loss or a part of it."""
-    return name.split(":")[0] == "loss"
-
-
 def failure(folder, case):
     """What is wrong with a function, as one line; None if it has the property."""
     _, inputs = load(folder)
     forms, tensors = inputs[case.module]
     module = importlib.import_module(case.module)
     try:
-        if not of_loss(case.function):
+        if case.property not in properties.PROPERTIES:
             form = next(form for form in forms if form["function"] == case.function)
             arguments = calls.unpack(form["arguments"], tensors, vars(module))
             return of_helper(module, case.function, case.property, arguments, form["shapes"])

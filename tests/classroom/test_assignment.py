@@ -36,7 +36,14 @@ from data import UserError
 from lab import settings
 from tests import mutation
 from tests.classroom import logps
-from tests.classroom.marking import ROOT, marks_of, points, without_runs, written
+from tests.classroom.marking import (
+    ROOT,
+    marks_of,
+    points,
+    visible_tests,
+    without_runs,
+    written,
+)
 
 BLANK = '    raise NotImplementedError("your turn: loss")'
 PLAIN = """    d = (logps - ref_logps).sum(dim=2)
@@ -199,6 +206,22 @@ def test_every_mutant_has_less_than_full_marks(sheet):
 
 
 # ---- parts of a loss, and of the model
+
+
+@pytest.mark.slow
+def test_a_helper_has_the_visible_tests_of_the_loss_that_calls_it(tmp_path, monkeypatch):
+    folder, sheet = written(tmp_path, monkeypatch, "methods/fdpo.py", "forward_kl,jensen_shannon")
+    source = (ROOT / "methods/fdpo.py").read_text()
+    for name, fields in (("forward_kl", {"divergence": "fkl"}), ("jensen_shannon", {})):
+        tests = [t for t in sheet.one["tests"] if t["name"].startswith(f"{name}: ") and t["rule"]]
+        assert len(tests) >= 8 and all(t["setting"] == fields for t in tests)
+    assert points(marks_of(sheet, source)) == 100
+    blank = (folder / "student/methods/fdpo.py").read_text()
+    assert {row[2] for row in marks_of(sheet, blank)} == {"not attempted"}
+    failed, passed, said = visible_tests(folder / "student")
+    assert passed == 0 and said.count("your turn: write forward_kl in") >= 9
+    assert said.count("your turn: write") == failed
+    assert sheet.one["mutants"]["visible"] > 0
 
 
 @pytest.mark.slow
@@ -386,6 +409,21 @@ def test_a_class_is_graded_into_pages_a_table_json_and_xml(made, tmp_path, capsy
     assert "was not handed in" in (out[0] / "=cleo.md").read_text()
     for name in ("ann.md", "bob.md", "ann.xml", "bob.xml", "class.csv"):
         assert (out[0] / name).read_bytes() == (out[1] / name).read_bytes()
+
+
+def test_a_grader_of_another_version_is_refused(made, sheet, tmp_path, capsys):
+    sheet.check()
+    about = json.loads((made[0] / "grader/assignment.json").read_text())
+    shutil.copytree(made[0] / "grader", tmp_path / "grader")
+    (tmp_path / "ann.py").write_text("")
+    arguments = [str(tmp_path / "grader"), str(tmp_path), "--out", str(tmp_path / "out")]
+    rule = next(test for test in about["files"][0]["tests"] if test["rule"])
+    for change in (dict(rule="mean"), dict(rule="no such rule")):
+        rule |= change
+        (tmp_path / "grader/assignment.json").write_text(json.dumps(about))
+        assert grade.main(arguments) == 2
+        said = capsys.readouterr().err
+        assert "with this version" in said and rule["name"] in said and said.count("\n") == 1
 
 
 def test_what_cannot_be_graded_is_refused(made, tmp_path, capsys):
