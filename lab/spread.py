@@ -118,6 +118,8 @@ def parts_of(text):
     """
     folders = text.split("\n")
     flags = [same_command(flags_of(folder)) for folder in folders]
+    if "method" not in flags[0]:
+        raise UserError(f"{folders[0]} has no readable {MARK}: it names no method")
     for folder, other in zip(folders, flags):
         if other != flags[0]:
             names = sorted(n for n in {*other, *flags[0]} if other.get(n) != flags[0].get(n))
