@@ -253,7 +253,7 @@ def used(path, rng):
     if runs and rng.random() < 0.05:  # what was not refused trains
         argv = [f"--{name}={value}" for name, value in given.items()]
         with pytest.MonkeyPatch.context() as patch:  # whatever steps a method has of its own
-            patch.setattr(Lab, "few", lambda lab, n: min(n, 4))
+            patch.setattr(Lab, "few", lambda lab, n, least=4: min(n, least))
             assert command([*argv, "--out", f"{path}-run"])[0] in (0, 2, 3)
     if path.endswith(".npz"):
         return
