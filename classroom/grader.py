@@ -256,10 +256,20 @@ class Sheet:
             if message and TURN in message:
                 status = "not attempted"
             rows.append([test, test["points"] if message is None else 0, status, message or ""])
-        if not any(row[1] for row in rows if row[0]["kind"] in ("values", "gradients")):
-            for row in rows:  # a constant has many properties, and earns nothing for them
+        # a constant has many properties, and a gradient of 0 where that is right, and earns nothing
+        earned = {label(test) for test, got, *_ in rows if got and self.tells(test)}
+        for row in rows:
+            if not earned or (row[0]["kind"] != "run" and label(row[0]) not in earned):
                 row[1] = 0
         return rows
+
+    def tells(self, test):
+        """Whether a test compares values, or gradients of which one is not 0."""
+        if test["kind"] != "gradients":
+            return test["kind"] == "values"
+        answers = [self.expected[number] for number in test["calls"]]
+        slopes = [x for each in answers for key, x in each.items() if key.startswith("gradient")]
+        return any(x.any() for x in slopes)
 
     def of_test(self, test, answers, weights):
         """What is wrong with the answers to the calls of a test; None: nothing."""
@@ -341,6 +351,11 @@ class Sheet:
         if not reward >= low:
             return f"it ends at a reward of {reward:.3f}; the solution's runs reach {low:.3f}"
         return None
+
+
+def label(test):
+    """What was blanked, of which a test is a part."""
+    return test["name"].split(": ")[0]
 
 
 class TaskSheet:

@@ -33,7 +33,7 @@ from classroom import (
     tasks,
 )
 from data import UserError
-from lab import settings
+from lab import flags, settings
 from tests import mutation
 from tests.classroom import logps
 from tests.classroom.marking import (
@@ -803,6 +803,16 @@ def test_every_sheet_of_a_ready_made_assignment_can_be_written(number, tmp_path,
         paths = [ROOT / ready.path_of(name) for name, _ in option]
         files = handout.files_of(paths, [text for _, text in option])
         handout.write(files, tmp_path / f"hw{turn}", say=lambda line: None)
+
+
+@pytest.mark.parametrize("number", ready.READY)
+def test_the_commands_of_a_task_sheet_can_be_run(number):
+    for seed in range(8):
+        text = ready.chosen(number, seed)[2]
+        shell = dict(re.findall(r"^    ([A-Z])=(\S+)$", text, re.MULTILINE))
+        for line in re.findall(r"^    python train.py (.*)$", text, re.MULTILINE):
+            words = [shell[word[1:]] if word[0] == "$" else word for word in line.split()]
+            assert flags.combinations(*flags.read_flags(words)), line
 
 
 def test_another_seed_has_other_constants_and_another_sheet(capsys):

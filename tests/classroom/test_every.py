@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 
-from classroom import grader, hidden, visible
+from classroom import grader, hidden, ready, visible
 from lab import settings
 from tests import mutation
 from tests.classroom.marking import ROOT, marks_of, points, visible_tests, written
@@ -121,6 +121,25 @@ def full_values(sheet, names):
                 if not hidden.agree(found, sheet.expected[number], test["kind"]):
                     return False
     return True
+
+
+READY = [(number, option) for number, item in ready.READY.items() for option in item.options]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, option", READY)
+def test_every_ready_made_assignment_tells_right_from_zeros(number, option, tmp_path, monkeypatch):
+    """Constants earn nothing for a gradient that is 0 in the solution, too."""
+    monkeypatch.setattr(hidden, "gate", no_gate)
+    for name, text in option:
+        (tmp_path / name).mkdir()
+        folder, sheet = written(tmp_path / name, monkeypatch, ready.path_of(name), text)
+        source = (ROOT / ready.path_of(name)).read_text()
+        assert points(marks_of(sheet, source)) == 100
+        zeros = [{key: 0 * x for key, x in answer.items()} for answer in sheet.expected]
+        assert points(sheet.mark(zeros, None)) <= 10
+        rows = marks_of(sheet, (folder / "student" / ready.path_of(name)).read_text())
+        assert {row[2] for row in rows} == {"not attempted"} and points(rows) == 0
 
 
 @pytest.mark.parametrize("name", EVERY)
