@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 import train
@@ -168,3 +169,15 @@ def test_a_model_of_images_is_not_asked_for_text(tmp_path, capsys, monkeypatch):
     refused(capsys, ["--prompt", "hi", "--init", "unet"], "--init unet", "UNet", "text")
     refused(capsys, ["--method", "dpo", "--init", "unet"], "--init unet", "UNet", "text")
     refused(capsys, ["--method", "dpo", "--init", "unet", "--data", path], "unet", "UNet", "text")
+
+
+def test_a_file_beyond_the_limit_is_read_with_a_larger_one(tmp_path, capsys, monkeypatch):
+    small(monkeypatch)
+    path = rows_file(tmp_path / "pairs.jsonl", PAIRS)
+    argv = ["--method", "dpo", "--data", path, "--show", "--data_limit"]
+    refused(capsys, [*argv, "0.00001"], "pairs.jsonl", "--data_limit allows more")
+    assert train.main([*argv, "0.001"]) == 0
+    noise = np.random.default_rng(0).integers(0, 256, (40, 8, 8)).astype("uint8")
+    np.savez(tmp_path / "images.npz", images=noise, labels=np.arange(40) % 2)
+    argv[3] = str(tmp_path / "images.npz")
+    refused(capsys, [*argv, "0.000001"], "images.npz", "--data_limit allows more")

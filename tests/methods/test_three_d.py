@@ -488,6 +488,14 @@ def test_a_look_at_a_finished_run(tmp_path, capsys):
     for flags in (("--variant", "dpo"), ("--beta", "0.3"), ("--beta_rejected", "0.02")):
         assert look(run_of_dpo, tmp_path / "no", *flags) == 2
         assert "do nothing" in capsys.readouterr().err
+    show = ["--method", "three_d", "--init", run_of_dpo, *SMALL, "--show"]
+    assert train.main(show) == 2
+    assert "there is no row to show" in capsys.readouterr().err
+    kept = json.loads((tmp_path / "made" / "run.json").read_text())
+    for settings in (3, {}, kept["settings"] | {"base_seed": "x"}):
+        (tmp_path / "made" / "run.json").write_text(json.dumps(kept | {"settings": settings}))
+        assert look(run_of_dpo, tmp_path / "no") == 2
+        assert "run.json is damaged" in capsys.readouterr().err
     (tmp_path / "made" / "run.json").unlink()
     assert look(run_of_dpo, tmp_path / "no") == 2
     assert "no run.json" in capsys.readouterr().err
