@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from safetensors import SafetensorError
@@ -205,9 +206,16 @@ def reward_of(weights, settings):
 def solution_of(folder, one):
     """The names of the solution of a file."""
     source = (folder / one["name"] / "solution.py").read_text(encoding="utf-8")
-    names = {"__name__": one["module"], "__file__": one["path"]}
-    exec(compile(source, one["path"], "exec"), names)  # the teacher's own file
-    return names
+    name, module = one["module"], ModuleType(one["module"])
+    before = sys.modules.get(name)
+    sys.modules[name] = module  # a dataclass looks there for the types that it names in quotes
+    try:
+        exec(compile(source, one["path"], "exec"), vars(module))  # the teacher's own file
+    finally:
+        sys.modules.pop(name)
+        if before:
+            sys.modules[name] = before
+    return vars(module)
 
 
 class Sheet:

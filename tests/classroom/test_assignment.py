@@ -411,6 +411,22 @@ def test_a_class_is_graded_into_pages_a_table_json_and_xml(made, tmp_path, capsy
         assert (out[0] / name).read_bytes() == (out[1] / name).read_bytes()
 
 
+@pytest.mark.parametrize("loaded", [True, False])
+def test_a_solution_is_read_whether_or_not_its_method_is_loaded(tmp_path, monkeypatch, loaded):
+    """mcts_dpo.py names a type in quotes, which a dataclass looks for in the loaded modules."""
+    module = importlib.import_module("methods.mcts_dpo")
+    monkeypatch.setitem(sys.modules, "methods.mcts_dpo", module)
+    if not loaded:
+        del sys.modules["methods.mcts_dpo"]
+    (tmp_path / "mcts_dpo").mkdir()
+    text = (ROOT / "methods/mcts_dpo.py").read_text()
+    (tmp_path / "mcts_dpo/solution.py").write_text(text)
+    one = dict(name="mcts_dpo", module="methods.mcts_dpo", path="methods/mcts_dpo.py")
+    names = grader.solution_of(tmp_path, one)
+    assert names["Config"]() == names["Config"]() and names["loss"] is not module.loss
+    assert sys.modules.get("methods.mcts_dpo") is (module if loaded else None)
+
+
 def test_a_grader_of_another_version_is_refused(made, sheet, tmp_path, capsys):
     sheet.check()
     about = json.loads((made[0] / "grader/assignment.json").read_text())
