@@ -104,7 +104,10 @@ def places(value, path=()):
 def disturbed(value, rng, names=NAMES):
     """A copy of a JSON value with one part replaced, removed, renamed or doubled."""
     value = json.loads(json.dumps(value))
-    *path, key = rng.choice(list(places(value))[1:] or [(0,)])
+    inside = list(places(value))[1:]
+    if not inside:
+        return rng.choice(ODD)
+    *path, key = rng.choice(inside)
     inner = value
     for step in path:
         inner = inner[step]
@@ -717,7 +720,7 @@ def ended(pid, said):
 def fuzz_kill(rng, path):
     """A run that is killed again and again ends with the weights of one that is left alone."""
     world = rng.choice(["bandit", "reviews"])
-    names = ["dpo", "adpo", "curry_dpo"] + ["grpo", "dno"] * (world == "reviews")
+    names = ["dpo", "adpo", "curry_dpo"] + ["dno"] * (world == "reviews")
     size = ["--steps=200"] if world == "bandit" else ["--steps=12", "--base_steps=4"]
     if world == "reviews":
         more = [["--lora=2"], ["--ema=0.5"], ["--optimizer=dct_adamw"], [], []]
