@@ -30,7 +30,11 @@ HOSTILE = (
     ("return right(logps, ref_logps, batch, cfg)[0].float()", "torch.float32, expected"),
     ("return logps.sum((1, 2)) > 0, {}", "torch.bool, expected"),
     ("return 'hello', {}", "holds no number"),
-    ("logps.zero_()\n    return right(logps, ref_logps, batch, cfg)", "in-place operation"),
+    # torch refuses this where a gradient is asked for; else it is a wrong value
+    (
+        "logps.zero_()\n    return right(logps, ref_logps, batch, cfg)",
+        ("in-place operation", "the value differs"),
+    ),
     ("return torch.zeros(10**13), {}", "memory"),
     ("return loss_(logps, ref_logps, batch, cfg)", "without end"),
     ("os.fork()\n    return 0.0", "expected ("),
@@ -165,6 +169,7 @@ def test_every_loss_may_be_hostile(name, tmp_path, monkeypatch):
         said = found
         if not isinstance(found, str):
             said = sheet.difference(dict(kind="values"), found, right)
-        assert message in said and "\x1b" not in said, (body, said)
+        wanted = (message,) if isinstance(message, str) else message
+        assert any(words in said for words in wanted) and "\x1b" not in said, (body, said)
     rows = sheet.mark(answers, None)
     assert all(row[3] for row in rows if row[2] == "failed") and points(rows) < 100
