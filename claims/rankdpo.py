@@ -147,17 +147,19 @@ def measure(lab):
 
 
 def report(lab, series):
-    """A picture of reward against Frechet distance, one line per arm and seed."""
+    """A picture of reward against Frechet distance: a line of means per arm, a dot per seed."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for i, name in enumerate(ARMS):
-        for n, curve in enumerate(series[name]):
-            points = [(point["frechet"], point["reward"]) for point in curve]
-            axes.plot(*zip(*points), "o-", ms=3, color=f"C{i}", label=None if n else name)
+        points = torch.tensor(
+            [[(look["frechet"], look["reward"]) for look in curve] for curve in series[name]]
+        )  # (seeds, looks, 2)
+        axes.scatter(*points[:, -1].T, s=8, color=f"C{i}", alpha=0.4)
+        axes.plot(*points.mean(0).T, "o-", ms=3, color=f"C{i}", label=name)
     axes.set_xlabel("Frechet distance to the renders")
-    axes.set_ylabel("true reward")
+    axes.set_ylabel("true reward; dots: the last look of a seed")
     axes.legend(frameon=False, fontsize=8)
     return {"reward and Frechet distance.png": figure}
 
