@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from data import UserError
+from data import UserError, error_line, printable
 
 
 def parsed(arguments):
@@ -104,7 +104,9 @@ def main(arguments=None):
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+    except OSError as error:
+        print(f"error: {printable(error.filename)}: {error_line(error)}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -7,17 +7,16 @@
 A submission is a folder with the listed files, or, if one file is asked for, a Python file. Each
 runs in a process of its own with limits on time and memory. --out holds STUDENT.md, STUDENT.json
 (Gradescope's results.json), STUDENT.xml (JUnit) and class.csv; by_hand.csv lists what a teacher has
-to mark. The exit status is 0 when all
-submissions were graded, whatever their marks, and 2 when the command itself cannot be carried out.
+to mark. The exit status is 0 when all submissions were graded, whatever their marks, and 2 when the
+command itself cannot be carried out.
 """
 
 import argparse
-import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from data import UserError, printable
+from data import UserError, error_line, printable
 
 
 def parsed(arguments):
@@ -59,12 +58,11 @@ def main(arguments=None):
             raise UserError(f"{folder} has no assignment.json: name the grader/ of an assignment")
         if given.jobs < 1 or not 0 < given.seconds < float("inf"):
             raise UserError("--jobs and --seconds are positive numbers")
-        about = json.loads((folder / "assignment.json").read_text())
+        about, sheets = grader.assignment(folder)
         found = grader.submissions(given.submissions, about)
         marks = outputs.read_by_hand(given.written) if given.written else {}
         out = Path(given.out)
         out.mkdir(parents=True, exist_ok=True)
-        sheets = [grader.sheet_of(folder, one) for one in about["files"]]
 
         def one(student):
             rows, seconds = grader.grade(
@@ -87,7 +85,9 @@ def main(arguments=None):
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+    except OSError as error:
+        print(f"error: {printable(error.filename)}: {error_line(error)}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

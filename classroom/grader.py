@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from classroom import calls, hidden, outputs, properties
-from data import UserError, printable
+from data import UserError, error_line, printable
 
 START = 90.0  # seconds in which torch is imported, and in which a short run ends
 MEMORY = 8 * 2**30  # bytes of address space
@@ -395,6 +395,22 @@ class TaskSheet:
         for row in rows:
             row[1] = 0 if broken else row[1]
         return rows
+
+
+def assignment(folder):
+    """What assignment.json of a grader's folder holds, and a sheet for each of its files.
+
+    UserError: the folder is damaged, or another version of the project wrote it.
+    """
+    try:
+        about = json.loads((folder / "assignment.json").read_text(encoding="utf-8"))
+        sheets = [sheet_of(folder, one) for one in about["files"]]
+    except (OSError, ValueError, LookupError, TypeError, SyntaxError, SafetensorError) as error:
+        raise UserError(
+            f"{folder} is damaged ({type(error).__name__}: {printable(error_line(error))}); "
+            "write the assignment again"
+        ) from None
+    return about, sheets
 
 
 def sheet_of(folder, one):

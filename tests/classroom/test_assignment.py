@@ -442,6 +442,44 @@ def test_a_grader_of_another_version_is_refused(made, sheet, tmp_path, capsys):
         assert "with this version" in said and rule["name"] in said and said.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("assignment.json", b"{"),
+        ("assignment.json", b"[]"),
+        ("assignment.json", b'{"files": 5}'),
+        ("assignment.json", b'{"files": [{"path": "methods/rdpo.py"}]}'),
+        ("assignment.json", b"\xff\xfe"),
+        ("*/mistakes.safetensors", b"\x00" * 40),
+        ("*/mistakes.safetensors", None),
+        ("*/calls.*", None),
+        ("*/calls.*", b""),
+    ],
+)
+def test_a_damaged_grader_is_refused_in_one_line(made, tmp_path, capsys, name, content):
+    folder = tmp_path / "grader"
+    shutil.copytree(made[0] / "grader", folder)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/ann.py").write_text("")
+    places = list(folder.glob(name))
+    assert places
+    for place in places:
+        place.unlink() if content is None else place.write_bytes(content)
+    arguments = [str(folder), str(tmp_path / "in"), "--out", str(tmp_path / "out")]
+    assert grade.main(arguments) == 2 and not (tmp_path / "out").exists()
+    said = capsys.readouterr().err
+    assert "is damaged" in said and said.count("\n") == 1
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(made, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/ann.py").write_text("")
+    (tmp_path / "out").write_text("")
+    arguments = [str(made[0] / "grader"), str(tmp_path / "in"), "--out", str(tmp_path / "out")]
+    assert grade.main(arguments) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/out: File exists\n"
+
+
 def test_what_cannot_be_graded_is_refused(made, tmp_path, capsys):
     empty = tmp_path / "empty"
     empty.mkdir()
