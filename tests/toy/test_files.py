@@ -3,8 +3,10 @@
 import datetime
 import gzip
 import json
+import subprocess
 import sys
 import tracemalloc
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +17,7 @@ from lab.hub import chat_template
 from toy import files
 from toy.files import read_preferences, split
 
+ROOT = Path(__file__).parents[2]
 PAIR = {"prompt": "2 + 2 is", "chosen": " 4", "rejected": " 5"}
 GRADED = {
     "prompt": "Add 3 and 4.",
@@ -777,6 +780,36 @@ def test_a_large_file_is_kept_as_text_and_laid_out_again_in_the_batch():
     assert torch.equal(first.tokens, last.tokens) and torch.equal(first.target, last.target)
     (short,), cut = fit_context([rows[0] | {"prompt": "a" * 40}], tokenizer, 32, True, keep=0)
     assert cut and "tree" not in short and collate([short], tokenizer).position.max() < 32
+
+
+@pytest.mark.slow
+def test_a_damaged_byte_of_a_parquet_file_does_not_end_the_process(tmp_path):
+    """Every byte in turn, in a process of its own: Arrow can abort where a file is damaged."""
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "f.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([PAIR, PAIR | {"chosen": " x"}]), path)
+    code = """
+import subprocess
+import sys
+from pathlib import Path
+from toy.files import DataError, read_preferences
+path = Path(sys.argv[1])
+data, refused = path.read_bytes(), 0
+for i in range(4, len(data)):
+    for flip in (1, 2, 255):
+        path.write_bytes(data[:i] + bytes([data[i] ^ flip]) + data[i + 1 :])
+        try:
+            read_preferences(path)
+        except DataError:
+            refused += 1
+print(refused)
+"""
+    command = [sys.executable, "-c", code, str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 500
 
 
 def test_a_parquet_file_that_unpacks_to_more_than_the_limit_is_refused(tmp_path):
