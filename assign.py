@@ -105,7 +105,8 @@ def main(arguments=None):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
-        print(f"error: {printable(error.filename)}: {error_line(error)}", file=sys.stderr)
+        where = f"{printable(error.filename)}: " if error.filename else ""
+        print(f"error: {where}{printable(error_line(error))}", file=sys.stderr)
     return 2
 
 

@@ -79,14 +79,15 @@ def main(arguments=None):
                 points = outputs.total(rows)[0]
                 print(f"{printable(student):<24} {points:5.1f} points {seconds:6.1f} s", flush=True)
         outputs.write_class(out, graded)
-        if outputs.write_by_hand(out, graded):
-            print(f"written: {out}/by_hand.csv; fill in its points for --written")
+        if count := outputs.write_by_hand(out, graded):
+            print(f"written: {count} lines of {out}/by_hand.csv; fill in the points for --written")
         print(f"written: {out}/class.csv, and a page per student")
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
-        print(f"error: {printable(error.filename)}: {error_line(error)}", file=sys.stderr)
+        where = f"{printable(error.filename)}: " if error.filename else ""
+        print(f"error: {where}{printable(error_line(error))}", file=sys.stderr)
     return 2
 
 

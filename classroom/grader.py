@@ -32,6 +32,9 @@ WRITTEN = 256 * 2**20  # bytes of a file
 LARGEST = 2**20  # bytes of a submitted file
 RESTARTS = 3  # times that a process which ended early is started again
 TURN = "your turn"
+# what a damaged file raises, or a solution that needs names of another version
+DAMAGED = OSError, ValueError, LookupError, TypeError, AttributeError, NameError, ImportError
+DAMAGED += SyntaxError, SafetensorError
 EVALUATION = threading.Lock()  # models are evaluated one at a time
 
 
@@ -108,9 +111,12 @@ class Job:
         ready.unlink(missing_ok=True)
         options = {} if os.name == "nt" else {"start_new_session": True}
         if self.user:
+            import pwd  # Windows has no such module
+
             try:
+                uid = pwd.getpwnam(self.user).pw_uid
                 for path in [self.work, *self.work.rglob("*")]:
-                    shutil.chown(path, self.user)
+                    os.chown(path, uid, -1, follow_symlinks=False)  # a link may lead outside
             except (LookupError, PermissionError) as error:
                 raise UserError(f"--user {self.user}: {error}") from error
             options |= {"user": self.user, "extra_groups": []}
@@ -405,7 +411,9 @@ def assignment(folder):
     try:
         about = json.loads((folder / "assignment.json").read_text(encoding="utf-8"))
         sheets = [sheet_of(folder, one) for one in about["files"]]
-    except (OSError, ValueError, LookupError, TypeError, SyntaxError, SafetensorError) as error:
+    except UserError:
+        raise
+    except DAMAGED as error:
         raise UserError(
             f"{folder} is damaged ({type(error).__name__}: {printable(error_line(error))}); "
             "write the assignment again"
@@ -496,7 +504,11 @@ def grade(folder, about, sheets, submitted, seconds=20.0, user=None):
                 os.chmod(work, 0o755)
             # the other files are those of the handout: a mistake in one of them costs nothing here
             job = Job(folder, one, work, {one["path"]: source}, folder / "cache", seconds, user)
-            answers = job.run(runs)
+            try:
+                answers = job.run(runs)
+            except OSError as error:  # it has changed the folder that it runs in
+                said = f"its folder cannot be used: {printable(error_line(error))}"
+                answers = [said] * (job.count + len(runs))
         weights = answers.pop() if runs and "kind" not in one else None
         rows += [(one, *row) for row in sheet.mark(answers, weights)]
     for test in about.get("written", ()):

@@ -216,9 +216,15 @@ def write(files, out, seed=0, keep_comments=False, title=None, task="", say=prin
     return about
 
 
+def beside(out):
+    """The folder in which OUT is written until it is complete."""
+    out = Path(out).resolve()
+    return out.with_name(out.name + ".half")
+
+
 def begun(out, tree, test):
     """Write {path: text} and the visible tests to a folder beside OUT, which it will become."""
-    half = Path(out).with_name(Path(out).name + ".half")
+    half = beside(out)
     shutil.rmtree(half, ignore_errors=True)
     for path, text in (tree | {"tests/test_assignment.py": test}).items():
         (half / "student" / path).parent.mkdir(parents=True, exist_ok=True)
@@ -229,8 +235,7 @@ def begun(out, tree, test):
 
 def ended(out, readme):
     """Write the task sheet, and put the folder that `begun` made in the place of OUT."""
-    out = Path(out)
-    half = out.with_name(out.name + ".half")
+    out, half = Path(out).resolve(), beside(out)
     (half / "student/README.md").write_text(readme, encoding="utf-8")
     if out.exists():
         shutil.rmtree(out)

@@ -118,7 +118,7 @@ def reaching(module, tests, wanted, items):
 
     UserError: with none of the items and settings of the tests it meets a blank of the loss.
     """
-    names, found = blanked_names(module, wanted), {}
+    alone, found = {target.name: blanked_names(module, [target]) for target in wanted}, {}
     single = [{name: value} for fields in tests.CASES for name, value in fields.items()]
     for fields in [{}, *single, *tests.CASES]:
         try:
@@ -127,7 +127,9 @@ def reaching(module, tests, wanted, items):
             continue
         for item in items:
             if takes(module, item, cfg):
-                found.setdefault(reached(names, ("loss", (*item, cfg))), fields)
+                for name, names in alone.items():
+                    if reached(names, ("loss", (*item, cfg))):
+                        found.setdefault(name, fields)
     for target in wanted:
         if target.function == "loss" and target.name not in found:
             raise UserError(f"no public input of the tests reaches {target.name}")
@@ -210,26 +212,32 @@ def all_tests(module, tests, wanted, seed):
     A function that cannot be called alone, because it takes an argument that cannot be written to a
     file, is tested through the loss. UserError: a function is no part of the loss.
     """
-    without, free = blanked_names(module, wanted), ()
+    free = ()
     if module.__name__ in PARTS:
         entries, free = tests.calls(seed), tests.FREE
     else:
         entries = entries_of(module, tests, wanted, seed)
+    every = [(name, each) for name, arguments in entries.items() for each in arguments]
     made, found = [], []
-    meets = {}  # {name of a blank: [(number of a call that meets it, its arguments)]}
-    for name, arguments in entries.items():
-        for each in arguments:
-            met = reached(without, (name, each))
-            if met:
-                meets.setdefault(met, []).append((len(made), each))
-                made.append((name, each))
     for target in wanted:
-        if target.name not in meets and target.name not in free:
+        names = blanked_names(module, [target])  # a blank before it would hide it
+        meets = [call for call in every if reached(names, call)]
+        own = [call for call in meets if call[0] == target.function] or meets
+        if not own and target.name not in free:
             raise UserError(f"no input of the tests reaches {target.name}")
-        found += tests_of(target.name, meets.get(target.name, ()))
+        found += tests_of(target.name, [(place(made, call), call[1]) for call in own])
     if not found:
         raise UserError(f"no input of the tests reaches {wanted[0].name} alone")
     return made, found
+
+
+def place(made, call):
+    """The number of a call in the list of calls, to which it is added if it is new."""
+    for number, other in enumerate(made):
+        if other is call:
+            return number
+    made.append(call)
+    return len(made) - 1
 
 
 def entries_of(module, tests, wanted, seed):

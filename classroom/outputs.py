@@ -115,9 +115,9 @@ def write_class(folder, graded):
 
 
 def write_by_hand(folder, graded):
-    """Write by_hand.csv, a line for everything that a teacher has to mark -> whether there is any.
+    """Write by_hand.csv, a line for all that a teacher has to mark -> the number of new lines.
 
-    A file that is there already is left as it is, since a teacher may have filled it in.
+    Lines that are there already stay as they are, since a teacher may have filled them in.
     """
     lines = [
         [cell(student), test["name"], test["points"], ""]
@@ -125,16 +125,22 @@ def write_by_hand(folder, graded):
         for _, test, _, status, _ in rows
         if status == BY_HAND
     ]
-    if lines and not (folder / "by_hand.csv").exists():
-        with open(folder / "by_hand.csv", "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([COLUMNS, *lines])
-    return bool(lines)
+    path, known = folder / "by_hand.csv", []
+    if path.exists():
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            known = list(csv.reader(file))
+    there = [line[:2] for line in known]
+    new = [line for line in lines if line[:2] not in there]
+    if new:
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([*(known or [COLUMNS]), *new])
+    return len(new)
 
 
 def read_by_hand(path):
     """{(student, test): points} of a by_hand.csv without its empty cells. UserError: a mistake."""
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        with open(path, newline="", encoding="utf-8-sig") as file:  # Excel writes a mark
             lines = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--written {path}: it cannot be read") from error

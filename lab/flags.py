@@ -59,6 +59,7 @@ ACTIONS = dict(
     list="the methods by family, and the worlds",
     help="this text; with --method NAME: that paper and its flags",
 )
+CAN = " can use it"  # the end of a list of methods in a refusal
 FOLDERS = ("compare", "merge")  # actions that take folders, as the shell writes them out
 BARE = ("claim", "smoke", "tuning", "show", "list", "help")  # actions that take no value
 TEXTS = ("data", "init", "out", "world", "prompt", "resume", "check", "judge", *FOLDERS)
@@ -639,7 +640,9 @@ def fitting(runs, flags):
                 raise UserError(f"{run.name()}: {error}" if run.varied else str(error)) from None
             if run.method not in left:
                 named = "" if str(error).startswith(run.method) else f"{run.method}: "
-                reason = str(error).partition("; ")[0]  # behind it are methods that can be used
+                reason, _, rest = str(error).rpartition("; ")
+                if not rest.endswith(CAN):
+                    reason = str(error)
                 print(f"left out: {named}{reason}", file=sys.stderr)
             left.add(run.method)
     if not kept:
@@ -684,7 +687,7 @@ def refuse_method(method, paper, world, settings):
 
     def able(fits):
         papers = [(m.name, m.paper) for m in catalogue() if not m.problem]
-        return ", ".join(name for name, p in papers if fits(p)) + " can use it"
+        return ", ".join(name for name, p in papers if fits(p)) + CAN
 
     def has(need):
         return need not in ("verifier", "reward", "criteria") or bool(getattr(world, need))

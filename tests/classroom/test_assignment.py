@@ -20,6 +20,7 @@ import assign
 import grade
 import nanomodel
 from classroom import (
+    blank,
     calls,
     clock,
     grader,
@@ -440,6 +441,7 @@ def test_a_grader_of_another_version_is_refused(made, sheet, tmp_path, capsys):
         assert grade.main(arguments) == 2
         said = capsys.readouterr().err
         assert "with this version" in said and rule["name"] in said and said.count("\n") == 1
+        assert "damaged" not in said
 
 
 @pytest.mark.parametrize(
@@ -469,6 +471,28 @@ def test_a_damaged_grader_is_refused_in_one_line(made, tmp_path, capsys, name, c
     assert grade.main(arguments) == 2 and not (tmp_path / "out").exists()
     said = capsys.readouterr().err
     assert "is damaged" in said and said.count("\n") == 1
+
+
+def test_two_lines_of_one_function_can_be_blanked():
+    """Each is tested although the first one hides the second where both are blank."""
+    module = importlib.import_module("methods.dpo")
+    wanted = blank.targets("loss:2,loss:4")
+    tests = hidden.material("dpo")
+    made, found = hidden.all_tests(module, tests, wanted, 0)
+    assert {test.name.split(": ")[0] for test in found} == {"loss:2", "loss:4"}
+    assert all(test.calls and max(test.calls) < len(made) for test in found)
+
+
+def test_lines_to_mark_by_hand_are_added_and_kept(tmp_path):
+    test = dict(name="question", points=5)
+    rows = [(None, test, 0, outputs.BY_HAND, "")]
+    assert outputs.write_by_hand(tmp_path, {"ann": rows}) == 1
+    path = tmp_path / "by_hand.csv"
+    path.write_text("\ufeff" + path.read_text().replace("5,", "5,4"), encoding="utf-8")
+    assert outputs.write_by_hand(tmp_path, {"ann": rows, "bob": rows}) == 1
+    assert outputs.write_by_hand(tmp_path, {"ann": rows, "bob": rows}) == 0
+    assert outputs.read_by_hand(path) == {("ann", "question"): 4.0}
+    assert "bob,question,5," in path.read_text()
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(made, tmp_path, capsys):
@@ -830,7 +854,7 @@ def test_what_a_teacher_marks_is_added(tmp_path):
     assert empty.splitlines()[1] == "'=ann,by hand: the plot,20,"
     assert outputs.read_by_hand(file) == {}
     file.write_text(empty.replace("20,", "20,15"))
-    assert outputs.write_by_hand(tmp_path, {"=ann": rows}) and ",20,15" in file.read_text()
+    assert not outputs.write_by_hand(tmp_path, {"=ann": rows}) and ",20,15" in file.read_text()
     done = outputs.marked_by_hand(rows, "=ann", outputs.read_by_hand(file))
     assert outputs.total(done)[0] == 93.75 and done[1][3] == "marked"
     assert outputs.gradescope(done, 1.0)["tests"][1]["status"] == "passed"
