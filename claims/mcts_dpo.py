@@ -14,7 +14,7 @@ of whole solutions points at the step as well. Tried on tuning seed 100.
 import numpy as np
 
 from lab.claims import claim
-from methods.mcts_dpo import Config, drawn, printed, run, trees
+from methods.mcts_dpo import Config, diagram, printed, run, trees
 from toy import trie
 
 ARMS = {
@@ -57,7 +57,7 @@ def report(lab, series):
     """The search of one trie, as text and drawn."""
     here = lab.at(**TRIE)
     (root,) = trees(here, here.base(), [3], ("shown",), Config(simulations=20))
-    return {"tree.txt": "\n".join(printed(here, root)) + "\n", "tree.png": drawn(root)}
+    return {"tree.txt": "\n".join(printed(here, root)) + "\n", "tree.png": diagram(root)}
 
 
 CLAIMS = [

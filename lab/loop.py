@@ -301,10 +301,12 @@ class Log:
         load_weights(model, found["model"])
         load_optimizer(optimizer, found["optimizer"])
         if self.file and os.path.exists(self.file):
-            if os.path.getsize(self.file) < found["log"]:
+            size = os.path.getsize(self.file)
+            if self.first_fit and size < found["log"]:
                 raise UserError(f"{self.file} is damaged: it is shorter than the checkpoint says")
             with open(self.file, "r+b") as file:
-                file.truncate(found["log"])
+                # an earlier fit of this stage has gone on before, and has cut the file at its end
+                file.truncate(min(size, found["log"]))
             if self.fall:
                 for _, line in read_metrics(self.file):
                     if line["stage"] == self.number and "loss" in line:

@@ -156,7 +156,7 @@ def printed(lab, node, depth=0):
     return lines
 
 
-def drawn(root):
+def diagram(root):
     """A Figure of a tree: darker lines are visited more often, green ends are right."""
     from matplotlib.figure import Figure
 
@@ -343,5 +343,5 @@ def run(lab, cfg):
         most = max(range(8), key=lambda i: len(found[i]))
         lab.say(f"\nthe search of a question, {lab.text(prompts[most])}, the largest tree of eight")
         lab.say("\n".join(found[most]))
-        lab.draw("tree", drawn(roots[most]))
+        lab.draw("tree", diagram(roots[most]))
     return policy

@@ -89,7 +89,7 @@ def test_the_claims_of_several_papers_are_shared_and_joined(tmp_path, monkeypatc
         about = flags.load_claims(module)
         block = {"command": "", "commit": "", "run": results.run_of(out), "seeds": seeds}
         block |= {"seconds": 1.0, "source": results.stamp(about), "claims": [], "series": {}}
-        head = {"paper": name, "family": "pairs", "exact checks": 1}
+        head = {"paper": name, "title": name, "family": "pairs", "exact checks": 1}
         write_json(f"{out}/{name}.json", head | {"reported": block})
         return []
 
