@@ -173,17 +173,10 @@ class Feed:
         if self.kind == "round" and isinstance(self.reference, torch.nn.Module):
             state = self.reference.state_dict()
         least = astuple(self.sizes) if self.sizes else None
-        return {
-            "round": self.round,
-            "rows": rows,
-            "reference": state,
-            "sizes": least,
-            "samples": self.lab.samples,
-        }
+        return {"round": self.round, "rows": rows, "reference": state, "sizes": least}
 
     def load(self, state):
         """Restore what `save` returned."""
-        self.lab.samples = state["samples"]
         if state["reference"] is not None:
             self.reference = frozen(self.policy)
             self.reference.load_state_dict(state["reference"])

@@ -28,7 +28,7 @@ from lab.settings import (
     pick_optimizer,
     refuse_idle,
 )
-from lab.store import alone, digest, generator, load_value, save_value, source
+from lab.store import alone, digest, generator, load_value, remove_value, save_value, source
 from nanomodel import LoRA
 
 LARGE = 2**25  # parameters of a model with which memory is short
@@ -44,6 +44,12 @@ class Stage:
     done: bool = False  # the value was read back from an earlier, interrupted run
     value: object = None
     fits: int = 0  # number of trainings inside the stage so far
+    log: int | None = None  # metrics.jsonl in bytes after the last of them that wrote it
+
+    def clear(self):
+        """Remove the checkpoints of its trainings, since their result is stored."""
+        for fit in range(self.fits if self.path else 0):
+            remove_value(f"{self.path}-checkpoint-{fit + 1}")
 
 
 class Lab:
@@ -138,6 +144,7 @@ class Lab:
             found = {"seconds": time.time() - start, "value": stage.value, "samples": count}
             if path:
                 save_value(path, found)
+                stage.clear()
         else:
             self.samples += found.get("samples", 0)
         self.seconds[name] = self.seconds.get(name, 0.0) + found["seconds"]
@@ -192,10 +199,28 @@ class Lab:
                 with alone(path):
                     value = load_value(path)  # another run may have made it meanwhile
                     if value is None:
-                        value = function()
-                        save_value(path, value)
+                        with self.inner_stage(key) as stage:
+                            value = function()
+                            save_value(path, value)
+                            stage.clear()
             Lab.memory[key] = value
         return Lab.memory[key]
+
+    @contextlib.contextmanager
+    def inner_stage(self, key):
+        """A context whose trainings are not counted in the present stage, if there is one.
+
+        A resumed run finds what they led to in the cache, and does not repeat them."""
+        outer = self.current
+        if outer is None:
+            yield Stage()
+            return
+        path = outer.path and f"{outer.path}-{key[:8]}"
+        self.current = Stage(outer.number, path, log=outer.log)
+        try:
+            yield self.current
+        finally:
+            outer.log, self.current = self.current.log, outer
 
     def at(self, world=None, **settings):
         """A Lab with other settings, which writes into a folder inside this Lab's.

@@ -76,6 +76,9 @@ def fit(
         average = Average(model, ema)
         state = average.kept_with(state)
         step, curve = log.resume(model, optimizer, state)
+        if log.ended:
+            model.curve = curve
+            return model
         update = functools.partial(one_step, model, optimizer, loss, clip)
         if capture and lab.captured and capturable(optimizer, lab.device):
             update = in_graphs(lab, update)
@@ -134,10 +137,10 @@ def fit(
                     log.checkpoint(step, curve, model, optimizer, state)
                 if interrupted:
                     raise KeyboardInterrupt
-        log.close()
         average.swap()
         optimizer.zero_grad(set_to_none=True)  # the gradients may lie in the memory of a graph
         model.curve = curve
+        log.close(step, model, optimizer, state, inner=stage.path is None)
         if stage.path:
             stage.value = kept(model) | {"stopped": lab.stopped}
     return model
@@ -274,8 +277,8 @@ class Log:
     def __init__(self, lab, title, steps, record):
         stage = lab.current
         stage.fits += 1  # a stage may train several models, one after the other
-        self.title, self.number, self.first_fit = title, stage.number, stage.fits == 1
-        self.folder = lab.out
+        self.title, self.number, self.stage, self.lab = title, stage.number, stage, lab
+        self.folder, self.ended = lab.out, False
         self.path = stage.path and f"{stage.path}-checkpoint-{stage.fits}"
         self.file = os.path.join(lab.out, "metrics.jsonl") if lab.out and record else None
         self.bar = Progress(title, steps, quiet=lab.quiet)
@@ -288,31 +291,55 @@ class Log:
 
     def resume(self, model, optimizer, state):
         """Load the checkpoint of an interrupted run, or start at step 0 -> (step, curve)."""
+        size = self.length()
         found = load_value(self.path) if self.path else None
+        if found and size < found["log"]:
+            if self.stage.fits == 1:
+                raise UserError(f"{self.file} is damaged: it is shorter than the checkpoint says")
+            found = None  # the fit before this one was made anew, and so is this one
         if found is None:
-            if self.file and self.first_fit and os.path.exists(self.file):
-                # an interrupted run may have written lines before its first checkpoint
-                lines = read_metrics(self.file)
-                lines = [line for line, values in lines if values["stage"] < self.number]
-                write_text(self.file, b"".join(lines).decode())
+            if size:
+                self.forget()
             return 0, []
+        self.lab.samples = found["samples"]
         if state:
             state[1](found["state"])
         load_weights(model, found["model"])
+        if found["ended"]:
+            self.ended, self.lab.stopped = True, found["stopped"] or self.lab.stopped
+            if self.file:
+                self.stage.log = found["log"]
+            return found["step"], found["curve"]
         load_optimizer(optimizer, found["optimizer"])
-        if self.file and os.path.exists(self.file):
-            size = os.path.getsize(self.file)
-            if self.first_fit and size < found["log"]:
-                raise UserError(f"{self.file} is damaged: it is shorter than the checkpoint says")
-            with open(self.file, "r+b") as file:
-                # an earlier fit of this stage has gone on before, and has cut the file at its end
-                file.truncate(min(size, found["log"]))
+        if size:
+            os.truncate(self.file, found["log"])
             if self.fall:
-                for _, line in read_metrics(self.file):
-                    if line["stage"] == self.number and "loss" in line:
+                for line in self.lines():
+                    if "loss" in line:
                         self.fall.add(line)
         self.bar.first = found["step"]
         return found["step"], found["curve"]
+
+    def length(self):
+        """The size of metrics.jsonl in bytes; 0 where this training does not write it."""
+        return os.path.getsize(self.file) if self.file and os.path.exists(self.file) else 0
+
+    def forget(self):
+        """Cut from metrics.jsonl what an interrupted run wrote before its first checkpoint."""
+        if self.stage.log is None:
+            lines = read_metrics(self.file)
+            lines = [line for line, values in lines if values["stage"] < self.number]
+            write_text(self.file, b"".join(lines).decode())
+        else:
+            os.truncate(self.file, self.stage.log)
+
+    def lines(self):
+        """The lines of metrics.jsonl that this training has written, as dicts."""
+        end = 0
+        for line, values in read_metrics(self.file):
+            if values["stage"] == self.number and end >= (self.stage.log or 0):
+                yield values
+            end += len(line)
 
     def add(self, step, metrics):
         """Keep the metrics of one step as tensors, which does not wait for the device."""
@@ -379,24 +406,30 @@ class Log:
         pause = max(self.pause, 20 * self.cost)
         return self.path is not None and time.time() - self.saved >= pause
 
-    def checkpoint(self, step, curve, model, optimizer, state):
+    def checkpoint(self, step, curve, model, optimizer, state, ended=False):
         """Write everything that `resume` needs in one file operation."""
         if not self.path:
             return
         self.write()
         start = time.time()
         value = dict(step=step, curve=curve, state=state[0]() if state else None)
-        value |= dict(model=weights(model), optimizer=optimizer.state_dict())
-        written = self.file and os.path.exists(self.file)
-        save_value(self.path, value | {"log": os.path.getsize(self.file) if written else 0})
+        value |= dict(model=weights(model), samples=self.lab.samples, log=self.length())
+        value |= dict(ended=ended, stopped=self.lab.stopped)
+        save_value(self.path, value | ({} if ended else {"optimizer": optimizer.state_dict()}))
         self.saved, self.cost = time.time(), time.time() - start
 
-    def close(self):
-        """Remove the checkpoint, since the training has ended."""
+    def close(self, step, model, optimizer, state, inner):
+        """Write the last checkpoint, or remove it if the stage has ended with this training."""
         self.bar.close()
-        if self.path:
+        if self.file:
+            self.stage.log = self.length()
+        if not self.path:
+            return
+        if inner:  # the stage goes on
+            self.checkpoint(step, model.curve, model, optimizer, state, ended=True)
+        else:
             remove_value(self.path)
-            remove_value(f"{self.path}-good")
+        remove_value(f"{self.path}-good")
 
 
 def read(pending):

@@ -42,18 +42,42 @@ def block_of(seeds):
 # ---------------------------------------------------------------- files
 
 
-def stored(out):
-    """{paper: content of its NAME.json} of a folder of results."""
+def stored(out, judging=()):
+    """{paper: content of its NAME.json} of a folder of results.
+
+    judging: papers whose verdicts are made anew, so that those in the file are not looked at.
+    A JSON file of another origin is left out. UserError: a file of a paper is damaged.
+    """
     found = {}
     for path in sorted(glob.glob(os.path.join(glob.escape(out), "*.json"))):
         name = os.path.basename(path)[: -len(".json")]
-        content = read_object(path) if name + ".json" != MARK else {}
+        try:
+            content = read_object(path) if name + ".json" != MARK else {}
+        except UserError:
+            if name in methods():
+                raise
+            content = {}
         if "exact checks" in content or name in methods():
-            with fitting(path, "page"):
-                overview({name: content})
-                paper_page(content, {}, {})
+            if name not in judging:
+                readable(path, name, content)
             found[name] = content
     return found
+
+
+def stored_paper(out, name):
+    """The content of one NAME.json, which is empty where there is none."""
+    path = os.path.join(out, f"{name}.json")
+    content = read_object(path) if os.path.exists(path) else {}
+    if content:
+        readable(path, name, content)
+    return content
+
+
+def readable(path, name, content):
+    """UserError if no page can be made of the content of a NAME.json."""
+    with fitting(path, "page"):
+        overview({name: content})
+        paper_page(content, {}, {})
 
 
 @contextlib.contextmanager
@@ -135,9 +159,10 @@ def claim(runs, seeds, out, tasks):
         if rows is None:
             rows = measured(name, module, settings, seeds, out, quiet=not sys.stderr.isatty())
         return 0 if as_expected(rows) else 1
+    done = {name: finished(out, name, seeds) for name in modules}
     good, start, ran = True, time.time(), 0
     for i, (name, module) in enumerate(modules.items()):
-        rows, failed = finished(out, name, seeds), ""
+        rows, failed = done[name], ""
         place = os.path.join(out, name)
         if rows is None and name not in here:
             print(f"[{i + 1}/{len(modules)}] {name}: not done", flush=True)
@@ -184,7 +209,7 @@ def plan(runs, seeds):
 
 def finished(out, name, seeds):
     """The rows of a paper that this run has measured before it was interrupted, or None."""
-    block = stored(out).get(name, {}).get(block_of(seeds))
+    block = stored_paper(out, name).get(block_of(seeds))
     return block["claims"] if block and block["run"] == run_of(out) else None
 
 
@@ -207,8 +232,9 @@ def measured(name, module, settings, seeds, out, quiet=False):
     block = {"command": command(name, seeds), "commit": commit(), "run": run_of(out)}
     block |= {"seeds": seeds, "seconds": round(time.time() - start, 1), "source": stamp(about)}
     block |= {"claims": rows, "series": series}
-    content = stored(out).get(name, {}) | {block_of(seeds): block}
+    content = stored_paper(out, name) | {block_of(seeds): block}
     write_paper(out, name, module, about, content)
+    publish(out)
     shutil.rmtree(place, ignore_errors=True)
     print("\n" + claims_table(rows))
     print(f"{clock(block['seconds'])} in all; written to {out}/: README.md, {name}.md, {name}.json")
@@ -273,17 +299,19 @@ def again(out, chosen):
 
     Nothing is measured. UserError: the folder has no results of these papers.
     """
-    found = stored(out)
+    found = stored(out, judging=[method.name for method in chosen])
     modules = {method.name: flags.load(method) for method in chosen if method.name in found}
     if not modules:
         raise UserError(f"{out} has no results to judge: there is no NAME.json of these papers")
     good, claims = True, {name: flags.load_claims(module) for name, module in modules.items()}
     for name, about in claims.items():  # all are judged before anything is written
+        path = os.path.join(out, f"{name}.json")
         for block in (found[name][which] for which in BLOCKS if which in found[name]):
-            with fitting(os.path.join(out, f"{name}.json"), "verdict"):
+            with fitting(path, "verdict"):
                 block["claims"] = judge(about.CLAIMS, block["series"])
                 if stamp(about) != block["source"]:
                     block["judged"] = commit()
+        readable(path, name, found[name])
     for name, module in modules.items():
         content = found[name]
         with fitting(os.path.join(out, f"{name}.json"), "page"):
@@ -291,6 +319,7 @@ def again(out, chosen):
         rows = content.get("reported", content.get("tuning"))["claims"]
         good = good and as_expected(rows)
         print(f"{name}: {in_short(rows)}")
+    publish(out)
     return 0 if good else 1
 
 
@@ -298,7 +327,7 @@ def again(out, chosen):
 
 
 def write_paper(out, name, module, about, content):
-    """Write NAME.json, NAME.md and pictures of one paper, and README.md of the folder."""
+    """Write NAME.json, NAME.md and pictures of one paper."""
     head = {"paper": name, "title": title(module), "family": module.PAPER.family}
     content = head | {"exact checks": exact_checks(name)} | {k: content[k] for k in content}
     content["exact checks"] = exact_checks(name)
@@ -316,7 +345,6 @@ def write_paper(out, name, module, about, content):
         write_figure(os.path.join(out, path), pages[file])
     write_text(os.path.join(out, f"{name}.json"), as_json(rounded(content)))
     write_text(os.path.join(out, f"{name}.md"), paper_page(content, texts, figures))
-    publish(out)
 
 
 def publish(out):

@@ -145,9 +145,7 @@ def judged(tmp_path, monkeypatch):
         lambda text: text[:-9],
         lambda text: "[]",
         lambda text: "[" * 100000,
-        lambda text: text.replace('"exact checks"', '"checks"'),
-        lambda text: text.replace('"claims"', '"claim"'),
-        lambda text: text.replace('"verdict"', '"word"'),
+        lambda text: text.replace('"paper"', '"article"'),
         lambda text: text.replace('"seconds":', '"seconds": "long", "s":'),
         lambda text: text.replace('"series": {', '"series": 3, "s": {'),
         lambda text: text.replace('"ours": [1.0', '"ours": [[]'),
@@ -165,3 +163,53 @@ def test_damaged_results_are_named_and_nothing_is_written_or_measured_over_them(
     again = ["--method", "rdpo", "--claim", "--seeds", "2", "--out", "results"]
     refused(capsys, again, "results/rdpo.json")
     assert files("results") == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", [('"claims"', '"claim"'), ('"verdict"', '"word"')])
+def test_verdicts_that_lack_something_are_made_anew_by_judge_alone(
+    change, judged, capsys, monkeypatch
+):
+    path = judged / "rdpo.json"
+    whole = path.read_text()
+    path.write_text(whole.replace(*change))
+    before = files("results")
+    monkeypatch.setattr(results, "measured", None)  # it would be a traceback
+    again = ["--method", "rdpo", "--claim", "--seeds", "2", "--out", "results"]
+    refused(capsys, again, "results/rdpo.json is damaged, or of other claims: no page")
+    refused(capsys, ["--method", "dpo", "--judge", "results"], "results/rdpo.json is damaged")
+    assert files("results") == before
+    assert train.main(["--judge", "results"]) == 0
+    found, old = json.loads(path.read_text()), json.loads(whole)
+    assert found["reported"]["claims"] == old["reported"]["claims"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("text", ["{", "[]", '{"paper": 3}', "\x00"])
+def test_a_json_file_of_another_origin_is_left_alone(text, judged, capsys):
+    (judged / "notes.json").write_text(text)
+    assert train.main(["--judge", "results"]) == 0
+    assert (judged / "notes.json").read_text() == text
+    assert "notes" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_file_that_is_damaged_while_papers_are_measured_loses_no_other_paper(
+    tmp_path, capsys, monkeypatch
+):
+    stated = [claim("a", None, "ours", ">", "zero", margin=0.5, **PRIMARY)]
+    first, last = numbers([1.0, 1.1]), numbers([1.0, 1.1])
+    there(monkeypatch, dpo=(first, stated), rdpo=(last, stated))
+    measured = results.measured
+
+    def damaging(name, *about, **more):
+        if name == "rdpo":
+            (tmp_path / "results" / "dpo.json").write_text("{")
+        return measured(name, *about, **more)
+
+    monkeypatch.setattr(results, "measured", damaging)
+    argv = ["--method", "dpo,rdpo", "--claim", "--seeds", "2", "--out", "results"]
+    refused_late = train.main(argv)
+    assert refused_late == 2 and "results/dpo.json is damaged" in capsys.readouterr().err
+    found = json.loads((tmp_path / "results" / "rdpo.json").read_text())
+    assert found["reported"]["claims"][0]["verdict"] == "supported"

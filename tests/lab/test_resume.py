@@ -193,42 +193,71 @@ def test_rounds_with_a_moving_reference_resume(tmp_path, monkeypatch, call):
     assert all(torch.equal(expected[k], resumed[k]) for k in expected)
 
 
-def test_two_fits_in_one_stage_do_not_share_a_checkpoint(tmp_path, monkeypatch):
+def two_fits(lab, die_at=None, cached=False):
+    """Train two models in one stage, and die in this call of the loss -> their weights, calls."""
+    calls = []
+
+    def loss(model, batch):
+        if len(calls) == die_at:
+            raise Killed
+        calls.append(batch)
+        return ((model.weight * batch) ** 2).sum(1), {}
+
+    def train(i):
+        torch.manual_seed(i)
+        model = torch.nn.Linear(2, 2, bias=False)
+        batches = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, -1.0])]
+        return lab.fit(model, batches, loss, steps=6, lr=0.1).weight.detach().clone()
+
+    def work():
+        first = lab.cached(["first", lab.out], lambda: train(0)) if cached else train(0)
+        return {"0": first, "1": train(1)}
+
+    return lab.stage("both", work), len(calls)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("pause", [0.0, 1e9])
+def test_two_fits_in_one_stage_resume_each_for_itself(tmp_path, monkeypatch, cached, pause):
+    monkeypatch.setattr(Lab, "checkpoint_every", pause)
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+
+    def run(folder, die_at=None):
+        out = tmp_path / folder
+        lab = Lab(Settings(world="bandit"), str(out), quiet=True)
+        found = two_fits(lab, die_at, cached)
+        assert [p.name for p in (out / "stages").iterdir() if "checkpoint" in p.name] == []
+        return *found, (out / "metrics.jsonl").read_text()
+
+    whole, calls, lines = run("whole")
+    assert calls == 12 and lines.count("\n") == 12
+    for die_at in range(12):
+        folder = f"cut{die_at}"
+        with pytest.raises(Killed):
+            run(folder, die_at)
+        Lab.memory.clear()
+        cut, calls, again = run(folder)
+        begun = die_at if pause == 0.0 else die_at // 6 * 6  # the first step that is repeated
+        assert calls == 12 - begun, die_at
+        assert all(torch.equal(whole[k], cut[k]) for k in whole), die_at
+        # without a checkpoint, the lines are those of a run that finds the first in the cache
+        skipped = 6 if cached and begun == 6 else 0
+        assert again.splitlines() == lines.splitlines()[skipped:], die_at
+
+
+def test_a_damaged_checkpoint_of_the_first_of_two_fits_repeats_both(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Lab, "checkpoint_every", 0.0)
     monkeypatch.setattr(time, "time", lambda: 0.0)
-    die = [False]
-
-    def work(lab):
-        def loss(model, batch):
-            if die[0] and len(seen) == 9:
-                raise Killed
-            seen.append(batch)
-            return ((model.weight * batch) ** 2).sum(1), {}
-
-        out, seen = {}, []
-        for i in range(2):
-            torch.manual_seed(i)
-            model = lab.fit(
-                torch.nn.Linear(2, 2, bias=False),
-                [torch.tensor([1.0, 2.0]), torch.tensor([3.0, -1.0])],
-                loss,
-                steps=6,
-                lr=0.1,
-            )
-            out[str(i)] = model.weight.detach().clone()
-        return out
-
-    def result(folder):
-        lab = Lab(Settings(world="bandit"), str(tmp_path / folder), quiet=True)
-        return lab.stage("both", lambda: work(lab))
-
-    whole = result("whole")
-    die[0] = True
+    settings, out = Settings(world="bandit"), tmp_path / "cut"
+    whole, _ = two_fits(Lab(settings, str(tmp_path / "whole"), quiet=True))
     with pytest.raises(Killed):
-        result("cut")
-    die[0] = False
-    cut = result("cut")
-    assert all(torch.equal(whole[k], cut[k]) for k in whole)
+        two_fits(Lab(settings, str(out), quiet=True), 9)
+    (out / "stages" / "001-both-checkpoint-1.json").write_text("{}")
+    cut, calls = two_fits(Lab(settings, str(out), quiet=True))
+    assert "is damaged" in capsys.readouterr().err
+    assert calls == 12 and all(torch.equal(whole[k], cut[k]) for k in whole)
+    expected = (tmp_path / "whole" / "metrics.jsonl").read_text()
+    assert (out / "metrics.jsonl").read_text() == expected
 
 
 @pytest.mark.slow
