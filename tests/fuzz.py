@@ -13,6 +13,7 @@ import gzip
 import io
 import json
 import math
+import multiprocessing
 import os
 import pathlib
 import random
@@ -30,7 +31,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from data import Tokenizer, UserError, collate
-from lab import Lab, Settings, flags, render, store
+from lab import Lab, Settings, compare, flags, render, store
 from lab.hub import ChatTemplate, load_pretrained
 from lab.settings import methods, worlds
 from nanomodel import GPT, GPTConfig, LoRA, UNet, UNetConfig
@@ -684,20 +685,30 @@ def fuzz_folder(rng, path):
 # ---------------------------------------------------------------- kills
 
 
+SERVER = multiprocessing.get_context("forkserver")  # its children are copies of a clean process
+SERVER.set_forkserver_preload(["train", "methods.dno", "lab.align", __name__])
+
+
 def child(argv, path, cache, pause):
-    """Start a command in a process of its own, a copy of this one -> (its id, its stderr).
+    """Start a command in a process of its own -> (the process, its stderr).
 
     pause: seconds between two checkpoints."""
     said = f"{path}/stderr"
-    if pid := os.fork():
-        return pid, said
+    process = SERVER.Process(target=carry_out, args=(argv, path, said, f"{path}/{cache}", pause))
+    process.start()
+    return process, said
+
+
+def carry_out(argv, path, said, cache, pause):
+    """What a child does; it never returns."""
     status = 70
     with open(os.devnull, "w") as sys.stdout, open(said, "w") as sys.stderr:
         try:
             os.chdir(path)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             torch.set_num_threads(1)
-            store.CACHE, Lab.checkpoint_every, Lab.memory = f"{path}/{cache}", pause, {}
+            compare.picture = lambda *about: False
+            store.CACHE, Lab.checkpoint_every = cache, pause
             status = train.main(argv)
         except KeyboardInterrupt:
             status = 130
@@ -708,27 +719,34 @@ def child(argv, path, cache, pause):
             os._exit(status)
 
 
-def ended(pid, said):
+def ended(process, said):
     """Wait for a child -> its exit status, negative for a signal."""
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    with open(said, encoding="utf-8") as file:
-        error = file.read()
-    assert "Traceback" not in error and status in (0, 130, -9, -15, -2), (status, error)
-    return status
+    process.join()
+    error = ""
+    if os.path.exists(said):  # it may have been killed before it wrote anything
+        with open(said, encoding="utf-8") as file:
+            error = file.read()
+    assert "Traceback" not in error and process.exitcode in (0, 130, -9, -15, -2), error
+    return process.exitcode
 
 
 def fuzz_kill(rng, path):
     """A run that is killed again and again ends with the weights of one that is left alone."""
     world = rng.choice(["bandit", "reviews"])
-    names = ["dpo", "adpo", "curry_dpo"] + ["dno"] * (world == "reviews")
+    names = ["dpo", "adpo", "curry_dpo"]
     size = ["--steps=200"] if world == "bandit" else ["--steps=12", "--base_steps=4"]
     if world == "reviews":
+        names += ["dno", "madpo", "ofs_dpo", "rlhf"]
         more = [["--lora=2"], ["--ema=0.5"], ["--optimizer=dct_adamw"], [], []]
         size += ["--eval_size=8", "--max_response=6", *rng.choice(more)]
     argv = ["--method", rng.choice(names), "--world", world, *size]
     argv += ["--prompts=24", "--batch_size=8", f"--seed={rng.randrange(99)}"]
     argv += ["--lr=0.001,0.003"] if rng.random() < 0.3 else []
-    begun, pause = time.time(), rng.choice([0.0, 0.0, 0.1, 5.0])
+    pause = rng.choice([0.0, 0.0, 0.1, 5.0])
+    clean = SERVER.Process(target=int)  # the first child waits until the clean process has begun
+    clean.start()
+    clean.join()
+    begun = time.time()
     assert ended(*child([*argv, "--out", "whole"], path, "cache-whole", 5.0)) == 0
     seconds, kills = time.time() - begun, rng.choice([1, 3, 5])
     while True:
@@ -736,12 +754,13 @@ def fuzz_kill(rng, path):
         if not os.path.exists(f"{path}/cut/run.json"):
             shutil.rmtree(f"{path}/cut", ignore_errors=True)  # killed before it was written
             again = [*argv, "--out", "cut"]
-        pid, said = child(again, path, "cache-cut", pause)
+        process, said = child(again, path, "cache-cut", pause)
         if kills:
             time.sleep(rng.random() * 1.2 * seconds)
-            os.kill(pid, rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
+            with contextlib.suppress(ProcessLookupError):  # it has ended before
+                os.kill(process.pid, rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
             kills -= 1
-        if ended(pid, said) == 0:
+        if ended(process, said) == 0:
             break
     assert not list(os.walk(f"{path}/cut/stages")) and not [
         name for _, _, names in os.walk(f"{path}/cut") for name in names if name[0] == "."
