@@ -694,6 +694,7 @@ def child(argv, path, cache, pause):
 
     pause: seconds between two checkpoints."""
     said = f"{path}/stderr"
+    pathlib.Path(said).unlink(missing_ok=True)
     process = SERVER.Process(target=carry_out, args=(argv, path, said, f"{path}/{cache}", pause))
     process.start()
     return process, said
@@ -722,11 +723,14 @@ def carry_out(argv, path, said, cache, pause):
 def ended(process, said):
     """Wait for a child -> its exit status, negative for a signal."""
     process.join()
-    error = ""
-    if os.path.exists(said):  # it may have been killed before it wrote anything
-        with open(said, encoding="utf-8") as file:
-            error = file.read()
-    assert "Traceback" not in error and process.exitcode in (0, 130, -9, -15, -2), error
+    if not os.path.exists(said):  # it was killed before it began
+        return process.exitcode or 1
+    with open(said, encoding="utf-8") as file:
+        error = file.read()
+    assert "Traceback" not in error and process.exitcode in (0, 130, -9, -15, -2), (
+        process.exitcode,
+        error,
+    )
     return process.exitcode
 
 
