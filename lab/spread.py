@@ -17,7 +17,7 @@ from lab import report
 from lab.folder import MARK, absolute, read_object, write_run
 from lab.store import HERE
 
-OWN = ("out", "overwrite", "jobs", "shard")  # flags in which the parts of a command may differ
+PARTS = ("out", "overwrite", "jobs", "shard")  # flags in which the parts of a command may differ
 
 
 def read_shard(text):
@@ -37,7 +37,7 @@ def share(count, shard):
 
 def same_command(flags):
     """The flags of a command, without those in which its parts may differ."""
-    return {name: text for name, text in absolute(flags).items() if name not in OWN}
+    return {name: text for name, text in absolute(flags).items() if name not in PARTS}
 
 
 def flags_of(folder):
