@@ -27,6 +27,8 @@ PANELS = {  # title: the metrics of a training step that it shows
     "accuracy of the margin": ["accuracy"],
     "log-prob of chosen, rejected dashed (nats)": ["chosen_logp", "rejected_logp"],
 }
+FEW = 6  # groups of runs whose names have room in a panel
+BESIDE = dict(loc="outside right upper", frameon=False, fontsize=8)  # where more names stand
 # settings that name no run
 IDLE = ("seed", "out", "overwrite", "device", "dtype", "compile", "capture", "bf16")
 
@@ -196,26 +198,32 @@ def at_samples(grouped):
     """A table of the true reward at equally many sampled tokens, the best group first, or "".
 
     It is read off the curves of runs that sample while they train, at the largest number that all
-    of them reach, and at a half and a quarter of it. Runs that sampled before they trained come
-    last, with their reward at the end. "" if fewer than two groups sample while they train."""
+    of them reach, at a half and a quarter of it, and at its doubles as long as two groups reach
+    them. Runs that sampled before they trained come last, with their reward at the end. "" if fewer
+    than two groups sample while they train."""
     there = {label: [sampled(r) for r in records] for label, records in grouped.items()}
     there = {label: curves for label, curves in there.items() if all(curves)}
     moving = [label for label in there if all(online(record) for record in grouped[label])]
     if len(moving) < 2:
         return ""
-    most = min(curve[-1][0] for label in moving for curve in there[label])
+    reached = sorted(min(curve[-1][0] for curve in there[label]) for label in moving)
+    most = max(1, reached[0])
     places = [most // 4, most // 2, most]
+    while 2 * places[-1] <= reached[-2]:
+        places.append(2 * places[-1])
 
     def mean(values):
         return float(np.mean(values))
 
+    def read_at(n, curves):
+        inside = all(n <= curve[-1][0] for curve in curves)
+        return mean([np.interp(n, *zip(*curve)) for curve in curves]) if inside else math.nan
+
     names, rows = short(grouped), []
     for label, curves in there.items():
-        cells = [math.nan] * 3
-        if label in moving:
-            cells = [mean([np.interp(n, *zip(*curve)) for curve in curves]) for n in places]
+        cells = [read_at(n, curves) if label in moving else math.nan for n in places]
         total, last = (mean([curve[-1][i] for curve in curves]) for i in (0, 1))
-        rows.append((cells[-1], names[label], len(curves), cells, total, last))
+        rows.append((cells[2], names[label], len(curves), cells, total, last))
     rows.sort(key=lambda row: (math.isnan(row[0]), -row[5] if math.isnan(row[0]) else -row[0]))
     head = ["true reward at sampled tokens", "runs", *(f"{n:,}" for n in places), "all", "the end"]
     body = []
@@ -276,25 +284,30 @@ def picture(path, grouped, title):
     records = [record for group in grouped.values() for record in group]
     if not any(record.steps for record in records):
         return False
-    figure = Figure(figsize=(16, 6.5), layout="constrained")
+    many = len(grouped) > FEW
+    figure = Figure(figsize=(18 if many else 16, 6.5), layout="constrained")
     figure.suptitle(drawn(title))
     axes = list(figure.subplots(2, 4).flat)
     names = short(grouped)
-    for i, (label, group) in enumerate(grouped.items()):
+    styles = {  # ten colours with one marker, then the same with the next
+        label: dict(color=f"C{i % 10}", marker="osv^D"[i // 10 % 5], markersize=3)
+        for i, label in enumerate(grouped)
+    }
+    for label, group in grouped.items():
         for record in group:
             name = drawn(names[label]) if record is group[0] else None
-            draw(axes, record, color=f"C{i % 10}", label=name)
+            draw(axes, record, styles[label], name, raw=not many)
     whole = records[0]
     if len(records) == 1:
         parts_against_kl(axes[7], whole)
     elif any(map(online, records)):
         axes[7].set_title("true reward against sampled tokens", fontsize=10)
         axes[7].set_xlabel("thousands of tokens (one dot: sampled before)", fontsize=8)
-        for i, group in enumerate(grouped.values()):
-            for record in group:
+        for label, group in grouped.items():
+            for record in filter(sampled, group):
                 points = sampled(record) if online(record) else sampled(record)[-1:]
                 points = [(n / 1000, reward) for n, reward in points]
-                axes[7].plot(*zip(*points), "o-", markersize=3, color=f"C{i % 10}")
+                axes[7].plot(*zip(*points), **styles[label])
     for ax, name in zip(axes, [*PANELS, "true reward of samples", "KL from the base model (nats)"]):
         ax.set_title(name, fontsize=10)
         ax.set_xlabel("step", fontsize=8)
@@ -309,33 +322,38 @@ def picture(path, grouped, title):
     axes[6].set_xlabel(unit, fontsize=8)
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
-        if ax.get_legend_handles_labels()[0]:
+        if ax.get_legend_handles_labels()[0] and not (many and ax is axes[6]):
             ax.legend(frameon=False, fontsize=7)
         # the metrics of preferences are NaN for a paper that is not about them
         if not any(np.isfinite(line.get_ydata()).any() for line in ax.lines):
             ax.axis("off")
             ax.set_title("")
+    if many:
+        figure.legend(*axes[6].get_legend_handles_labels(), **BESIDE)
     write_beside(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
     return True
 
 
-def draw(axes, record, color, label):
-    """The curves of one run in the panels of `picture`."""
+def draw(axes, record, style, label, raw):
+    """The curves of one run in the panels of `picture`.
+
+    style: colour and marker of the run. raw: show the values that are not smoothed, too."""
     at = [line["step"] for line in record.steps]
     for ax, keys in zip(axes, PANELS.values()):
-        for key, style in zip(keys, ("-", "--")):
+        for key, dashes in zip(keys, ("-", "--")):
             values = [line.get(key, math.nan) for line in record.steps]
-            ax.plot(at, values, style, color=color, alpha=0.2, linewidth=0.7)
-            ax.plot(at, smooth(values), style, color=color)
+            if raw:
+                ax.plot(at, values, dashes, color=style["color"], alpha=0.2, linewidth=0.7)
+            ax.plot(at, smooth(values), dashes, color=style["color"])
     looks = [look for look in record.looks if "reward" in look]
     for ax, key in zip(axes[4:6], ("reward", "kl")):
         points = [(look["step"], look[key]) for look in looks if key in look]
         if points:
-            ax.plot(*zip(*points), "o-", markersize=3, color=color)
+            ax.plot(*zip(*points), **style)
     price = priced(record)
     both = [(look[price], look["reward"]) for look in looks if price in look]
     if both:
-        axes[6].plot(*zip(*both), "o-", markersize=3, color=color, label=label)
+        axes[6].plot(*zip(*both), **style, label=label)
 
 
 def priced(record):

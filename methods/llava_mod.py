@@ -23,6 +23,7 @@ Differences from the paper
 """
 
 import copy
+import math
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +57,8 @@ class Config:
         check_fields(self, variant=("dpo", "kto_pair"), beta="(0, inf)", top="[1, inf)")
         check_fields(self, anchor=("teacher", "student"), experts="[2, inf)", aux="[0, inf)")
         check_fields(self, width="[8, inf)", dense="[0, inf)", sparse="[0, inf)")
+        if self.width % 2:
+            raise UserError(f"--width {self.width}: expected an even number")
         mixture = (self.experts, self.top, self.aux)
         if not self.sparse and mixture != (Config.experts, Config.top, Config.aux):
             raise UserError("experts, top and aux do nothing with sparse = 0: there are no experts")
@@ -185,19 +188,19 @@ def distill(lab, student, teacher, steps, sparse=False, title="distillation"):
 
 
 def fresh(lab, teacher, width):
-    """A student with random weights: the teacher's shape at another width."""
+    """A student with random weights: the teacher's shape at another width.
+
+    It has as many heads as the teacher, or fewer, where each has an even share of the width."""
     c = teacher.config
-    heads = dict(num_attention_heads=c.num_attention_heads)
-    heads |= dict(num_key_value_heads=c.num_key_value_heads)
-    if width % (2 * c.num_attention_heads):
-        raise UserError(f"--width {width} must be a multiple of {2 * c.num_attention_heads}")
+    heads = next(h for h in range(c.num_attention_heads, 0, -1) if width % (2 * h) == 0)
     config = GPTConfig(
         vocab_size=c.vocab_size,
         hidden_size=width,
         intermediate_size=width * c.intermediate_size // c.hidden_size,
         num_hidden_layers=c.num_hidden_layers,
+        num_attention_heads=heads,
+        num_key_value_heads=math.gcd(heads, c.num_key_value_heads),
         max_position_embeddings=c.max_position_embeddings,
-        **heads,
     )
     with torch.random.fork_rng(devices=[]):  # nn.init draws from the global generator
         torch.manual_seed(int(torch.randint(2**62, (), generator=lab.rng("student"))))

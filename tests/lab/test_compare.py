@@ -213,8 +213,31 @@ def test_online_methods_are_ranked_at_equal_sampled_tokens(tmp_path, pictures):
     assert rows[2] == ["slow", "2", "0.150", "0.200", "0.300", "800", "0.900"]
     assert rows[3] == ["before", "1", "-", "-", "-", "600", "0.800"]
     assert compare.at_samples({"slow": slow, "before": before}) == ""
+    other = {"other": [record_of("other", [(0, 0.1), (900, 0.1)])]}
+    rows = [line.split() for line in compare.at_samples(grouped | other).splitlines()]
+    assert rows[0][-8:] == ["runs", "100", "200", "400", "800", "all", "the", "end"]
+    assert rows[1][:6] == ["fast", "1", "0.500", "0.567", "0.700", "-"]  # it does not reach them
+    assert rows[2][:6] == ["slow", "2", "0.150", "0.200", "0.300", "0.900"]
     path = str(tmp_path / "curves.png")
     assert DRAW(path, grouped, "three methods") and (tmp_path / "curves.png").stat().st_size > 9999
+
+
+def test_many_methods_are_told_apart_and_named_beside_the_panels(monkeypatch):
+    from matplotlib.figure import Figure
+
+    seen = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *place, **how: seen.append(figure))
+    names = [f"method{i}" for i in range(12)]
+    grouped = {name: [record_of(name, [(0, 0.1), (400, 0.3)])] for name in names}
+    grouped |= {"silent": [record_of("silent", [(0, 0.1)])]}
+    grouped["silent"][0].looks.clear()  # a run without a look has no reward to show
+    DRAW("curves.png", grouped, "13 methods")
+    (legend,) = seen[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == names
+    assert not any(ax.get_legend() for ax in seen[0].axes)
+    lines = seen[0].axes[7].lines
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(lines) == 12
+    assert {line.get_linestyle() for line in lines} == {"-"}
 
 
 def test_panels_of_what_a_run_does_not_have_are_left_out(monkeypatch):

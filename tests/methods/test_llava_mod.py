@@ -275,6 +275,17 @@ def test_a_student_has_the_vocabulary_and_the_layers_of_its_teacher_at_another_w
     assert len(model.layers) == len(teacher.layers)
 
 
+@pytest.mark.parametrize(
+    "width, heads, shared", [(64, 4, 2), (72, 4, 2), (30, 3, 1), (14, 1, 1), (8, 4, 2)]
+)
+def test_a_student_of_any_even_width_has_the_heads_that_fit(width, heads, shared):
+    lab, teacher, _ = student()
+    config = fresh(lab, teacher, width).config
+    assert (teacher.config.num_attention_heads, teacher.config.num_key_value_heads) == (4, 2)
+    assert (config.num_attention_heads, config.num_key_value_heads) == (heads, shared)
+    assert config.hidden_size == width
+
+
 def test_what_makes_no_sense_is_refused():
     a, b, mask = normal(1, 1, 2, 5), normal(1, 1, 2, 4), torch.ones(1, 1, 2).bool()
     with pytest.raises(UserError, match="vocabularies of 5 and 4"):
@@ -283,9 +294,8 @@ def test_what_makes_no_sense_is_refused():
         mimic(a, a, ~mask)
     with pytest.raises(UserError, match="--top 5 exceeds --experts 4"):
         layer(top=5)
-    lab, teacher, _ = student()
-    with pytest.raises(UserError, match="--width 30 must be a multiple of 8"):
-        fresh(lab, teacher, 30)
+    with pytest.raises(UserError, match="--width 31: expected an even number"):
+        Config(width=31)
     for fields in (dict(beta=0.0), dict(variant="kto"), dict(anchor="self"), dict(top=0)):
         with pytest.raises(UserError):
             Config(**fields)
