@@ -293,6 +293,8 @@ class Log:
         """Load the checkpoint of an interrupted run, or start at step 0 -> (step, curve)."""
         size = self.length()
         found = load_value(self.path) if self.path else None
+        if found and "ended" not in found:
+            raise UserError(f"{self.path}.json is of an earlier version, which alone can resume it")
         if found and size < found["log"]:
             if self.stage.fits == 1:
                 raise UserError(f"{self.file} is damaged: it is shorter than the checkpoint says")

@@ -14,7 +14,7 @@ import methods.dpo
 import train
 from lab import Lab, Settings, store
 from nanomodel import GPT
-from tests.lab.commands import PAIRS, TINY, Killed, killed_at, rows_file, weights
+from tests.lab.commands import PAIRS, TINY, Killed, killed_at, refused, rows_file, weights
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
@@ -258,6 +258,22 @@ def test_a_damaged_checkpoint_of_the_first_of_two_fits_repeats_both(tmp_path, mo
     assert calls == 12 and all(torch.equal(whole[k], cut[k]) for k in whole)
     expected = (tmp_path / "whole" / "metrics.jsonl").read_text()
     assert (out / "metrics.jsonl").read_text() == expected
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
+    argv = ["--method", "dpo", "--world", "bandit", "--steps", "9", "--out", "run"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Lab, "checkpoint_every", 0.0)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(patch, 5)
+        train.main(argv)
+    (path,) = (tmp_path / "run" / "stages").glob("*checkpoint-1.json")
+    place = str(path).removesuffix(".json")
+    value = store.load_value(place)
+    del value["ended"]
+    store.save_value(place, value)
+    refused(capsys, ["--resume", "run"], "is of an earlier version, which alone can resume it")
+    assert "ended" not in store.load_value(place)
 
 
 @pytest.mark.slow
