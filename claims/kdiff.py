@@ -50,10 +50,10 @@ def inner(n, rng):
 
 
 def distances(lab, model):
-    """The Frechet distance of 2,000 digits; or the distances of 1,000 points from a subspace."""
+    """The Frechet distance of 1,000 digits; or the distances of 1,000 points from a subspace."""
     world, rng = lab.world, lab.rng("samples")
     if world.name == "digits":
-        classes = world.labels[torch.randperm(len(world.labels), generator=rng)[: lab.few(2000)]]
+        classes = world.labels[torch.randperm(len(world.labels), generator=rng)[: lab.few(1000)]]
         return {"frechet": world.frechet(model.sample(classes.tolist(), 1, rng)[:, 0].cpu())}
     return world.distances(model.sample([0], lab.few(1000), rng, steps=40)[0])
 
