@@ -25,7 +25,8 @@ reasons from 0.71 to 0.80; greedy verdicts hardly changed, from 0.90 to 0.89. On
 the fixed rubric had 0.79, and the true weights 0.91. There, the utility of drawings rose from -0.55
 to 1.00 and that of the worst context from -2.0 to 0.45, while the Frechet distance rose from 1.0 to
 9.9. What the judge lost was 0.068 before GRPO and 0.014 after it, so it was not exploited. The
-margin of this claim is 0.05, as 256 drawings leave a noise of about 0.03 in a difference on one seed.
+margin of this claim is 0.05, as 256 drawings leave a noise of about 0.03 in a difference on one
+seed.
 """
 
 from lab.claims import claim
