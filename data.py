@@ -523,17 +523,19 @@ def collate(rows, tokenizer=None, fixed=False, packed=True):
     count = max(len(row["responses"]) for row in rows)
     if isinstance(fixed, Sizes):
         count = max(count, fixed.responses)
-    scores = torch.zeros(len(rows), count)
+    scores = np.zeros((len(rows), count))
     for b, row in enumerate(rows):
         if "scores" in row:
-            scores[b, : len(row["scores"])] = torch.as_tensor(row["scores"])
+            scores[b, : len(row["scores"])] = row["scores"]
+    scores = torch.from_numpy(scores).to(torch.get_default_dtype())
     if tokenizer is not None:
         rows = [encode(row, tokenizer) for row in rows]
         tensors = _text(rows, count, tokenizer.pad, fixed, packed)
     elif isinstance(rows[0]["responses"], torch.Tensor):
-        present = [torch.ones(len(row["responses"]), 1, dtype=torch.bool) for row in rows]
-        images = _stack([row["responses"] for row in rows], count)
-        tensors = dict(mask=_stack(present, count), images=images)
+        responses = [row["responses"] for row in rows]
+        present = np.arange(count) < np.array([[len(each)] for each in responses])
+        mask = torch.from_numpy(present)[..., None]
+        tensors = dict(mask=mask, images=_stack(responses, count))
     else:
         tensors = _table(rows, count)
     if tokenizer is None:
@@ -618,6 +620,8 @@ def _text(rows, count, pad, fixed, packed=True):
 
 def _stack(values, count):
     """B tensors (k, ...), k <= count -> one (B, count, ...), 0 where a response is absent."""
+    if all(len(value) == count for value in values):
+        return torch.stack(values)
     out = values[0].new_zeros(len(values), count, *values[0].shape[1:])
     for row, value in zip(out, values):
         row[: len(value)] = value

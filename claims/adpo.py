@@ -142,7 +142,8 @@ def measure(lab):
     def data(lab, base):
         return lab.preferences(base, k=4)
 
-    how = dict(flip=0.3, k=4, steps=100, batch_size=32, eval_size=1000, eval_every=25)
+    how = dict(flip=0.3, k=4, prompts=3200, steps=100, batch_size=32)
+    how |= dict(eval_size=1000, eval_every=25)
     curves = lab.race(arms, data, world="reviews", **how)
     return {name: [each[name] for each in found] for name in found[0]} | curves
 

@@ -105,6 +105,7 @@ def measure(lab):
         arms,
         end=looked_at,
         world="reviews",
+        prompts=3200,
         steps=100,
         batch_size=32,
         eval_size=1000,

@@ -126,13 +126,13 @@ def measure(lab):
         shuffled=run_shuffled,
     )
 
-    def end(lab, policy):
-        found = lab.evaluate(policy)
-        names = dict(chair_s="chair_s", accuracy="accuracy")
-        return {name: found[key] for name, key in names.items()}
-
     return series | lab.race(
-        arms, end=end, world="captions", steps=64, eval_size=1000, eval_every=16
+        arms,
+        end=lambda lab, policy: lab.world.measure(policy, lab),
+        world="captions",
+        steps=64,
+        eval_size=1000,
+        eval_every=16,
     )
 
 

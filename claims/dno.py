@@ -1,9 +1,9 @@
 """What DNO claims, and whether it holds here.
 
 Reviews: DNO, DPO on pairs that were sampled once, iterated DPO on two samples per prompt, and SPIN.
-All arms sample 7,680 responses from a policy, take equally many steps, and have beta = eta; only
-DNO and SPIN see the teacher's 1,536 responses besides. Labels are not equal: DNO compares all pairs
-of six responses to each of 1,536 prompts, DPO has one comparison for each of 3,840. Games: random
+All arms sample 5,120 responses from a policy, take equally many steps, and have beta = eta; only
+DNO and SPIN see the teacher's 1,024 responses besides. Labels are not equal: DNO compares all pairs
+of six responses to each of 1,024 prompts, DPO has one comparison for each of 2,560. Games: random
 games of six responses without noise, in which 100 rounds of Algorithm 1 are in closed form. That
 the average policy converges in the paper's game, what one exact round does, and the bound on its
 improvement are tests (tests/methods/test_dno.py).
@@ -19,7 +19,7 @@ from lab.claims import claim
 from methods import dno, dpo
 from methods.dno import Config
 
-SAMPLES = 7680  # of a policy, in every arm on reviews
+SAMPLES = 5120  # of a policy, in every arm on reviews
 
 
 def aligned(cfg, k):
@@ -72,7 +72,7 @@ def game_of(lab, count=6, eta=1.0, rounds=100):
 
 def measure(lab):
     """Curves on reviews, the teacher's reward on the same seeds, and exploitabilities in games."""
-    settings = dict(world="reviews", steps=180, lr=5e-4, eval_every=45, eval_size=1000)
+    settings = dict(world="reviews", steps=120, lr=5e-4, eval_every=40, eval_size=1000)
     series = lab.race(ARMS, **settings)
     teacher = []
     for seed, curve in zip(lab.seeds, series["dno"]):

@@ -11,7 +11,9 @@ without reaching k*. Where the data fill the space, the velocity is as good a ta
 is much larger than d, a learned k has a price: a fixed k = 1 lets the network forget the noise, and
 k < 1 leaves samples off the subspace. On tuning seed 100, at 2 of 64 dimensions, k ended at 0.94,
 and samples were 0.27 from the subspace, 0.006 with the image as the target. In a trial on digits
-the learned k was better than both neighbours; no tuning seed was run there.
+the learned k was better than both neighbours. On tuning seed 100 it had a lower velocity error than
+both there, but a larger Frechet distance than the velocity; after 200 steps, on seeds 100 and 101,
+it was better in both. So the verdict on digits depends on the number of steps.
 """
 
 import torch
@@ -50,10 +52,10 @@ def inner(n, rng):
 
 
 def distances(lab, model):
-    """The Frechet distance of 2,000 digits; or the distances of 1,000 points from a subspace."""
+    """The Frechet distance of 1,000 digits; or the distances of 1,000 points from a subspace."""
     world, rng = lab.world, lab.rng("samples")
     if world.name == "digits":
-        classes = world.labels[torch.randperm(len(world.labels), generator=rng)[: lab.few(2000)]]
+        classes = world.labels[torch.randperm(len(world.labels), generator=rng)[: lab.few(1000)]]
         return {"frechet": world.frechet(model.sample(classes.tolist(), 1, rng)[:, 0].cpu())}
     return world.distances(model.sample([0], lab.few(1000), rng, steps=40)[0])
 

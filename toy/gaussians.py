@@ -107,8 +107,8 @@ class World(world.World):
 
     def demonstrations(self, n, rng):
         """n rows of one point (1, D)."""
-        points = self.points(n, rng, self.clean)
-        return [dict(prompt=0, responses=x[None], scores=[1.0]) for x in points]
+        points = self.points(n, rng, self.clean)[:, None]
+        return [dict(prompt=0, responses=x, scores=[1.0]) for x in points]
 
     def reward(self, prompts, responses):
         """The true reward of n points, (n,) float64: the first coordinate within the plane.

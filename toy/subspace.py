@@ -84,7 +84,8 @@ class World(world.World):
 
     def demonstrations(self, n, rng):
         """n rows of one point (1, D)."""
-        return [dict(prompt=0, responses=x[None], scores=[1.0]) for x in self.points(n, rng)]
+        points = self.points(n, rng)[:, None]
+        return [dict(prompt=0, responses=x, scores=[1.0]) for x in points]
 
     def reward(self, prompts, responses):
         """The true reward of n points, (n,) float64: minus the distance from the nearest mode.
