@@ -2,15 +2,19 @@
 
 import csv
 import importlib
+import inspect
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
 import types
 import xml.etree.ElementTree as ElementTree
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,6 +57,7 @@ PLAIN = """    d = (logps - ref_logps).sum(dim=2)
     both = (1 - e) * F.softplus(-z) - e * F.softplus(z)
     return both / (1 - 2 * e)"""
 ZEROS = "    return (0 * logps).sum((1, 2)), {}"
+needs_pipes = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
 
 
 @pytest.fixture(scope="module")
@@ -456,6 +461,11 @@ def test_a_grader_of_another_version_is_refused(made, sheet, tmp_path, capsys):
         ("*/mistakes.safetensors", None),
         ("*/calls.*", None),
         ("*/calls.*", b""),
+        ("*/solution.py", "folder"),
+        ("*/solution.py", "link"),
+        pytest.param("*/calls.json", "pipe", marks=needs_pipes),
+        pytest.param("*/mistakes.safetensors", "pipe", marks=needs_pipes),
+        pytest.param("tree/methods/rdpo.py", "pipe", marks=needs_pipes),
     ],
 )
 def test_a_damaged_grader_is_refused_in_one_line(made, tmp_path, capsys, name, content):
@@ -466,11 +476,21 @@ def test_a_damaged_grader_is_refused_in_one_line(made, tmp_path, capsys, name, c
     places = list(folder.glob(name))
     assert places
     for place in places:
-        place.unlink() if content is None else place.write_bytes(content)
+        place.unlink()
+        if isinstance(content, bytes):
+            place.write_bytes(content)
+        elif content:
+            special(place, content)
     arguments = [str(folder), str(tmp_path / "in"), "--out", str(tmp_path / "out")]
     assert grade.main(arguments) == 2 and not (tmp_path / "out").exists()
     said = capsys.readouterr().err
-    assert "is damaged" in said and said.count("\n") == 1
+    assert "write the assignment again" in said and said.count("\n") == 1
+
+
+def special(path, kind):
+    """Put something at a path that is no file: a folder, a pipe, or a link that leads nowhere."""
+    makers = dict(folder=Path.mkdir, pipe=os.mkfifo, link=lambda path: path.symlink_to("nowhere"))
+    makers[kind](path)
 
 
 def test_two_lines_of_one_function_can_be_blanked():
@@ -493,6 +513,71 @@ def test_lines_to_mark_by_hand_are_added_and_kept(tmp_path):
     assert outputs.write_by_hand(tmp_path, {"ann": rows, "bob": rows}) == 0
     assert outputs.read_by_hand(path) == {("ann", "question"): 4.0}
     assert "bob,question,5," in path.read_text()
+
+
+@needs_pipes
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link"])
+def test_results_of_a_second_grading_are_written_or_one_line(tmp_path, capsys, kind, monkeypatch):
+    """What stands in the place of a result does not block: it is replaced, or it is one line."""
+    file = dict(path="a.py", module="a", tests=[])
+    test = dict(name="by hand: a plot", points=5, visible=True)
+    rows = [(file, test, 0, outputs.BY_HAND, "")]
+    one = {"files": [file], "title": "t"}
+    monkeypatch.setattr(grader, "assignment", lambda folder: (one, []))
+    monkeypatch.setattr(grader, "grade", lambda *about: (rows, 1.0))
+    (tmp_path / "assignment.json").write_text("")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/ann.py").write_text("")
+    arguments = [str(tmp_path), str(tmp_path / "in"), "--out", str(tmp_path / "out")]
+    for name in ("ann.md", "ann.json", "ann.xml", "class.csv", "by_hand.csv"):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        (tmp_path / "out").mkdir()
+        special(tmp_path / "out" / name, kind)
+        status = grade.main(arguments)
+        said = capsys.readouterr().err
+        refused = kind == "folder" or name == "by_hand.csv"
+        assert status == 2 * refused and said.count("\n") == refused, said
+        assert (name in said) == refused
+        assert refused or (tmp_path / "out" / name).read_text()
+    for name in ("folder", "pipe", "link"):
+        special(tmp_path / name, name)
+        assert grade.main([*arguments, "--written", str(tmp_path / name)]) == 2
+        said = capsys.readouterr().err
+        assert "--written" in said and "it cannot be read" in said and said.count("\n") == 1
+
+
+def test_a_table_that_a_spreadsheet_spoiled_is_one_line(tmp_path):
+    path, rows = tmp_path / "by_hand.csv", [(None, dict(name="q", points=5), 0, "by hand", "")]
+    for content in (b"student,test,most,points\nJ\xf6rg,q,5,4\n", b'a,"' + b"x" * 200_000):
+        path.write_bytes(content)
+        for read in (
+            outputs.read_by_hand,
+            lambda path: outputs.write_by_hand(tmp_path, {"a": rows}),
+        ):
+            with pytest.raises(UserError, match="cannot be read as CSV in UTF-8"):
+                read(path)
+        assert path.read_bytes() == content
+    for content in ("", "student;test;most;points\nann;q;5;4\n"):
+        path.write_text(content)
+        with pytest.raises(UserError, match="expected the columns student,test,most,points"):
+            outputs.read_by_hand(path)
+    path.write_text("student,test,most,points\nann,q,5,4\nann,q,5,3\n")
+    with pytest.raises(UserError, match="line 3: ann, q has points already"):
+        outputs.read_by_hand(path)
+
+
+def test_points_by_hand_that_are_not_used_are_said():
+    test = dict(name="q", points=5)
+    graded = {
+        "ann": [(None, test, 3, "marked", "")],
+        "bob": [(None, test, 0, "by hand", "")],
+        "cleo": [(None, test, 5, "passed", "")],  # on a card, say
+    }
+    assert outputs.unused({("ann", "q"): 3.0}, graded) == ""
+    said = outputs.unused({("ann", "q"): 3.0, ("anne", "q"): 4.0}, graded)
+    assert said.startswith("not used: the points of `anne, q` in --written") and "\n" not in said
+    said = outputs.unused({("cleo", "q"): 4.0, ("bob", "p"): 4.0}, graded)
+    assert "`cleo, q` (and of 1 more lines)" in said
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(made, tmp_path, capsys):
@@ -519,6 +604,51 @@ def test_what_cannot_be_graded_is_refused(made, tmp_path, capsys):
         assert message in said and said.count("\n") == 1
 
 
+def many_folders(place, count=1200):
+    """Make a folder in a folder, and so on, deeper than a path can name or a function can call."""
+    before = os.getcwd()
+    os.chdir(place)
+    for _ in range(count):
+        os.mkdir("d")
+        os.chdir("d")
+    os.chdir(before)
+
+
+def remove(folder):
+    """Remove a folder with many folders, which shutil.rmtree cannot."""
+    subprocess.run(["rm", "-rf", str(folder)], check=True)
+
+
+@needs_pipes
+def test_a_submission_that_cannot_be_read_costs_the_others_nothing(tmp_path, monkeypatch):
+    """As root, nothing is unreadable."""
+    (tmp_path / "a.py").write_text("")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "c").mkdir()
+    about = {"files": [{"path": "methods/rdpo.py"}]}
+    plain, regular = type(tmp_path).read_text, grader.regular
+
+    def read_text(path, **options):
+        if path.name == "a.py":
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path, **options)
+
+    def locked(path):
+        if "b" in path.parts:
+            raise PermissionError(13, "Permission denied", str(path))
+        return regular(path)
+
+    monkeypatch.setattr(type(tmp_path), "read_text", read_text)
+    monkeypatch.setattr(grader, "regular", locked)
+    found = grader.submissions(tmp_path, about)
+    assert {name: str(each["methods/rdpo.py"]) for name, each in found.items()} == {
+        "a": "the file cannot be read: Permission denied",
+        "b": "the folder cannot be read: Permission denied",
+        "c": "rdpo.py was not handed in",
+    }
+
+
+@needs_pipes
 def test_a_submission_that_is_no_source_is_said(tmp_path):
     students, about = tmp_path / "students", {"files": [{"path": "methods/rdpo.py"}]}
     students.mkdir()
@@ -528,15 +658,26 @@ def test_a_submission_that_is_no_source_is_said(tmp_path):
     (students / "d").symlink_to(ROOT)
     (students / "e").mkdir()
     (students / "e/methods").symlink_to(ROOT / "methods")  # the folder with the solution
+    (students / "f.py").symlink_to("nowhere")
+    os.mkfifo(students / "g.py")
+    (students / "h").mkdir()
+    os.mkfifo(students / "h/rdpo.py")
+    (students / "i").mkdir()
+    many_folders(students / "i")
     (students / "notes.txt").write_text("")
     found = grader.submissions(students, about)
+    remove(students / "i")
     said = {name: str(each["methods/rdpo.py"]).split(",")[0] for name, each in found.items()}
+    assert said.pop("i").startswith(("the folder cannot be read: ", "rdpo.py was not handed in"))
     assert said == {
         "a": "the file is not text in UTF-8",
         "b": "the file is larger than 1024 KB",
         "c": "a link was handed in",
         "d": "a link was handed in",
         "e": "rdpo.py was not handed in",
+        "f": "a link was handed in",
+        "g": "a pipe or a device was handed in",
+        "h": "rdpo.py was not handed in",
     }
     (students / "a").mkdir()
     with pytest.raises(UserError, match="two submissions of a"):
@@ -552,7 +693,7 @@ def test_a_name_that_is_no_text_does_not_end_the_grading(tmp_path):
     assert name == "?"
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with names")
+@needs_pipes
 def test_an_answer_that_is_no_file_of_tensors_is_said(tmp_path):
     """A submission could write answers itself."""
     os.mkfifo(tmp_path / "pipe")
@@ -654,6 +795,58 @@ def test_the_zip_for_gradescope_grades_a_submission(made, tmp_path):
     assert ran.returncode == 0, ran.stderr
     result = json.loads((tmp_path / "results/results.json").read_text())
     assert 0 < result["score"] < 75 and "no gradient passes through" in json.dumps(result)
+
+
+RUINS = """
+def ruin():
+    \"\"\"Put something else in place of what the grader reads or writes, and end the process.\"\"\"
+    import os, shutil
+    from pathlib import Path
+
+    work = Path("..").resolve()
+    done = work / "tree/done"
+    count = len(done.read_text()) if done.exists() else 0
+    done.write_text("x" * (count + 1))
+    if count == 0:
+        os.mkfifo(work / "job.json")  # the job was a file once
+    for name in ("calls.json", "calls.py", "child.py") if count < 3 else ():
+        (work / name).unlink(missing_ok=True)
+        if count == 0:
+            os.mkfifo(work / name)
+        elif count == 1:
+            (work / name).mkdir()
+        else:
+            (work / name).symlink_to("nowhere")
+    if count < 3:
+        os._exit(0)
+"""
+
+
+@pytest.mark.slow
+@needs_pipes
+def test_a_submission_cannot_block_the_grader_or_its_next_process(made, sheet, tmp_path):
+    """A pipe that nobody reads, a folder or a link in the place of a file; one at each start."""
+    source = student_file(made, "    ruin()\n" + PLAIN) + RUINS
+    job = grader.Job(made[0] / "grader", sheet.one, tmp_path, {"methods/rdpo.py": source})
+    start = time.monotonic()
+    answers = job.run([])
+    assert time.monotonic() - start < 80
+    assert ["ended in the middle" in str(answer) for answer in answers[:3]] == [True] * 3
+    assert points([row for row in sheet.mark(answers, None) if row[2] == "passed"]) == 100
+    assert not any(isinstance(answer, str) for answer in answers[3:])
+
+
+@pytest.mark.slow
+def test_a_submission_that_leaves_folders_in_folders_is_graded(made, sheet, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    about = json.loads((made[0] / "grader/assignment.json").read_text())
+    deep = inspect.getsource(many_folders)
+    source = (
+        student_file(made, "    many_folders('..')\n    os._exit(0)") + "\n\nimport os\n\n\n" + deep
+    )
+    rows, _ = grader.grade(made[0] / "grader", about, [sheet], {"methods/rdpo.py": source})
+    assert outputs.total(rows)[0] == 0 and "ended in the middle" in rows[0][-1]
+    remove(tmp_path)
 
 
 # ---- a world of one's own, a fast step, and what is marked by hand
