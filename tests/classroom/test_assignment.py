@@ -909,6 +909,14 @@ BROKEN = {
 }
 
 
+def test_rewards_may_differ_by_their_rounding():
+    """A model that scores responses one by one rounds otherwise than in a batch."""
+    one = {"rewards": (NUMBERS, NUMBERS, NUMBERS * (1 + 1e-6), NUMBERS * (1 - 1e-6), 4)}
+    assert points(judged("world", right_world() | one)) == 100
+    one = {"rewards": (NUMBERS, NUMBERS, NUMBERS, NUMBERS * (1 + 1e-4), 4)}
+    assert points(judged("world", right_world() | one)) == 90
+
+
 def test_a_table_with_one_prompt_needs_no_demonstrations():
     none = (8, torch.zeros(0, dtype=torch.uint8))
     one = {("prompts", 8, 8): (8, torch.tensor([1, 2])), "demonstrations": none}
