@@ -15,10 +15,22 @@ BY_HAND = "by hand"  # the status of what a teacher has not marked yet
 COLUMNS = ["student", "test", "most", "points"]  # of by_hand.csv
 
 
+def worth(tests):
+    """What a point of each test is worth in the mark, which has 100.
+
+    The points by hand of an assignment are points of the mark as they are; all tests share the rest
+    of it by their points.
+    """
+    hand = [test["name"].startswith(BY_HAND) for test in tests]
+    written = sum(test["points"] for test, by_hand in zip(tests, hand) if by_hand)
+    others = sum(test["points"] for test in tests) - written
+    return [1.0 if by_hand else (100 - written) / max(others, 1) for by_hand in hand]
+
+
 def total(rows):
     """(points, most points), of 100."""
-    most = sum(row[1]["points"] for row in rows)
-    return 100.0 * sum(row[2] for row in rows) / max(most, 1), 100.0
+    shares = worth([row[1] for row in rows])
+    return sum(share * row[2] for share, row in zip(shares, rows)), 100.0
 
 
 def titles(rows):
@@ -36,10 +48,15 @@ def page(student, about, rows):
     """The result of one student as Markdown."""
     points, most = total(rows)
     lines = [f"# {about['title']}: {student}", "", f"**{points:.1f} of {most:.0f} points**", ""]
-    waiting = [test["points"] for _, test, _, status, _ in rows if status == BY_HAND]
+    shares = worth([row[1] for row in rows])
+    waiting = [x * row[1]["points"] for x, row in zip(shares, rows) if row[3] == BY_HAND]
     if waiting:
-        share = 100 * sum(waiting) / sum(test["points"] for _, test, *_ in rows)
-        lines += [f"Up to {share:.1f} more are marked by hand.", ""]
+        lines += [f"Up to {sum(waiting):.1f} more are marked by hand.", ""]
+    if len(set(shares)) > 1:
+        lines += [
+            "Points by hand are points of the 100; the tests share the rest by their points.",
+            "",
+        ]
     for one in about["files"]:
         lines += [f"## {one['path']}", "", "| test | points | result |", "|---|---|---|"]
         for file, test, got, status, message in rows:

@@ -1044,11 +1044,13 @@ def test_what_a_teacher_marks_is_added(tmp_path):
     about = {"title": "t", "files": [file]}
     rows = [(file, dict(name="values", points=60, visible=False), 60, "passed", "")]
     rows += [(file, test, 0, "by hand", "the teacher marks it")]
-    assert outputs.total(rows)[0] == 75
-    assert "Up to 25.0 more are marked by hand" in outputs.page("=ann", about, rows)
+    assert outputs.total(rows)[0] == 80  # what a person marks is a share of 100
+    shown = outputs.page("=ann", about, rows)
+    assert "Up to 20.0 more are marked by hand" in shown
+    assert "Points by hand are points of the 100" in shown
     assert "skipped" in outputs.junit("=ann", rows) and 'failures="0"' in outputs.junit("a", rows)
     outputs.write_class(tmp_path, {"=ann": rows})
-    assert (tmp_path / "class.csv").read_text().splitlines()[1] == "'=ann,75.0,60,"
+    assert (tmp_path / "class.csv").read_text().splitlines()[1] == "'=ann,80.0,60,"
     assert outputs.write_by_hand(tmp_path, {"=ann": rows})
     file = tmp_path / "by_hand.csv"
     empty = file.read_text()
@@ -1057,7 +1059,7 @@ def test_what_a_teacher_marks_is_added(tmp_path):
     file.write_text(empty.replace("20,", "20,15"))
     assert not outputs.write_by_hand(tmp_path, {"=ann": rows}) and ",20,15" in file.read_text()
     done = outputs.marked_by_hand(rows, "=ann", outputs.read_by_hand(file))
-    assert outputs.total(done)[0] == 93.75 and done[1][3] == "marked"
+    assert outputs.total(done)[0] == 95 and done[1][3] == "marked"
     assert outputs.gradescope(done, 1.0)["tests"][1]["status"] == "passed"
     for text, message in (
         (empty.replace("20,", "20,21"), "from 0 to 20"),
@@ -1069,6 +1071,23 @@ def test_what_a_teacher_marks_is_added(tmp_path):
             outputs.read_by_hand(file)
     with pytest.raises(UserError, match="cannot be read"):
         outputs.read_by_hand(tmp_path / "none.csv")
+
+
+def test_the_task_sheet_states_the_points_of_what_is_marked_by_hand():
+    rows = [dict(name=name, points=points) for name, points in (("values", 60), ("order", 20))]
+    files = [dict(path="a.py", tests=rows), dict(path="b.py", tests=rows[:1])]
+    written = ready.by_hand((("the plot", 30),))
+    assert ready.marked(dict(files=files, written=written)) == [
+        "- tests of `a.py`: 40.0 of 100 points",
+        "- tests of `b.py`: 30.0 of 100 points",
+        "- by hand: the plot: 30 of 100 points",
+    ]
+    assert "Nothing is marked by hand" in ready.marked(dict(files=files, written=[]))[-1]
+
+
+@pytest.mark.parametrize("item", [*ready.READY.values(), *ready.TASKS.values()])
+def test_what_is_marked_by_hand_leaves_points_for_the_tests(item):
+    assert 0 <= sum(points for _, points in item.written) <= 50
 
 
 # ---- every ready-made assignment
