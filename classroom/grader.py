@@ -263,7 +263,10 @@ class Sheet:
         """UserError: the solution fails a test, as in a folder that another version wrote."""
         for test in self.one["tests"]:
             try:
-                wrong = test["kind"] != "run" and self.of_test(test, self.expected, None)
+                if test["kind"] == "run":
+                    wrong = "low" not in self.one["run"]
+                else:
+                    wrong = self.of_test(test, self.expected, None)
             except (KeyError, TypeError):
                 wrong = True
             if wrong:
@@ -375,9 +378,10 @@ class Sheet:
             reward = reward_of(weights, run["settings"])
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
             return f"the weights it returns do not fit the model: {str(error).splitlines()[0]}"
-        low = run["reward"] - run["spread"]
-        if not reward >= low:
-            return f"it ends at a reward of {reward:.3f}; the solution's runs reach {low:.3f}"
+        if not reward >= run["low"]:
+            return (
+                f"it ends at a reward of {reward:.3f}; the solution's runs reach {run['low']:.3f}"
+            )
         return None
 
 

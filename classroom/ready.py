@@ -253,15 +253,20 @@ def readme(about, files, task, kept):
         if file.name in hidden.PARTS:
             continue
         lines.append(f"    python train.py --method {file.name}")
-        if one.get("run"):
+        if run := one.get("example"):
+            not_marked = (
+                " This reward tells little about the loss, so it is not marked; the docstring of "
+                "the file says what else to look at."
+            )
             lines += [
                 "",
                 f"A right solution of `{file.name}` ends at a true reward of about "
-                f"{one['run']['reward']:.2f} in this short run:",
+                f"{run['after']:.2f} in this short run, and the base model has "
+                f"{run['before']:.2f}:",
                 "",
-                f"    python train.py --method {file.name} {' '.join(flags(one['run']))} --out run",
+                f"    python train.py --method {file.name} {' '.join(flags(run))} --out run",
                 "",
-                f"Its curves are in {one['picture']}.",
+                f"Its curves are in {one['picture']}." + not_marked * (not one.get("run")),
                 "",
             ]
     if lines[-1]:

@@ -298,33 +298,19 @@ def test_a_short_run_that_tells_nothing_is_not_graded(tmp_path, monkeypatch):
         said, about = [], {"seed": 0, "files": [{"path": "methods/rdpo.py", "tests": []}]}
         teacher = tmp_path / str(before)
         teacher.mkdir()
-        rewards = iter([0.9, 0.8, 1.0, before])  # of three seeds, and of the base model
+        rewards = iter([0.9, 0.8, 1.0, 0.9, 0.9, before])  # of five seeds, and of the base model
         monkeypatch.setattr(grader, "Job", lambda *about: types.SimpleNamespace(run_only=list))
         monkeypatch.setattr(grader, "reward_of", lambda weights, settings: next(rewards))
-        monkeypatch.setattr(handout, "picture", lambda *about: "expected.png")
+        ends = {"before": before, "after": 0.9}
+        monkeypatch.setattr(handout, "picture", lambda *about: ("expected.png", ends))
         handout.measure_runs(files, about, teacher, said.append)
         one = about["files"][0]
         assert bool(one["run"]) == graded == bool(one["tests"])
         assert ("is not graded" in " ".join(said)) == (not graded)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["grpo", "disco"])
-def test_the_short_run_of_a_method_with_a_verifier_tells_right_from_wrong(name, monkeypatch):
-    module = importlib.import_module(f"methods.{name}")
-    settings, plain = handout.run_settings(module), module.loss
-    rewards = [grader.reward_of(None, settings)]
-    for sign in (1, 0, -1):
-
-        def loss(*arguments, sign=sign):
-            losses, metrics = plain(*arguments)
-            return sign * losses, metrics
-
-        monkeypatch.setattr(module, "loss", loss)
-        policy = module.run(grader.lab_of(settings), module.Config())
-        rewards.append(grader.reward_of(policy.state_dict(), settings))
-    base, right, nothing, wrong = rewards
-    assert nothing == base and right > base + 0.15 and wrong < base
+        one |= dict(functions=["loss"])
+        task = ready.readme(about | {"title": "t", "written": []}, files, "", False)
+        assert "reward of about 0.90 in this short run, and the base model has" in task
+        assert ("so it is not marked" in task) == (not graded) and "expected.png" in task
 
 
 def test_the_larger_of_two_digits():
@@ -727,7 +713,7 @@ def test_a_short_run_is_measured_and_graded(tmp_path, capsys):
     out = tmp_path / "hw"
     assert assign.main(["methods/dpo.py", "--out", str(out), "--gradescope"]) == 0
     about = json.loads((out / "grader/assignment.json").read_text())
-    assert about["files"][0]["run"]["spread"] > 0
+    assert about["files"][0]["run"]["low"] > about["files"][0]["example"]["before"]
     task = (out / "student/README.md").read_text()
     assert "ends at a true reward of about" in task and "expected_dpo.png" in task
     assert (out / "student/expected_dpo.png").read_bytes()[:4] == b"\x89PNG"
