@@ -225,7 +225,6 @@ def readme(about, files, task, kept):
     lines += ["## What to write", ""]
     for one in about["files"]:
         lines.append(f"- `{one['path']}`: {', '.join(f'`{name}`' for name in one['functions'])}")
-    lines += ["", "## What is marked", "", *marked(about)]
     lines += [
         "",
         "The docstring of the file has the paper's formulas, the docstring of a function its "
@@ -233,6 +232,14 @@ def readme(about, files, task, kept):
         + ("The comments of the solution are still there. " if kept else "")
         + "Hand in the files above and nothing else. Any formula that is right gets full marks: "
         "names, metrics and style are yours.",
+        "",
+        "## What is marked",
+        "",
+        *marked(about),
+        "",
+        "The tests of a file are the visible ones below, hidden ones that compare values and "
+        "gradients with the solution for other inputs and other settings, and, where this sheet "
+        "says so, a short run.",
         "",
         "## Conventions",
         "",
@@ -243,30 +250,34 @@ def readme(about, files, task, kept):
         "- Whether a log-prob is summed or averaged over tokens is part of the paper: read its "
         "formula.",
         "- The log-probs of the reference are constants.",
+        "- The true reward is computed by the toy world and not by a model; more is better.",
         "",
         "## Try it",
         "",
         "    pip install -r requirements.txt",
-        '    python -m pytest                       every test says "your turn" at first',
+        '    python -m pytest           each test says "your turn" until you pass it',
     ]
     for file, one in zip(files, about["files"]):
         if file.name in hidden.PARTS:
             continue
-        lines.append(f"    python train.py --method {file.name}")
+        lines.append(f"    python train.py --method {file.name}           train with your file")
         if run := one.get("example"):
-            not_marked = (
-                " This reward tells little about the loss, so it is not marked; the docstring of "
-                "the file says what else to look at."
-            )
+            said = " This run is marked by its reward."
+            if not one.get("run"):
+                said = (
+                    " The reward of this run tells little about the loss, so it is not marked; the "
+                    "docstring of the file says what else to look at."
+                )
             lines += [
                 "",
                 f"A right solution of `{file.name}` ends at a true reward of about "
-                f"{run['after']:.2f} in this short run, and the base model has "
-                f"{run['before']:.2f}:",
+                f"{run['after']:.2f} in this short run. It begins at {run['before']:.2f}, the "
+                "reward of the base model:",
                 "",
                 f"    python train.py --method {file.name} {' '.join(flags(run))} --out run",
                 "",
-                f"Its curves are in {one['picture']}." + not_marked * (not one.get("run")),
+                f"Its curves are in {one['picture']}; compare them with your run/curves.png."
+                + said,
                 "",
             ]
     if lines[-1]:
@@ -280,10 +291,5 @@ def readme(about, files, task, kept):
     }
     lines += [
         f"- {name}: {rule.sentence}." for name, rule in properties.RULES.items() if name in names
-    ]
-    lines += [
-        "",
-        "The hidden tests compare values and gradients with the solution, for other inputs and "
-        "other settings.",
     ]
     return "\n".join(lines) + "\n"

@@ -309,7 +309,8 @@ def test_a_short_run_that_tells_nothing_is_not_graded(tmp_path, monkeypatch):
         assert ("is not graded" in " ".join(said)) == (not graded)
         one |= dict(functions=["loss"])
         task = ready.readme(about | {"title": "t", "written": []}, files, "", False)
-        assert "reward of about 0.90 in this short run, and the base model has" in task
+        assert f"about 0.90 in this short run. It begins at {before:.2f}, the reward" in task
+        assert ("This run is marked by its reward" in task) == graded
         assert ("so it is not marked" in task) == (not graded) and "expected.png" in task
 
 
