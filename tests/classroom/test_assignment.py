@@ -314,6 +314,18 @@ def test_a_short_run_that_tells_nothing_is_not_graded(tmp_path, monkeypatch):
         assert ("so it is not marked" in task) == (not graded) and "expected.png" in task
 
 
+def test_a_model_of_another_shape_has_an_example_and_no_marked_run(tmp_path, monkeypatch):
+    """The student of llava_mod is smaller than the base model, whose weights it does not fit."""
+    files = handout.files_of([ROOT / "methods/llava_mod.py"], ["loss"])
+    one, said = {"path": "methods/llava_mod.py", "tests": []}, []
+    ends = {"before": -3.0, "after": -2.0}
+    monkeypatch.setattr(handout, "picture", lambda *about: ("expected.png", ends))
+    monkeypatch.delattr(grader, "reward_of")
+    handout.measure_runs(files, {"seed": 0, "files": [one]}, tmp_path, said.append)
+    assert one["run"] is None and one["tests"] == [] and "no run is marked" in said[0]
+    assert one["example"]["after"] == -2.0 and one["example"]["fields"]["dense"] == 60
+
+
 def test_the_larger_of_two_digits():
     world = larger.World()
     rewards = world.reward(["38=", "83=", "38=", "38=", "44="], ["8", "8", "3", "88", "4"])
