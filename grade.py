@@ -79,6 +79,8 @@ def main(arguments=None):
                 points = outputs.total(rows)[0]
                 print(f"{printable(student):<24} {points:5.1f} points {seconds:6.1f} s", flush=True)
         outputs.write_class(out, graded)
+        if said := outputs.unused(marks, graded):
+            print(said)
         if count := outputs.write_by_hand(out, graded):
             print(f"written: {count} lines of {out}/by_hand.csv; fill in the points for --written")
         print(f"written: {out}/class.csv, and a page per student")

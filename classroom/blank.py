@@ -106,40 +106,61 @@ def body(source, function):
     """(first line, last line) of what is blanked of a function, counted from 1."""
     if documented(function):
         return function.body[0].end_lineno + 1, function.end_lineno
-    lines = source.splitlines()
-    arguments = [node.end_lineno for node in ast.walk(function.args) if hasattr(node, "end_lineno")]
-    line = max([function.lineno, *arguments])
-    while not lines[line - 1].split("#")[0].rstrip().endswith(":"):
-        line += 1
-    return line + 1, function.end_lineno
+    begin = start_of(source, function.body[0])
+    colons = [x.start[0] for x in tokens(source) if x.string == ":" and x.start < begin]
+    return colons[-1] + 1, function.end_lineno
+
+
+def tokens(source):
+    """The tokens of a source; lines are counted from 1 and columns from 0."""
+    return list(tokenize.generate_tokens(io.StringIO(source).readline))
+
+
+def start_of(source, node):
+    """(line, column) where a node starts; the tree counts bytes, and tokens count characters."""
+    line = source.split("\n")[node.lineno - 1]
+    return node.lineno, len(line.encode()[: node.col_offset].decode())
+
+
+def end_of(source, node):
+    """(line, column) where a node ends."""
+    line = source.split("\n")[node.end_lineno - 1]
+    return node.end_lineno, len(line.encode()[: node.end_col_offset].decode())
 
 
 def comments(source, first, last):
     """[(line, text)] of the comments between two lines."""
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     return [
         (token.start[0], token.string)
-        for token in tokens
+        for token in tokens(source)
         if token.type == tokenize.COMMENT and first <= token.start[0] <= last
     ]
 
 
 def blanked(source, wanted, keep_comments=False):
-    """The source with its targets blanked. UserError: a function or an assignment is not there."""
+    """The source with its targets blanked.
+
+    UserError: a function or an assignment is not there, or one target is a part of another.
+    """
     known = functions(source)
-    edits = []  # (first line, last line, new lines)
+    edits = []  # ((line, column), (line, column), new text, name)
     for target in wanted:
         if target.function not in known:
             raise UserError(f"no function {target.function} in this file")
         node = known[target.function]
-        edits.append(
+        edits += (
             whole_body(source, node, target, keep_comments)
             if target.whole
             else one_value(source, node, target, keep_comments)
         )
-    lines = source.splitlines()
-    for first, last, new in sorted(edits, reverse=True):
-        lines[first - 1 : last] = new
+    edits = sorted({edit[:2]: edit for edit in edits}.values())
+    for one, other in zip(edits, edits[1:]):
+        if other[0] < one[1]:
+            raise UserError(f"--blank {one[3]},{other[3]}: one of them is a part of the other")
+    lines = source.rstrip("\n").split("\n")
+    for (first, start), (last, end), new, _ in reversed(edits):
+        text = lines[first - 1][:start] + new + lines[last - 1][end:]
+        lines[first - 1 : last] = text.rstrip().split("\n")
     if not all(target.whole for target in wanted):
         last = [node for node in ast.parse(source).body if is_import(node)][-1].end_lineno
         lines.insert(last, IMPORT)
@@ -151,24 +172,39 @@ def is_import(node):
 
 
 def whole_body(source, node, target, keep_comments):
+    """The edits that blank the body of a function."""
     first, last = body(source, node)
     if last < first:
         raise UserError(f"{target.name} has no body besides its docstring")
     indent = " " * node.body[0].col_offset
     kept = [indent + text for _, text in comments(source, first, last)] if keep_comments else []
-    return first, last, [*kept, f'{indent}raise NotImplementedError("your turn: {target.name}")']
+    new = [*kept, f'{indent}raise NotImplementedError("your turn: {target.name}")']
+    end = last, len(source.split("\n")[last - 1])
+    return [((first, 0), end, "\n".join(new), target.name)]
 
 
 def one_value(source, node, target, keep_comments):
-    value, lines = value_of(node, target), source.splitlines()
-    first, last = value.lineno, value.end_lineno
-    start = lines[first - 1].encode()[: value.col_offset].decode()
-    end = lines[last - 1].encode()[value.end_col_offset :].decode().split("#")[0].rstrip()
-    if target.assignment:  # with the parentheses around it, in which comments may stand
-        start, end = start.rstrip("( ") + " ", ""
-        last = assignments(node)[target.assignment - 1].end_lineno
-    kept = "".join("  " + text for _, text in comments(source, first, last) if keep_comments)
-    return first, last, [f'{start}your_turn("{target.name}"){end}{kept}']
+    """The edits that blank an expression, the parentheses around it and the comments beside it."""
+    value, parts = value_of(node, target), tokens(source)
+    first = [part.start for part in parts].index(start_of(source, value))
+    last = [part.end for part in parts].index(end_of(source, value))
+    space = (tokenize.NL, tokenize.COMMENT)
+    opened = 0
+    while parts[first - 1].string == "(" or parts[first - 1].type in space:
+        first -= 1
+        opened += parts[first].string == "("
+    while opened:
+        last += 1
+        opened -= parts[last].string == ")"
+    start, end = parts[first - 1].end, parts[last].end
+    edits = [(start, end, f' your_turn("{target.name}")', target.name)]
+    line = source.split("\n")[end[0] - 1]
+    place = len(line)  # where a comment begins behind the expression
+    for part in parts:
+        if part.type == tokenize.COMMENT and part.start[0] == end[0] and part.start >= end:
+            place = max(end[1], len(line[: part.start[1]].rstrip()))
+    kept = "".join("  " + text for _, text in comments(source, start[0], end[0]) if keep_comments)
+    return [*edits, ((end[0], place), (end[0], len(line)), kept, target.name)]
 
 
 # ---- what was blanked, and where else it stands

@@ -1,9 +1,9 @@
 """The process that runs one submission: python -I child.py FOLDER.
 
-FOLDER holds job.json, the calls, and tree/, a copy of the project with the student's files in it.
-The process imports one of these files, makes the calls in order and writes what each returns to a
-file of tensors, whose name the grader chose. An error is written as its text, in bytes. Expected
-values are not here.
+FOLDER holds the calls and tree/, a copy of the project with the student's files in it; the job is
+the standard input, as JSON. The process imports one of these files, makes the calls in order and
+writes what each returns to a file of tensors, whose name the grader chose. An error is written as
+its text, in bytes. Expected values are not here.
 """
 
 import contextlib
@@ -37,8 +37,8 @@ def limit(memory, written):
 
 
 def main(folder):
-    """Make the calls of job.json that come from `first` on."""
-    job = json.loads((folder / "job.json").read_text())
+    """Make the calls of the job that come from `first` on."""
+    job = json.load(sys.stdin)
     import torch
     from safetensors.torch import save_file
 

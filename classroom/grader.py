@@ -6,6 +6,7 @@ computed here. Python is no sandbox: a submission could read files of the user i
 the process another user (--user), or a container (--gradescope).
 """
 
+import contextlib
 import json
 import os
 import secrets
@@ -47,16 +48,15 @@ class Job:
 
     def __init__(self, teacher, one, work, submitted, cache=None, seconds=20.0, user=None):
         self.one, self.work, self.seconds, self.user = one, Path(work), seconds, user
-        tree = self.work / "tree"
+        tree, asked = self.work / "tree", Path(teacher) / one["name"]
         shutil.copytree(Path(teacher) / "tree", tree)
         for path, source in submitted.items():
             (tree / path).write_text(source, encoding="utf-8")
-        shutil.copy(Path(__file__).with_name("child.py"), self.work / "child.py")
-        shutil.copy(Path(__file__).with_name("calls.py"), self.work / "calls.py")
-        for suffix in ("json", "safetensors"):
-            shutil.copy(Path(teacher) / one["name"] / f"calls.{suffix}", self.work)
+        here = Path(__file__).parent
+        self.read = [here / "child.py", here / "calls.py"]  # by the process
+        self.read += [asked / "calls.json", asked / "calls.safetensors"]
         (self.work / "answers").mkdir()
-        self.count = len(json.loads((self.work / "calls.json").read_text()))
+        self.count = len(json.loads((asked / "calls.json").read_text()))
         (self.work / "cache").mkdir()
         if cache and Path(cache).is_dir():  # a zip has no empty folders
             shutil.copytree(cache, self.work / "cache", dirs_exist_ok=True)
@@ -83,8 +83,7 @@ class Job:
                 # a card maps far more addresses than it has memory
                 memory = -1 if self.one.get("kind") == "step" else MEMORY
                 job |= dict(memory=memory, written=WRITTEN, runs=runs)
-                (self.work / "job.json").write_text(json.dumps(job))
-                reason = self.process(token, first, count)
+                reason = self.process(job, token, first, count)
                 starts += 1
             while first < count and self.file(token, first).exists():
                 found[first] = read_answer(self.file(token, first))
@@ -97,8 +96,18 @@ class Job:
     def file(self, token, number):
         return self.work / "answers" / f"{token}-{number}.safetensors"
 
-    def process(self, token, first, count):
+    def renew(self):
+        """Put what the process reads in its place, whatever the process before has left there."""
+        for source in self.read:
+            target = self.work / source.name
+            if target.is_dir() and not target.is_symlink():
+                shutil.rmtree(target)
+            target.unlink(missing_ok=True)
+            shutil.copy(source, target)
+
+    def process(self, job, token, first, count):
         """Run the process until it ends or is too slow -> why an answer may be missing."""
+        self.renew()
         environment = {
             "PATH": os.environ.get("PATH", ""),
             "NANOPREF_CACHE": str(self.work / "cache"),
@@ -122,10 +131,13 @@ class Job:
             options |= {"user": self.user, "extra_groups": []}
         # -I: no variables of the environment, no current folder and no user's packages are read
         command = [sys.executable, "-I", str(self.work / "child.py"), str(self.work)]
+        asked = tempfile.TemporaryFile()  # it has no name, so nothing can be put in its place
+        asked.write(json.dumps(job).encode())
+        asked.seek(0)
         try:
             child = subprocess.Popen(
                 command,
-                stdin=subprocess.DEVNULL,
+                stdin=asked,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 env=environment,
@@ -137,6 +149,8 @@ class Job:
                 f"--user {self.user}: this user may not run {sys.executable}; use a Python that "
                 "all users can read, and start grade.py as root"
             ) from error
+        finally:
+            asked.close()
         done, limit, started = first, START, False
         deadline = time.monotonic() + limit
         try:
@@ -249,7 +263,10 @@ class Sheet:
         """UserError: the solution fails a test, as in a folder that another version wrote."""
         for test in self.one["tests"]:
             try:
-                wrong = test["kind"] != "run" and self.of_test(test, self.expected, None)
+                if test["kind"] == "run":
+                    wrong = "low" not in self.one["run"]
+                else:
+                    wrong = self.of_test(test, self.expected, None)
             except (KeyError, TypeError):
                 wrong = True
             if wrong:
@@ -361,9 +378,10 @@ class Sheet:
             reward = reward_of(weights, run["settings"])
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
             return f"the weights it returns do not fit the model: {str(error).splitlines()[0]}"
-        low = run["reward"] - run["spread"]
-        if not reward >= low:
-            return f"it ends at a reward of {reward:.3f}; the solution's runs reach {low:.3f}"
+        if not reward >= run["low"]:
+            return (
+                f"it ends at a reward of {reward:.3f}; the solution's runs reach {run['low']:.3f}"
+            )
         return None
 
 
@@ -408,6 +426,9 @@ def assignment(folder):
 
     UserError: the folder is damaged, or another version of the project wrote it.
     """
+    for path in folder.rglob("*"):
+        if not path.is_dir() and not (path.is_file() and os.access(path, os.R_OK)):
+            raise UserError(f"{path} is not a file that can be read; write the assignment again")
     try:
         about = json.loads((folder / "assignment.json").read_text(encoding="utf-8"))
         sheets = [sheet_of(folder, one) for one in about["files"]]
@@ -454,7 +475,11 @@ def submissions(folder, about):
             link = ValueError("a link was handed in, not a folder")
             found[name] = dict.fromkeys(wanted, link)
         elif entry.is_dir():
-            found[name] = {path: source_in(entry, path) for path in wanted}
+            try:
+                found[name] = {path: source_in(entry, path) for path in wanted}
+            except (OSError, RecursionError) as error:  # it may be locked, or 1,000 folders deep
+                wrong = ValueError(f"the folder cannot be read: {printable(error_line(error))}")
+                found[name] = dict.fromkeys(wanted, wrong)
         elif entry.suffix == ".py" and len(wanted) == 1:
             found[name] = {wanted[0]: read_source(entry)}
     if not found:
@@ -481,13 +506,16 @@ def source_in(folder, path):
 def read_source(file):
     """A submitted source; a ValueError that says why not."""
     if not regular(file):
-        return ValueError("a link was handed in, not a file")
+        what = "a link" if file.is_symlink() else "a pipe or a device"
+        return ValueError(f"{what} was handed in, not a file")
     if file.stat().st_size > LARGEST:
         return ValueError(f"the file is larger than {LARGEST >> 10} KB")
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         return ValueError("the file is not text in UTF-8")
+    except OSError as error:
+        return ValueError(f"the file cannot be read: {printable(error_line(error))}")
 
 
 def grade(folder, about, sheets, submitted, seconds=20.0, user=None):
@@ -499,14 +527,15 @@ def grade(folder, about, sheets, submitted, seconds=20.0, user=None):
             rows += [(one, test, 0, "not attempted", str(source)) for test in one["tests"]]
             continue
         runs = one["long"] if "kind" in one else [one["run"]] if one["run"] else []
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
+        place = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        with contextlib.suppress(RecursionError), place as work:  # 1,000 folders deep, it stays
             if user:
                 os.chmod(work, 0o755)
             # the other files are those of the handout: a mistake in one of them costs nothing here
             job = Job(folder, one, work, {one["path"]: source}, folder / "cache", seconds, user)
             try:
                 answers = job.run(runs)
-            except OSError as error:  # it has changed the folder that it runs in
+            except (OSError, RecursionError) as error:  # it has changed the folder that it runs in
                 said = f"its folder cannot be used: {printable(error_line(error))}"
                 answers = [said] * (job.count + len(runs))
         weights = answers.pop() if runs and "kind" not in one else None

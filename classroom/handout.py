@@ -28,7 +28,34 @@ PACKAGES = ("lab", "toy", "methods", "classroom")
 CLASSROOM = ("__init__", "turn", "calls", "larger", "properties", "visible")
 # what a short run sets itself
 SIZES = ("world", "steps", "batch_size", "prompts", "lr", "eval_every", "base_steps")
-SEEDS = 3  # runs of the solution, whose spread a submission's run may have
+SEEDS = 5  # runs of the solution
+SPREAD = 3.0  # deviations below their mean that a submission's run may end
+LARGER = "classroom/larger.py"
+# short runs by world, long enough that zeros and a wrong sign end elsewhere
+RUNS = {
+    "bandit": dict(steps=80, batch_size=16, prompts=512),
+    "trie": dict(steps=40, batch_size=16, prompts=20),
+    LARGER: dict(steps=80, prompts=64, eval_size=100, lr=3e-3),
+    "gaussians": dict(
+        steps=60, batch_size=64, prompts=1024, eval_size=256, base_steps=600, lr=5e-4
+    ),
+}
+OTHER_RUN = dict(steps=24, batch_size=16, prompts=384, eval_size=64, base_steps=60, lr=3e-4)
+# where the run of a method differs from the others of its world
+OWN_RUN = {
+    "d3po": dict(prompts=64),  # pairs of a round, so that there are several rounds
+    # demonstrations teach a base model that has not yet learned them, which a table always has
+    "ddo": dict(world=LARGER, steps=160, prompts=2560, eval_size=300, base_steps=100),
+    "more_is_less": dict(
+        steps=40, batch_size=32, prompts=1024, eval_size=128, base_steps=300, lr=5e-4
+    ),
+    "ofs_dpo": dict(prompts=768, lr=1e-3),
+    "spinal": dict(base_steps=150, lr=2e-4),
+    "tpo": dict(world=LARGER, steps=160, prompts=1024, eval_size=300),  # no sum is right so early
+    "urflex": dict(prompts=4, steps=8, batch_size=16, eval_size=8, base_steps=20),  # it is slow
+}
+# methods whose model is not of the base model's shape, and the fields of a short run
+OTHER_SHAPE = {"llava_mod": dict(dense=60, sparse=30)}
 FEW_ITEMS = 3  # inputs of the visible tests
 TEST = '''"""The visible tests: properties that every right solution has. Run: python -m pytest"""
 
@@ -164,7 +191,7 @@ def helper_examples(file, made):
 
 
 def run_settings(module):
-    """Settings of a short run: on an exact table where the method can use one.
+    """Settings of a short run: on an exact table where the method can use one, else in its world.
 
     All that the method changes by default is written out, so that the command in the task sheet and
     the grader's run are the same. Methods that need a verifier run on a world in which a small base
@@ -172,16 +199,14 @@ def run_settings(module):
     """
     paper = module.PAPER
     own = {name: value for name, value in paper.defaults.items() if name not in SIZES}
-    if paper.needs == "verifier" and "table" in paper.worlds:
-        settings = dict(world="trie", steps=40, batch_size=16, prompts=20)
+    change = OWN_RUN.get(module.__name__.split(".")[-1], {})
+    world = paper.defaults.get("world", "reviews")
+    if "table" in paper.worlds:
+        world = "trie" if paper.needs == "verifier" else "bandit"
     elif paper.needs == "verifier":
-        settings = dict(world="classroom/larger.py", steps=80, prompts=64, eval_size=100, lr=3e-3)
-    elif "table" in paper.worlds:
-        settings = dict(world="bandit", steps=40, batch_size=16, prompts=256)
-    else:
-        settings = dict(steps=12, batch_size=8, prompts=96, eval_size=32, base_steps=60)
-        settings["world"] = paper.defaults.get("world", "reviews")
-    settings = own | settings
+        world = LARGER
+    world = change.get("world", world)
+    settings = own | {"world": world} | RUNS.get(world, OTHER_RUN) | change
     return {"lr": grader.lab_of(settings).lr} | settings
 
 
@@ -337,7 +362,8 @@ def write_file(file, public, folder, seed, say):
 def measure_runs(files, about, teacher, say):
     """Run the solutions for a few seeds, and store their rewards and their spread.
 
-    A run whose reward the base model has as well tells nothing, and is left out.
+    Every run is an example in the task sheet. One whose reward the base model may have as well
+    tells nothing, and is not marked; nor is one whose model has another shape than the base model.
     """
     cache = teacher / "cache"
     cache.mkdir()
@@ -351,9 +377,14 @@ def measure_runs(files, about, teacher, say):
         first = next((target.name for target in file.wanted if target.name in meets), None)
         if first is None:
             continue
-        fields = meets[first]
+        fields = meets[first] | OTHER_SHAPE.get(file.name, {})
         settings = run_settings(file.module)
         runs = [dict(settings=settings | {"seed": seed}, fields=fields) for seed in range(SEEDS)]
+        one["picture"], ends = picture(file, runs[0], teacher, cache)
+        one["example"] = runs[0] | ends
+        if file.name in OTHER_SHAPE:
+            say(f"{file.path}: its model is not of the base model's shape, so no run is marked")
+            continue
         rewards = []
         with tempfile.TemporaryDirectory() as work:
             job = grader.Job(teacher, one, Path(work), {file.path: file.source}, cache)
@@ -361,23 +392,32 @@ def measure_runs(files, about, teacher, say):
                 if isinstance(answer, str):
                     raise UserError(f"the short run of {file.path} fails: {answer}")
                 rewards.append(grader.reward_of(answer, settings))
-        spread = 2 * float(torch.tensor(rewards, dtype=torch.float64).std()) + 1e-6
-        line = f"{rewards[0]:.3f} +-{spread:.3f}"
-        say(f"{file.path}: the solution's short run ends at a reward of {line}")
+        low, mean = lowest(rewards), sum(rewards) / SEEDS
+        say(
+            f"{file.path}: the solution's short runs end at a reward of {mean:.3f}, and a "
+            f"submission's must reach {low:.3f}"
+        )
         before = grader.reward_of(None, settings)
-        if before >= rewards[0] - spread:
+        if before >= low:
             say(f"    the base model has {before:.3f}, so this run is not graded")
             continue
-        one["run"] = runs[0] | {"reward": rewards[0], "spread": spread}
+        one["run"] = runs[0] | {"low": low}
         name = f"{file.name}: a short run reaches the reward of the solution's"
         one["tests"].append(dataclasses.asdict(hidden.Test(name, "loss", "run", [], 10)))
-        one["picture"] = picture(file, runs[0], teacher, cache)
+
+
+def lowest(rewards):
+    """The reward that a submission's run must reach, given those of the solution by seed."""
+    found = torch.tensor(rewards, dtype=torch.float64)
+    low = float(found.mean() - SPREAD * found.std())
+    return min(low, rewards[0]) - 1e-6  # a right submission repeats the run of the first seed
 
 
 def picture(file, run, teacher, cache):
-    """Draw the curves of the solution's short run into the student's folder -> the file's name.
+    """Draw the curves of the solution's short run into the student's folder.
 
-    UserError: the command that the task sheet prints does not work.
+    -> (the file's name, {"before": reward, "after": reward}). UserError: the command that the task
+    sheet prints does not work.
     """
     with tempfile.TemporaryDirectory() as work:
         tree = Path(work) / "tree"
@@ -395,4 +435,5 @@ def picture(file, run, teacher, cache):
             raise UserError(f"the short run fails: {(ran.stderr.splitlines() or ['?'])[-1]}")
         name = f"expected_{file.name}.png"
         shutil.copy(tree / "run/curves.png", teacher.parent / "student" / name)
-    return name
+        summary = json.loads((tree / "run/summary.json").read_text(encoding="utf-8"))
+    return name, {when: summary[when]["reward"] for when in ("before", "after")}

@@ -4,7 +4,7 @@ import dataclasses
 import random
 from dataclasses import dataclass
 
-from classroom import hidden, properties
+from classroom import hidden, outputs, properties
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class Ready:
 
     options: choices of ((method, what is blanked), ...); `--seed` takes one of them. constants:
     {name: choices} for the numbers in the task. task: the text, with {name} for a constant.
-    written: ((what is marked by hand, points), ...).
+    written: ((what is marked by hand, points of the 100 of the mark), ...).
     """
 
     title: str
@@ -69,7 +69,7 @@ READY = {
         "Which of the four losses gains from knowing the flip rate, and what does rDPO pay for a "
         "wrong epsilon?",
         (("flip", ("0.2", "0.3")), ("epsilon", ("0.2", "0.3"))),
-        (("the plot of reward against flip rate, and what it shows", 40),),
+        (("the plot of reward against flip rate, and what it shows", 20),),
     ),
     3: Ready(
         "f-DPO: derive two divergences",
@@ -92,7 +92,7 @@ READY = {
         "and answer in half a page: why does the chosen log-prob fall, where does the probability "
         "go, and what does each of the two papers change? The written answer is graded by hand.",
         (("beta", ("0.02", "0.05")),),
-        (("why the chosen log-prob falls, and what the papers change", 60),),
+        (("why the chosen log-prob falls, and what the papers change", 40),),
     ),
     5: Ready(
         "Credit for tokens: from r to Q*",
@@ -154,7 +154,7 @@ TASKS = {
 
 
 def by_hand(written):
-    """The tests that a teacher marks, as entries of assignment.json."""
+    """The tests that a teacher marks, as entries of assignment.json; the points are of 100."""
     return [
         dataclasses.asdict(
             hidden.Test(f"by hand: {text}", "", "written", [], points, True, "the teacher marks it")
@@ -198,6 +198,25 @@ def flags(run):
     return [word for name, value in both.items() for word in (f"--{name}", str(value))]
 
 
+def marked(about):
+    """The lines on what is marked, with the points of 100."""
+    tests = [(one, test) for one in about["files"] for test in one["tests"]]
+    tests += [(None, test) for test in about["written"]]
+    shares = outputs.worth([test for _, test in tests])
+    points = [share * test["points"] for share, (_, test) in zip(shares, tests)]
+    lines = []
+    for one in about["files"]:
+        most = sum(x for x, (file, _) in zip(points, tests) if file is one)
+        lines.append(f"- tests of `{one['path']}`: {most:.1f} of 100 points")
+    lines += [f"- {test['name']}: {test['points']} of 100 points" for test in about["written"]]
+    if not about["written"]:
+        lines += [
+            "",
+            "Nothing is marked by hand: a question in the task is for the discussion in class.",
+        ]
+    return lines
+
+
 def readme(about, files, task, kept):
     """The README of a handout."""
     lines = [f"# {about['title']}", ""]
@@ -206,7 +225,6 @@ def readme(about, files, task, kept):
     lines += ["## What to write", ""]
     for one in about["files"]:
         lines.append(f"- `{one['path']}`: {', '.join(f'`{name}`' for name in one['functions'])}")
-    lines += [f"- {test['name']}" for test in about["written"]]
     lines += [
         "",
         "The docstring of the file has the paper's formulas, the docstring of a function its "
@@ -214,6 +232,14 @@ def readme(about, files, task, kept):
         + ("The comments of the solution are still there. " if kept else "")
         + "Hand in the files above and nothing else. Any formula that is right gets full marks: "
         "names, metrics and style are yours.",
+        "",
+        "## What is marked",
+        "",
+        *marked(about),
+        "",
+        "The tests of a file are the visible ones below, hidden ones that compare values and "
+        "gradients with the solution for other inputs and other settings, and, where this sheet "
+        "says so, a short run.",
         "",
         "## Conventions",
         "",
@@ -224,25 +250,34 @@ def readme(about, files, task, kept):
         "- Whether a log-prob is summed or averaged over tokens is part of the paper: read its "
         "formula.",
         "- The log-probs of the reference are constants.",
+        "- The true reward is computed by the toy world and not by a model; more is better.",
         "",
         "## Try it",
         "",
         "    pip install -r requirements.txt",
-        '    python -m pytest                       every test says "your turn" at first',
+        '    python -m pytest           each test says "your turn" until you pass it',
     ]
     for file, one in zip(files, about["files"]):
         if file.name in hidden.PARTS:
             continue
-        lines.append(f"    python train.py --method {file.name}")
-        if one.get("run"):
+        lines.append(f"    python train.py --method {file.name}           train with your file")
+        if run := one.get("example"):
+            said = " This run is marked by its reward."
+            if not one.get("run"):
+                said = (
+                    " The reward of this run tells little about the loss, so it is not marked; the "
+                    "docstring of the file says what else to look at."
+                )
             lines += [
                 "",
                 f"A right solution of `{file.name}` ends at a true reward of about "
-                f"{one['run']['reward']:.2f} in this short run:",
+                f"{run['after']:.2f} in this short run. It begins at {run['before']:.2f}, the "
+                "reward of the base model:",
                 "",
-                f"    python train.py --method {file.name} {' '.join(flags(one['run']))} --out run",
+                f"    python train.py --method {file.name} {' '.join(flags(run))} --out run",
                 "",
-                f"Its curves are in {one['picture']}.",
+                f"Its curves are in {one['picture']}; compare them with your run/curves.png."
+                + said,
                 "",
             ]
     if lines[-1]:
@@ -256,10 +291,5 @@ def readme(about, files, task, kept):
     }
     lines += [
         f"- {name}: {rule.sentence}." for name, rule in properties.RULES.items() if name in names
-    ]
-    lines += [
-        "",
-        "The hidden tests compare values and gradients with the solution, for other inputs and "
-        "other settings.",
     ]
     return "\n".join(lines) + "\n"

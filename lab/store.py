@@ -15,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 import numpy as np
@@ -24,6 +25,7 @@ from data import UserError
 
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CACHE = os.environ.get("NANOPREF_CACHE") or os.path.join(HERE, ".cache")
+MASK = threading.Lock()  # two threads would read each other's mask
 WRITTEN = ":(exclude)results", ":(exclude)README.md"  # what --claim writes, for git
 
 # ---------------------------------------------------------------- files
@@ -40,15 +42,21 @@ def write_beside(path, write):
     os.close(handle)
     try:
         write(temporary)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp's files are private
+        os.chmod(temporary, 0o666 & ~umask())  # mkstemp's files are private
         os.replace(temporary, path)
     except BaseException as error:
         os.unlink(temporary)
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
+
+
+def umask():
+    """The file mode creation mask of this process, which can only be read by setting it."""
+    with MASK:
+        mask = os.umask(0)
+        os.umask(mask)
+    return mask
 
 
 def write_text(path, text):

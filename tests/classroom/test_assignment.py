@@ -2,15 +2,19 @@
 
 import csv
 import importlib
+import inspect
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
 import types
 import xml.etree.ElementTree as ElementTree
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,6 +57,7 @@ PLAIN = """    d = (logps - ref_logps).sum(dim=2)
     both = (1 - e) * F.softplus(-z) - e * F.softplus(z)
     return both / (1 - 2 * e)"""
 ZEROS = "    return (0 * logps).sum((1, 2)), {}"
+needs_pipes = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
 
 
 @pytest.fixture(scope="module")
@@ -293,33 +298,32 @@ def test_a_short_run_that_tells_nothing_is_not_graded(tmp_path, monkeypatch):
         said, about = [], {"seed": 0, "files": [{"path": "methods/rdpo.py", "tests": []}]}
         teacher = tmp_path / str(before)
         teacher.mkdir()
-        rewards = iter([0.9, 0.8, 1.0, before])  # of three seeds, and of the base model
+        rewards = iter([0.9, 0.8, 1.0, 0.9, 0.9, before])  # of five seeds, and of the base model
         monkeypatch.setattr(grader, "Job", lambda *about: types.SimpleNamespace(run_only=list))
         monkeypatch.setattr(grader, "reward_of", lambda weights, settings: next(rewards))
-        monkeypatch.setattr(handout, "picture", lambda *about: "expected.png")
+        ends = {"before": before, "after": 0.9}
+        monkeypatch.setattr(handout, "picture", lambda *about: ("expected.png", ends))
         handout.measure_runs(files, about, teacher, said.append)
         one = about["files"][0]
         assert bool(one["run"]) == graded == bool(one["tests"])
         assert ("is not graded" in " ".join(said)) == (not graded)
+        one |= dict(functions=["loss"])
+        task = ready.readme(about | {"title": "t", "written": []}, files, "", False)
+        assert f"about 0.90 in this short run. It begins at {before:.2f}, the reward" in task
+        assert ("This run is marked by its reward" in task) == graded
+        assert ("so it is not marked" in task) == (not graded) and "expected.png" in task
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["grpo", "disco"])
-def test_the_short_run_of_a_method_with_a_verifier_tells_right_from_wrong(name, monkeypatch):
-    module = importlib.import_module(f"methods.{name}")
-    settings, plain = handout.run_settings(module), module.loss
-    rewards = [grader.reward_of(None, settings)]
-    for sign in (1, 0, -1):
-
-        def loss(*arguments, sign=sign):
-            losses, metrics = plain(*arguments)
-            return sign * losses, metrics
-
-        monkeypatch.setattr(module, "loss", loss)
-        policy = module.run(grader.lab_of(settings), module.Config())
-        rewards.append(grader.reward_of(policy.state_dict(), settings))
-    base, right, nothing, wrong = rewards
-    assert nothing == base and right > base + 0.15 and wrong < base
+def test_a_model_of_another_shape_has_an_example_and_no_marked_run(tmp_path, monkeypatch):
+    """The student of llava_mod is smaller than the base model, whose weights it does not fit."""
+    files = handout.files_of([ROOT / "methods/llava_mod.py"], ["loss"])
+    one, said = {"path": "methods/llava_mod.py", "tests": []}, []
+    ends = {"before": -3.0, "after": -2.0}
+    monkeypatch.setattr(handout, "picture", lambda *about: ("expected.png", ends))
+    monkeypatch.delattr(grader, "reward_of")
+    handout.measure_runs(files, {"seed": 0, "files": [one]}, tmp_path, said.append)
+    assert one["run"] is None and one["tests"] == [] and "no run is marked" in said[0]
+    assert one["example"]["after"] == -2.0 and one["example"]["fields"]["dense"] == 60
 
 
 def test_the_larger_of_two_digits():
@@ -456,6 +460,11 @@ def test_a_grader_of_another_version_is_refused(made, sheet, tmp_path, capsys):
         ("*/mistakes.safetensors", None),
         ("*/calls.*", None),
         ("*/calls.*", b""),
+        ("*/solution.py", "folder"),
+        ("*/solution.py", "link"),
+        pytest.param("*/calls.json", "pipe", marks=needs_pipes),
+        pytest.param("*/mistakes.safetensors", "pipe", marks=needs_pipes),
+        pytest.param("tree/methods/rdpo.py", "pipe", marks=needs_pipes),
     ],
 )
 def test_a_damaged_grader_is_refused_in_one_line(made, tmp_path, capsys, name, content):
@@ -466,11 +475,21 @@ def test_a_damaged_grader_is_refused_in_one_line(made, tmp_path, capsys, name, c
     places = list(folder.glob(name))
     assert places
     for place in places:
-        place.unlink() if content is None else place.write_bytes(content)
+        place.unlink()
+        if isinstance(content, bytes):
+            place.write_bytes(content)
+        elif content:
+            special(place, content)
     arguments = [str(folder), str(tmp_path / "in"), "--out", str(tmp_path / "out")]
     assert grade.main(arguments) == 2 and not (tmp_path / "out").exists()
     said = capsys.readouterr().err
-    assert "is damaged" in said and said.count("\n") == 1
+    assert "write the assignment again" in said and said.count("\n") == 1
+
+
+def special(path, kind):
+    """Put something at a path that is no file: a folder, a pipe, or a link that leads nowhere."""
+    makers = dict(folder=Path.mkdir, pipe=os.mkfifo, link=lambda path: path.symlink_to("nowhere"))
+    makers[kind](path)
 
 
 def test_two_lines_of_one_function_can_be_blanked():
@@ -493,6 +512,71 @@ def test_lines_to_mark_by_hand_are_added_and_kept(tmp_path):
     assert outputs.write_by_hand(tmp_path, {"ann": rows, "bob": rows}) == 0
     assert outputs.read_by_hand(path) == {("ann", "question"): 4.0}
     assert "bob,question,5," in path.read_text()
+
+
+@needs_pipes
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link"])
+def test_results_of_a_second_grading_are_written_or_one_line(tmp_path, capsys, kind, monkeypatch):
+    """What stands in the place of a result does not block: it is replaced, or it is one line."""
+    file = dict(path="a.py", module="a", tests=[])
+    test = dict(name="by hand: a plot", points=5, visible=True)
+    rows = [(file, test, 0, outputs.BY_HAND, "")]
+    one = {"files": [file], "title": "t"}
+    monkeypatch.setattr(grader, "assignment", lambda folder: (one, []))
+    monkeypatch.setattr(grader, "grade", lambda *about: (rows, 1.0))
+    (tmp_path / "assignment.json").write_text("")
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/ann.py").write_text("")
+    arguments = [str(tmp_path), str(tmp_path / "in"), "--out", str(tmp_path / "out")]
+    for name in ("ann.md", "ann.json", "ann.xml", "class.csv", "by_hand.csv"):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        (tmp_path / "out").mkdir()
+        special(tmp_path / "out" / name, kind)
+        status = grade.main(arguments)
+        said = capsys.readouterr().err
+        refused = kind == "folder" or name == "by_hand.csv"
+        assert status == 2 * refused and said.count("\n") == refused, said
+        assert (name in said) == refused
+        assert refused or (tmp_path / "out" / name).read_text()
+    for name in ("folder", "pipe", "link"):
+        special(tmp_path / name, name)
+        assert grade.main([*arguments, "--written", str(tmp_path / name)]) == 2
+        said = capsys.readouterr().err
+        assert "--written" in said and "it cannot be read" in said and said.count("\n") == 1
+
+
+def test_a_table_that_a_spreadsheet_spoiled_is_one_line(tmp_path):
+    path, rows = tmp_path / "by_hand.csv", [(None, dict(name="q", points=5), 0, "by hand", "")]
+    for content in (b"student,test,most,points\nJ\xf6rg,q,5,4\n", b'a,"' + b"x" * 200_000):
+        path.write_bytes(content)
+        for read in (
+            outputs.read_by_hand,
+            lambda path: outputs.write_by_hand(tmp_path, {"a": rows}),
+        ):
+            with pytest.raises(UserError, match="cannot be read as CSV in UTF-8"):
+                read(path)
+        assert path.read_bytes() == content
+    for content in ("", "student;test;most;points\nann;q;5;4\n"):
+        path.write_text(content)
+        with pytest.raises(UserError, match="expected the columns student,test,most,points"):
+            outputs.read_by_hand(path)
+    path.write_text("student,test,most,points\nann,q,5,4\nann,q,5,3\n")
+    with pytest.raises(UserError, match="line 3: ann, q has points already"):
+        outputs.read_by_hand(path)
+
+
+def test_points_by_hand_that_are_not_used_are_said():
+    test = dict(name="q", points=5)
+    graded = {
+        "ann": [(None, test, 3, "marked", "")],
+        "bob": [(None, test, 0, "by hand", "")],
+        "cleo": [(None, test, 5, "passed", "")],  # on a card, say
+    }
+    assert outputs.unused({("ann", "q"): 3.0}, graded) == ""
+    said = outputs.unused({("ann", "q"): 3.0, ("anne", "q"): 4.0}, graded)
+    assert said.startswith("not used: the points of `anne, q` in --written") and "\n" not in said
+    said = outputs.unused({("cleo", "q"): 4.0, ("bob", "p"): 4.0}, graded)
+    assert "`cleo, q` (and of 1 more lines)" in said
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(made, tmp_path, capsys):
@@ -519,6 +603,51 @@ def test_what_cannot_be_graded_is_refused(made, tmp_path, capsys):
         assert message in said and said.count("\n") == 1
 
 
+def many_folders(place, count=1200):
+    """Make a folder in a folder, and so on, deeper than a path can name or a function can call."""
+    before = os.getcwd()
+    os.chdir(place)
+    for _ in range(count):
+        os.mkdir("d")
+        os.chdir("d")
+    os.chdir(before)
+
+
+def remove(folder):
+    """Remove a folder with many folders, which shutil.rmtree cannot."""
+    subprocess.run(["rm", "-rf", str(folder)], check=True)
+
+
+@needs_pipes
+def test_a_submission_that_cannot_be_read_costs_the_others_nothing(tmp_path, monkeypatch):
+    """As root, nothing is unreadable."""
+    (tmp_path / "a.py").write_text("")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "c").mkdir()
+    about = {"files": [{"path": "methods/rdpo.py"}]}
+    plain, regular = type(tmp_path).read_text, grader.regular
+
+    def read_text(path, **options):
+        if path.name == "a.py":
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path, **options)
+
+    def locked(path):
+        if "b" in path.parts:
+            raise PermissionError(13, "Permission denied", str(path))
+        return regular(path)
+
+    monkeypatch.setattr(type(tmp_path), "read_text", read_text)
+    monkeypatch.setattr(grader, "regular", locked)
+    found = grader.submissions(tmp_path, about)
+    assert {name: str(each["methods/rdpo.py"]) for name, each in found.items()} == {
+        "a": "the file cannot be read: Permission denied",
+        "b": "the folder cannot be read: Permission denied",
+        "c": "rdpo.py was not handed in",
+    }
+
+
+@needs_pipes
 def test_a_submission_that_is_no_source_is_said(tmp_path):
     students, about = tmp_path / "students", {"files": [{"path": "methods/rdpo.py"}]}
     students.mkdir()
@@ -528,15 +657,26 @@ def test_a_submission_that_is_no_source_is_said(tmp_path):
     (students / "d").symlink_to(ROOT)
     (students / "e").mkdir()
     (students / "e/methods").symlink_to(ROOT / "methods")  # the folder with the solution
+    (students / "f.py").symlink_to("nowhere")
+    os.mkfifo(students / "g.py")
+    (students / "h").mkdir()
+    os.mkfifo(students / "h/rdpo.py")
+    (students / "i").mkdir()
+    many_folders(students / "i")
     (students / "notes.txt").write_text("")
     found = grader.submissions(students, about)
+    remove(students / "i")
     said = {name: str(each["methods/rdpo.py"]).split(",")[0] for name, each in found.items()}
+    assert said.pop("i").startswith(("the folder cannot be read: ", "rdpo.py was not handed in"))
     assert said == {
         "a": "the file is not text in UTF-8",
         "b": "the file is larger than 1024 KB",
         "c": "a link was handed in",
         "d": "a link was handed in",
         "e": "rdpo.py was not handed in",
+        "f": "a link was handed in",
+        "g": "a pipe or a device was handed in",
+        "h": "rdpo.py was not handed in",
     }
     (students / "a").mkdir()
     with pytest.raises(UserError, match="two submissions of a"):
@@ -552,7 +692,7 @@ def test_a_name_that_is_no_text_does_not_end_the_grading(tmp_path):
     assert name == "?"
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes with names")
+@needs_pipes
 def test_an_answer_that_is_no_file_of_tensors_is_said(tmp_path):
     """A submission could write answers itself."""
     os.mkfifo(tmp_path / "pipe")
@@ -586,7 +726,7 @@ def test_a_short_run_is_measured_and_graded(tmp_path, capsys):
     out = tmp_path / "hw"
     assert assign.main(["methods/dpo.py", "--out", str(out), "--gradescope"]) == 0
     about = json.loads((out / "grader/assignment.json").read_text())
-    assert about["files"][0]["run"]["spread"] > 0
+    assert about["files"][0]["run"]["low"] > about["files"][0]["example"]["before"]
     task = (out / "student/README.md").read_text()
     assert "ends at a true reward of about" in task and "expected_dpo.png" in task
     assert (out / "student/expected_dpo.png").read_bytes()[:4] == b"\x89PNG"
@@ -656,6 +796,58 @@ def test_the_zip_for_gradescope_grades_a_submission(made, tmp_path):
     assert 0 < result["score"] < 75 and "no gradient passes through" in json.dumps(result)
 
 
+RUINS = """
+def ruin():
+    \"\"\"Put something else in place of what the grader reads or writes, and end the process.\"\"\"
+    import os, shutil
+    from pathlib import Path
+
+    work = Path("..").resolve()
+    done = work / "tree/done"
+    count = len(done.read_text()) if done.exists() else 0
+    done.write_text("x" * (count + 1))
+    if count == 0:
+        os.mkfifo(work / "job.json")  # the job was a file once
+    for name in ("calls.json", "calls.py", "child.py") if count < 3 else ():
+        (work / name).unlink(missing_ok=True)
+        if count == 0:
+            os.mkfifo(work / name)
+        elif count == 1:
+            (work / name).mkdir()
+        else:
+            (work / name).symlink_to("nowhere")
+    if count < 3:
+        os._exit(0)
+"""
+
+
+@pytest.mark.slow
+@needs_pipes
+def test_a_submission_cannot_block_the_grader_or_its_next_process(made, sheet, tmp_path):
+    """A pipe that nobody reads, a folder or a link in the place of a file; one at each start."""
+    source = student_file(made, "    ruin()\n" + PLAIN) + RUINS
+    job = grader.Job(made[0] / "grader", sheet.one, tmp_path, {"methods/rdpo.py": source})
+    start = time.monotonic()
+    answers = job.run([])
+    assert time.monotonic() - start < 80
+    assert ["ended in the middle" in str(answer) for answer in answers[:3]] == [True] * 3
+    assert points([row for row in sheet.mark(answers, None) if row[2] == "passed"]) == 100
+    assert not any(isinstance(answer, str) for answer in answers[3:])
+
+
+@pytest.mark.slow
+def test_a_submission_that_leaves_folders_in_folders_is_graded(made, sheet, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    about = json.loads((made[0] / "grader/assignment.json").read_text())
+    deep = inspect.getsource(many_folders)
+    source = (
+        student_file(made, "    many_folders('..')\n    os._exit(0)") + "\n\nimport os\n\n\n" + deep
+    )
+    rows, _ = grader.grade(made[0] / "grader", about, [sheet], {"methods/rdpo.py": source})
+    assert outputs.total(rows)[0] == 0 and "ended in the middle" in rows[0][-1]
+    remove(tmp_path)
+
+
 # ---- a world of one's own, a fast step, and what is marked by hand
 
 
@@ -714,6 +906,14 @@ BROKEN = {
     "explain": ({"trained": (0.0, 0.5, 1.0, False, torch.tensor([0.3]))}, "a text"),
     "error": ({"rewards": "TypeError: reward returns a list"}, "returns a list"),
 }
+
+
+def test_rewards_may_differ_by_their_rounding():
+    """A model that scores responses one by one rounds otherwise than in a batch."""
+    one = {"rewards": (NUMBERS, NUMBERS, NUMBERS * (1 + 1e-6), NUMBERS * (1 - 1e-6), 4)}
+    assert points(judged("world", right_world() | one)) == 100
+    one = {"rewards": (NUMBERS, NUMBERS, NUMBERS, NUMBERS * (1 + 1e-4), 4)}
+    assert 80 < points(judged("world", right_world() | one)) < 90
 
 
 def test_a_table_with_one_prompt_needs_no_demonstrations():
@@ -843,11 +1043,13 @@ def test_what_a_teacher_marks_is_added(tmp_path):
     about = {"title": "t", "files": [file]}
     rows = [(file, dict(name="values", points=60, visible=False), 60, "passed", "")]
     rows += [(file, test, 0, "by hand", "the teacher marks it")]
-    assert outputs.total(rows)[0] == 75
-    assert "Up to 25.0 more are marked by hand" in outputs.page("=ann", about, rows)
+    assert outputs.total(rows)[0] == 80  # what a person marks is a share of 100
+    shown = outputs.page("=ann", about, rows)
+    assert "Up to 20.0 more are marked by hand" in shown
+    assert "Points by hand are points of the 100" in shown
     assert "skipped" in outputs.junit("=ann", rows) and 'failures="0"' in outputs.junit("a", rows)
     outputs.write_class(tmp_path, {"=ann": rows})
-    assert (tmp_path / "class.csv").read_text().splitlines()[1] == "'=ann,75.0,60,"
+    assert (tmp_path / "class.csv").read_text().splitlines()[1] == "'=ann,80.0,60,"
     assert outputs.write_by_hand(tmp_path, {"=ann": rows})
     file = tmp_path / "by_hand.csv"
     empty = file.read_text()
@@ -856,7 +1058,7 @@ def test_what_a_teacher_marks_is_added(tmp_path):
     file.write_text(empty.replace("20,", "20,15"))
     assert not outputs.write_by_hand(tmp_path, {"=ann": rows}) and ",20,15" in file.read_text()
     done = outputs.marked_by_hand(rows, "=ann", outputs.read_by_hand(file))
-    assert outputs.total(done)[0] == 93.75 and done[1][3] == "marked"
+    assert outputs.total(done)[0] == 95 and done[1][3] == "marked"
     assert outputs.gradescope(done, 1.0)["tests"][1]["status"] == "passed"
     for text, message in (
         (empty.replace("20,", "20,21"), "from 0 to 20"),
@@ -868,6 +1070,23 @@ def test_what_a_teacher_marks_is_added(tmp_path):
             outputs.read_by_hand(file)
     with pytest.raises(UserError, match="cannot be read"):
         outputs.read_by_hand(tmp_path / "none.csv")
+
+
+def test_the_task_sheet_states_the_points_of_what_is_marked_by_hand():
+    rows = [dict(name=name, points=points) for name, points in (("values", 60), ("order", 20))]
+    files = [dict(path="a.py", tests=rows), dict(path="b.py", tests=rows[:1])]
+    written = ready.by_hand((("the plot", 30),))
+    assert ready.marked(dict(files=files, written=written)) == [
+        "- tests of `a.py`: 40.0 of 100 points",
+        "- tests of `b.py`: 30.0 of 100 points",
+        "- by hand: the plot: 30 of 100 points",
+    ]
+    assert "Nothing is marked by hand" in ready.marked(dict(files=files, written=[]))[-1]
+
+
+@pytest.mark.parametrize("item", [*ready.READY.values(), *ready.TASKS.values()])
+def test_what_is_marked_by_hand_leaves_points_for_the_tests(item):
+    assert 0 <= sum(points for _, points in item.written) <= 50
 
 
 # ---- every ready-made assignment

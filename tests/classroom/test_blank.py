@@ -117,6 +117,96 @@ def test_a_blanked_entry_is_found_in_another_lambda():
     assert blank.leaks(code, {"a.py": "x = h * tau\n"}) == [("a.py", 1, code[1])]
 
 
+LAYOUTS = """import torch
+
+
+def loss(h, tau, sign="#", colon=":"):
+    margin = (
+        # the answer is a quotient
+        h / tau  # and nothing else
+    )
+    scaled = \\
+        h * tau
+    table = {
+        "hash": h + len("# no comment") + tau, "next": "#",  # a sum
+        "below":
+            # a difference
+            h - tau,
+        "lambda": lambda: (
+            # a power
+            h
+            ** tau
+            # of the margin
+        ),
+    }
+    (named, é) = h * tau, "é" + sign
+    return table["lambda"](), colon, margin, scaled
+"""
+
+
+@pytest.mark.parametrize(
+    "name, line, gone, comment",
+    [
+        (
+            "1",
+            'margin = your_turn("loss:1")',
+            ("quotient", "h / tau", "nothing else"),
+            "  # the answer is a quotient  # and nothing else",
+        ),
+        ("2", 'scaled = your_turn("loss:2")', ("\\", "scaled = h"), ""),
+        (
+            "hash",
+            '"hash": your_turn("loss:hash"), "next": "#",',
+            ("no comment", "a sum"),
+            "  # a sum",
+        ),
+        (
+            "next",
+            '"hash": h + len("# no comment") + tau, "next": your_turn("loss:next"),',
+            ("a sum",),
+            "  # a sum",
+        ),
+        (
+            "below",
+            '"below": your_turn("loss:below"),',
+            ("a difference", "h - tau"),
+            "  # a difference",
+        ),
+        (
+            "lambda",
+            '"lambda": lambda: your_turn("loss:lambda"),',
+            ("a power", "of the margin"),
+            "  # a power  # of the margin",
+        ),
+        ("4", '(named, é) = your_turn("loss:4")', ('"é"',), ""),
+    ],
+)
+def test_a_value_goes_whatever_its_layout(name, line, gone, comment):
+    """It may begin on the next line, hold a "#", stand in parentheses, or beside another one."""
+    text = blank.blanked(LAYOUTS, blank.targets(f"loss:{name}"))
+    compile(text, "x", "exec")
+    assert line in lines_of(text) and not [words for words in gone if words in text]
+    kept = blank.blanked(LAYOUTS, blank.targets(f"loss:{name}"), keep_comments=True)
+    compile(kept, "x", "exec")
+    assert line + comment in lines_of(kept)
+
+
+def test_several_values_on_a_line_go_and_a_part_of_another_is_refused():
+    text = blank.blanked(LAYOUTS, blank.targets("loss:hash,loss:next,loss:below"))
+    assert '"hash": your_turn("loss:hash"), "next": your_turn("loss:next"),' in lines_of(text)
+    for both in ("loss,loss:1", "loss:3,loss:below"):
+        with pytest.raises(UserError, match=f"{both}: one of them is a part of the other"):
+            blank.blanked(LAYOUTS, blank.targets(both))
+
+
+def test_a_string_in_a_signature_ends_nothing():
+    text = blank.blanked(LAYOUTS, blank.targets("loss"))
+    assert lines_of(text)[3:] == [
+        'def loss(h, tau, sign="#", colon=":"):',
+        'raise NotImplementedError("your turn: loss")',
+    ]
+
+
 def test_a_method_of_a_class_is_named_with_its_class():
     text = blank.blanked(SOURCE, blank.targets("Model.forward"))
     assert 'raise NotImplementedError("your turn: Model.forward")' in lines_of(text)

@@ -10,12 +10,14 @@ import warnings
 
 import pytest
 
-from classroom import grader, hidden, ready, visible
+from classroom import grader, handout, hidden, ready, visible
 from lab import settings
 from tests import mutation
 from tests.classroom.marking import ROOT, marks_of, points, visible_tests, written
 
 SAMPLE = "dpo"
+RUNS_IN_SLOW = ("dpo", "ddo", "disco", "grpo", "inpo", "ld_dpo")  # one for every world, and more
+WITHOUT_RUN = ("dstc", "ofs_dpo", "urflex")  # their short runs tell nothing
 WITHOUT = ("dct_adamw", "dho", "kdiff", "krr_st", "lls", "wide_deep")  # papers without a loss
 LOSSES = [name for name in settings.methods() if name not in WITHOUT]
 EVERY = [
@@ -109,6 +111,49 @@ def test_every_loss_can_be_assigned(name, tmp_path, monkeypatch):
             else:
                 seen += 1
     assert seen == sheet.one["mutants"]["killed"] > 0
+
+
+def reward_of_run(module, settings, seed, sign):
+    """The reward after a short run with a loss that is multiplied by a sign."""
+    plain = module.loss
+
+    def loss(*arguments):
+        losses, metrics = plain(*arguments)
+        return sign * losses, metrics
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "loss", loss)
+        policy = module.run(grader.lab_of(settings | {"seed": seed}), module.Config())
+    return grader.reward_of(policy.state_dict(), settings)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in RUNS_IN_SLOW else pytest.mark.mutants)
+        for name in LOSSES
+        if name not in handout.OTHER_SHAPE
+    ],
+)
+def test_the_short_run_of_every_loss_tells_right_from_wrong(name):
+    """The solution passes on seeds that were not measured; zeros and a wrong sign fail."""
+    module = importlib.import_module(f"methods.{name}")
+    settings = handout.run_settings(module)
+    right = [reward_of_run(module, settings, seed, 1) for seed in range(handout.SEEDS + 3)]
+    low = handout.lowest(right[: handout.SEEDS])
+    zeros, wrong = (reward_of_run(module, settings, 0, sign) for sign in (0, -1))
+    base = grader.reward_of(None, settings)
+    assert zeros == pytest.approx(base)
+    if name in WITHOUT_RUN:
+        assert base >= low
+    else:
+        assert max(base, wrong) < low <= min(right), (base, wrong, low, right)
+
+
+def test_the_docs_name_the_methods_without_a_marked_run():
+    text = " ".join((ROOT / "docs/classroom.md").read_text(encoding="utf-8").split())
+    named = ", ".join(sorted((*WITHOUT_RUN, *handout.OTHER_SHAPE)))
+    assert f"No run is marked of {named}:" in text
 
 
 def no_gate(module, tests, wanted, made, visible):
