@@ -281,8 +281,9 @@ def smooth(values):
 
 
 def picture(path, grouped, title):
-    """Training metrics and looks of all runs, one colour per group; reward against KL beside
-    best-of-n sampling from the base model -> whether there was anything to draw."""
+    """Training metrics and looks of all runs, one colour per group (beyond ten: and marker); reward
+    against KL beside best-of-n sampling from the base model -> whether there was anything to draw.
+    """
     from matplotlib.figure import Figure
 
     records = [record for group in grouped.values() for record in group]
