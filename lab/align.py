@@ -52,7 +52,6 @@ def align(
     check_call(data, reference, every)
     with lab.verb("align") as stage:
         if stage.done:
-            lab.stopped = stage.value.get("stopped") or lab.stopped
             return restore(policy, stage.value)
         feed = Feed(lab, policy, data, reference, prepare, score, steps, every)
         run_score = lab.compile(feed.score)
@@ -78,7 +77,7 @@ def align(
         how |= dict(title="alignment", capture=score is None, ema=lab.settings.ema)
         fit(lab, policy, feed.batch, step, **how)
         if stage.path:
-            stage.value = kept(policy) | {"stopped": lab.stopped}
+            stage.value = kept(policy)
     return policy
 
 

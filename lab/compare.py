@@ -29,6 +29,9 @@ PANELS = {  # title: the metrics of a training step that it shows
 }
 FEW = 6  # groups of runs whose names have room in a panel
 BESIDE = dict(loc="outside right upper", frameon=False, fontsize=8)  # where more names stand
+COLUMN = 32  # names in a column there
+MARKERS = "osv^DPX*<>"
+DOUBLES = 4  # most columns of the table at equal samples that only some groups reach
 # settings that name no run
 IDLE = ("seed", "out", "overwrite", "device", "dtype", "compile", "capture", "bf16")
 
@@ -198,9 +201,9 @@ def at_samples(grouped):
     """A table of the true reward at equally many sampled tokens, the best group first, or "".
 
     It is read off the curves of runs that sample while they train, at the largest number that all
-    of them reach, at a half and a quarter of it, and at its doubles as long as two groups reach
-    them. Runs that sampled before they trained come last, with their reward at the end. "" if fewer
-    than two groups sample while they train."""
+    of them reach, at a half and a quarter of it, and at the last few of its doubles that two groups
+    reach. Runs that sampled before they trained come last, with their reward at the end. "" if
+    fewer than two groups sample while they train."""
     there = {label: [sampled(r) for r in records] for label, records in grouped.items()}
     there = {label: curves for label, curves in there.items() if all(curves)}
     moving = [label for label in there if all(online(record) for record in grouped[label])]
@@ -211,6 +214,7 @@ def at_samples(grouped):
     places = [most // 4, most // 2, most]
     while 2 * places[-1] <= reached[-2]:
         places.append(2 * places[-1])
+    places[3:] = places[3:][-DOUBLES:]
 
     def mean(values):
         return float(np.mean(values))
@@ -277,20 +281,22 @@ def smooth(values):
 
 
 def picture(path, grouped, title):
-    """Training metrics and looks of all runs, one colour per group; reward against KL beside
-    best-of-n sampling from the base model -> whether there was anything to draw."""
+    """Training metrics and looks of all runs, one colour per group (beyond ten: and marker); reward
+    against KL beside best-of-n sampling from the base model -> whether there was anything to draw.
+    """
     from matplotlib.figure import Figure
 
     records = [record for group in grouped.values() for record in group]
     if not any(record.steps for record in records):
         return False
     many = len(grouped) > FEW
-    figure = Figure(figsize=(18 if many else 16, 6.5), layout="constrained")
+    columns = -(-len(grouped) // COLUMN) if many else 0
+    figure = Figure(figsize=(16 + 2 * columns, 6.5), layout="constrained")
     figure.suptitle(drawn(title))
     axes = list(figure.subplots(2, 4).flat)
     names = short(grouped)
     styles = {  # ten colours with one marker, then the same with the next
-        label: dict(color=f"C{i % 10}", marker="osv^D"[i // 10 % 5], markersize=3)
+        label: dict(color=f"C{i % 10}", marker=MARKERS[i // 10 % len(MARKERS)], markersize=3)
         for i, label in enumerate(grouped)
     }
     for label, group in grouped.items():
@@ -322,14 +328,15 @@ def picture(path, grouped, title):
     axes[6].set_xlabel(unit, fontsize=8)
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
-        if ax.get_legend_handles_labels()[0] and not (many and ax is axes[6]):
+        if ax.get_legend_handles_labels()[0] and not (many and ax in (axes[0], axes[6])):
             ax.legend(frameon=False, fontsize=7)
         # the metrics of preferences are NaN for a paper that is not about them
         if not any(np.isfinite(line.get_ydata()).any() for line in ax.lines):
             ax.axis("off")
             ax.set_title("")
     if many:
-        figure.legend(*axes[6].get_legend_handles_labels(), **BESIDE)
+        handles = [h for ax in (axes[6], axes[0]) for h in ax.get_legend_handles_labels()[0]]
+        figure.legend(handles=handles, ncols=columns, **BESIDE)
     write_beside(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
     return True
 
@@ -337,7 +344,8 @@ def picture(path, grouped, title):
 def draw(axes, record, style, label, raw):
     """The curves of one run in the panels of `picture`.
 
-    style: colour and marker of the run. raw: show the values that are not smoothed, too."""
+    style: colour and marker of the run. label: what its reward is called, or its loss if it has no
+    reward. raw: show the values that are not smoothed, too."""
     at = [line["step"] for line in record.steps]
     for ax, keys in zip(axes, PANELS.values()):
         for key, dashes in zip(keys, ("-", "--")):
@@ -354,6 +362,8 @@ def draw(axes, record, style, label, raw):
     both = [(look[price], look["reward"]) for look in looks if price in look]
     if both:
         axes[6].plot(*zip(*both), **style, label=label)
+    elif label:
+        axes[0].lines[-1].set_label(label)
 
 
 def priced(record):

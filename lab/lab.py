@@ -142,11 +142,13 @@ class Lab:
         if found is None:
             count = self.samples - before
             found = {"seconds": time.time() - start, "value": stage.value, "samples": count}
+            found["stopped"] = self.stopped
             if path:
                 save_value(path, found)
                 stage.clear()
         else:
             self.samples += found.get("samples", 0)
+            self.stopped = found.get("stopped") or self.stopped
         self.seconds[name] = self.seconds.get(name, 0.0) + found["seconds"]
 
     def stage(self, name, function):

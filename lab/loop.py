@@ -65,7 +65,6 @@ def fit(
     every = lab.eval_every or max(1, steps // 20)
     with lab.verb("fit") as stage:
         if stage.done:
-            lab.stopped = stage.value.get("stopped") or lab.stopped
             return restore(model, stage.value)
         params = [p for p in model.parameters() if p.requires_grad]
         make = optimizer or chosen(lab, lab.lr if lr is None else lr)
@@ -142,7 +141,7 @@ def fit(
         model.curve = curve
         log.close(step, model, optimizer, state, inner=stage.path is None)
         if stage.path:
-            stage.value = kept(model) | {"stopped": lab.stopped}
+            stage.value = kept(model)
     return model
 
 
@@ -296,7 +295,7 @@ class Log:
         if found and "ended" not in found:
             raise UserError(f"{self.path}.json is of an earlier version, which alone can resume it")
         if found and size < found["log"]:
-            if self.stage.fits == 1:
+            if self.stage.log is None:
                 raise UserError(f"{self.file} is damaged: it is shorter than the checkpoint says")
             found = None  # the fit before this one was made anew, and so is this one
         if found is None:

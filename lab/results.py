@@ -78,6 +78,10 @@ def readable(path, name, content):
     with fitting(path, "page"):
         overview({name: content})
         paper_page(content, {}, {})
+        if not all(isinstance(content[key], str) for key in ("paper", "title", "family")):
+            raise TypeError("paper, title and family are texts")
+        if not any(which in content for which in BLOCKS):
+            raise LookupError("it has neither reported nor tuning seeds")
 
 
 @contextlib.contextmanager
@@ -210,7 +214,8 @@ def plan(runs, seeds):
 def finished(out, name, seeds):
     """The rows of a paper that this run has measured before it was interrupted, or None."""
     block = stored_paper(out, name).get(block_of(seeds))
-    return block["claims"] if block and block["run"] == run_of(out) else None
+    with fitting(os.path.join(out, f"{name}.json"), "run"):
+        return block["claims"] if block and block["run"] == run_of(out) else None
 
 
 def run_of(out):

@@ -761,8 +761,11 @@ def fuzz_kill(rng, path):
         process, said = child(again, path, "cache-cut", pause)
         if kills:
             time.sleep(rng.random() * 1.2 * seconds)
-            with contextlib.suppress(ProcessLookupError):  # it has ended before
-                os.kill(process.pid, rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
+            way = rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+            # its id is free as soon as it has ended, and may be that of another process by now
+            with contextlib.suppress(ProcessLookupError):
+                if process.is_alive():
+                    os.kill(process.pid, way)
             kills -= 1
         if ended(process, said) == 0:
             break

@@ -218,6 +218,9 @@ def test_online_methods_are_ranked_at_equal_sampled_tokens(tmp_path, pictures):
     assert rows[0][-8:] == ["runs", "100", "200", "400", "800", "all", "the", "end"]
     assert rows[1][:6] == ["fast", "1", "0.500", "0.567", "0.700", "-"]  # it does not reach them
     assert rows[2][:6] == ["slow", "2", "0.150", "0.200", "0.300", "0.900"]
+    short = {"short": [record_of("short", [(0, 0.1), (4, 0.1)])]}  # it stopped after a few tokens
+    (head, *_) = compare.at_samples(grouped | short).splitlines()
+    assert head.split()[-10:-3] == ["1", "2", "4", "32", "64", "128", "256"]
     path = str(tmp_path / "curves.png")
     assert DRAW(path, grouped, "three methods") and (tmp_path / "curves.png").stat().st_size > 9999
 
@@ -233,11 +236,38 @@ def test_many_methods_are_told_apart_and_named_beside_the_panels(monkeypatch):
     grouped["silent"][0].looks.clear()  # a run without a look has no reward to show
     DRAW("curves.png", grouped, "13 methods")
     (legend,) = seen[0].legends
-    assert [text.get_text() for text in legend.get_texts()] == names
+    assert [text.get_text() for text in legend.get_texts()] == [*names, "silent"]
     assert not any(ax.get_legend() for ax in seen[0].axes)
     lines = seen[0].axes[7].lines
     assert len({(line.get_color(), line.get_marker()) for line in lines}) == len(lines) == 12
     assert {line.get_linestyle() for line in lines} == {"-"}
+
+
+def test_the_names_of_forty_methods_lie_inside_the_picture(monkeypatch):
+    from matplotlib.figure import Figure
+
+    seen = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *place, **how: seen.append(figure))
+    names = [f"method{i}" for i in range(40)]
+    grouped = {name: [record_of(name, [(0, 0.1), (400, 0.3)])] for name in names}
+    DRAW("curves.png", grouped, "40 methods")
+    (figure,) = seen
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert legend.get_window_extent().y0 >= 0 and len(legend.get_texts()) == 40
+
+
+def test_runs_without_a_reward_are_named_beside_their_loss(monkeypatch):
+    from matplotlib.figure import Figure
+
+    seen = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *place, **how: seen.append(figure))
+    grouped = {name: [record_of(name, [(0, 0.1)])] for name in ("one", "two")}
+    for (record,) in grouped.values():
+        record.looks.clear()
+    DRAW("curves.png", grouped, "a file without a true reward")
+    (legend,) = [ax.get_legend() for ax in seen[0].axes if ax.get_legend()]
+    assert [text.get_text() for text in legend.get_texts()] == ["one", "two"]
 
 
 def test_panels_of_what_a_run_does_not_have_are_left_out(monkeypatch):

@@ -146,6 +146,9 @@ def judged(tmp_path, monkeypatch):
         lambda text: "[]",
         lambda text: "[" * 100000,
         lambda text: text.replace('"paper"', '"article"'),
+        lambda text: text.replace('"paper":', '"paper": 3, "p":'),
+        lambda text: text.replace('"family":', '"family": 3, "f":'),
+        lambda text: text.replace('"reported"', '"report"'),
         lambda text: text.replace('"seconds":', '"seconds": "long", "s":'),
         lambda text: text.replace('"series": {', '"series": 3, "s": {'),
         lambda text: text.replace('"ours": [1.0', '"ours": [[]'),
@@ -163,6 +166,17 @@ def test_damaged_results_are_named_and_nothing_is_written_or_measured_over_them(
     again = ["--method", "rdpo", "--claim", "--seeds", "2", "--out", "results"]
     refused(capsys, again, "results/rdpo.json")
     assert files("results") == before
+
+
+@pytest.mark.slow
+def test_results_that_do_not_name_their_run_are_not_measured_over(judged, capsys, monkeypatch):
+    path = judged / "rdpo.json"
+    path.write_text(path.read_text().replace('"run":', '"r":'))
+    before = files("results")
+    monkeypatch.setattr(results, "measured", None)  # it would be a traceback
+    again = ["--method", "rdpo", "--claim", "--seeds", "2", "--out", "results", "--overwrite"]
+    refused(capsys, again, "results/rdpo.json is damaged, or of other claims: no run")
+    assert files("results").keys() - before.keys() <= {"run.json"}
 
 
 @pytest.mark.slow

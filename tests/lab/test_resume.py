@@ -12,6 +12,7 @@ import torch
 
 import methods.dpo
 import train
+from data import StopTraining, UserError
 from lab import Lab, Settings, store
 from nanomodel import GPT
 from tests.lab.commands import PAIRS, TINY, Killed, killed_at, refused, rows_file, weights
@@ -193,7 +194,7 @@ def test_rounds_with_a_moving_reference_resume(tmp_path, monkeypatch, call):
     assert all(torch.equal(expected[k], resumed[k]) for k in expected)
 
 
-def two_fits(lab, die_at=None, cached=False):
+def two_fits(lab, die_at=None, cached=False, record=True):
     """Train two models in one stage, and die in this call of the loss -> their weights, calls."""
     calls = []
 
@@ -203,14 +204,16 @@ def two_fits(lab, die_at=None, cached=False):
         calls.append(batch)
         return ((model.weight * batch) ** 2).sum(1), {}
 
-    def train(i):
+    def train(i, record=True):
         torch.manual_seed(i)
         model = torch.nn.Linear(2, 2, bias=False)
         batches = [torch.tensor([1.0, 2.0]), torch.tensor([3.0, -1.0])]
-        return lab.fit(model, batches, loss, steps=6, lr=0.1).weight.detach().clone()
+        lab.fit(model, batches, loss, steps=6, lr=0.1, record=record)
+        return model.weight.detach().clone()
 
     def work():
-        first = lab.cached(["first", lab.out], lambda: train(0)) if cached else train(0)
+        make = lambda: train(0, record)  # noqa: E731
+        first = lab.cached(["first", lab.out], make) if cached else make()
         return {"0": first, "1": train(1)}
 
     return lab.stage("both", work), len(calls)
@@ -258,6 +261,34 @@ def test_a_damaged_checkpoint_of_the_first_of_two_fits_repeats_both(tmp_path, mo
     assert calls == 12 and all(torch.equal(whole[k], cut[k]) for k in whole)
     expected = (tmp_path / "whole" / "metrics.jsonl").read_text()
     assert (out / "metrics.jsonl").read_text() == expected
+
+
+def test_lost_lines_before_the_first_recorded_fit_of_a_stage_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Lab, "checkpoint_every", 0.0)
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    settings, out = Settings(world="bandit"), tmp_path / "cut"
+    with pytest.raises(Killed):
+        two_fits(Lab(settings, str(out), quiet=True), 9, record=False)
+    os.truncate(out / "metrics.jsonl", 0)
+    with pytest.raises(UserError, match="metrics.jsonl is damaged: it is shorter"):
+        two_fits(Lab(settings, str(out), quiet=True), record=False)
+
+
+def test_a_resumed_run_says_why_a_training_of_a_finished_stage_stopped(tmp_path):
+    def run():
+        lab = Lab(Settings(world="bandit"), str(tmp_path), quiet=True)
+
+        def batch(step):
+            raise StopTraining("there is nothing to learn")
+
+        def work():
+            model = torch.nn.Linear(2, 2)
+            return lab.fit(model, batch, None, steps=6).weight.detach().clone()
+
+        lab.stage("work", work)
+        return lab.stopped
+
+    assert run() == run() == "stopped after step 0: there is nothing to learn"
 
 
 def test_a_checkpoint_of_an_earlier_version_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
