@@ -403,7 +403,7 @@ class Log:
                     file.write(json.dumps({"stage": self.number} | line) + "\n")
 
     def due(self):
-        """Whether it is time for a checkpoint; writing them takes at most 5 % of the time."""
+        """Whether it is time for a checkpoint; before the last one, writing takes 5 % at most."""
         pause = max(self.pause, 20 * self.cost)
         return self.path is not None and time.time() - self.saved >= pause
 
@@ -420,13 +420,13 @@ class Log:
         self.saved, self.cost = time.time(), time.time() - start
 
     def close(self, step, model, optimizer, state, inner):
-        """Write the last checkpoint, or remove it if the stage has ended with this training."""
+        """Write the last checkpoint, or remove it if the stage is this training and no more."""
         self.bar.close()
         if self.file:
             self.stage.log = self.length()
         if not self.path:
             return
-        if inner:  # the stage goes on
+        if inner:  # the stage may go on
             self.checkpoint(step, model.curve, model, optimizer, state, ended=True)
         else:
             remove_value(self.path)

@@ -163,15 +163,18 @@ def claim(runs, seeds, out, tasks):
         if rows is None:
             rows = measured(name, module, settings, seeds, out, quiet=not sys.stderr.isatty())
         return 0 if as_expected(rows) else 1
-    done = {name: finished(out, name, seeds) for name in modules}
     good, start, ran = True, time.time(), 0
     for i, (name, module) in enumerate(modules.items()):
-        rows, failed = done[name], ""
+        rows, failed = None, ""
         place = os.path.join(out, name)
-        if rows is None and name not in here:
+        try:
+            rows = finished(out, name, seeds)
+        except UserError as error:  # its file was damaged meanwhile, and is not written over
+            failed = f"failed: {error}"
+        if rows is None and not failed and name not in here:
             print(f"[{i + 1}/{len(modules)}] {name}: not done", flush=True)
             continue
-        if rows is None:
+        if rows is None and not failed:
             ran += 1
             os.makedirs(place, exist_ok=True)
             try:
