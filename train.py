@@ -189,9 +189,13 @@ def sweep(runs, out, tasks, failed):
         text = report.sweep_table(results, varied or ["method"])
         print(text)
         write_text(os.path.join(out, "sweep.txt"), text + "\n")
-        if ranking := compare.at_samples(compare.groups(records)) if records else "":
-            print("\n" + printable(ranking, None, keep="\n") + "\n")
-            write_text(os.path.join(out, "samples.txt"), ranking + "\n")
+        grouped = compare.groups(records)
+        tables = dict(matched=compare.matched(grouped)) if len(grouped) > 1 else {}
+        tables |= dict(samples=compare.at_samples(grouped))
+        for name, table in tables.items():
+            if table:
+                print("\n" + printable(table, None, keep="\n"))
+                write_text(os.path.join(out, f"{name}.txt"), table + "\n")
         rows = [{**{n: s[n] for n in [*varied, "seed"]}, **after} for s, after in results]
         write_json(os.path.join(out, "sweep.json"), rows)
         path = os.path.join(out, "sweep.png")
@@ -213,9 +217,8 @@ def compared(paths, out):
     """Finished runs and sweeps beside each other: a table at matched KL, a CSV and a picture."""
     records = compare.read_all(paths)
     grouped = compare.groups(records)
-    print(printable(compare.matched(grouped), None, keep="\n"))
-    if ranking := compare.at_samples(grouped):
-        print("\n" + printable(ranking, None, keep="\n"))
+    for ranking in filter(None, (compare.matched(grouped), compare.at_samples(grouped))):
+        print(printable(ranking, None, keep="\n") + "\n")
     print(f"written to {out}/: {compare.write(out, records, f'{len(records)} runs')}")
     return 0
 

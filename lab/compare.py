@@ -14,12 +14,13 @@ import numpy as np
 
 from data import UserError, printable
 from lab import report
-from lab.claims import at_kl
+from lab.claims import at
 from lab.evaluate import interval
 from lab.folder import read_metrics, read_object, read_summary
 from lab.store import write_beside
 
 GRID = (0.5, 1.0, 2.0, 4.0)  # nats at which runs are compared
+MULTIPLES = (1.1, 1.25, 1.5, 2.0)  # of the Frechet distance at the start, where images are compared
 XLABEL = "KL from the base model (nats)"
 PANELS = {  # title: the metrics of a training step that it shows
     "loss": ["loss"],
@@ -148,35 +149,49 @@ def groups(records):
 
 
 def matched(grouped):
-    """A table of the true reward at the same KL, each group against the first.
+    """A table of the true reward at the same KL, or for images at the same Frechet distance.
 
-    A cell is a mean over seeds; the difference is paired over the seeds that both groups have, with
-    its 95 % interval where there are several. "-": a curve does not reach that KL."""
+    The first group comes first, with the differences of the others to it, and then the best one. A
+    cell is a mean over seeds; a difference is paired over the seeds that both groups have, with its
+    95 % interval where there are several. "-": a curve does not reach that KL or distance. "" if
+    no curve reaches one of them."""
+    records = [record for group in grouped.values() for record in group]
+    images = any(priced(record) != "kl" for record in records)
+    by, unit, places = "kl", "nats", GRID
+    if images:  # distances that are multiples of the one at the start
+        by, unit = "frechet_256", "Frechet distance"
+        starts = [look[by] for record in records for look in record.looks[:1] if by in look]
+        places = [float(f"{n * np.mean(starts):.3g}") for n in MULTIPLES] if starts else []
 
-    def rewards(records, kl):
+    def rewards(records, place):
         found = {}
         for record in records:
             try:
-                value = at_kl(record.looks, "reward", kl)
+                value = at([look for look in record.looks if by in look], by, place, "reward")
             except (UserError, KeyError, IndexError):
                 return {}
             found.setdefault(record.about["seed"], []).append(value)
         return {seed: float(np.mean(values)) for seed, values in found.items()}
 
-    first, rows = next(iter(grouped.values())), []
+    names, rows = short(grouped), []
+    theirs = {place: rewards(next(iter(grouped.values())), place) for place in places}
     for label, records in grouped.items():
-        row = [printable(label), len(records)]
-        for kl in GRID:
-            ours, theirs = rewards(records, kl), rewards(first, kl)
-            row.append(report.number(float(np.mean(list(ours.values())))) if ours else "-")
-            both = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+        row, order = [printable(names[label]), len(records)], []
+        for place in places:
+            ours = rewards(records, place)
+            order.append(-float(np.mean(list(ours.values()))) if ours else math.inf)
+            row.append(report.number(-order[-1]) if ours else "-")
+            both = [ours[seed] - theirs[place][seed] for seed in ours if seed in theirs[place]]
             cell = report.number(float(np.mean(both)), interval(both)) if both else "-"
-            row.append("" if records is first else cell)
-        rows.append(row)
-    head = ["true reward at a KL of", "runs"]
-    for kl in GRID:
-        head += [f"{kl:g} nats", "difference"]
-    return report.table(rows, head)
+            row.append(cell if rows else "")
+        rows.append((order, row))
+    if all(math.isinf(value) for order, _ in rows for value in order):
+        return ""
+    rows[1:] = sorted(rows[1:], key=lambda each: each[0])
+    head = [f"true reward at a {unit if images else 'KL'} of", "runs"]
+    for place in places:
+        head += [f"{place:g}" if images else f"{place:g} {unit}", "difference"]
+    return report.table([row for _, row in rows], head)
 
 
 def short(grouped):
@@ -197,13 +212,19 @@ def online(record):
     return len(points) > 1 and points[-1][0] > points[0][0]
 
 
+def unit_of(grouped):
+    """What the runs sample, in the plural."""
+    records = [record for group in grouped.values() for record in group]
+    return "images" if any(priced(record) != "kl" for record in records) else "tokens"
+
+
 def at_samples(grouped):
-    """A table of the true reward at equally many sampled tokens, the best group first, or "".
+    """A table of the true reward at equally many sampled tokens or images, or "".
 
     It is read off the curves of runs that sample while they train, at the largest number that all
     of them reach, at a half and a quarter of it, and at the last few of its doubles that two groups
-    reach. Runs that sampled before they trained come last, with their reward at the end. "" if
-    fewer than two groups sample while they train."""
+    reach, the best group first. Runs that sampled before they trained come last, with their reward
+    at the end. "" if fewer than two groups sample while they train."""
     there = {label: [sampled(r) for r in records] for label, records in grouped.items()}
     there = {label: curves for label, curves in there.items() if all(curves)}
     moving = [label for label in there if all(online(record) for record in grouped[label])]
@@ -229,7 +250,8 @@ def at_samples(grouped):
         total, last = (mean([curve[-1][i] for curve in curves]) for i in (0, 1))
         rows.append((cells[2], names[label], len(curves), cells, total, last))
     rows.sort(key=lambda row: (math.isnan(row[0]), -row[5] if math.isnan(row[0]) else -row[0]))
-    head = ["true reward at sampled tokens", "runs", *(f"{n:,}" for n in places), "all", "the end"]
+    head = [f"true reward at sampled {unit_of(grouped)}", "runs", *(f"{n:,}" for n in places)]
+    head += ["all", "the end"]
     body = []
     for _, label, count, cells, total, last in rows:
         shown = ["-" if math.isnan(x) else report.number(x) for x in cells]
@@ -307,8 +329,9 @@ def picture(path, grouped, title):
     if len(records) == 1:
         parts_against_kl(axes[7], whole)
     elif any(map(online, records)):
-        axes[7].set_title("true reward against sampled tokens", fontsize=10)
-        axes[7].set_xlabel("thousands of tokens (one dot: sampled before)", fontsize=8)
+        unit = unit_of(grouped)
+        axes[7].set_title(f"true reward against sampled {unit}", fontsize=10)
+        axes[7].set_xlabel(f"thousands of {unit} (one dot: sampled before)", fontsize=8)
         for label, group in grouped.items():
             for record in filter(sampled, group):
                 points = sampled(record) if online(record) else sampled(record)[-1:]

@@ -23,7 +23,10 @@ def test_runs_and_sweeps_are_compared_at_matched_kl_over_paired_seeds(capsys, pi
         train.main(["--method", "rdpo", *BANDIT, "--lr", "0.05", "--flip", "0.2", "--out", "one"])
         == 0
     )
-    capsys.readouterr()
+    told = capsys.readouterr().out
+    with open("sweep/matched.txt", encoding="utf-8") as file:
+        ranking = file.read()
+    assert ranking in told and ranking.startswith("true reward at a KL of  runs  0.5 nats")
     assert train.main(["--compare", "sweep", "one", "--out", "beside"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines[1:4]] == [
@@ -71,6 +74,32 @@ def test_the_difference_at_matched_kl_is_read_off_the_curves_and_paired_by_seed(
     assert cells[1][2].strip() == "1.000" and cells[1][3].strip() == "0.250 +-0.000"
     assert cells[1][4].strip() == "2.000" and cells[1][5].strip() == "0.500 +-0.000"
     assert cells[2][2].strip() == "0.500" and cells[2][3].strip() == "-"  # no seed in common
+
+
+def test_images_are_compared_at_the_same_frechet_distance_the_best_group_first():
+    def record(label, slope, first=0.4):
+        looks = [{"step": i, "reward": slope * i, "kl": 9.0 * i} for i in range(9)]
+        for look in looks[::2]:  # the distance is measured less often than the reward
+            look["frechet_256"] = first * (1 + 0.125 * look["step"])
+        return compare.Record(label, {"method": label, "seed": 0}, [], looks, {})
+
+    grouped = {"first": [record("first", 1.0)], "low": [record("low", 0.5)]}
+    grouped |= {"high": [record("high", 2.0)]}
+    lines = compare.matched(grouped).splitlines()
+    assert lines[0].split()[:8] == "true reward at a Frechet distance of runs".split()
+    assert lines[0].split()[8:] == ["0.44", "difference", "0.5", *["difference", "0.6"]] + [
+        *["difference", "0.8", "difference"]
+    ]
+    assert lines[1].split() == ["first", "1", "0.800", "2.000", "4.000", "8.000"]
+    assert lines[2].split() == ["high", "1", "1.600", "0.800", "4.000", "2.000"] + [
+        *["8.000", "4.000", "16.000", "8.000"]
+    ]
+    assert lines[3].split()[:4] == ["low", "1", "0.400", "-0.400"]
+    for group in grouped.values():
+        for look in group[0].looks:
+            look.pop("frechet_256", None)
+            look["kl"] = 0.0  # nobody moves
+    assert compare.matched(grouped) == ""
 
 
 @pytest.mark.slow
