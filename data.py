@@ -523,11 +523,10 @@ def collate(rows, tokenizer=None, fixed=False, packed=True):
     count = max(len(row["responses"]) for row in rows)
     if isinstance(fixed, Sizes):
         count = max(count, fixed.responses)
-    scores = np.zeros((len(rows), count))
+    scores = torch.zeros(len(rows), count)
     for b, row in enumerate(rows):
         if "scores" in row:
-            scores[b, : len(row["scores"])] = row["scores"]
-    scores = torch.from_numpy(scores).to(torch.get_default_dtype())
+            scores[b, : len(row["scores"])] = torch.as_tensor(row["scores"])
     if tokenizer is not None:
         rows = [encode(row, tokenizer) for row in rows]
         tensors = _text(rows, count, tokenizer.pad, fixed, packed)
