@@ -606,11 +606,13 @@ def test_what_cannot_be_graded_is_refused(made, tmp_path, capsys):
 def many_folders(place, count=1200):
     """Make a folder in a folder, and so on, deeper than a path can name or a function can call."""
     before = os.getcwd()
-    os.chdir(place)
-    for _ in range(count):
-        os.mkdir("d")
-        os.chdir("d")
-    os.chdir(before)
+    try:
+        os.chdir(place)
+        for _ in range(count):
+            os.mkdir("d")
+            os.chdir("d")
+    finally:  # the next call in this process begins at the same place
+        os.chdir(before)
 
 
 def remove(folder):
@@ -845,6 +847,7 @@ def test_a_submission_that_leaves_folders_in_folders_is_graded(made, sheet, tmp_
     )
     rows, _ = grader.grade(made[0] / "grader", about, [sheet], {"methods/rdpo.py": source})
     assert outputs.total(rows)[0] == 0 and "ended in the middle" in rows[0][-1]
+    assert not (tmp_path.parent / "d").exists()
     remove(tmp_path)
 
 
