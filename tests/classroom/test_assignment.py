@@ -15,6 +15,7 @@ import tracemalloc
 import types
 import xml.etree.ElementTree as ElementTree
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -1045,6 +1046,14 @@ def test_the_shipped_step_equals_itself(monkeypatch):
     assert seconds.shape == both.shape == (4, 2) and (seconds > 0).all()
     assert promises.unlike(both[:, 1], ways[1], both[:, 0], ways[0]) is None
     assert on_card == torch.cuda.is_available()
+
+
+def test_right_steps_are_right_when_several_are_marked_at_a_time():
+    """The weights of the shipped step come from the global random numbers, as with --jobs 4."""
+    found = dict(trace=clock.trace(clock.SHIPPED, 7), race="no race")
+    with ThreadPoolExecutor(4) as pool:
+        marked = list(pool.map(lambda _: judged("step", found), range(8)))
+    assert [rows[0][3] for rows in marked] == [""] * 8
 
 
 @pytest.mark.slow
