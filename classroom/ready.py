@@ -265,7 +265,7 @@ def readme(about, files, task, kept):
             said = " This run is marked by its reward."
             if not one.get("run"):
                 said = (
-                    " The reward of this run tells little about the loss, so it is not marked; the "
+                    " This run is not marked, since its reward does not prove a loss right; the "
                     "docstring of the file says what else to look at."
                 )
             lines += [

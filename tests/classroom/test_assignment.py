@@ -11,9 +11,11 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 import types
 import xml.etree.ElementTree as ElementTree
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -311,7 +313,7 @@ def test_a_short_run_that_tells_nothing_is_not_graded(tmp_path, monkeypatch):
         task = ready.readme(about | {"title": "t", "written": []}, files, "", False)
         assert f"about 0.90 in this short run. It begins at {before:.2f}, the reward" in task
         assert ("This run is marked by its reward" in task) == graded
-        assert ("so it is not marked" in task) == (not graded) and "expected.png" in task
+        assert ("This run is not marked" in task) == (not graded) and "expected.png" in task
 
 
 def test_a_model_of_another_shape_has_an_example_and_no_marked_run(tmp_path, monkeypatch):
@@ -324,6 +326,9 @@ def test_a_model_of_another_shape_has_an_example_and_no_marked_run(tmp_path, mon
     handout.measure_runs(files, {"seed": 0, "files": [one]}, tmp_path, said.append)
     assert one["run"] is None and one["tests"] == [] and "no run is marked" in said[0]
     assert one["example"]["after"] == -2.0 and one["example"]["fields"]["dense"] == 60
+    one |= dict(functions=["loss"])
+    task = ready.readme({"files": [one], "title": "t", "written": []}, files, "", False)
+    assert "This run is not marked" in task and "tells little" not in task  # its reward may tell
 
 
 def test_the_larger_of_two_digits():
@@ -706,6 +711,53 @@ def test_an_answer_that_is_no_file_of_tensors_is_said(tmp_path):
         assert grader.read_answer(tmp_path / name) == "its answer is no file"
     assert grader.read_answer(tmp_path / "text") == "its answer cannot be read"
     assert isinstance(grader.read_answer(tmp_path / "error"), str)
+    save_file({"error": torch.full((2**22,), 65, dtype=torch.uint8)}, tmp_path / "error")
+    tracemalloc.start()
+    assert grader.read_answer(tmp_path / "error").startswith("AAAA")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20  # a text of 256 MB does not fill the memory of the grader
+
+
+def empty_job(work, child):
+    """A Job in a folder of its own whose process runs another program than child.py."""
+    job = object.__new__(grader.Job)
+    job.work, job.seconds, job.user, job.count = work, 20.0, None, 100
+    (work / "answers").mkdir()
+    job.renew = lambda: (work / "child.py").write_text(child)
+    return job
+
+
+def test_answers_cannot_fill_the_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(grader, "WRITTEN", 3000)
+    job = empty_job(
+        tmp_path,
+        "import pathlib, time\n"
+        "for i in range(100):\n"
+        "    pathlib.Path(f'answers/t-{i}.safetensors').write_bytes(bytes(1000))\n"
+        "    time.sleep(0.1)\n",
+    )
+    assert "the answers before it have more than" in job.process({}, "t", 0, 100)
+
+
+def test_another_user_is_given_no_file_outside(tmp_path, monkeypatch):
+    """A submission may have made a hard link to a file of the caller."""
+    pwd = pytest.importorskip("pwd")
+    (tmp_path / "work").mkdir()
+    (tmp_path / "outside").write_text("")
+    (tmp_path / "work/link").hardlink_to(tmp_path / "outside")
+    job = empty_job(tmp_path / "work", "")
+    job.user = pwd.getpwuid(os.getuid()).pw_name
+    given = []
+    monkeypatch.setattr(os, "chown", lambda path, *_, **__: given.append(path.name))
+    monkeypatch.setattr(subprocess, "Popen", refused_process)
+    with pytest.raises(UserError, match="may not run"):
+        job.process({}, "t", 0, 1)
+    assert sorted(given) == ["answers", "child.py", "work"]
+
+
+def refused_process(*arguments, **options):
+    raise PermissionError(13, "Permission denied")
 
 
 def test_tensors_that_cannot_be_compared_earn_nothing(sheet):
@@ -765,11 +817,8 @@ def test_a_user_who_cannot_run_submissions_is_refused(made, tmp_path, capsys, mo
     assert grade.main([*arguments, "--user", "no-such-user"]) == 2
     assert "--user no-such-user:" in capsys.readouterr().err
 
-    def refused(*arguments, **options):
-        raise PermissionError(13, "Permission denied")
-
     monkeypatch.setattr(shutil, "chown", lambda path, user: None)
-    monkeypatch.setattr(subprocess, "Popen", refused)
+    monkeypatch.setattr(subprocess, "Popen", refused_process)
     assert grade.main([*arguments, "--user", "nobody"]) == 2
     said = capsys.readouterr().err
     assert "this user may not run" in said and said.count("\n") == 1
@@ -1000,6 +1049,14 @@ def test_the_shipped_step_equals_itself(monkeypatch):
     assert seconds.shape == both.shape == (4, 2) and (seconds > 0).all()
     assert promises.unlike(both[:, 1], ways[1], both[:, 0], ways[0]) is None
     assert on_card == torch.cuda.is_available()
+
+
+def test_right_steps_are_right_when_several_are_marked_at_a_time():
+    """The weights of the shipped step come from the global random numbers, as with --jobs 4."""
+    found = dict(trace=clock.trace(clock.SHIPPED, 7), race="no race")
+    with ThreadPoolExecutor(4) as pool:
+        marked = list(pool.map(lambda _: judged("step", found), range(8)))
+    assert [rows[0][3] for rows in marked] == [""] * 8
 
 
 @pytest.mark.slow
