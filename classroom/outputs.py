@@ -172,7 +172,7 @@ def write_by_hand(folder, graded):
 
 
 def read_by_hand(path):
-    """{(student, test): points} of a by_hand.csv without its empty cells. UserError: a mistake."""
+    """{(student, test, most): points} of the filled lines of by_hand.csv. UserError: a mistake."""
     lines, marks = read_csv(Path(path), f"--written {path}"), {}
     if not lines or not set(COLUMNS) <= set(lines[0]):
         raise UserError(f"--written {path}: expected the columns {','.join(COLUMNS)}")
@@ -189,6 +189,7 @@ def read_by_hand(path):
                     f"--written {path}, line {number}: points {printable(line['points'])} are not "
                     f"a number from 0 to {printable(line['most'])}"
                 )
+            key = *key, most
             if key in marks:
                 raise UserError(
                     f"--written {path}, line {number}: {of_line(key)} has points already"
@@ -199,13 +200,13 @@ def read_by_hand(path):
 
 def of_line(key):
     """The student and the test of a line of by_hand.csv, as a text."""
-    return ", ".join(printable(part) for part in key)
+    return ", ".join(printable(part) for part in key[:2])
 
 
 def unused(marks, graded):
     """What is said about the lines of --written that changed no mark, or ""."""
     used = {
-        (cell(student), test["name"])
+        (cell(student), test["name"], test["points"])
         for student, rows in graded.items()
         for _, test, _, status, _ in rows
         if status == "marked"
@@ -216,7 +217,7 @@ def unused(marks, graded):
     more = f" (and of {len(left) - 1} more lines)" if left[1:] else ""
     return (
         f"not used: the points of `{of_line(left[0])}`{more} in --written, since no submission "
-        "here has such a test to mark by hand"
+        f"here has such a test of {left[0][2]:g} points to mark by hand"
     )
 
 
@@ -224,7 +225,8 @@ def marked_by_hand(rows, student, marks):
     """The rows, with the points that a teacher gave where nothing else has marked them."""
     done = []
     for file, test, points, status, message in rows:
-        if status == BY_HAND and (cell(student), test["name"]) in marks:
-            points, status = min(marks[cell(student), test["name"]], test["points"]), "marked"
+        key = cell(student), test["name"], test["points"]
+        if status == BY_HAND and key in marks:
+            points, status = marks[key], "marked"
         done.append((file, test, points, status, message))
     return done

@@ -515,7 +515,7 @@ def test_lines_to_mark_by_hand_are_added_and_kept(tmp_path):
     path.write_text("\ufeff" + path.read_text().replace("5,", "5,4"), encoding="utf-8")
     assert outputs.write_by_hand(tmp_path, {"ann": rows, "bob": rows}) == 1
     assert outputs.write_by_hand(tmp_path, {"ann": rows, "bob": rows}) == 0
-    assert outputs.read_by_hand(path) == {("ann", "question"): 4.0}
+    assert outputs.read_by_hand(path) == {("ann", "question", 5.0): 4.0}
     assert "bob,question,5," in path.read_text()
 
 
@@ -577,11 +577,16 @@ def test_points_by_hand_that_are_not_used_are_said():
         "bob": [(None, test, 0, "by hand", "")],
         "cleo": [(None, test, 5, "passed", "")],  # on a card, say
     }
-    assert outputs.unused({("ann", "q"): 3.0}, graded) == ""
-    said = outputs.unused({("ann", "q"): 3.0, ("anne", "q"): 4.0}, graded)
+    assert outputs.unused({("ann", "q", 5.0): 3.0}, graded) == ""
+    said = outputs.unused({("ann", "q", 5.0): 3.0, ("anne", "q", 5.0): 4.0}, graded)
     assert said.startswith("not used: the points of `anne, q` in --written") and "\n" not in said
-    said = outputs.unused({("cleo", "q"): 4.0, ("bob", "p"): 4.0}, graded)
+    said = outputs.unused({("cleo", "q", 5.0): 4.0, ("bob", "p", 5.0): 4.0}, graded)
     assert "`cleo, q` (and of 1 more lines)" in said
+    stale = {("bob", "q", 8.0): 7.0}  # the file of an assignment in which q had 8 points
+    assert outputs.marked_by_hand(graded["bob"], "bob", stale) == graded["bob"]
+    assert outputs.unused(stale, graded).endswith(
+        "no submission here has such a test of 8 points to mark by hand"
+    )
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(made, tmp_path, capsys):
