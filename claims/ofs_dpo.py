@@ -10,10 +10,10 @@ Theory expects that a module of the second source forgets the first and that the
 both, close to joint training on shuffled pairs. It does not expect that the chase learns faster
 than DPO: in a convex problem its extra push acts as a larger learning rate.
 
-Tried on tuning seed 100: COFS-DPO kept what the first group likes, improved on what the second
-dislikes, and moved little. The taste that is pleased less, that of the second group, is higher for
-DPO on both groups, at a much larger KL. OFS-DPO through both groups, which no claim is about, ended
-at short captions that name half as many objects as before.
+Tried on tuning seeds 100 and 101: COFS-DPO and joint training end close to each other and please
+both groups; DPO on the first and then the second group pleases the second less than they do, and
+on one of the two seeds it ended at captions of which nearly all hallucinate. OFS-DPO through both
+groups, which no claim is about, ended at short captions that name half as many objects as before.
 """
 
 import torch
@@ -116,6 +116,7 @@ def on_drift(lab):
     arms = {
         "dpo": Config(alpha=0.0),
         "cofs": Config(variant="cofs"),
+        "joint": Config(alpha=0.0, variant="joint"),
     }
     out = {name: [] for name in arms}
     for seed in lab.seeds:
@@ -192,7 +193,16 @@ CLAIMS = [
         ">",
         "dpo",
         margin=0.2,
-        expect="reversed",
+    ),
+    claim(
+        "On drift, captions please the group that likes them less, less with COFS-DPO than with "
+        "DPO on shuffled pairs of both groups",
+        "least_taste",
+        "cofs",
+        "<",
+        "joint",
+        margin=0.2,
+        expect="no effect",
     ),
     claim(
         "On drift, captions name more objects of the picture with COFS-DPO than with DPO on the "

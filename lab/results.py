@@ -518,13 +518,13 @@ def overview(found):
         "",
         f"The reported seeds are {flags.REPORTED} to {flags.REPORTED + flags.SEEDS - 1}, with "
         f"{flags.SEEDS * 4} exact tables from {flags.REPORTED} on; no earlier release printed "
-        "them, and margins and expectations were committed before they were run. Each seed has "
-        "its own base model and its own evaluation prompts. `python train.py --method all --claim "
-        "--out results --overwrite` writes these files, and `python train.py --judge results` "
-        "writes them again from what was measured. Differences are paired over seeds, with a 95 % "
-        "interval by Student's t. The verdict is *no effect* if the interval lies inside the "
-        "margin on both sides, *supported* if the interval is above 0 and the mean exceeds the "
-        "margin, *reversed* if the interval is below 0, and *inconclusive* otherwise.",
+        "results of them, and margins and expectations were committed before they were run. Each "
+        "seed has its own base model and its own evaluation prompts. `python train.py --method all "
+        "--claim --out results --overwrite` writes these files, and `python train.py --judge "
+        "results` writes them again from what was measured. Differences are paired over seeds, "
+        "with a 95 % interval by Student's t. The verdict is *no effect* if the interval lies "
+        "inside the margin on both sides, *supported* if the interval is above 0 and the mean "
+        "exceeds the margin, *reversed* if the interval is below 0, and *inconclusive* otherwise.",
         "",
     ]
     head = ["family", "paper", "claim", "world", "ours / baseline", "difference [95 %]"]

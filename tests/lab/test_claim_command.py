@@ -61,7 +61,7 @@ def test_a_killed_claim_goes_on(tmp_path, monkeypatch):
     whole, cut = (content(tmp_path / n / "dpo.json")["reported"] for n in ("whole", "cut"))
     ours = cut["claims"][0]["ours"]
     assert ours == whole["claims"][0]["ours"] and len(set(ours)) == 3
-    assert cut["seeds"] == [10, 11, 12] and whole["series"] == cut["series"]
+    assert cut["seeds"] == [30, 31, 32] and whole["series"] == cut["series"]
     assert sorted(p.name for p in (tmp_path / "cut").iterdir()) == [
         "README.md",
         "dpo.json",
@@ -83,7 +83,7 @@ def test_every_seed_of_a_race_has_its_own_base_model_and_prompts(tmp_path, monke
 
     there(monkeypatch, dpo=(measure, []))
     assert train.main(["--method", "dpo", "--claim", "--seeds", "2"]) == 0
-    assert seen == [(10, 10, True), (11, 11, True)]
+    assert seen == [(30, 30, True), (31, 31, True)]
 
 
 def numbers(values, **more):
@@ -252,7 +252,7 @@ def test_reports_are_part_of_the_page(tmp_path, monkeypatch):
     }
     assert train.main(["--method", "dpo", "--claim", "--seeds", "2", "--out", "run"]) == 0
     page = (tmp_path / "run/dpo.md").read_text()
-    assert "## table\n\n```\nseen: [1.0, 1.1] [10, 11]\n```" in page
+    assert "## table\n\n```\nseen: [1.0, 1.1] [30, 31]\n```" in page
     assert "![reward, and KL](dpo-reward-and-KL.png)" in page
     assert (tmp_path / "run/dpo-reward-and-KL.png").exists()
 
@@ -268,7 +268,7 @@ def test_claims_have_five_seeds_and_twenty_tables_by_default(tmp_path, monkeypat
     argv = ["--method", "dpo", "--claim"]
     assert train.main(argv) == 0 and train.main([*argv, "--tuning"]) == 0
     assert train.main([*argv, "--seed", "3", "--seeds", "1"]) == 0
-    assert seen[0] == (list(range(10, 15)), list(range(10, 30)))
+    assert seen[0] == (list(range(30, 35)), list(range(30, 50)))
     assert seen[1] == (list(range(100, 105)), list(range(100, 120)))
     assert seen[2] == ([3], [3, 4, 5, 6])
     refused(capsys, [*argv, "--seed", "100"], "--tuning")
