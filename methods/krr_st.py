@@ -33,6 +33,7 @@ PAPER = Paper(
     "beyond",
     worlds=("vectors",),
     needs="points",
+    ignores=("eval_every",),
     defaults=dict(world="pixels", steps=1500, lr=3e-3, batch_size=256),
     core=("barlow", "with_one", "krr", "outer", "descend", "older"),
 )
