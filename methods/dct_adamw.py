@@ -46,6 +46,7 @@ PAPER = Paper(
         "eval_size",
         "base_steps",
         "ema",
+        "dtype",
         "compile",
     ),
     defaults=dict(world="reviews", steps=300, lr=1e-2, eval_every=60),
