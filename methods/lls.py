@@ -149,6 +149,8 @@ def run(lab, cfg):
     k, r, rng = lab.world.classes, cfg.domains, lab.rng("domains")
     if r < k:
         raise UserError(f"{r} domains: {lab.world.name} has {k} classes, and needs as many domains")
+    if cfg.clusters is not None and cfg.clusters < k:
+        raise UserError(f"{cfg.clusters} clusters: {lab.world.name} has {k} classes")
     if cfg.n < max(r, cfg.clusters or 3 * k):
         raise UserError(f"n = {cfg.n}: fewer points than domains or clusters")
     W, sizes = shift(k, r, cfg.alpha, rng), [cfg.n // r, 2000 // r]

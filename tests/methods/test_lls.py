@@ -203,6 +203,9 @@ def test_what_cannot_be_identified_is_refused():
     lab = Lab(Settings(world="blobs"), quiet=True)
     with pytest.raises(UserError, match="as many domains"):
         run(lab, Config(domains=2))
+    lab.fit = None  # before any training
+    with pytest.raises(UserError, match="2 clusters: blobs has 3 classes"):
+        run(lab, Config(clusters=2))
     with pytest.raises(UserError, match="clusters does nothing"):
         Config(cells="grid", clusters=5)
     for fields in (dict(domains=200), dict(clusters=101)):
