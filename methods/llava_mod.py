@@ -142,7 +142,8 @@ class Mixture(nn.Module):
     def forward(self, x):
         """x (..., width) -> (..., width)."""
         flat = x.flatten(0, -2)
-        weights, g = route(self.router(flat), self.top)
+        with torch.autocast(x.device.type, enabled=False):  # else near ties choose other experts
+            weights, g = route(F.linear(upcast(flat), upcast(self.router.weight)), self.top)
         value = balance(g)
         self.balance = value.detach()
         parts = [w[:, None].to(x.dtype) * e(flat) for w, e in zip(weights.T, self.experts)]

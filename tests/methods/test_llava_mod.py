@@ -206,6 +206,23 @@ def test_a_mixture_uses_the_weighted_experts():
         torch.testing.assert_close(out, (a * experts[0] + b * experts[1]) / (a + b))
 
 
+def test_the_router_is_in_float32_under_autocast_and_with_narrow_weights(monkeypatch):
+    seen = []
+
+    def watched(logits, top):
+        seen.append(logits)
+        return route(logits, top)
+
+    monkeypatch.setattr(llava_mod, "route", watched)
+    _, mixture = layer(torch.float32)
+    x = normal(500, 8).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        mixture(x)
+    torch.testing.assert_close(seen.pop(), mixture.router(x))
+    assert mixture.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+    assert seen.pop().dtype == torch.float32
+
+
 def test_the_balance_is_added_once_and_only_in_training():
     x, value = normal(3).requires_grad_(), normal(1)[0].requires_grad_()
     out = Also.apply(x, value)
