@@ -68,6 +68,15 @@ def test_primal_and_dual_agree_for_few_and_many_images():
         torch.testing.assert_close(krr(phi_s, y, phi_t, 1e-3), phi_t @ primal)
 
 
+def test_it_is_the_kernel_ridge_regression_of_scikit_learn():
+    from sklearn.kernel_ridge import KernelRidge
+
+    phi, y, phi_t = normal(6, 9), normal(6, 3, seed=1), normal(5, 9, seed=2)
+    fitted = KernelRidge(alpha=1e-3 * phi.square().sum().item(), kernel="linear")
+    found = fitted.fit(phi.numpy(), y.numpy()).predict(phi_t.numpy())
+    torch.testing.assert_close(krr(phi, y, phi_t, 1e-3), torch.from_numpy(found))
+
+
 @pytest.mark.paper
 def test_without_a_ridge_it_interpolates_and_recovers_a_linear_target():
     phi, y = normal(4, 7), normal(4, 3, seed=1)
