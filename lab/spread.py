@@ -5,9 +5,11 @@ every n-th task, from the i-th on. Shards share one --out folder, or --merge joi
 """
 
 import concurrent.futures
+import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -79,27 +81,52 @@ def in_processes(given, out, names, jobs):
     command = [sys.executable, os.path.join(HERE, "train.py"), *flags, "--out", out]
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     environment = {"OMP_NUM_THREADS": threads} | dict(os.environ)
-    start, failed = time.time(), {}
+    start, failed, processes = time.time(), {}, {}
 
     def do(i):
         shard = ["--shard", f"{i + 1}/{len(names)}"]
-        return subprocess.run([*command, *shard], env=environment, capture_output=True, text=True)
+        pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        with subprocess.Popen([*command, *shard], env=environment, **pipes) as process:
+            processes[i] = process
+            said = process.communicate()[1].strip().splitlines()
+        return process.returncode, said or [f"status {process.returncode}"]
 
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+    with ended_by_sigterm(), concurrent.futures.ThreadPoolExecutor(jobs) as pool:
         asked = {pool.submit(do, i): i for i in range(len(names))}
         try:
             for done, future in enumerate(concurrent.futures.as_completed(asked), 1):
-                i, ended = asked[future], future.result()
-                if ended.returncode not in (0, 1):  # 1: a claim does not hold
-                    said = ended.stderr.strip().splitlines() or [f"status {ended.returncode}"]
+                i, (status, said) = asked[future], future.result()
+                if status not in (0, 1):  # 1: a claim does not hold
                     failed[i] = said[-1].removeprefix("train.py: ")
                 left = (time.time() - start) / done * (len(names) - done)
                 line = f"[{done}/{len(names)}] {names[i]}{' failed' * (i in failed)}"
                 print(f"{printable(line)}; {report.clock(left)} left", file=sys.stderr, flush=True)
-        except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)
+        except BaseException:  # no process outlives this one
+            pool.shutdown(wait=False, cancel_futures=True)
+            while not all(future.done() for future in asked):
+                for process in list(processes.values()):
+                    process.terminate()
+                time.sleep(0.1)
             raise
     return failed
+
+
+@contextlib.contextmanager
+def ended_by_sigterm():
+    """A context in which SIGTERM, by which schedulers end a job, raises SystemExit."""
+
+    def end(number, frame):
+        sys.exit(128 + number)
+
+    try:
+        old = signal.signal(signal.SIGTERM, end)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, old)
 
 
 def gather(folders, out):

@@ -15,7 +15,8 @@ Differences from the paper
 1. With several classes, the class with the largest vote wins.
 2. A finite network can have a ridge.
 
-    python train.py --method wide_deep                 as accurate as the Hilbert kernel
+    python train.py --method wide_deep                 as accurate as the Hilbert kernel;
+                                                       activations.png has those of each limit
     python train.py --method wide_deep --variant relu  the majority vote
     python train.py --method wide_deep --variant poly --p 0.1 --degree 3      close to 1-NN
 """
@@ -102,6 +103,22 @@ def coefficients(cfg):
     found = torch.zeros(max(terms) + 1, dtype=torch.float64)
     found[list(terms)] = torch.tensor(list(terms.values()), dtype=torch.float64)
     return found
+
+
+def activation(z, cfg):
+    """phi(z), which has E phi(z)^2 = 1 and coefficients a_k >= 0 where it is a polynomial."""
+    if cfg.variant == "relu":
+        return math.sqrt(2) * z.clamp(min=0)
+    if cfg.variant == "gelu":
+        gelu = torch.nn.functional.gelu
+        return gelu(z) / hermite(gelu).norm()
+    if cfg.variant == "sine":
+        return (math.sqrt(cfg.s) * z).sin() / math.sqrt(math.exp(-cfg.s) * math.sinh(cfg.s))
+    before, now, total = torch.zeros_like(z), torch.ones_like(z), torch.zeros_like(z)
+    for k, square in enumerate(coefficients(cfg).tolist()):
+        total = total + math.sqrt(square) * now
+        before, now = now, (z * now - math.sqrt(k) * before) / math.sqrt(k + 1)
+    return total
 
 
 def horner(weights, x):
@@ -208,6 +225,26 @@ def votes(x, y, z, cfg):
     return tabulated(gap, cfg) @ y
 
 
+def diagram(cfg):
+    """A Figure: the activations with their default fields by limit, and in bold that of cfg."""
+    from matplotlib.figure import Figure
+
+    figure, z = Figure(figsize=(9, 3), layout="constrained"), torch.linspace(-3, 3, 241).double()
+    names = "majority vote", "singular kernel", "1-NN"
+    axes = dict(zip(names, figure.subplots(1, 3, sharey=True)))
+    for variant in VARIANTS:
+        ours = variant == cfg.variant
+        shown = cfg if ours else Config(variant, d=cfg.d)
+        name, alpha = limit(shown)
+        label = f"{variant}, alpha {alpha:.2f}" if name == "singular kernel" else variant
+        axes[name].plot(z, activation(z, shown), label=label, linewidth=3 if ours else 1)
+    for name, ax in axes.items():
+        ax.set(title=name, xlabel="z", ylim=(-4, 4))
+        ax.legend(fontsize="small")
+    axes["majority vote"].set_ylabel("activation phi(z)")
+    return figure
+
+
 def run(lab, cfg):
     x, y = lab.world.points(cfg.n, lab.rng("train"))
     z, truth = lab.world.points(2000, lab.rng("test"), held_out=True)
@@ -219,7 +256,7 @@ def run(lab, cfg):
 
     def table():
         _, alpha = limit(cfg)
-        alpha = alpha if math.isfinite(alpha) else None
+        alpha = alpha if math.isfinite(alpha) and not cfg.depth else None
         return {
             "wide and deep": row(votes(x, onehot, z, cfg).argmax(1), alpha),
             "Hilbert kernel": row((gap.clamp(min=1e-16) ** (-cfg.d / 2) @ onehot).argmax(1)),
@@ -228,4 +265,6 @@ def run(lab, cfg):
             "Bayes": row(lab.world.bayes(z).argmax(1)) if lab.world.bayes else {},
         }
 
+    if not cfg.depth:
+        lab.draw("activations", diagram(cfg))
     return lab.stage("table", table)

@@ -2,6 +2,9 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -189,6 +192,39 @@ def test_a_value_that_cannot_be_made_leaves_no_lock(tmp_path):
     with pytest.raises(UserError), store.alone(str(tmp_path / "value")):
         raise UserError("no")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM that a process can handle")
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_no_process_of_jobs_outlives_the_command(tmp_path, number, status):
+    # the tasks are stand-ins that write their process id and wait
+    (tmp_path / "train.py").write_text(
+        "import os, sys, time\n"
+        "open(f'{sys.argv[-1][0]}.pid', 'w').write(f'{os.getpid()} ')\n"
+        "time.sleep(60)\n"
+    )
+    command = (
+        "import sys\n"
+        "from lab import spread\n"
+        "spread.HERE = '.'\n"
+        "try:\n"
+        "    spread.in_processes({}, 'out', ['a', 'b', 'c'], 2)\n"
+        "except KeyboardInterrupt:\n"
+        "    sys.exit(130)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": store.HERE}
+    process = subprocess.Popen([sys.executable, "-c", command], cwd=tmp_path, env=environment)
+    end, numbers = time.time() + 60, []
+    while len(numbers) < 2 and time.time() < end:
+        time.sleep(0.05)
+        texts = [path.read_text() for path in tmp_path.glob("*.pid")]
+        numbers = [int(text) for text in texts if text.endswith(" ")]
+    process.send_signal(number)
+    assert process.wait(30) == status and len(numbers) == 2
+    assert len(list(tmp_path.glob("*.pid"))) == 2  # the third task was not begun
+    for number in numbers:
+        with pytest.raises(ProcessLookupError):
+            os.kill(number, 0)
 
 
 def test_shares_are_disjoint_and_cover_all_tasks():

@@ -71,6 +71,31 @@ ACTIVATIONS = {
 }
 
 
+@pytest.mark.parametrize("cfg", [*map(Config, VARIANTS), Config(d=2), Config("poly", p=0.1)])
+def test_the_drawn_activation_is_the_one_that_classifies(cfg):
+    z = torch.linspace(-3, 3, 13, dtype=torch.float64)
+    expected = ACTIVATIONS[cfg.variant](z)
+    if cfg.d == 1 and cfg.p in (None, 0.5):
+        torch.testing.assert_close(wide_deep.activation(z, cfg), expected, rtol=0, atol=2e-4)
+    if cfg.variant != "relu":  # its quadrature converges slowly at the kink
+        found = hermite(lambda x: wide_deep.activation(x, cfg)).square()
+        size = min(len(found), len(coefficients(cfg)), 20)
+        torch.testing.assert_close(found[:size], coefficients(cfg)[:size], rtol=0, atol=1e-9)
+
+
+def test_the_picture_has_the_activations_of_each_limit_and_that_of_the_run_in_bold():
+    panels = wide_deep.diagram(Config("poly", p=0.1, degree=3)).axes
+    found = {ax.get_title(): [line.get_label() for line in ax.lines] for ax in panels}
+    assert found["majority vote"] == ["relu", "gelu"] and found["1-NN"] == ["square"]
+    assert found["singular kernel"] == [
+        "optimal, alpha 0.50",
+        "poly, alpha 2.24",
+        "sine, alpha 1.00",
+    ]
+    bold = [line.get_label() for ax in panels for line in ax.lines if line.get_linewidth() == 3]
+    assert bold == ["poly, alpha 2.24"]
+
+
 @pytest.mark.parametrize("name", ["optimal", "sine", "square", "poly", "gelu"])
 def test_coefficients_are_those_of_the_activation(name):
     cfg = Config(name)
