@@ -119,7 +119,10 @@ def run(lab, cfg):
     every = -(-pairs_per_round(lab) * steps_per_pair(cfg) // lab.batch_size)  # steps per round
 
     def data(policy, round):
-        return rollout(lab, policy, cfg)
+        rows = rollout(lab, policy, cfg)
+        if not rows and round:
+            raise StopTraining(f"round {round + 1} gave no pairs: both images have equal rewards")
+        return rows
 
     def score(model, batch):
         about = batch.x, batch.after, batch.step, batch.label, cfg.sampler_steps, cfg.eta
