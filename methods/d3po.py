@@ -12,8 +12,8 @@ of the rejected one, so each step has a DPO loss:
 Only the first step, where both paths share a state, follows from theory (eq. 12).
 
 Differences from the paper
-1. As in the official code, log-probs are means over dimensions and ratios are clipped.
-2. The last step, which has no density, is left out.
+1. As in the code, log-probs are means over dimensions and ratios are clipped.
+2. The last step, which has no density, and guidance are left out.
 3. Training stops when the KL of a path exceeds a limit.
 
     python train.py --method d3po                          the reward rises, variety falls
