@@ -130,7 +130,8 @@ class World(world.World):
         Fisher's approximation of the chi distribution.
         """
         radius = 3 + (math.sqrt(2 * self.dim - 1) - math.sqrt(3)) / math.sqrt(2)
-        return (self._nearest(x)[0] > radius * self.std).double().mean().item()
+        near = self._nearest(x)[0] <= radius * self.std  # false for NaN
+        return (~near).double().mean().item()
 
     def mode_entropy(self, x):
         """Normalized entropy of the nearest modes of points (n, D): 1 = uniform, 0 = one mode."""

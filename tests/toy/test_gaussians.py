@@ -52,6 +52,8 @@ def test_measure_counts_points_off_the_ring_and_modes():
         world.off_manifold(ring + 0.149 / math.sqrt(2)) == 0 and world.off_manifold(1.2 * ring) == 1
     )
     assert abs(world.mode_entropy(ring) - 1) < 1e-12 and world.mode_entropy(one) == 0
+    lost = torch.tensor([[torch.nan, 0.0], [torch.inf, 0.0]])
+    assert world.off_manifold(lost) == 1 and world.off_manifold(torch.cat([ring[:2], lost])) == 0.5
     assert (
         abs(world.mode_entropy(torch.cat([ring[:1], ring[4:5]])) - math.log(2) / math.log(8))
         < 1e-12
