@@ -809,8 +809,9 @@ class Denoiser(nn.Module):
         """KL of this model's ancestral sampler from another's, in nats: (n,), one path per prompt.
 
         It is the sum over the steps of |mean - other mean|^2 / (2 variance) along sampled paths,
-        and an upper bound on the KL of the images. It depends on the number of steps. The last
-        step, which is deterministic, is left out. Both models need the same noise schedule.
+        and depends on the number of steps. The last step, which is deterministic, is left out, so
+        it bounds the KL of the noisy images before that step, not of the images. Both models need
+        the same noise schedule.
         """
         label, (times, levels) = self.labels(prompts), self.grid(steps)
         noise, total = self.draw((len(label), *self.shape), rng), 0.0

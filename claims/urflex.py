@@ -79,8 +79,25 @@ def measure(lab):
 
 
 def report(lab, series):
-    """A picture of the truth and of the judge's errors during GRPO, one line per arm and seed."""
+    """A picture of the truth and of the judge's errors during GRPO, one line per arm and seed.
+
+    Besides, tables of the means over the seeds: of the judge before and after stage 2 beside both
+    yardsticks, and of the generators at their last look.
+    """
     from matplotlib.figure import Figure
+
+    from lab.report import rows_of
+
+    def means(found, keys):
+        return {key: sum(each[key] for each in found) / len(found) for key in keys}
+
+    said = ("overall", "reasons", "leader", "valid", "greedy")
+    judges = {f"judge {name}": means(series[f"judge {name}"], said) for name in ("sft", "flex")}
+    for name in ("fixed_rubric", "known_weights"):  # they write no traces
+        judges[name] = {"greedy": means(series["judge flex"], [name])[name]}
+    ends = {name: [curve[-1] for curve in series[f"generator {name}"]] for name in GENERATORS}
+    last = ("utility", "worst_context", "judge_wins", "true_wins", "own_lost", "frechet_256")
+    ends = {f"generator {name}": means(found, last) for name, found in ends.items()}
 
     figure = Figure(figsize=(12, 4), layout="constrained")
     panels = ("utility", "worst_context", "judge_right", "own_lost")
@@ -92,7 +109,11 @@ def report(lab, series):
         axes.set_title(metric, fontsize=10)
         axes.set_xlabel("step")
     axes.legend(frameon=False, fontsize=8)
-    return {"truth and judge.png": figure}
+    return {
+        "truth and judge.png": figure,
+        "judges.txt": rows_of(judges),
+        "generators after GRPO.txt": rows_of(ends),
+    }
 
 
 CLAIMS = [

@@ -277,10 +277,15 @@ def refuse_idle(settings, world, start):
         )
     if isinstance(start, nanomodel.UNet):
         model = world.model()
-        if (start.shape, start.classes) != (model.shape, model.classes):
+        if start.shape != model.shape:
             raise UserError(
                 f"--init {settings.init} makes images of shape {start.shape}, "
                 f"{world.name} has {model.shape}"
+            )
+        if start.classes != model.classes:
+            raise UserError(
+                f"--init {settings.init} makes images of {start.classes} classes, "
+                f"{world.name} has {model.classes}"
             )
     bad = idle(settings, world)
     if bad:

@@ -12,8 +12,8 @@ of the rejected one, so each step has a DPO loss:
 Only the first step, where both paths share a state, follows from theory (eq. 12).
 
 Differences from the paper
-1. As in the official code, log-probs are means over dimensions and ratios are clipped.
-2. The last step, which has no density, is left out.
+1. As in the code, log-probs are means over dimensions and ratios are clipped.
+2. The last step, which has no density, and guidance are left out.
 3. Training stops when the KL of a path exceeds a limit.
 
     python train.py --method d3po                          the reward rises, variety falls
@@ -119,7 +119,10 @@ def run(lab, cfg):
     every = -(-pairs_per_round(lab) * steps_per_pair(cfg) // lab.batch_size)  # steps per round
 
     def data(policy, round):
-        return rollout(lab, policy, cfg)
+        rows = rollout(lab, policy, cfg)
+        if not rows and round:
+            raise StopTraining(f"round {round + 1} gave no pairs: both images have equal rewards")
+        return rows
 
     def score(model, batch):
         about = batch.x, batch.after, batch.step, batch.label, cfg.sampler_steps, cfg.eta

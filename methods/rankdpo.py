@@ -32,6 +32,7 @@ from data import Paper, UserError, check_fields, readable, upcast
 PAPER = Paper(
     "images",
     worlds=("text", "images", "table"),
+    ignores=("flip", "label_temperature", "length_bias"),  # reward models vote, not annotators
     defaults=dict(world="scenes"),
 )
 SCALES = (1.0, 1.5, 2.0, 3.0)  # guidance of the generators

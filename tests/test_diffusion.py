@@ -554,6 +554,18 @@ def test_path_kl_is_zero_for_one_model_and_is_the_mean_of_the_log_ratio():
     assert (kl.mean() - ratio.mean()).abs() < 4 * error < 0.3 * kl.mean()
 
 
+def test_path_kl_does_not_see_the_last_step_which_changes_images():
+    class Late(Gaussian):
+        def eps(self, x, t, label, guidance=1.0):
+            return super().eps(x, t, label) + (t < 200).view(-1, 1)
+
+    model, other = Gaussian(0.5), Late(0.5)
+    assert model.times(5)[:2, 0].tolist() == [199, 399]
+    assert model.path_kl(other, [0] * 3, rng(), 5).abs().max() == 0
+    ours, theirs = (m.sample([0], 9, rng(), steps=5, eta=1.0) for m in (model, other))
+    assert (ours - theirs).abs().min() > 0.5
+
+
 @pytest.mark.parametrize("k", [0.0, 0.3, 1.0])
 def test_a_denoiser_of_u_reads_its_output_with_its_own_k(k):
     class U(Gaussian):

@@ -59,6 +59,7 @@ class World(world.World):
     name, kind = "gaussians", "images"
     pretrain = dict(steps=3000, batch_size=512, lr=3e-3)
     align = dict(prompts=4096, steps=300, lr=1e-4, batch_size=256)
+    gallery = [0] * 128  # samples.png shows eight points for each
 
     def __init__(self, dim=2, modes=8, std=0.1, clean=1.0, **kwargs):
         if dim < 2 or modes < 1 or std <= 0 or not 0 <= clean <= 1:
@@ -130,7 +131,8 @@ class World(world.World):
         Fisher's approximation of the chi distribution.
         """
         radius = 3 + (math.sqrt(2 * self.dim - 1) - math.sqrt(3)) / math.sqrt(2)
-        return (self._nearest(x)[0] > radius * self.std).double().mean().item()
+        near = self._nearest(x)[0] <= radius * self.std  # false for NaN
+        return (~near).double().mean().item()
 
     def mode_entropy(self, x):
         """Normalized entropy of the nearest modes of points (n, D): 1 = uniform, 0 = one mode."""
@@ -154,6 +156,27 @@ class World(world.World):
         """{off_manifold, mode_entropy} of 4,000 samples."""
         x = policy.sample([0], 4000, lab.rng("measure"), steps=50)[0]
         return {"off_manifold": self.off_manifold(x), "mode_entropy": self.mode_entropy(x)}
+
+    def picture(self, before, after):
+        """A Figure of the points (n, k, D) of two models in the plane, from the same noise.
+
+        Circles are 3 std around the modes. A point farther than 2 from the origin in a coordinate
+        is drawn at the edge.
+        """
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Circle
+
+        figure = Figure(figsize=(9, 4.8), layout="constrained")
+        for axes, x, title in zip(figure.subplots(1, 2), (before, after), ("before", "after")):
+            x = points(x.flatten(0, 1))
+            mean, off = self.reward([0] * len(x), x).mean(), self.off_manifold(x)
+            axes.scatter(*(x @ self.plane).nan_to_num(0.0).clamp(-2, 2).T, s=3, alpha=0.5)
+            for mode in self.modes @ self.plane:
+                axes.add_patch(Circle(mode.tolist(), 3 * self.std, fill=False, color="0.5"))
+            axes.set(xlim=(-2.05, 2.05), ylim=(-2.05, 2.05), aspect="equal")
+            axes.set_title(f"{title} (mean reward {mean:.2f}, {off:.0%} off the ring)", fontsize=10)
+            axes.set_xlabel("first coordinate, the reward", fontsize=8)
+        return figure
 
 
 def points(x):

@@ -171,6 +171,13 @@ def test_a_model_of_images_is_not_asked_for_text(tmp_path, capsys, monkeypatch):
     refused(capsys, ["--method", "dpo", "--init", "unet", "--data", path], "unet", "UNet", "text")
 
 
+def test_a_model_of_other_images_or_classes_is_refused(tmp_path, capsys):
+    argv = ["--method", "dpo", "--world", "digits", "--init", "unet"]
+    for wrong, words in ((dict(size=(4, 4)), "shape (1, 4, 4)"), (dict(classes=5), "5 classes")):
+        UNet(UNetConfig(width=8, **wrong)).save_pretrained(str(tmp_path / "unet"))
+        refused(capsys, argv, f"--init unet makes images of {words}, digits has ")
+
+
 def test_a_file_beyond_the_limit_is_read_with_a_larger_one(tmp_path, capsys, monkeypatch):
     small(monkeypatch)
     path = rows_file(tmp_path / "pairs.jsonl", PAIRS)

@@ -188,6 +188,23 @@ def test_a_policy_beyond_the_limit_is_stopped_and_the_run_says_so():
         rollout(lab, policy, Config(sampler_steps=4, kl_limit=0.01))
 
 
+def test_a_later_round_of_ties_ends_the_training_and_a_first_one_the_run():
+    lab, rounds = small(), []
+    plain = lab.world.reward
+
+    def reward(prompts, x):
+        later = lab.round is not None and lab.round >= min(rounds, default=1)
+        return torch.zeros(len(x)).double() if later else plain(prompts, x)
+
+    lab.world.reward = reward
+    policy = run(lab, Config(sampler_steps=3))  # 2 steps per round
+    assert "stopped after step 2: round 2 gave no pairs" in lab.stopped
+    assert policy.curve[-1]["step"] == 2
+    rounds.append(0)
+    with pytest.raises(UserError, match="no rows to align on in round 0"):
+        run(lab, Config(sampler_steps=3))
+
+
 @pytest.mark.parametrize("reference", ["start", "round"])
 def test_the_reference_stays_or_follows(reference):
     seen = []

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from data import UserError
 from lab import Lab, Settings
+from lab.flags import combinations, read_flags
 from methods import dpo
 from methods.rankdpo import (
     SCALES,
@@ -276,6 +277,17 @@ def test_options_without_effect_are_refused_before_anything_is_trained(world, wr
     with pytest.raises(UserError, match=match):
         run(lab, Config(**wrong))
     assert lab.reference is None
+
+
+@pytest.mark.parametrize("flag", ["flip", "label_temperature", "length_bias"])
+def test_settings_of_annotators_are_refused_since_reward_models_vote(flag):
+    argv = ["--method", "rankdpo", "--world", "reviews", f"--{flag}", "0.4"]
+    with pytest.raises(UserError, match=f"--{flag} does nothing under rankdpo"):
+        combinations(*read_flags(argv))
+    if flag != "length_bias":  # only texts have a length
+        there = [tiny(), tiny(**{flag: 0.4})]
+        plain, other = ([row["scores"] for row in ranked(x, x.base(), Config())] for x in there)
+        assert plain == other
 
 
 def test_a_base_model_without_dropped_labels_draws_its_lists_without_guidance():

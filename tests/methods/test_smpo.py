@@ -213,6 +213,19 @@ def test_a_run_trains_on_relabelled_rows_and_repeats_itself():
     assert not torch.equal(ends[0], torch.cat([p.detach().flatten() for p in other.parameters()]))
 
 
+def test_a_run_says_how_many_labels_the_reward_model_replaces():
+    lab, said = small(label_temperature=0.0), []
+    lab.say = said.append
+    run(lab, Config(inversion_steps=2))  # the truth agrees with labels without noise
+    lab.preferences = lambda policy, k: [
+        dict(prompt=0, responses=torch.tensor([[x, 0.0], [y, 0.0]]), scores=[1.0, 0.0])
+        for x, y in [(0.0, 1.0), (0.0, 2.0), (1.0, 0.0), (1.0, 1.0)] * 4
+    ]
+    run(lab, Config(inversion_steps=2))
+    words = "the reward model, which replaces the labels, agrees with {} of them"
+    assert said == [words.format(share) for share in ("100%", "38%")]
+
+
 # ---- errors
 
 

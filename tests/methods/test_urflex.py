@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from claims import urflex as claims
 from data import UserError
 from lab import Lab, Settings
 from methods import urflex
@@ -339,6 +340,21 @@ def test_a_world_without_criteria_is_refused():
 
     with pytest.raises(UserError, match="urflex needs a world with criteria, but gaussians"):
         refuse_method("urflex", urflex.PAPER, Lab(Settings(world="gaussians")).world, Settings())
+
+
+def test_the_page_of_the_claim_has_both_yardsticks_and_the_ends_of_the_generators():
+    names = ("overall", "reasons", "leader", "valid", "greedy", "fixed_rubric", "known_weights")
+    seen = [dict(zip(names, [x, *[0.5] * 3, 0.8, 0.7, 0.9 + x])) for x in (0.0, 0.04)]
+    ends = dict.fromkeys((*NAMES, "frechet_256"), 2.0)
+    curves = [[dict(ends, step=step, utility=step / 10) for step in (0, n)] for n in (10, 30)]
+    series = {f"generator {name}": curves for name in claims.GENERATORS}
+    pages = claims.report(None, series | {"judge sft": seen, "judge flex": seen})
+    rows = [line.split() for line in pages["judges.txt"].splitlines()[1:]]
+    assert ["known_weights", "-", "-", "-", "-", "0.920"] in rows
+    assert ["judge", "flex", "0.020", "0.500", "0.500", "0.500", "0.800"] in rows
+    words = pages["generators after GRPO.txt"].splitlines()[1].split()
+    assert words[:4] == ["generator", "flex", "2.000", "2.000"]
+    assert len(pages["truth and judge.png"].axes) == 4
 
 
 # ---- mutation cases

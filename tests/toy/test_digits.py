@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from data import UserError
+from diffusion import alpha_bar
 from lab import Lab, Settings
 from lab.report import write_picture
 from methods import dpo
@@ -482,6 +483,16 @@ def test_accuracy_on_held_out_pairs_is_that_of_the_log_ratio(tmp_path):
     assert world.pair_accuracy(policy, lab) == 1.0
     policy.logps = lambda batch: -logps(batch)
     assert world.pair_accuracy(policy, lab) == 0.0
+
+
+def test_a_model_of_another_schedule_has_no_accuracy_on_held_out_pairs(tmp_path):
+    chosen, rejected = pairs_of_squares()
+    path = written(tmp_path / "pairs.npz", image_w=chosen, image_l=rejected)
+    lab = Lab(Settings(data=path, base_steps=0, device="cpu"), quiet=True)
+    policy = lab.base()
+    assert lab.world.measure(policy, lab)["pair_accuracy"] == 0.5
+    policy.alpha_bar = alpha_bar("flow").float()
+    assert "pair_accuracy" not in lab.world.measure(policy, lab)
 
 
 @pytest.mark.slow

@@ -52,6 +52,8 @@ def test_measure_counts_points_off_the_ring_and_modes():
         world.off_manifold(ring + 0.149 / math.sqrt(2)) == 0 and world.off_manifold(1.2 * ring) == 1
     )
     assert abs(world.mode_entropy(ring) - 1) < 1e-12 and world.mode_entropy(one) == 0
+    lost = torch.tensor([[torch.nan, 0.0], [torch.inf, 0.0]])
+    assert world.off_manifold(lost) == 1 and world.off_manifold(torch.cat([ring[:2], lost])) == 0.5
     assert (
         abs(world.mode_entropy(torch.cat([ring[:1], ring[4:5]])) - math.log(2) / math.log(8))
         < 1e-12
@@ -61,6 +63,20 @@ def test_measure_counts_points_off_the_ring_and_modes():
     policy = SimpleNamespace(sample=lambda prompts, k, rng, steps: world.points(k, rng)[None])
     values = world.measure(policy, SimpleNamespace(rng=lambda name: rng()))
     assert set(values) == {"off_manifold", "mode_entropy"} and values["off_manifold"] < 0.03
+
+
+def test_the_picture_of_a_run_has_the_points_of_both_models():
+    world, far = World(5), torch.tensor([[torch.nan] * 5, [torch.inf] * 5, [-1e9] * 5])
+    before = world.points(16, rng()).view(2, 8, 5)
+    after = torch.cat([before.flatten(0, 1)[:13], far]).view(2, 8, 5)
+    left, right = world.picture(before, after).axes
+    drawn = torch.from_numpy(left.collections[0].get_offsets().data)
+    torch.testing.assert_close(drawn, before.flatten(0, 1).double() @ world.plane)
+    others = torch.from_numpy(right.collections[0].get_offsets().data)
+    assert torch.equal(others[:13], drawn[:13]) and others.abs().max() == 2
+    mean = world.reward([0] * 16, before.flatten(0, 1)).mean()
+    assert left.get_title() == f"before (mean reward {mean:.2f}, 0% off the ring)"
+    assert "19% off the ring" in right.get_title() and len(left.patches) == 8
 
 
 def test_contaminated_points():
