@@ -38,6 +38,8 @@ def watched(lab):
         x = policy.sample([0], n, rng, steps=50)[0]
         found = {"reward": lab.world.reward([0] * n, x).mean().item()}
         found["off"] = lab.world.off_manifold(x)
+        x = policy.sample([0], n, lab.rng("ancestral points"), steps=10, eta=1.0)[0]
+        found["off, ancestral"] = lab.world.off_manifold(x)
         kl = policy.path_kl(lab.reference, [0] * lab.few(256, 16), lab.rng("kl")).mean().item()
         return found | {"kl": kl}
 
@@ -167,6 +169,17 @@ CLAIMS = [
         "dpo",
         at_kl="shared",
         margin=0.05,
+    ),
+    claim(
+        "On gaussians, at matched KL, D3PO leaves fewer samples of ten ancestral steps off the "
+        "ring than Diffusion-DPO on as many pairs that the base model sampled once",
+        "off, ancestral",
+        "d3po",
+        "<",
+        "dpo",
+        at_kl="shared",
+        margin=0.05,
+        expect="inconclusive",
     ),
     claim(
         "On gaussians, at matched KL, D3PO has a higher true reward than Diffusion-DPO on as many "

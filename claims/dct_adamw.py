@@ -103,7 +103,7 @@ ARMS = {
     "Trion": Trion,
     "Dion": Dion,
 }
-REVIEWS = ("AdamW", "DCT", "SVD")
+REVIEWS = ("AdamW", "DCT", "SVD", "fixed")
 RATES = {  # the best on tuning seeds: on reviews, where it is measured, and on the chain
     "AdamW": (1e-2, 3e-2),
     "DCT": (2e-2, 3e-2),

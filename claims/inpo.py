@@ -59,11 +59,14 @@ def arm(cfg):
         def watch(policy, step):
             nonlocal spent, start
             spent += time.process_time() - start if step else 0.0
-            x = policy.sample([0], lab.few(2000, 16), lab.rng("points"), steps=50)[0]
-            reward = lab.world.reward([0] * len(x), x).mean().item()
+            n = lab.few(2000, 16)
+            x = policy.sample([0], n, lab.rng("points"), steps=50)[0]
+            reward = lab.world.reward([0] * n, x).mean().item()
             kl = policy.path_kl(lab.reference, [0] * lab.few(1000, 16), lab.rng("kl"))
             found = {"reward": reward, "kl": kl.mean().item(), "off": lab.world.off_manifold(x)}
             found["entropy"] = lab.world.mode_entropy(x)
+            x = policy.sample([0], n, lab.rng("ancestral points"), steps=10, eta=1.0)[0]
+            found["off, ancestral"] = lab.world.off_manifold(x)
             start = time.process_time()
             return found | {"seconds": spent / max(1, step)}
 
@@ -134,6 +137,17 @@ CLAIMS = [
         "dpo",
         at_kl="shared",
         margin=0.05,
+    ),
+    claim(
+        "On gaussians, at matched KL, InPO that inverts with the policy leaves fewer samples of "
+        "ten ancestral steps off the ring than Diffusion-DPO at the same beta",
+        "off, ancestral",
+        "inpo",
+        "<",
+        "dpo",
+        at_kl="shared",
+        margin=0.05,
+        expect="inconclusive",
     ),
     fewer(
         "at a true reward of 0.95, InPO that inverts with the policy leaves fewer points off the "

@@ -39,6 +39,7 @@ from toy import gaussians
 
 NEAR = 0.4  # a difference of rewards below which annotators look at something else
 BETA = 1.25
+MEASURED = ("drift", "off", "off, ancestral", "kl")
 
 
 class Annotated(gaussians.World):
@@ -60,9 +61,12 @@ def watched(lab):
     """Reward, drift, share off the ring and KL of a path, from 2,000 points."""
 
     def watch(policy, step):
-        x = policy.sample([0], lab.few(2000, 16), lab.rng("points"), steps=50)[0]
+        n = lab.few(2000, 16)
+        x = policy.sample([0], n, lab.rng("points"), steps=50)[0]
         reward, other = (gaussians.points(x) @ lab.world.plane).mean(0).tolist()
         found = {"reward": reward, "drift": abs(other), "off": lab.world.off_manifold(x)}
+        x = policy.sample([0], n, lab.rng("ancestral points"), steps=10, eta=1.0)[0]
+        found["off, ancestral"] = lab.world.off_manifold(x)
         kl = policy.path_kl(lab.reference, [0] * lab.few(1000, 16), lab.rng("kl")).mean().item()
         return found | {"kl": kl}
 
@@ -123,7 +127,7 @@ def measure(lab):
     series = curves | {
         f"{key} of {name}": [at_or_nan(curve, "reward", 0.8, key) for curve in curves[name]]
         for name in ARMS
-        for key in ("drift", "off", "kl")
+        for key in MEASURED
     }
     trips = []
     for seed in lab.seeds:
@@ -141,9 +145,9 @@ def report(lab, series):
         ends = [curve[-1] for curve in series[name]]
         rows[name] = {
             f"{key}, at the end": sum(end[key] for end in ends) / len(ends)
-            for key in ("reward", "drift", "off", "kl")
+            for key in ("reward", *MEASURED)
         }
-        for key in ("drift", "off", "kl"):
+        for key in MEASURED:
             found = [x for x in series[f"{key} of {name}"] if finite(x)]  # of runs that reach 0.8
             rows[name][f"{key}, at 0.8"] = sum(found) / len(found) if found else math.nan
     return {"arms.txt": rows_of(rows)}
@@ -173,6 +177,16 @@ CLAIMS = [
         "off of dpo",
         margin=0.03,
         expect="reversed",
+    ),
+    claim(
+        f"{WHERE}, at a true reward of 0.8, SmPO leaves fewer samples of ten ancestral steps off "
+        "the ring than Diffusion-DPO on their labels",
+        None,
+        "off, ancestral of smpo",
+        "<",
+        "off, ancestral of dpo",
+        margin=0.03,
+        expect="inconclusive",
     ),
     claim(
         f"{WHERE}, at a true reward of 0.8 and the same inversions, hard labels of a slightly "

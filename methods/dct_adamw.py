@@ -48,6 +48,7 @@ PAPER = Paper(
         "ema",
         "dtype",
         "compile",
+        "capture",
     ),
     defaults=dict(world="reviews", steps=300, lr=1e-2, eval_every=60),
     core=(
@@ -347,9 +348,16 @@ def cost(model, make):
     found, times = make(params), []
     for p in params:
         p.grad = torch.randn_like(p)
+
+    def wait():
+        if params[0].is_cuda:
+            torch.cuda.synchronize()
+
     for _ in range(5):
+        wait()
         begin = time.perf_counter()
         found.step()
+        wait()
         times.append(time.perf_counter() - begin)
     states = [x for state in found.state.values() for x in state.values()]
     size = sum(x.numel() * x.element_size() for x in states if isinstance(x, torch.Tensor))

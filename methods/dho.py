@@ -49,7 +49,7 @@ class Config:
     alpha: float | None = None  # share of the label head in the mix [searched]
     beta: float | None = None  # temperature of the teacher head in the mix [searched]
     shots: int = 8  # labels per class, and as many for the validation
-    n: int = 1500  # unlabeled points
+    n: int = 1500  # unlabeled points, or as many as the world has
 
     def __post_init__(self):
         check_fields(self, lam="[0, 1]", tau="(0, inf)", alpha="[0, 1]", beta="(0, inf)")
@@ -180,7 +180,10 @@ def run(lab, cfg):
 
 
 def sets(world, cfg, rng):
-    """`shots` labeled points per class, as many for the validation, and the unlabeled ones."""
+    """`shots` labeled points per class, as many for the validation, and the unlabeled ones.
+
+    No point is in two sets. A world with few points gives fewer than cfg.n unlabeled ones.
+    """
     need = 2 * cfg.shots
     x, y = world.points(max(cfg.n, 20 * need * world.classes), rng)
     labeled, val = [], []
@@ -192,6 +195,9 @@ def sets(world, cfg, rng):
     few = x[torch.cat([labeled, val])]
     if len(few) < need * world.classes or len(few.unique(dim=0)) < len(few):
         raise UserError(f"--shots {cfg.shots}: {world.name} has fewer points of some class")
-    rest = torch.ones(len(x), dtype=torch.bool)
-    rest[labeled] = rest[val] = False
+    same = x.unique(dim=0, return_inverse=True)[1]  # a world with few points repeats them
+    first = torch.full((len(x),), len(x)).scatter_reduce(0, same, torch.arange(len(x)), "amin")
+    rest = torch.zeros(len(x), dtype=torch.bool)
+    rest[first[first < len(x)]] = True
+    rest &= ~torch.isin(same, same[torch.cat([labeled, val])])
     return x[labeled], y[labeled], x[val], y[val], x[rest][: cfg.n]

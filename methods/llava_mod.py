@@ -17,6 +17,7 @@ Differences from the paper
 2. Routing has no noise and no token limit, and all experts compute every token, unused ones at
    weight 0.
 3. The sparse student is not saved as a checkpoint.
+4. In the last stage, the balance counts once for chosen and rejected responses together.
 
     python train.py --method llava_mod                      fewer hallucinations than the teacher
     python train.py --method llava_mod --anchor student     the student itself as reference

@@ -33,7 +33,7 @@ PAPER = Paper(
     "beyond",
     worlds=("vectors",),
     needs="points",
-    ignores=("eval_every",),
+    ignores=("eval_every", "capture"),
     defaults=dict(world="blobs", steps=600, lr=3e-3, batch_size=256),
     core=("frequencies", "anchors", "rescaled", "posterior"),
 )
@@ -198,7 +198,8 @@ def run(lab, cfg):
         shares = frequencies(torch.from_numpy(near.labels_).long(), d, k, r)
         rows["k-means on x"] = row(found, shares)
         if lab.world.bayes:
-            best = (lab.world.bayes(z) * W[:, e].T).argmax(1)
+            own = 1.0 if lab.world.class_shares is None else lab.world.class_shares
+            best = (lab.world.bayes(z) / own * W[:, e].T).argmax(1)
             rows["Bayes"] = {"accuracy": (best == truth).double().mean().item()}
         return rows
 

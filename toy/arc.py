@@ -29,6 +29,7 @@ class World(world.World):
         first = torch.arange(stripes) % 3 == 0
         one = torch.where(first, high, 1 - high).double()
         self.table = torch.stack([1 - one, one], 1)  # (stripes, classes) P(class | stripe)
+        self.class_shares = self.table.mean(0)
 
     def key(self):
         """The arguments."""

@@ -69,6 +69,7 @@ class World:
     classes = None  # the number of classes
     side = None  # a point is a picture of side x side pixels; None: it is none
     bayes = None  # x (n, features) -> (n, classes), the true class probabilities; None: unknown
+    class_shares = None  # (classes,) of points without `shares`; None: all are equal
     soft_labels = None  # x (n, features) -> logits (n, classes) of a teacher; None: there is none
 
     # rows that the world provides itself
