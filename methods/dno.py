@@ -144,8 +144,11 @@ def ranks(P, k, rng, cfg):
     return (upper | lower).sum(-1).to(P.dtype)
 
 
-def pairs_of(row, r, k, cfg):
-    """The pairs of one pool, the better response first; r: a list of the M ranks."""
+def pairs_of(row, r, k, cfg, level=None):
+    """The pairs of one pool, the better response first; r: a list of the M ranks.
+
+    level[i][j]: whether responses i and j are known to be equally good, and so not a pair.
+    """
     out = []
     for i in range(len(r)):
         for j in range(len(r)):
@@ -155,6 +158,7 @@ def pairs_of(row, r, k, cfg):
                 keep = r[i] > r[j] or (r[i] == r[j] and i < j)
             else:
                 keep = r[i] - r[j] >= cfg.margin and (cfg.variant == "prct" or i == k)
+                keep = keep and not (level and level[i][j])
             if keep and row["responses"][i] != row["responses"][j]:
                 z = torch.sigmoid(torch.tensor(r[i] - r[j])).item() if cfg.variant == "dno" else 1.0
                 two = dict(responses=[row["responses"][i], row["responses"][j]])
@@ -168,8 +172,16 @@ def pairs_of(row, r, k, cfg):
 def rollout(lab, policy, t, cfg):
     """The pairs of round t: pools of responses, ranked; none where no two differ enough."""
     rows = pools(lab, policy, t, cfg)
-    r = ranks(chances(lab, rows), lab.k, lab.rng("wins", t), cfg).tolist()
-    return [two for row, each in zip(rows, r) for two in pairs_of(row, each, lab.k, cfg)]
+    P = chances(lab, rows)
+    r = ranks(P, lab.k, lab.rng("wins", t), cfg).tolist()
+    # the wins of responses that a verifier calls equal are coin tosses: a pool of wrong answers
+    # would give pairs at random
+    level = (P - 0.5).abs().lt(1e-9).tolist() if lab.world.verifier else [None] * len(rows)
+    return [
+        two
+        for row, each, same in zip(rows, r, level)
+        for two in pairs_of(row, each, lab.k, cfg, same)
+    ]
 
 
 def replayed(fresh, older, rng, cfg):

@@ -255,6 +255,18 @@ def test_pairs_have_a_large_margin_and_may_be_of_all_three_kinds():
     assert pairs_of(ROW, r, 3, Config(margin=1))[2]["teacher"] == [0.0, 1.0]
 
 
+def test_responses_that_a_verifier_calls_equal_are_not_a_pair():
+    """The wins of equally good responses are coin tosses, and some of their margins are large."""
+    lab = Lab(Settings(world="trie", prompts=100, k=8), quiet=True)
+    rows = rollout(lab, lab.base(), 0, Config(rounds=1))
+    assert len(rows) > 100
+    assert lab.truth(rows) == [[1.0, 0.0]] * len(rows)
+    level = [[False] * 4 for _ in ROW["responses"]]
+    level[0][2] = True
+    two = pairs_of(ROW, [3.0, 0.0, 1.0, 2.0], 3, Config(), level)
+    assert [pair["responses"] for pair in two] == [[[1], [2]], [[3], [2]]]
+
+
 @pytest.mark.paper
 def test_algorithm_1_regresses_every_pair_on_the_difference_of_win_rates():
     pairs = pairs_of(ROW, [0.2, 0.6, 0.6, 0.2], 3, Config("dno"))
