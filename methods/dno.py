@@ -97,6 +97,10 @@ def check_pool(lab, cfg):
     needed = cfg.gold is True or cfg.variant in ("restrictive", "spin")
     if needed and lab.world.teacher is None:
         raise UserError(f"{lab.world.name} has no teacher: --gold false with variant prct or dno")
+    noise = ("flip", "label_temperature", "length_bias")
+    changed = [n for n in noise if getattr(lab.settings, n) != getattr(type(lab.settings), n)]
+    if cfg.variant == "spin" and changed:
+        raise UserError(f"--{changed[0]} does nothing with variant = spin: nothing is compared")
     if cfg.variant == "dno" and lab.k < 2:
         raise UserError(f"--k {lab.k}: a win rate over the policy needs at least 2 samples")
     most = lab.k - 1 + with_gold(lab, cfg)
