@@ -101,8 +101,6 @@ def check_pool(lab, cfg):
     changed = [n for n in noise if getattr(lab.settings, n) != getattr(type(lab.settings), n)]
     if cfg.variant == "spin" and changed:
         raise UserError(f"--{changed[0]} does nothing with variant = spin: nothing is compared")
-    if cfg.variant == "dno" and lab.k < 2:
-        raise UserError(f"--k {lab.k}: a win rate over the policy needs at least 2 samples")
     most = lab.k - 1 + with_gold(lab, cfg)
     if (cfg.margin or 0) > most:
         raise UserError(f"margin = {cfg.margin}: a response has at most {most} wins in its pool")

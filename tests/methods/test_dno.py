@@ -359,7 +359,6 @@ def test_a_later_round_without_pairs_ends_the_training_with_its_policy(monkeypat
         ({}, dict(variant="spin"), "no teacher"),
         ({}, dict(variant="restrictive"), "no teacher"),
         ({}, dict(margin=4), "margin = 4"),
-        (dict(k=1), dict(variant="dno"), "--k 1"),
         (dict(world="reviews", prompts=9), dict(variant="dno", output="average"), "only tables"),
         (dict(world="reviews", flip=0.1), dict(variant="spin"), "--flip does nothing"),
         (dict(world="reviews", length_bias=1.0), dict(variant="spin"), "--length_bias does"),
