@@ -262,6 +262,21 @@ def test_with_few_steps_every_source_is_seen_and_not_only_the_first(monkeypatch,
     assert (seen == sorted(seen)) == (variant != "joint")
 
 
+@pytest.mark.parametrize("steps, said", [(16, False), (17, True)])
+def test_steps_beyond_one_pass_over_the_stream_are_not_trained_and_a_line_says_so(
+    monkeypatch, capsys, steps, said
+):
+    def streamed(lab, policy, d, n):
+        two = dict(prompt=lab.world.prompts(1, lab.rng("x"))[0], responses=[" a", " ."])
+        return [two | dict(scores=[1.0, 0.0])] * n
+
+    monkeypatch.setattr(ofs_dpo, "chase", lambda lab, base, *about: LoRA.adapt(base, 2))
+    monkeypatch.setattr(ofs_dpo, "stream", streamed)
+    settings = dict(world="drift", base_steps=0, prompts=64, batch_size=4)
+    run(Lab(Settings(steps=steps, **settings)), Config())
+    assert ("16 of 17 steps: pairs are seen once" in capsys.readouterr().out) == said
+
+
 def test_a_source_without_a_pair_is_refused(monkeypatch):
     monkeypatch.setattr(ofs_dpo, "stream", lambda lab, policy, d, n: [])
     lab = Lab(Settings(world="drift", base_steps=0), quiet=True)
