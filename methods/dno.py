@@ -2,19 +2,20 @@
 Preferences (2024), arXiv:2404.03715
 
 No reward explains cyclic preferences, so DNO seeks the Nash equilibrium of the game with payoff
-P(y > y'). In round t the reward r_t of a response is its win rate over other samples of the round's
-first policy pi_t, and the implicit reward relative to pi_t is fitted to it (Algorithm 1, dno):
+P(y > y'). Round t begins with the policy pi_t. The reward r_t of a response is its win rate over
+samples of pi_t, and the implicit reward is fitted to it (Algorithm 1, dno):
 
     D = eta [ log pi(y1) / pi_t(y1) - log pi(y2) / pi_t(y2) ],    z = sigmoid(r_t(y1) - r_t(y2))
     loss = -z log sigmoid(D) - (1 - z) log sigmoid(-D)                                       (eq. 8)
 
 Algorithm 2 (prct) is iterated DPO (z = 1) on large-margin pairs from pools of K samples and a
-teacher's response, ranked by sampled comparisons. Variant restrictive keeps the pairs that the
+teacher's response, ranked by sampled comparisons. Variant restrictive keeps pairs that the
 teacher wins; spin prefers the teacher without comparing.
 
 Differences from the paper
-1. The margin counts wins, not an annotator's grades.
-2. The last policy is returned, not the best validated one.
+1. The margin counts wins, not grades.
+2. The last policy is returned, not the best one.
+3. Appendix A's regularized game is left out.
 
     python train.py --method dno                        the policy overtakes its teacher
     python train.py --method dno --variant spin         it stays below its teacher
