@@ -141,6 +141,35 @@ def test_modules_with_equal_learning_rates_stay_identical():
     assert (fast.norm() > slow.norm()).item()
 
 
+def with_roles(x, cfg, lr, start):
+    """Fast and slow vectors (2, S, D) and who leads (S,), as `chased` with roles that swap."""
+    theta, lead = start.clone(), torch.zeros(x.shape[1], dtype=torch.long)
+    rates, seen, swaps = torch.tensor([lr, cfg.rho * lr]).double()[:, None, None], 0.0, 0
+    for step, pairs in enumerate(x, 1):
+        m = (theta * pairs).sum(-1)  # (2, S)
+        fast = torch.stack([lead == 0, lead == 1]).double()
+        sign, other = 2 * fast - 1, m.flip(0)
+        slope = -torch.sigmoid(-m) - cfg.alpha * torch.sigmoid(-sign * (m - other))
+        theta = theta - rates * slope[..., None] * pairs
+        seen = seen - torch.nn.functional.logsigmoid(m)
+        if step % cfg.every == 0:
+            swaps, lead, seen = swaps + (seen.argmin(0) != lead).double(), seen.argmin(0), 0.0
+    return theta, lead, swaps
+
+
+def test_roles_swap_where_the_source_changes_and_accuracies_hardly_depend_on_it():
+    """The claims on the log-linear stream leave the roles as they are."""
+    streams, cfg = Streams(range(100, 110)), Config(1.0)
+    start = chased(streams.x[0], cfg, 0.05)
+    theta, lead, swaps = with_roles(streams.x[1], cfg, 0.05, start)
+    assert (swaps >= 2).all()
+    swapped = streams.accuracy(theta[lead, torch.arange(10)])
+    kept = streams.accuracy(chased(streams.x[1], cfg, 0.05, start)[0])
+    assert (swapped.mean(1) - kept.mean(1)).abs().max() < 0.01
+    still, _, _ = with_roles(streams.x[1], Config(1.0, every=10**6), 0.05, start)
+    torch.testing.assert_close(still, chased(streams.x[1], cfg, 0.05, start))
+
+
 # ---- combinations
 
 
