@@ -312,6 +312,22 @@ def test_a_round_has_its_own_prompts_and_the_teacher_is_the_last_of_the_pool():
 # ---- runs
 
 
+def test_the_pairs_of_the_last_round_are_replayed_first(monkeypatch):
+    seen, plain = [], rollout
+
+    def noted(fresh, older, rng, cfg):
+        seen.append([rows[0]["round"] for rows in older])
+        return []
+
+    def marked(lab, policy, t, cfg):
+        return [row | {"round": float(t)} for row in plain(lab, policy, t, cfg)]
+
+    monkeypatch.setattr(methods.dno, "replayed", noted)
+    monkeypatch.setattr(methods.dno, "rollout", marked)
+    run(small(steps=3), Config(margin=1))
+    assert seen == [[], [0.0], [1.0, 0.0]]
+
+
 @pytest.mark.slow
 def test_the_policy_of_a_run_is_less_exploitable_on_average_than_at_its_end():
     settings = dict(steps=120, prompts=600, lr=0.05, batch_size=64, eval_every=120)
