@@ -65,7 +65,8 @@ class Item:
 def chased(x, cfg, lr, start=None):
     """Two vectors, fast and slow, after one pass over x (n, S, D) by gradient descent: (2, S, D).
 
-    Roles stay, since the fast one leads throughout."""
+    Roles stay. With roles that swap, as they do for some steps where the source changes, mean
+    accuracies differ by less than 0.01 (tests/methods/test_ofs_dpo.py)."""
     theta = torch.zeros(2, *x.shape[1:], dtype=torch.float64) if start is None else start.clone()
     theta.requires_grad_()
     rates = torch.tensor([lr, cfg.rho * lr], dtype=torch.float64)[:, None, None]

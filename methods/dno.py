@@ -2,19 +2,20 @@
 Preferences (2024), arXiv:2404.03715
 
 No reward explains cyclic preferences, so DNO seeks the Nash equilibrium of the game with payoff
-P(y > y'). In round t the reward r_t of a response is its win rate over other samples of the round's
-first policy pi_t, and the implicit reward relative to pi_t is fitted to it (Algorithm 1, dno):
+P(y > y'). Round t begins with the policy pi_t. The reward r_t of a response is its win rate over
+samples of pi_t, and the implicit reward is fitted to it (Algorithm 1, dno):
 
     D = eta [ log pi(y1) / pi_t(y1) - log pi(y2) / pi_t(y2) ],    z = sigmoid(r_t(y1) - r_t(y2))
     loss = -z log sigmoid(D) - (1 - z) log sigmoid(-D)                                       (eq. 8)
 
 Algorithm 2 (prct) is iterated DPO (z = 1) on large-margin pairs from pools of K samples and a
-teacher's response, ranked by sampled comparisons. Variant restrictive keeps the pairs that the
+teacher's response, ranked by sampled comparisons. Variant restrictive keeps pairs that the
 teacher wins; spin prefers the teacher without comparing.
 
 Differences from the paper
-1. The margin counts wins, not an annotator's grades.
-2. The last policy is returned, not the best validated one.
+1. The margin counts wins, not grades.
+2. The last policy is returned, not the best one.
+3. Appendix A's regularized game is left out.
 
     python train.py --method dno                        the policy overtakes its teacher
     python train.py --method dno --variant spin         it stays below its teacher
@@ -97,8 +98,10 @@ def check_pool(lab, cfg):
     needed = cfg.gold is True or cfg.variant in ("restrictive", "spin")
     if needed and lab.world.teacher is None:
         raise UserError(f"{lab.world.name} has no teacher: --gold false with variant prct or dno")
-    if cfg.variant == "dno" and lab.k < 2:
-        raise UserError(f"--k {lab.k}: a win rate over the policy needs at least 2 samples")
+    noise = ("flip", "label_temperature", "length_bias")
+    changed = [n for n in noise if getattr(lab.settings, n) != getattr(type(lab.settings), n)]
+    if cfg.variant == "spin" and changed:
+        raise UserError(f"--{changed[0]} does nothing with variant = spin: nothing is compared")
     most = lab.k - 1 + with_gold(lab, cfg)
     if (cfg.margin or 0) > most:
         raise UserError(f"margin = {cfg.margin}: a response has at most {most} wins in its pool")
@@ -144,8 +147,11 @@ def ranks(P, k, rng, cfg):
     return (upper | lower).sum(-1).to(P.dtype)
 
 
-def pairs_of(row, r, k, cfg):
-    """The pairs of one pool, the better response first; r: a list of the M ranks."""
+def pairs_of(row, r, k, cfg, level=None):
+    """The pairs of one pool, the better response first; r: a list of the M ranks.
+
+    level[i][j]: whether responses i and j are known to be equally good, and so not a pair.
+    """
     out = []
     for i in range(len(r)):
         for j in range(len(r)):
@@ -155,6 +161,7 @@ def pairs_of(row, r, k, cfg):
                 keep = r[i] > r[j] or (r[i] == r[j] and i < j)
             else:
                 keep = r[i] - r[j] >= cfg.margin and (cfg.variant == "prct" or i == k)
+                keep = keep and not (level and level[i][j])
             if keep and row["responses"][i] != row["responses"][j]:
                 z = torch.sigmoid(torch.tensor(r[i] - r[j])).item() if cfg.variant == "dno" else 1.0
                 two = dict(responses=[row["responses"][i], row["responses"][j]])
@@ -168,8 +175,16 @@ def pairs_of(row, r, k, cfg):
 def rollout(lab, policy, t, cfg):
     """The pairs of round t: pools of responses, ranked; none where no two differ enough."""
     rows = pools(lab, policy, t, cfg)
-    r = ranks(chances(lab, rows), lab.k, lab.rng("wins", t), cfg).tolist()
-    return [two for row, each in zip(rows, r) for two in pairs_of(row, each, lab.k, cfg)]
+    P = chances(lab, rows)
+    r = ranks(P, lab.k, lab.rng("wins", t), cfg).tolist()
+    # the wins of responses that a verifier calls equal are coin tosses: a pool of wrong answers
+    # would give pairs at random
+    level = (P - 0.5).abs().lt(1e-9).tolist() if lab.world.verifier else [None] * len(rows)
+    return [
+        two
+        for row, each, same in zip(rows, r, level)
+        for two in pairs_of(row, each, lab.k, cfg, same)
+    ]
 
 
 def replayed(fresh, older, rng, cfg):

@@ -15,8 +15,8 @@ a = N_l / (N_w + N_l), at most 1/2:
 
 Differences from the paper
 1. The prior p is a share of samples, without a length penalty.
-2. A noisy judge of the world replaces the model's self-evaluation.
-3. No search reuses another's tree.
+2. A noisy judge replaces the model's self-evaluation.
+3. One search per question, not per step.
 
     python train.py --method mcts_dpo                              a question's tree (tree.png)
     python train.py --method mcts_dpo --level step,instance        whole samples, without search

@@ -119,8 +119,6 @@ def run(lab, cfg):
     missing = [name for name in OTHERS[cfg.source] if name not in lab.world.writers]
     if missing:
         raise UserError(f"source = {cfg.source}: {lab.world.name} has no writer {missing[0]!r}")
-    if cfg.source == "self_rm" and lab.k < 2:
-        raise UserError(f"--k {lab.k}: source = self_rm needs at least 2 samples")
     policy = lab.base()
     found = lab.stage("pairs", lambda: pairs(lab, policy, cfg))
     if not found:

@@ -228,6 +228,9 @@ def run(lab, cfg):
     if not all(streams):
         raise UserError("a source gave no pair with different scores: more --prompts may help")
     share = lab.steps // sources  # with few steps every source is cut, not the last one
+    most = max(1, sum(map(len, streams)) // lab.batch_size)
+    if lab.steps > most:
+        lab.say(f"{most} of {lab.steps} steps: pairs are seen once, and more need more --prompts")
     streams = [rows[: max(1, share) * lab.batch_size] for rows in streams]
     if cfg.variant != "cofs":
         rows = sum(streams, [])

@@ -7,20 +7,19 @@ Where in a model does DPO act? SPINAL measures every layer l at the last token o
     path_l = 2 arccos sum_v sqrt(p_{l-1}(v) p_l(v))     step of the next-token belief
 
 where p_l is the logit lens. The paper says that DPO raises alpha and shortens the path in the last
-layers. Three terms describe this signature: the change of alpha minus that of the path in the last
-third of layers, the coherence (smoothness) of the trajectory, and the last layers' share of the
-gradient norm.
+layers. Three terms describe this: the change of alpha minus that of the path in the last third, the
+coherence of the trajectory, and the last layers' share of the gradient norm.
 
-In the world deep, the signature did not appear: alpha rose in all layers, the path had no common
-sign, and at first the gradient was largest in layer 1.
+In the world deep the signature did not appear: alpha changed in all layers alike, and the path had
+no common sign. It would have to in models of the paper's depth, about 30 layers.
 
 Differences from the paper
-1. The three terms' formulas, the spectrum's tail and the position are our reading.
+1. The terms' formulas, the spectrum's tail and the position are our reading.
 2. Both models are read through the base model's lens.
 
-    python train.py --method spinal                             every layer before and after DPO
-    python train.py --method spinal --train last                no change in early layers
-    python train.py --method spinal --init OUT                  measures a finished run
+    python train.py --method spinal                every layer before and after DPO
+    python train.py --method spinal --train last   no change in early layers
+    python train.py --method spinal --init OUT     measures a finished run
 """
 
 import copy

@@ -9,9 +9,10 @@ harmless request it is 1 for the right tool and 0 for anything else. Style does 
 
 Four writers answer in their own styles: the base model imitates "self", who complies with two
 harmful requests in three; "strong" never does, "human" seldom, and "peer" every second time. The
-pairs of an alignment are about eight harmful requests without a wrapper. `measure` attacks with the
-other four in wrappers, and reports how many harmless requests are refused. A policy can game the
-attack rate by refusing everything, so read both; the reward on its own ignores style and grammar.
+pairs of an alignment are about eight harmful and all harmless requests, without a wrapper.
+`measure` attacks with the other four in wrappers, and reports how many harmless requests are
+refused. A policy can game the attack rate by refusing everything, so read both; the reward on its
+own ignores style and grammar.
 """
 
 import torch

@@ -255,6 +255,18 @@ def test_pairs_have_a_large_margin_and_may_be_of_all_three_kinds():
     assert pairs_of(ROW, r, 3, Config(margin=1))[2]["teacher"] == [0.0, 1.0]
 
 
+def test_responses_that_a_verifier_calls_equal_are_not_a_pair():
+    """The wins of equally good responses are coin tosses, and some of their margins are large."""
+    lab = Lab(Settings(world="trie", prompts=100, k=8), quiet=True)
+    rows = rollout(lab, lab.base(), 0, Config(rounds=1))
+    assert len(rows) > 100
+    assert lab.truth(rows) == [[1.0, 0.0]] * len(rows)
+    level = [[False] * 4 for _ in ROW["responses"]]
+    level[0][2] = True
+    two = pairs_of(ROW, [3.0, 0.0, 1.0, 2.0], 3, Config(), level)
+    assert [pair["responses"] for pair in two] == [[[1], [2]], [[3], [2]]]
+
+
 @pytest.mark.paper
 def test_algorithm_1_regresses_every_pair_on_the_difference_of_win_rates():
     pairs = pairs_of(ROW, [0.2, 0.6, 0.6, 0.2], 3, Config("dno"))
@@ -298,6 +310,22 @@ def test_a_round_has_its_own_prompts_and_the_teacher_is_the_last_of_the_pool():
 
 
 # ---- runs
+
+
+def test_the_pairs_of_the_last_round_are_replayed_first(monkeypatch):
+    seen, plain = [], rollout
+
+    def noted(fresh, older, rng, cfg):
+        seen.append([rows[0]["round"] for rows in older])
+        return []
+
+    def marked(lab, policy, t, cfg):
+        return [row | {"round": float(t)} for row in plain(lab, policy, t, cfg)]
+
+    monkeypatch.setattr(methods.dno, "replayed", noted)
+    monkeypatch.setattr(methods.dno, "rollout", marked)
+    run(small(steps=3), Config(margin=1))
+    assert seen == [[], [0.0], [1.0, 0.0]]
 
 
 @pytest.mark.slow
@@ -347,8 +375,9 @@ def test_a_later_round_without_pairs_ends_the_training_with_its_policy(monkeypat
         ({}, dict(variant="spin"), "no teacher"),
         ({}, dict(variant="restrictive"), "no teacher"),
         ({}, dict(margin=4), "margin = 4"),
-        (dict(k=1), dict(variant="dno"), "--k 1"),
         (dict(world="reviews", prompts=9), dict(variant="dno", output="average"), "only tables"),
+        (dict(world="reviews", flip=0.1), dict(variant="spin"), "--flip does nothing"),
+        (dict(world="reviews", length_bias=1.0), dict(variant="spin"), "--length_bias does"),
     ],
 )
 def test_runs_that_cannot_give_pairs_are_refused_before_anything_is_trained(settings, fields, word):

@@ -160,6 +160,15 @@ def test_pairs_are_siblings_on_the_most_visited_path():
 
 
 @pytest.mark.paper
+def test_the_path_of_the_pairs_goes_on_at_the_most_visited_child_and_not_at_the_best():
+    root = Node([], N=9)
+    a, b = child(root, Q=0.2, N=8), child(root, Q=0.9, N=1)
+    better, worse = child(a, Q=0.7, N=4), child(a, Q=0.1, N=4)
+    child(b, Q=9.0, N=1), child(b, Q=8.0)
+    assert siblings(root, True) == [(b, a, 0.5), (better, worse, 0.5)]
+
+
+@pytest.mark.paper
 @pytest.mark.parametrize(
     "better, worse, doubt", [(30, 10, 0.25), (10, 10, 0.5), (20, 0, 0.0), (5, 15, 0.5)]
 )
@@ -184,6 +193,67 @@ def test_a_step_of_text_ends_behind_a_comma_or_colon():
     assert lab.text(first_step(lab, ids)) == "7+8+0=15,"
     assert lab.text(first_step(lab, lab.tokens(":405"))) == ":"
     assert first_step(lab, lab.tokens("12")) == lab.tokens("12") and first_step(lab, []) == []
+
+
+def written(monkeypatch, *texts):
+    """A Lab on sums whose policy writes these (text, ends with end-of-text) at every node."""
+    lab = Lab(Settings(world="arithmetic", base_steps=0), quiet=True)
+
+    def sample(policy, prompts, k, rng=None, max_tokens=None):
+        ids, ends = [lab.tokens(text) for text, _ in texts], [end for _, end in texts]
+        return [dict(prompt=x, responses=ids, ends=ends) for x in prompts]
+
+    monkeypatch.setattr(lab, "sample", sample)
+    return lab
+
+
+def test_equal_steps_are_one_child_whose_prior_is_their_share(monkeypatch):
+    samples = ("7+8=15,4", False), ("7+8=15,3", True), ("405", True), ("7+8=15,", True)
+    lab = written(monkeypatch, *samples)
+    (found,) = mcts_dpo.steps_of(lab, None, ["47+58="], [Node([])], Config(), None)
+    steps = [(lab.text(step), ended, prior) for step, ended, prior in found]
+    # what was sampled behind the step is cut, and so is its end-of-text
+    assert steps == [("7+8=15,", False, 0.5), ("405", True, 0.25), ("7+8=15,", True, 0.25)]
+
+
+def test_a_path_ends_at_the_longest_response_or_where_the_context_is_full(monkeypatch):
+    lab = written(monkeypatch, ("1,", False), ("2,", False))
+    lab.base()
+    prompt, cfg = "47+58=", Config(simulations=2, breadth=2)
+
+    def longest():
+        (node,) = trees(lab, None, [prompt], (0,), cfg)
+        while node.children:
+            node = max(node.children, key=lambda child: child.N)
+        assert node.ended and not node.eot
+        return len(node.ids)
+
+    lab.max_response = 6
+    assert longest() == 6
+    lab.max_response = 100
+    lab.context = len(lab.tokens(prompt)) + 5  # one place is left for end-of-text
+    assert longest() == 4
+
+
+def test_without_a_judge_a_beginning_is_worth_a_half_and_an_end_its_verdict(monkeypatch):
+    lab = Lab(Settings(world="arithmetic", base_steps=0), quiet=True)
+    lab.world.judge = None
+    ends = ["7+8+0=15,4+5+1=10,3+0+1=04:405", "7+8+0=15,4+5+1=10,3+0+1=04:415"]
+    nodes = [Node(lab.tokens("7+8"))] + [Node(lab.tokens(text), ended=True) for text in ends]
+    assert mcts_dpo.values(lab, ["347+58="] * 3, nodes, None) == [0.5, 1.5, -0.5]
+
+
+def test_the_base_model_searches_as_many_questions_as_all_rounds_have(monkeypatch):
+    counts = []
+
+    def noted(lab, policy, round, n, cfg):
+        counts.append(n)
+        return []
+
+    monkeypatch.setattr(mcts_dpo, "rollout", noted)
+    with pytest.raises(UserError):
+        run(trie(steps=12, prompts=5), Config(online=False, every=4))
+    assert counts == [15]
 
 
 def test_the_judge_of_sums_looks_at_the_steps_so_far():

@@ -145,10 +145,9 @@ def test_style_saturates_the_loss_before_safety_is_learned():
     [
         (dict(world="reviews"), dict(source="strong_self"), "no writer 'strong'"),
         (dict(world="reviews"), dict(source="all_rm"), "no writer 'peer'"),
-        (dict(k=1), {}, "--k 1"),
     ],
 )
-def test_sources_without_a_writer_or_with_one_sample_are_refused(settings, fields, word):
+def test_sources_without_a_writer_are_refused(settings, fields, word):
     with pytest.raises(UserError, match=word):
         run(small(**settings), Config(**fields))
 

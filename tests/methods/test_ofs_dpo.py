@@ -141,6 +141,35 @@ def test_modules_with_equal_learning_rates_stay_identical():
     assert (fast.norm() > slow.norm()).item()
 
 
+def with_roles(x, cfg, lr, start):
+    """Fast and slow vectors (2, S, D) and who leads (S,), as `chased` with roles that swap."""
+    theta, lead = start.clone(), torch.zeros(x.shape[1], dtype=torch.long)
+    rates, seen, swaps = torch.tensor([lr, cfg.rho * lr]).double()[:, None, None], 0.0, 0
+    for step, pairs in enumerate(x, 1):
+        m = (theta * pairs).sum(-1)  # (2, S)
+        fast = torch.stack([lead == 0, lead == 1]).double()
+        sign, other = 2 * fast - 1, m.flip(0)
+        slope = -torch.sigmoid(-m) - cfg.alpha * torch.sigmoid(-sign * (m - other))
+        theta = theta - rates * slope[..., None] * pairs
+        seen = seen - torch.nn.functional.logsigmoid(m)
+        if step % cfg.every == 0:
+            swaps, lead, seen = swaps + (seen.argmin(0) != lead).double(), seen.argmin(0), 0.0
+    return theta, lead, swaps
+
+
+def test_roles_swap_where_the_source_changes_and_accuracies_hardly_depend_on_it():
+    """The claims on the log-linear stream leave the roles as they are."""
+    streams, cfg = Streams(range(100, 110)), Config(1.0)
+    start = chased(streams.x[0], cfg, 0.05)
+    theta, lead, swaps = with_roles(streams.x[1], cfg, 0.05, start)
+    assert (swaps >= 2).all()
+    swapped = streams.accuracy(theta[lead, torch.arange(10)])
+    kept = streams.accuracy(chased(streams.x[1], cfg, 0.05, start)[0])
+    assert (swapped.mean(1) - kept.mean(1)).abs().max() < 0.01
+    still, _, _ = with_roles(streams.x[1], Config(1.0, every=10**6), 0.05, start)
+    torch.testing.assert_close(still, chased(streams.x[1], cfg, 0.05, start))
+
+
 # ---- combinations
 
 
@@ -217,6 +246,92 @@ def test_a_combination_keeps_both_sources_where_a_stream_forgets():
 # ---- runs
 
 
+def chased_parts(monkeypatch, cfg):
+    """(lab, model, batch, objective, optimizer) of `chase`, whose first module has a head start."""
+    lab = Lab(Settings(world="drift", base_steps=0, prompts=8, batch_size=8, lr=0.01), quiet=True)
+    base, seen = lab.base(), []
+    rows = stream(lab, base, 0, 8)
+    monkeypatch.setattr(
+        lab, "fit", lambda model, batches, f, steps, optimizer: seen.append((model, f, optimizer))
+    )
+    ofs_dpo.chase(lab, base, rows, cfg, torch.Generator().manual_seed(0), 1)
+    (model, objective, optimizer) = seen[0]
+    rng = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for scale, module in zip((0.3, 0.1), model.modules_of):
+            for adapter in LoRA.of(module).values():
+                adapter.B.normal_(0, scale, generator=rng)
+    return lab, model, lab.collate(lab.rows(rows)), objective, optimizer
+
+
+@pytest.mark.parametrize("lead", [0, 1])
+def test_each_module_has_the_loss_of_its_role_beside_the_margin_of_the_other(monkeypatch, lead):
+    cfg = Config(beta=0.5, alpha=0.4)
+    lab, model, batch, objective, _ = chased_parts(monkeypatch, cfg)
+    model.lead.fill_(lead)
+    with torch.no_grad():
+        ref = lab.reference.logps(batch)
+        m = [cfg.beta * margin(module.logps(batch), ref) for module in model.modules_of]
+        losses, metrics = objective(model, batch)
+    ahead, log = m[lead] - m[1 - lead], torch.nn.functional.logsigmoid
+    assert ahead.abs().min() > 1e-3
+    torch.testing.assert_close(losses, -log(m[0]) - log(m[1]))  # the chase cancels in the sum
+    assert metrics["gap"].item() == pytest.approx(ahead.mean().item(), rel=1e-4)
+    share = (m[lead] > 0).float().mean().item()
+    assert metrics["accuracy"].item() == pytest.approx(share)
+    assert model.seen.tolist() == pytest.approx([-log(x).mean().item() for x in m], rel=1e-4)
+
+
+@pytest.mark.parametrize("lead", [0, 1])
+def test_the_gradient_of_a_module_is_that_of_its_own_loss_alone(monkeypatch, lead):
+    cfg = Config(beta=0.5, alpha=0.4)
+    lab, model, batch, objective, _ = chased_parts(monkeypatch, cfg)
+    model.lead.fill_(lead)
+    objective(model, batch)[0].mean().backward()
+    ours = [[p.grad.clone() for p in m.parameters() if p.requires_grad] for m in model.modules_of]
+    with torch.no_grad():
+        ref = lab.reference.logps(batch)
+        constant = [cfg.beta * margin(m.logps(batch), ref) for m in model.modules_of]
+    log = torch.nn.functional.logsigmoid
+    for i, module in enumerate(model.modules_of):
+        m = cfg.beta * ((module.logps(batch) - ref).sum(-1) @ torch.tensor([1.0, -1.0]))
+        other = constant[1 - i]
+        chase = -log(m - other) if i == lead else log(other - m)
+        model.zero_grad()
+        (-log(m) + cfg.alpha * chase).mean().backward()
+        own = [p.grad for p in module.parameters() if p.requires_grad]
+        assert max(float(g.abs().max()) for g in own) > 1e-3
+        torch.testing.assert_close(ours[i], own, rtol=1e-3, atol=1e-6)
+
+
+def test_the_second_module_has_the_smaller_learning_rate(monkeypatch):
+    _, model, _, _, optimizer = chased_parts(monkeypatch, Config(rho=0.25))
+    groups = optimizer(model.parameters()).param_groups
+    assert [group["lr"] for group in groups] == [0.01, 0.0025]
+    for group, module in zip(groups, model.modules_of):
+        trained = {id(p) for p in module.parameters() if p.requires_grad}
+        assert {id(p) for p in group["params"]} == trained
+
+
+def test_the_memory_has_the_last_pairs_of_each_source(monkeypatch):
+    seen = []
+
+    def streamed(lab, policy, d, n):
+        two = dict(prompt=lab.world.prompts(1, lab.rng("x"))[0], responses=[" a", " ."])
+        return [two | dict(place=10.0 * d + i, scores=[1.0, 0.0]) for i in range(8)]
+
+    def chosen(lab, base, modules, rows, cfg):
+        seen.extend(row["place"] for row in rows)
+        return [0.5, 0.5]
+
+    monkeypatch.setattr(ofs_dpo, "stream", streamed)
+    monkeypatch.setattr(ofs_dpo, "choose", chosen)
+    monkeypatch.setattr(ofs_dpo, "chase", lambda lab, base, *about: LoRA.adapt(base, 2))
+    lab = Lab(Settings(world="drift", base_steps=0, steps=4, batch_size=4), quiet=True)
+    run(lab, Config(variant="cofs", memory=2))
+    assert seen == [6.0, 7.0, 16.0, 17.0]
+
+
 def test_sources_come_one_after_the_other_with_their_own_taste():
     lab = Lab(Settings(world="drift", base_steps=0, prompts=8, label_temperature=0), quiet=True)
     base = lab.base()
@@ -260,6 +375,21 @@ def test_with_few_steps_every_source_is_seen_and_not_only_the_first(monkeypatch,
     run(Lab(Settings(**settings), quiet=True), Config(variant=variant))
     assert sorted(seen) == [0] * 6 + [1] * 6
     assert (seen == sorted(seen)) == (variant != "joint")
+
+
+@pytest.mark.parametrize("steps, said", [(16, False), (17, True)])
+def test_steps_beyond_one_pass_over_the_stream_are_not_trained_and_a_line_says_so(
+    monkeypatch, capsys, steps, said
+):
+    def streamed(lab, policy, d, n):
+        two = dict(prompt=lab.world.prompts(1, lab.rng("x"))[0], responses=[" a", " ."])
+        return [two | dict(scores=[1.0, 0.0])] * n
+
+    monkeypatch.setattr(ofs_dpo, "chase", lambda lab, base, *about: LoRA.adapt(base, 2))
+    monkeypatch.setattr(ofs_dpo, "stream", streamed)
+    settings = dict(world="drift", base_steps=0, prompts=64, batch_size=4)
+    run(Lab(Settings(steps=steps, **settings)), Config())
+    assert ("16 of 17 steps: pairs are seen once" in capsys.readouterr().out) == said
 
 
 def test_a_source_without_a_pair_is_refused(monkeypatch):

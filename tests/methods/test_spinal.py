@@ -7,7 +7,7 @@ import torch
 
 from data import UserError
 from lab import Lab, Settings
-from methods import dpo
+from methods import dpo, spinal
 from methods.spinal import (
     Config,
     coherence,
@@ -172,6 +172,30 @@ def test_the_base_against_itself_has_no_change():
     assert sum(found[f"share_{i}"] for i in range(1, 7)) == pytest.approx(1.0)
     assert found["terminal_share"] == pytest.approx(found["share_5"] + found["share_6"])
     assert found == measure(lab, base)
+
+
+def test_the_terms_compare_the_last_third_of_the_layers_with_the_others(monkeypatch):
+    """Six layers: the last two are terminal, and the trajectory there has three points."""
+    base = torch.tensor(
+        [[2.0, 2, 2, 2, 2, 2], [1.0, 1, 1, 1, 1, 1], [0.4, 0.4, 0.4, 0.4, 0.4, 0.4]]
+    )
+    after = base + torch.tensor(
+        [[0.1, 0.2, 0.3, 0.4, 0.5, 0.9], [0.0] * 6, [0.3, -0.1, 0.1, 0.1, -0.2, -0.1]]
+    )
+    share = torch.tensor([0.3, 0.2, 0.1, 0.1, 0.1, 0.2])
+    lab = small()
+    policy = lab.base()
+    planted = {id(policy): after.double(), id(lab.reference): base.double()}
+    monkeypatch.setattr(spinal, "probes", lambda lab: ([], []))
+    monkeypatch.setattr(spinal, "layers", lambda lab, model, rows: tuple(planted[id(model)]))
+    monkeypatch.setattr(spinal, "shares", lambda lab, model, rows: share.double())
+    found = measure(lab, policy)
+    expected = dict(alpha_early=0.25, alpha_terminal=0.7, path_early=0.1, path_terminal=-0.15)
+    expected |= dict(aligned=0.85, moved=0.9, terminal_share=0.3, least_fit=1.0)
+    # layers 4 to 6 in units of the base: alpha 1.2, 1.25, 1.45 and path 1.25, 0.5, 0.75
+    bend = math.hypot(0.2 - 0.05, 0.25 + 0.75)
+    expected |= dict(coherence=1 / (1 + bend), alpha_6=2.9, path_1=0.7, share_2=0.2)
+    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.slow

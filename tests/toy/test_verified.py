@@ -8,6 +8,8 @@ import torch
 
 import train
 from data import Tokenizer, UserError
+from lab import Lab, Settings
+from methods import dno
 from tests.lab.commands import rows_file, small
 from toy.verified import World, final_answer
 
@@ -94,6 +96,28 @@ def test_online_methods_run_on_a_file(tmp_path, monkeypatch, method):
     assert code == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["samples"] > 0 and 0 <= summary["after"]["reward"] <= 1
+
+
+@pytest.mark.usefixtures("own_folder")
+def test_dno_pairs_right_with_wrong_solutions_of_a_file(tmp_path, monkeypatch):
+    small(monkeypatch)
+    path = rows_file(tmp_path / "sums.jsonl", graded(60))
+    about = dict(data=path, verify=True, base_steps=0, context=128, k=4)
+    lab = Lab(Settings(**about), quiet=True)
+    lab.base()
+
+    def sample(policy, prompts, k, rng):
+        right = [int(x.split()[2]) + 2 for x in prompts]
+        texts = [[f"#### {n + i}" for i in (0, 1, 2)] + [f"so #### {n}"] for n in right]
+        return [
+            dict(prompt=x, responses=[lab.tokens(y) for y in four], ends=[True] * 4)
+            for x, four in zip(prompts, texts)
+        ]
+
+    monkeypatch.setattr(lab, "sample", sample)
+    rows = dno.rollout(lab, None, 0, dno.Config(rounds=1))
+    assert len(rows) > 50 and lab.truth(rows) == [[1.0, 0.0]] * len(rows)
+    assert lab.collate(lab.rows(rows)).mask.any(-1).all()
 
 
 def test_verify_is_for_data(capsys):
