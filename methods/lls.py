@@ -198,12 +198,17 @@ def run(lab, cfg):
         shares = frequencies(torch.from_numpy(near.labels_).long(), d, k, r)
         rows["k-means on x"] = row(found, shares)
         if lab.world.bayes:
-            own = 1.0 if lab.world.class_shares is None else lab.world.class_shares
-            best = (lab.world.bayes(z) / own * W[:, e].T).argmax(1)
+            best = most_probable(lab.world, z, W[:, e].T)
             rows["Bayes"] = {"accuracy": (best == truth).double().mean().item()}
         return rows
 
     return lab.stage("table", table)
+
+
+def most_probable(world, z, shares):
+    """The true most probable class of points z (m, D) that come from class shares (m, k): (m,)."""
+    own = 1.0 if world.class_shares is None else world.class_shares
+    return (world.bayes(z) / own * shares).argmax(1)
 
 
 def shift(k, r, alpha, rng):

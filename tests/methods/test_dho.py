@@ -191,6 +191,14 @@ def test_labels_validation_and_unlabeled_points_are_apart():
     assert len(set(rows)) == len(rows) == 100 + 36
 
 
+def test_a_world_with_few_points_gives_each_of_them_once():
+    sizes = Config(shots=8, n=1500)
+    parts = sets(pixels.World(), sizes, torch.Generator().manual_seed(0))
+    x, _, val, _, u = parts
+    rows = [tuple(row) for part in (x, val, u) for row in part.tolist()]
+    assert len(set(rows)) == len(rows) == 1797 - 800 and len(u) == 837
+
+
 # ---- what is refused
 
 

@@ -12,12 +12,14 @@ from methods.lls import (
     discretize,
     frequencies,
     matched,
+    most_probable,
     nmf,
     posterior,
     rescaled,
     run,
     shift,
 )
+from toy import arc
 
 
 def numbers(rows):
@@ -220,6 +222,18 @@ def test_a_run_finds_classes_that_do_not_look_alike():
     accuracy = {name: row["accuracy"] for name, row in table.items()}
     assert accuracy["k-means on x"] < 0.7 < 0.85 < accuracy["DDFA, SPA"] <= accuracy["Bayes"] + 0.02
     assert table["DDFA, SPA"]["L1 error of p(y|d)"] < table["k-means on x"]["L1 error of p(y|d)"]
+
+
+def test_the_bayes_row_knows_how_frequent_the_classes_of_the_world_are():
+    world, rng = arc.World(), torch.Generator().manual_seed(0)
+    for shares in (numbers([0.5, 0.5]), world.class_shares, numbers([0.3, 0.7])):
+        x, y = world.points(20000, rng, shares=shares)
+        best = most_probable(world, x, shares.expand(len(x), 2))
+        # in each stripe it is the more frequent class
+        stripe = (torch.atan2(x[:, 1], x[:, 0]) / (torch.pi / 2) * 6).long()
+        for s in range(6):
+            ours, classes = best[stripe == s], y[stripe == s]
+            assert (ours == classes.mode().values).all(), shares
 
 
 # ---- the mutants of the core
