@@ -49,11 +49,11 @@ SMALL = "--steps 3 --base_steps 2 --eval_size 4 --prompts 32"
 
 
 def families():
-    """{family: the first method of it}, and the first one on images alone.
+    """{family: the flags of a run of its first method}, and of runs on images.
 
-    Papers that are not about preferences run another way.
+    Of the papers that are not about preferences, which run in ways of their own, kdiff is one.
     """
-    found = {}
+    found = {"beyond": "kdiff --world digits", "images, a UNet": "smpo --world digits"}
     for name in methods():
         paper = importlib.import_module(f"methods.{name}").PAPER
         images = paper.worlds == ("images",) and paper.family != "images"
@@ -210,10 +210,10 @@ def main(argv):
     workers = max(1, (os.cpu_count() or 2) - 2)
     with ThreadPoolExecutor(workers) as pool:
         jobs = []
-        for family, name in families().items():
-            about = ["--method", name, *size.split()]
-            job = pool.submit(training, name, about, device, out, end, 1)
-            jobs.append(("runs", f"{family}: {name}", job))
+        for family, words in families().items():
+            about = ["--method", *words.split(), *size.split()]
+            job = pool.submit(training, family, about, device, out, end, 1)
+            jobs.append(("runs", f"{family}: {words}", job))
         for files in parts_of_tests(given.small, 2 * workers):
             jobs.append(("tests", ", ".join(files), pool.submit(tests, files, device, end)))
         for kind, name, job in jobs:

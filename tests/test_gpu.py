@@ -13,12 +13,13 @@ from tests import gpu
 @pytest.mark.slow
 def test_the_report_has_times_steps_tests_and_versions(tmp_path, monkeypatch):
     argv = ["--device", "cpu", "--small", "--out", str(tmp_path), "--seconds", "500"]
-    monkeypatch.setattr(gpu, "families", lambda: {"baseline": "sft"})
+    runs = {"baseline": "sft", "images": "smpo --world digits"}
+    monkeypatch.setattr(gpu, "families", lambda: runs)
     status = gpu.main(argv)
     report, page = json.loads((tmp_path / "report.json").read_text()), tmp_path / "report.md"
     assert status == 0, page.read_text()
     assert set(report["runs"]["default"]["parts"]) >= {"base", "align"}
-    assert len(report["runs"]) == 2 and len(report["steps"]) == len(report["tests"]) == 1
+    assert len(report["runs"]) == 3 and len(report["steps"]) == len(report["tests"]) == 1
     assert all(run["bench"]["step_s"] > 0 for run in report["steps"].values())
     assert report["versions"]["torch"] in page.read_text() and "FAILED" not in page.read_text()
 
@@ -35,7 +36,7 @@ def test_a_failure_or_a_lack_of_time_is_in_the_report():
 
 def test_every_family_has_a_run():
     found = gpu.families()
-    assert {"pairs", "lists", "online", "images", "baseline"} <= set(found)
+    assert {"pairs", "lists", "online", "images", "baseline", "beyond"} <= set(found)
     assert found["online"] == "disco" and found["online on images"] == "d3po"
 
 
