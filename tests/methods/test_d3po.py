@@ -11,6 +11,7 @@ from lab import Lab, Settings
 from methods.d3po import Config, loss, prepare, rollout, run, steps_per_pair
 from tests import builders
 from tests.builders import margins, one_pair, ragged, swapped, value_and_gradient
+from toy.exact import minimize
 
 
 def small(**settings):
@@ -43,6 +44,29 @@ def test_the_worked_example():
     clipped, metrics = loss(*item, Config())
     assert clipped.item() == pytest.approx(0.686322, abs=1e-6) and metrics["clipped"] == 0.5
     assert math.log(1.1) == pytest.approx(0.095310, abs=1e-6)
+
+
+@pytest.mark.paper
+def test_one_step_without_the_clip_has_the_optimum_of_the_paper_and_its_normalizer():
+    reference = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    Q = torch.tensor([1.0, 0.0, -1.0], dtype=torch.float64)
+    Z = (reference * Q.exp()).sum()
+    assert Z.item() == pytest.approx(1.732717, abs=1e-6)
+    assert Z.log().item() == pytest.approx(0.549691, abs=1e-6)
+    chosen, rejected = torch.tensor([(a, b) for a in range(3) for b in range(3) if a != b]).T
+    weight = torch.sigmoid(Q[chosen] - Q[rejected])  # how often the first one is chosen
+    logits, cfg = torch.zeros(3, dtype=torch.float64, requires_grad=True), Config(1.0, 0.0)
+
+    def pairs(logp):
+        return torch.stack([logp[chosen], logp[rejected]], 1)[..., None]  # (6, 2, 1)
+
+    def value():
+        ours, theirs = pairs(logits.log_softmax(0)), pairs(reference.log())
+        return (weight * loss(ours, theirs, builders.everything_scored(ours), cfg)[0]).mean()
+
+    minimize([logits], value)
+    expected = torch.tensor([0.78440, 0.17314, 0.04246], dtype=torch.float64)
+    torch.testing.assert_close(logits.detach().softmax(0), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.paper
