@@ -316,7 +316,10 @@ def again(out, chosen):
         path = os.path.join(out, f"{name}.json")
         for block in (found[name][which] for which in BLOCKS if which in found[name]):
             with fitting(path, "verdict"):
-                block["claims"] = judge(about.CLAIMS, block["series"])
+                try:
+                    block["claims"] = judge(about.CLAIMS, block["series"])
+                except UserError as error:  # a claim is newer than what was measured
+                    raise UserError(f"{path}: {error}; --claim measures it anew") from None
                 if stamp(about) != block["source"]:
                     block["judged"] = commit()
         readable(path, name, found[name])

@@ -204,6 +204,10 @@ def test_stored_series_are_judged_again_without_measuring(tmp_path, monkeypatch,
     assert "no effect (expected: supported)" in (tmp_path / "results" / "README.md").read_text()
     made["dpo"].CLAIMS = stated(0.5)
     assert train.main(["--judge", "results", "--method", "dpo"]) == 0
+    made["dpo"].CLAIMS = [claim("a", None, "new", ">", "zero", margin=0.5, **PRIMARY)]
+    refused(
+        capsys, ["--judge", "results"], "dpo.json: there is no series 'new'", "measures it anew"
+    )
     refused(capsys, ["--judge", "results", "--method", "rdpo"], "no results to judge")
     refused(capsys, ["--judge", "nowhere"], "no results to judge")
     refused(capsys, ["--judge", "results", "--seeds", "3"], "--seeds does nothing")
