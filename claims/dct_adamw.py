@@ -108,7 +108,7 @@ RATES = {  # the best on tuning seeds: on reviews, where it is measured, and on 
     "AdamW": (1e-2, 3e-2),
     "DCT": (2e-2, 3e-2),
     "SVD": (1e-2, 3e-2),
-    "fixed": (None, 1e-1),
+    "fixed": (1e-2, 1e-1),
     "no feedback": (None, 3e-2),
     "no rotation": (None, 1e-1),
     "identity": (None, 3e-2),

@@ -98,9 +98,11 @@ CLAIMS.append(
         margin=0.01,
     )
 )
-for case, where, expect in (
-    ("two labels", "On warped with 2 labels per class and a biased teacher", "supported"),
-    ("mild bias", "On warped with 8 labels per class and a nearly unbiased teacher", "no effect"),
+FEW = "On warped with 2 labels per class and a biased teacher"
+MILD = "On warped with 8 labels per class and a nearly unbiased teacher"
+for case, where, margin, expect in (
+    ("two labels", FEW, 0.01, "supported"),
+    ("mild bias", MILD, 0.02, "no effect"),
 ):
     CLAIMS.append(
         claim(
@@ -109,7 +111,7 @@ for case, where, expect in (
             f"DHO, {case}",
             ">",
             f"one head, {case}",
-            margin=0.01,
+            margin=margin,
             expect=expect,
         )
     )

@@ -14,7 +14,9 @@ Tried on one tuning seed (100), with 100 steps of the last stage: at beta 0.5 an
 hallucinations fall and the reward rises, with either reference. At beta 0.1 and lr 1e-3 they fall
 more, but a third of the captions breaks the grammar and the reward falls. A sparse student is no
 closer to the teacher of captions in an earlier trial, so no effect is expected there. The
-tables and the tasks were tried on tuning seeds 100 and 101.
+tables and the tasks were tried on tuning seeds 100 and 101. On both, paired KTO hallucinated less
+than DPO, in 0.54 instead of 0.63 of the captions, but at a KL of 0.19 from the teacher instead of
+0.05, and its captions named fewer objects.
 """
 
 import copy
@@ -223,7 +225,7 @@ CLAIMS = [
         "<",
         "KTO",
         margin=0.03,
-        expect="no effect",
+        expect="reversed",
     ),
     claim(
         "On captions, mimicry copies the error: after D2D the student hallucinates as often as its "

@@ -186,7 +186,7 @@ CLAIMS = [
         "<",
         "off, ancestral of dpo",
         margin=0.03,
-        expect="inconclusive",
+        expect="reversed",
     ),
     claim(
         f"{WHERE}, at a true reward of 0.8 and the same inversions, hard labels of a slightly "
