@@ -277,6 +277,7 @@ def several(runs, given, out):
 
     given: the flags.
     """
+    start = time.time()
     names = list(results.with_claims(runs)) if "claim" in given else runs
     tasks, failed = spread.share(len(names), given.get("shard")), {}
     if int(given.get("jobs", 1)) > 1:
@@ -286,7 +287,8 @@ def several(runs, given, out):
     if "claim" in given:
         for i, reason in failed.items():
             say_error(f"{names[i]}: {reason}")
-        return results.claim(runs, sorted({run.settings.seed for run in runs}), out, tasks)
+        seeds = sorted({run.settings.seed for run in runs})
+        return results.claim(runs, seeds, out, tasks, start)
     return sweep(runs, out, tasks, failed)
 
 

@@ -147,13 +147,13 @@ def stamp(module):
 # ---------------------------------------------------------------- measuring
 
 
-def claim(runs, seeds, out, tasks):
+def claim(runs, seeds, out, tasks, start):
     """The claims of one or several papers -> exit status 0 if every verdict is the expected one.
 
     The output of each of several papers goes to NAME/log.txt while it is measured. A paper that
     raises an error does not stop the others, and papers that the interrupted run of --resume has
     finished are not measured again. tasks: the indices of the papers that are measured here; the
-    others belong to other shards.
+    others belong to other shards. start: the time at which the command began.
     """
     settings, modules = plan(runs, seeds)
     here = [name for i, name in enumerate(modules) if i in tasks]
@@ -163,7 +163,7 @@ def claim(runs, seeds, out, tasks):
         if rows is None:
             rows = measured(name, module, settings, seeds, out, quiet=not sys.stderr.isatty())
         return 0 if as_expected(rows) else 1
-    good, start, ran = True, time.time(), 0
+    good, ran = True, 0
     for i, (name, module) in enumerate(modules.items()):
         rows, failed = None, ""
         place = os.path.join(out, name)
