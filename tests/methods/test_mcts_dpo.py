@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from claims import mcts_dpo as claims
 from data import UserError, collate
 from lab import Lab, Settings
 from methods import dpo, mcts_dpo
@@ -401,6 +402,23 @@ def test_a_training_without_any_pair_is_refused(monkeypatch, online):
     monkeypatch.setattr(mcts_dpo, "rollout", lambda *about: [])
     with pytest.raises(UserError, match="first questions gave no pairs"):
         run(trie(), Config(online=online))
+
+
+def test_the_claims_compare_arms_at_the_tokens_that_both_have_sampled():
+    curves = {
+        "step": [[dict(reward=0.1), dict(reward=0.5, samples=100)]],
+        "instance": [
+            [dict(reward=0.1), dict(reward=0.2, samples=200), dict(reward=1.0, samples=400)]
+        ],
+    }
+    found = claims.at_tokens(curves, ["step", "instance"])
+    assert found["step"] == [0.5] and found["instance"] == pytest.approx([0.15])
+    series = claims.ends("trie", curves)
+    assert series["trie, step"] == [0.5] and series["trie, instance, tokens"] == [400]
+    assert [line.split()[-2:] for line in claims.costs(series)[1:]] == [
+        ["0.500", "100"],
+        ["1.000", "400"],
+    ]
 
 
 @pytest.mark.parametrize(
