@@ -10,13 +10,15 @@ Theory expects that a module of the second source forgets the first and that the
 both, close to joint training on shuffled pairs. It does not expect that the chase learns faster
 than DPO: in a convex problem its extra push acts as a larger learning rate.
 
-Tried on tuning seeds 100 and 101: COFS-DPO and joint training end close to each other and please
-both groups. DPO on the first and then the second group, also tried on seeds 102 to 104, pleases the
-first group less than it did before the second one came, on all five. On three of them it ended at
-short captions that please the second group more than before, and OFS-DPO through both groups ended
-at the same place, within 0.15 of every taste. On the other two DPO broke down and wrote mostly
-objects that are not there; OFS-DPO did so on one of them. So the stream of the second group is not
-safe at this learning rate, with or without the chase.
+Tried on tuning seeds 100 and 101: COFS-DPO and joint training end close to each other. They name
+more objects than DPO on the first and then the second group, and please the second group less.
+
+DPO through both groups was also tried on seeds 102 to 104. On all five seeds it pleases the first
+group less than it did before the second one came. On three it ended at short captions that please
+the second group more than before, and OFS-DPO ended at the same place, within 0.15 of each taste.
+On the other two DPO broke down and wrote mostly objects that are not there, as OFS-DPO did on one
+of them. So training on the second group is not safe at this learning rate, with or without the
+chase.
 """
 
 import torch
