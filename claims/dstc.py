@@ -10,21 +10,27 @@ Theory and the trial expect that minimax makes better pairs than random cells, t
 tests are nearly always right, that ranking by passed tests alone does as well or better, and that
 the belief which programs and tests share, that "skip" is "next", is trained in. On tuning seeds 100
 and 101 ranking by passed tests was behind the other rules, which were equal within the interval.
+
+The base model, KTO and pairs of one test were tried on seeds 100 to 104. Success in tasks with
+"skip" fell on all five, from .23 to .06 on average, while in other tasks it rose on four. On three
+seeds DPO and KTO ended above the base model; on seed 100, whose tests are the worst, they did not,
+and on seed 102 both broke down in the last round, at a KL of 20 nats.
 """
 
 from lab.claims import claim
 from methods.dstc import Config, rollout, run
 
-RULES = ("minimax", "random", "passed", "oracle")
+RULES = ("minimax", "random", "passed", "oracle", "same_test")
 
 
-def arm_of(rule):
+def arm_of(rule, variant="dpo"):
     """An arm of a race that stores the quality of its first pairs, if claims compare it."""
 
     def arm(lab):
-        cfg = Config(select=rule)
+        cfg = Config(select=rule, variant=variant)
         policy = run(lab, cfg)
-        if rule not in ("minimax", "random"):  # no claim compares the pairs of the others
+        # no claim compares the pairs of the others
+        if rule not in ("minimax", "random") or variant != "dpo":
             return policy
         rows = rollout(lab, lab.base(), 0, cfg)
         gaps = [row["quality"][0] - row["quality"][1] for row in rows]
@@ -36,10 +42,18 @@ def arm_of(rule):
     return arm
 
 
+def untrained(lab):
+    """The base model, with a curve of one look."""
+    policy = lab.base()
+    policy.curve = [{"step": 0} | lab.glance(policy, 0, full=True)]
+    return policy
+
+
 def measure(lab):
     """Curves on programs, whose last looks have the quality of pairs, and success by task."""
+    arms = {rule: arm_of(rule) for rule in RULES}
     return lab.race(
-        {rule: arm_of(rule) for rule in RULES},
+        arms | {"kto": arm_of("minimax", "kto"), "base": untrained},
         end=lambda lab, policy: lab.world.measure(policy, lab),
         world="programs",
         eval_size=1000,
@@ -96,5 +110,43 @@ CLAIMS = [
         "<",
         "oracle",
         margin=0.05,
+    ),
+    claim(
+        "On programs, DPO on minimax pairs of own programs and tests ends with a higher success "
+        "than the base model",
+        "reward",
+        "minimax",
+        ">",
+        "base",
+        margin=0.05,
+        expect="inconclusive",
+    ),
+    claim(
+        "On programs, KTO on minimax pairs ends with a higher success than the base model",
+        "reward",
+        "kto",
+        ">",
+        "base",
+        margin=0.05,
+        expect="inconclusive",
+    ),
+    claim(
+        "On programs, minimax ends with a higher success than a program that passes against one "
+        "that fails the same random test",
+        "reward",
+        "minimax",
+        ">",
+        "same_test",
+        margin=0.05,
+        expect="inconclusive",
+    ),
+    claim(
+        "On programs, own tests train an error in: minimax ends below the base model in tasks with "
+        "the word that most writers misunderstand",
+        "right_skip",
+        "minimax",
+        "<",
+        "base",
+        margin=0.02,
     ),
 ]

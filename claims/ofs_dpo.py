@@ -10,16 +10,22 @@ Theory expects that a module of the second source forgets the first and that the
 both, close to joint training on shuffled pairs. It does not expect that the chase learns faster
 than DPO: in a convex problem its extra push acts as a larger learning rate.
 
-Tried on tuning seeds 100 and 101: COFS-DPO and joint training end close to each other and please
-both groups; DPO on the first and then the second group pleases the second less than they do, and
-on one of the two seeds it ended at captions of which nearly all hallucinate. OFS-DPO through both
-groups, which no claim is about, ended at short captions that name half as many objects as before.
+Tried on tuning seeds 100 and 101: COFS-DPO and joint training end close to each other. They name
+more objects than DPO on the first and then the second group, and please the second group less.
+
+DPO through both groups was also tried on seeds 102 to 104. On all five seeds it pleases the first
+group less than it did before the second one came. On three it ended at short captions that please
+the second group more than before, and OFS-DPO ended at the same place, within 0.15 of each taste.
+On the other two DPO broke down and wrote mostly objects that are not there, as OFS-DPO did on one
+of them. So training on the second group is not safe at this learning rate, with or without the
+chase.
 """
 
 import torch
 
 from lab.claims import claim
-from methods.ofs_dpo import Config, loss, run
+from methods.ofs_dpo import Config, chase, loss, run, stream
+from nanomodel import LoRA
 
 D, PAIRS, MEMORY = 20, 400, 40
 
@@ -112,20 +118,30 @@ def log_linear(seeds):
     return out
 
 
+def first_group(lab, cfg):
+    """The policy of `run` on a stream after its first group of readers, before the second one."""
+    base, steps = lab.base(), lab.steps // 2
+    rows = lab.stage("stream", lambda: stream(lab, base, 0, lab.prompts // 2))
+    rows = rows[: max(1, steps) * lab.batch_size]
+    return LoRA.merged(chase(lab, base, rows, cfg, lab.rng("adapters"), steps))
+
+
 def on_drift(lab):
     """{arm: one {named, hallucinations, tastes} per seed} of language models on drift."""
     arms = {
-        "dpo": Config(alpha=0.0),
-        "cofs": Config(variant="cofs"),
-        "joint": Config(alpha=0.0, variant="joint"),
+        "dpo": (run, Config(alpha=0.0)),
+        "cofs": (run, Config(variant="cofs")),
+        "joint": (run, Config(alpha=0.0, variant="joint")),
+        "ofs": (run, Config()),
+        "dpo, first group": (first_group, Config(alpha=0.0)),
     }
     out = {name: [] for name in arms}
     for seed in lab.seeds:
-        for name, cfg in arms.items():
+        for name, (train, cfg) in arms.items():
 
-            def measured(seed=seed, cfg=cfg):
+            def measured(seed=seed, train=train, cfg=cfg):
                 here = lab.at(world="drift", seed=seed, base_seed=seed, eval_size=500)
-                return here.world.measure(run(here, cfg), here)
+                return here.world.measure(train(here, cfg), here)
 
             out[name].append(lab.stage("drift", measured))
     return out
@@ -213,5 +229,33 @@ CLAIMS = [
         ">",
         "dpo",
         margin=0.05,
+    ),
+    claim(
+        "On drift, DPO forgets: captions please the first group of readers less after the second "
+        "group than before it",
+        "taste_1",
+        "dpo",
+        "<",
+        "dpo, first group",
+        margin=0.2,
+    ),
+    claim(
+        "On drift, captions please the second group of readers more after DPO on its pairs",
+        "taste_2",
+        "dpo",
+        ">",
+        "dpo, first group",
+        margin=0.2,
+        expect="inconclusive",
+    ),
+    claim(
+        "On drift, after both groups of readers, captions please the group that likes them less "
+        "more with OFS-DPO than with DPO",
+        "least_taste",
+        "ofs",
+        ">",
+        "dpo",
+        margin=0.2,
+        expect="inconclusive",
     ),
 ]

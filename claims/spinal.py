@@ -2,9 +2,14 @@
 
 Deep: a GPT of six layers, aligned by DPO at beta = 0.1. alpha is the decay of a layer's spectrum,
 and the path is the step of its next-token belief. Both are changes from the base model, averaged
-over the last two layers or the four before. The share is that of the last two layers in the
-gradient. That the instrument finds planted spectra, and that frozen layers do not change, are tests
-(tests/methods/test_spinal.py).
+over the last two layers or the four before. The primary claim compares the sizes of the two means,
+so changes of opposite sign in the four early layers would cancel, in favor of the paper's claim.
+The share is that of the last two layers in the gradient. That the instrument finds planted spectra,
+and that frozen layers do not change, are tests (tests/methods/test_spinal.py).
+
+Left out are the SPINALScore, a sum of the terms whose weights we do not know, a bootstrap over
+prompts, a sweep of beta (dose response), and a base model at another temperature as a control. Fits
+of a spectrum with an R^2 below 0.8 are kept; the least R^2 is in the results (least_fit).
 
 Tried on tuning seed 100: alpha rose in all layers and hardly more in the last two, the path there
 was as before, and the last two layers had less than a third of the gradient. So the localized

@@ -56,7 +56,11 @@ class Config:
     output: str | None = None  # dno: last, or average: the uniform mixture of a table's policies
 
     def __post_init__(self):
+        if self.rounds == 1 and self.replay is not None:
+            raise UserError(f"replay = {self.replay} does nothing with rounds = 1")
         fill_variant(self, VARIANTS)
+        if self.rounds == 1:  # no round is older
+            object.__setattr__(self, "replay", None)
         check_fields(
             self,
             eta="(0, inf)",

@@ -2,8 +2,8 @@
 arXiv:2405.00451
 
 A pair of whole solutions does not say which step was wrong, so MCTS-DPO searches over steps with
-the current policy. A node's value R is a judge's opinion, plus 1 or -1 at a right or wrong end. A
-path follows `select` to its end and is backed up:
+the current policy. A node's value R is an opinion, plus 1 or -1 at a right or wrong end. A path
+follows `select` and is backed up:
 
     select: argmax_child Q_child + c p sqrt(N) / (1 + N_child)
     backup: N += 1,   V = sum N_child Q_child / sum N_child,   Q = R - R_parent + V
@@ -14,13 +14,14 @@ a = N_l / (N_w + N_l), at most 1/2:
     loss = -(1-a) log sigmoid(h) - a log sigmoid(-h),    h: DPO's z
 
 Differences from the paper
-1. The prior p is a share of samples, without a length penalty.
-2. A noisy judge replaces the model's self-evaluation.
+1. The prior p is a share of samples, without length penalty.
+2. A noisy judge, or the mean token probability, replaces self-evaluation: our models know no
+evaluation prompt.
 3. One search per question, not per step.
 
-    python train.py --method mcts_dpo                              a question's tree (tree.png)
-    python train.py --method mcts_dpo --level step,instance        whole samples, without search
-    python train.py --method mcts_dpo --world trie --online false  searches by the base model
+    python train.py --method mcts_dpo                              draws a question's tree
+    python train.py --method mcts_dpo --level step,instance        whole samples
+    python train.py --method mcts_dpo --world trie --online false  the base model searches
 """
 
 import math
@@ -37,7 +38,7 @@ PAPER = Paper(
     defaults=dict(world="arithmetic"),
     demo=dict(steps=40, batch_size=32, lr=1e-4),
 )
-SEARCH = dict(simulations=8, breadth=4, explore=1.0, smooth=True, tokens=8)
+SEARCH = dict(simulations=8, breadth=4, explore=1.0, smooth=True, tokens=8, value="judge")
 VARIANTS = dict(step=SEARCH, instance={})
 ENDS = set(",:;\n")  # a step ends behind one of these characters
 NO_PAIRS = "the first questions gave no pairs: all are solved, or none; more --prompts may help"
@@ -54,6 +55,9 @@ class Config:
     explore: float | None = None  # step: the weight c of the prior
     smooth: bool | None = None  # step: labels are smoothed by visits
     tokens: int | None = None  # step: longest step, in tokens
+    # step: opinion of a solution so far: judge (the world's, 1/2 where there is none), own (the
+    # policy's mean probability per token) or constant (1/2)
+    value: str | None = None
 
     def __post_init__(self):
         fill_variant(self, VARIANTS, "level")
@@ -67,6 +71,7 @@ class Config:
             explore="[0, inf)",
             smooth=(True, False),
             tokens="[1, inf)",
+            value=("judge", "own", "constant"),
         )
 
 
@@ -216,14 +221,26 @@ def steps_of(lab, policy, prompts, nodes, cfg, rng):
     return out
 
 
-def values(lab, prompts, nodes, rng):
-    """R of each node: the judge's value, plus 1 or -1 at an end; without a judge, 1/2 instead."""
+def confidence(lab, policy, prompts, nodes):
+    """The geometric mean of the probabilities that the policy gives the tokens of each node."""
+    rows = [dict(prompt=p, responses=[node.ids]) for p, node in zip(prompts, nodes)]
+    if lab.world.kind == "text":
+        rows = [row | dict(ends=[node.eot]) for row, node in zip(rows, nodes)]
+    scored = lab.score_rows(policy, lab.rows(rows))
+    return [math.exp(sum(logps) / max(1, len(logps))) for (logps,) in scored]
+
+
+def values(lab, policy, prompts, nodes, cfg, rng):
+    """R of each node: an opinion between 0 and 1, plus 1 or -1 at a right or wrong end."""
     ids, ended = [node.ids for node in nodes], [node.ended for node in nodes]
-    if lab.world.judge is not None:
+    if cfg.value == "judge" and lab.world.judge is not None:
         return lab.world.judge(prompts, ids, ended, rng).tolist()
+    opinions = [0.5] * len(nodes)
+    if cfg.value == "own":
+        opinions = confidence(lab, policy, prompts, nodes)
     rows = [dict(prompt=p, responses=[y]) for p, y, end in zip(prompts, ids, ended) if end]
     verdicts = iter(lab.truth(rows) if rows else [])
-    return [0.5 + (2 * next(verdicts)[0] - 1 if end else 0.0) for end in ended]
+    return [C + (2 * next(verdicts)[0] - 1 if end else 0.0) for C, end in zip(opinions, ended)]
 
 
 def trees(lab, policy, prompts, key, cfg):
@@ -246,7 +263,7 @@ def trees(lab, policy, prompts, key, cfg):
                 node.children.append(Node(ids, node, ended, eot, prior))
             new += node.children
             owners += [prompt] * len(node.children)
-        rewards = values(lab, owners, new, lab.rng("judge", *key, len(calls)))
+        rewards = values(lab, policy, owners, new, cfg, lab.rng("judge", *key, len(calls)))
         for node, R in zip(new, rewards):
             node.R, node.Q = R, R - node.parent.R
 

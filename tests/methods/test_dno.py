@@ -289,6 +289,8 @@ def test_older_pairs_are_added_by_halves():
     assert counts == [30, 10] and len(rows) == 30 + 10 + 7 and len(set(rows)) == 47
     assert replayed(fresh, older, torch.Generator(), Config(replay=0.0)) == []
     assert replayed(fresh, older, torch.Generator(), Config("dno")) == []
+    alone = Config(rounds=1)
+    assert alone.replay is None and Config(**vars(alone)) == alone
 
 
 def test_a_round_has_its_own_prompts_and_the_teacher_is_the_last_of_the_pool():
@@ -402,6 +404,7 @@ def test_the_teacher_makes_the_pool_larger():
         (dict(variant="dno", margin=2), "margin = 2 does nothing"),
         (dict(variant="spin", margin=2), "margin = 2 does nothing"),
         (dict(output="last"), "output = last does nothing"),
+        (dict(rounds=1, replay=0.3), "replay = 0.3 does nothing with rounds = 1"),
     ],
 )
 def test_fields_that_contradict_each_other_are_refused(fields, word):

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from claims import mcts_dpo as claims
 from data import UserError, collate
 from lab import Lab, Settings
 from methods import dpo, mcts_dpo
@@ -240,7 +241,49 @@ def test_without_a_judge_a_beginning_is_worth_a_half_and_an_end_its_verdict(monk
     lab.world.judge = None
     ends = ["7+8+0=15,4+5+1=10,3+0+1=04:405", "7+8+0=15,4+5+1=10,3+0+1=04:415"]
     nodes = [Node(lab.tokens("7+8"))] + [Node(lab.tokens(text), ended=True) for text in ends]
-    assert mcts_dpo.values(lab, ["347+58="] * 3, nodes, None) == [0.5, 1.5, -0.5]
+    for cfg in (Config(), Config(value="constant")):
+        assert mcts_dpo.values(lab, None, ["347+58="] * 3, nodes, cfg, None) == [0.5, 1.5, -0.5]
+
+
+def test_a_constant_value_does_not_ask_the_judge(monkeypatch):
+    lab = trie()
+    monkeypatch.setattr(lab.world, "judge", None)
+    silent = run(lab, Config())
+    constant = run(trie(), Config(value="constant"))
+    assert torch.equal(constant.logits, silent.logits)
+    assert not torch.equal(constant.logits, run(trie(), Config()).logits)
+
+
+@pytest.mark.paper
+def test_the_policys_own_value_is_its_mean_probability_per_token_plus_the_verdict():
+    lab = Lab(Settings(world="arithmetic", base_steps=0, batch_size=2), quiet=True)
+    policy, prompt = lab.base(), "347+58="
+    texts = ["7+8+0=15,", "7+8", "7+8+0=15,4+5+1=10,3+0+1=04:405", "7+8+0=15,4+5+1=10,3+0+1=04:415"]
+    nodes = [Node(lab.tokens(text)) for text in texts]
+    nodes[2].ended = nodes[2].eot = nodes[3].ended = True
+    found = mcts_dpo.values(lab, policy, [prompt] * 4, nodes, Config(value="own"), None)
+    for value, node, verdict in zip(found, nodes, (0, 0, 1, -1)):
+        row = dict(prompt=prompt, responses=[node.ids], ends=[node.eot])
+        batch = lab.collate(lab.rows([row]))
+        logps = policy.logps(batch)[batch.mask]
+        assert len(logps) == len(node.ids) + node.eot
+        assert value - verdict == pytest.approx(logps.mean().exp().item(), rel=1e-4)
+        assert 0 < value - verdict < 1
+
+
+def test_in_a_table_the_own_value_ranks_siblings_as_the_prior_does():
+    lab = trie()
+    policy, cfg = lab.base(), Config(value="own")
+    with torch.no_grad():
+        policy.logits.normal_(generator=torch.Generator().manual_seed(0))
+    roots = trees(lab, policy, [3, 5], (0,), cfg)
+    for node in [child for root in roots for child in [root, *root.children] if child.children]:
+        values = [c.R - (2 * (c.R > 0) - 1) * c.ended for c in node.children]
+        priors = [c.prior for c in node.children]
+        assert sorted(range(4), key=values.__getitem__) == sorted(range(4), key=priors.__getitem__)
+    for root in roots:
+        for c in root.children:
+            assert c.R == pytest.approx(c.prior, rel=1e-5)  # one token
 
 
 def test_the_base_model_searches_as_many_questions_as_all_rounds_have(monkeypatch):
@@ -361,6 +404,23 @@ def test_a_training_without_any_pair_is_refused(monkeypatch, online):
         run(trie(), Config(online=online))
 
 
+def test_the_claims_compare_arms_at_the_tokens_that_both_have_sampled():
+    curves = {
+        "step": [[dict(reward=0.1), dict(reward=0.5, samples=100)]],
+        "instance": [
+            [dict(reward=0.1), dict(reward=0.2, samples=200), dict(reward=1.0, samples=400)]
+        ],
+    }
+    found = claims.at_tokens(curves, ["step", "instance"])
+    assert found["step"] == [0.5] and found["instance"] == pytest.approx([0.15])
+    series = claims.ends("trie", curves)
+    assert series["trie, step"] == [0.5] and series["trie, instance, tokens"] == [400]
+    assert [line.split()[-2:] for line in claims.costs(series)[1:]] == [
+        ["0.500", "100"],
+        ["1.000", "400"],
+    ]
+
+
 @pytest.mark.parametrize(
     "settings, fields, word",
     [
@@ -387,6 +447,8 @@ def test_the_other_levels_learn_too(fields):
         (dict(simulations=0), "simulations"),
         (dict(breadth=1), "breadth"),
         (dict(level="instance", breadth=3), "breadth = 3 does nothing"),
+        (dict(level="instance", value="own"), "value = own does nothing"),
+        (dict(value="model"), "value = model"),
         (dict(every=0), "every"),
         (dict(level="token"), "level = token"),
     ],

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from claims.ofs_dpo import Streams, chased, log_linear
+from claims.ofs_dpo import Streams, chased, first_group, log_linear
 from data import UserError
 from lab import Lab, Settings
 from methods import dpo, ofs_dpo
@@ -330,6 +330,27 @@ def test_the_memory_has_the_last_pairs_of_each_source(monkeypatch):
     lab = Lab(Settings(world="drift", base_steps=0, steps=4, batch_size=4), quiet=True)
     run(lab, Config(variant="cofs", memory=2))
     assert seen == [6.0, 7.0, 16.0, 17.0]
+
+
+@pytest.mark.slow
+def test_the_policy_after_the_first_group_is_the_one_with_which_the_second_begins(monkeypatch):
+    """A claim compares both ends of the same training."""
+    settings = dict(world="drift", base_steps=2, steps=4, prompts=32, batch_size=4, eval_size=4)
+    seen = []
+
+    def noted(chase, losses, every, plain=Chase.note):
+        if chase.steps == 2:
+            seen.append(torch.cat([p.detach().flatten() for p in chase.modules_of[0].parameters()]))
+        plain(chase, losses, every)
+
+    monkeypatch.setattr(Chase, "note", noted)
+    cfg = Config(alpha=0.0)
+    run(Lab(Settings(max_response=8, **settings), quiet=True), cfg)
+    found = []
+    monkeypatch.setattr(LoRA, "merged", lambda module: found.append(module) or module)
+    first_group(Lab(Settings(max_response=8, **settings), quiet=True), cfg)
+    (before,), (after,) = seen, found
+    assert torch.equal(before, torch.cat([p.detach().flatten() for p in after.parameters()]))
 
 
 def test_sources_come_one_after_the_other_with_their_own_taste():
