@@ -53,7 +53,7 @@ def loss(logps, ref_logps, batch, cfg):
     logps, ref_logps = pair(logps, ref_logps, batch)
     chosen, rejected = (logps - ref_logps).sum(-1).unbind(1)  # (B,) log-ratios: SUM over tokens
     z = cfg.beta * (chosen - rejected)  # (B,) margin of the implicit reward
-    losses = -F.logsigmoid(z)  # eq. 7
+    losses = -F.logsigmoid(z)
     return losses, {"weight": torch.sigmoid(-z).detach().mean()}
 
 
