@@ -14,10 +14,8 @@ less than its teacher.
 
 Differences from the paper
 1. Pictures are patches in the prompt, without a projector or its stage.
-2. Routing has no noise and no token limit, and all experts compute every token, unused ones at
-   weight 0.
+2. Routing has no noise or token limit; all experts compute every token, unused ones at weight 0.
 3. The sparse student is not saved as a checkpoint.
-4. In the last stage, the balance counts once for chosen and rejected responses together.
 
     python train.py --method llava_mod                      fewer hallucinations than the teacher
     python train.py --method llava_mod --anchor student     the student itself as reference
@@ -49,7 +47,7 @@ class Config:
     anchor: str = "teacher"  # the reference of the last stage: teacher or student
     experts: int = 4  # experts of a sparse layer
     top: int = 2  # experts that are used for a token
-    aux: float = 0.01  # weight of the balance between experts
+    aux: float = 0.01  # weight of the balance between experts, once for both responses of a pair
     width: int = 64  # hidden size of the student
     dense: int = 700  # steps of dense distillation (D2D)
     sparse: int = 300  # steps of sparse distillation (D2S); 0 leaves the student dense

@@ -11,8 +11,8 @@ margin gets a weight that is 0 at a tie:
     loss  = -log sigmoid(z)
 
 Log-probs are scored at DDIM inversions by the current policy, as in InPO. ReNoise evaluates each
-step of the inversion again at its result and averages both. This lowers the inversion's error,
-while the reward after as many steps stays the same.
+step of the inversion again at its result and averages both; the inversion errs less, and the reward
+hardly changes.
 
 Differences from the paper
 1. Training steps t lie on the inversion's grid.

@@ -15,8 +15,7 @@ Differences from the paper
 1. With several classes, the class with the largest vote wins.
 2. A finite network can have a ridge.
 
-    python train.py --method wide_deep                 as accurate as the Hilbert kernel;
-                                                       activations.png has those of each limit
+    python train.py --method wide_deep                 as accurate as the Hilbert kernel
     python train.py --method wide_deep --variant relu  the majority vote
     python train.py --method wide_deep --variant poly --p 0.1 --degree 3      close to 1-NN
 """
@@ -225,7 +224,7 @@ def votes(x, y, z, cfg):
     return tabulated(gap, cfg) @ y
 
 
-def diagram(cfg):
+def panels(cfg):
     """A Figure: the activations with their default fields by limit, and in bold that of cfg."""
     from matplotlib.figure import Figure
 
@@ -266,5 +265,5 @@ def run(lab, cfg):
         }
 
     if not cfg.depth:
-        lab.draw("activations", diagram(cfg))
+        lab.draw("activations", panels(cfg))
     return lab.stage("table", table)

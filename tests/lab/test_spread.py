@@ -204,8 +204,9 @@ def test_no_process_of_jobs_outlives_the_command(tmp_path, number, status):
         "time.sleep(60)\n"
     )
     command = (
-        "import sys\n"
+        "import signal, sys\n"
         "from lab import spread\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "spread.HERE = '.'\n"
         "try:\n"
         "    spread.in_processes({}, 'out', ['a', 'b', 'c'], 2)\n"

@@ -84,7 +84,7 @@ def test_the_drawn_activation_is_the_one_that_classifies(cfg):
 
 
 def test_the_picture_has_the_activations_of_each_limit_and_that_of_the_run_in_bold():
-    panels = wide_deep.diagram(Config("poly", p=0.1, degree=3)).axes
+    panels = wide_deep.panels(Config("poly", p=0.1, degree=3)).axes
     found = {ax.get_title(): [line.get_label() for line in ax.lines] for ax in panels}
     assert found["majority vote"] == ["relu", "gelu"] and found["1-NN"] == ["square"]
     assert found["singular kernel"] == [
