@@ -19,6 +19,7 @@ from lab import report
 from lab.folder import MARK, absolute, read_object, write_run
 from lab.store import HERE
 
+PATIENCE = 30  # seconds that processes have to end by themselves after Ctrl-C
 PARTS = ("out", "overwrite", "jobs", "shard")  # flags in which the parts of a command may differ
 
 
@@ -101,8 +102,10 @@ def in_processes(given, out, names, jobs):
                 left = (time.time() - start) / done * (len(names) - done)
                 line = f"[{done}/{len(names)}] {names[i]}{' failed' * (i in failed)}"
                 print(f"{printable(line)}; {report.clock(left)} left", file=sys.stderr, flush=True)
-        except BaseException:  # no process outlives this one
+        except BaseException as reason:  # no process outlives this one
             pool.shutdown(wait=False, cancel_futures=True)
+            if isinstance(reason, KeyboardInterrupt):  # they have it, too, and write checkpoints
+                concurrent.futures.wait(asked, PATIENCE)
             while not all(future.done() for future in asked):
                 for process in list(processes.values()):
                     process.terminate()

@@ -207,7 +207,7 @@ def test_no_process_of_jobs_outlives_the_command(tmp_path, number, status):
         "import signal, sys\n"
         "from lab import spread\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "spread.HERE = '.'\n"
+        "spread.HERE, spread.PATIENCE = '.', 1\n"
         "try:\n"
         "    spread.in_processes({}, 'out', ['a', 'b', 'c'], 2)\n"
         "except KeyboardInterrupt:\n"
@@ -226,6 +226,37 @@ def test_no_process_of_jobs_outlives_the_command(tmp_path, number, status):
     for number in numbers:
         with pytest.raises(ProcessLookupError):
             os.kill(number, 0)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_after_ctrl_c_processes_have_the_time_to_write_a_checkpoint(tmp_path):
+    # Ctrl-C reaches all processes of a terminal; a stand-in needs a second to write
+    (tmp_path / "train.py").write_text(
+        "import signal, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "open('begun', 'w').close()\n"
+        "try:\n"
+        "    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n"
+        "    time.sleep(1)\n"
+        "    open('checkpoint', 'w').close()\n"
+    )
+    command = (
+        "import signal\n"
+        "from lab import spread\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "spread.HERE = '.'\n"
+        "spread.in_processes({}, 'out', ['a'], 2)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": store.HERE}
+    how = dict(cwd=tmp_path, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-c", command], **how)
+    end = time.time() + 60
+    while not (tmp_path / "begun").exists() and time.time() < end:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    process.wait(30)
+    assert (tmp_path / "checkpoint").exists()
 
 
 def test_shares_are_disjoint_and_cover_all_tasks():
