@@ -36,7 +36,7 @@ PAPER = Paper(
     worlds=("text", "images", "table"),
     ignores=("k",),
     defaults=dict(world="reviews"),
-    demo=dict(prompts=12800, eval_every=20, label_temperature=0.0, beta=1.0),
+    demo=dict(prompts=12800, steps=280, eval_every=14, label_temperature=0.0, beta=1.25),
 )
 
 

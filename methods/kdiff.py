@@ -43,7 +43,6 @@ PAPER = Paper(
         "prompts",
         "init",
         "guidance",
-        "optimizer",
         "eval_every",
     ),
     defaults=dict(world="subspace"),
@@ -138,7 +137,7 @@ def train(lab, model, cfg, steps, batch_size, lr):
         """w has a learning rate of its own, and no weight decay, which would pull k to 1/2."""
         groups = [dict(params=[p for p in params if p is not model.w], lr=lr)]
         groups += [dict(params=[model.w], lr=cfg.lr_k)] if cfg.fixed_k is None else []
-        return torch.optim.Adam(groups)
+        return (lab.optimizer or torch.optim.Adam)(groups, lr=lr)
 
     how = dict(steps=steps, optimizer=optimizer, decay=True, ema=lab.settings.ema)
     return lab.fit(model, batches, loss, **how)

@@ -23,6 +23,7 @@ Differences from the paper
     python train.py --method ofs_dpo --alpha 0                 DPO at two learning rates
 """
 
+import functools
 import itertools
 from dataclasses import dataclass
 
@@ -37,7 +38,7 @@ PAPER = Paper(
     "online",
     worlds=("text",),
     needs="reward",
-    ignores=("k", "lora", "optimizer", "ema", "compile"),
+    ignores=("k", "lora", "ema", "compile"),
     defaults=dict(world="drift"),
 )
 VARIANTS = dict(ofs={}, joint={}, cofs=dict(memory=100, combine="deltas"))
@@ -160,12 +161,9 @@ def chase(lab, base, rows, cfg, rng, steps):
     def optimizer(params):
         groups = [[p for p in m.parameters() if p.requires_grad] for m in model.modules_of]
         rates = lab.lr, cfg.rho * lab.lr
-        return torch.optim.AdamW(
-            [dict(params=group, lr=rate) for group, rate in zip(groups, rates)],
-            lr=lab.lr,
-            betas=(0.9, 0.95),
-            weight_decay=0.0,
-        )
+        adamw = functools.partial(torch.optim.AdamW, betas=(0.9, 0.95), weight_decay=0.0)
+        both = [dict(params=group, lr=rate) for group, rate in zip(groups, rates)]
+        return (lab.optimizer or adamw)(both, lr=lab.lr)
 
     lab.fit(model, lab.batches(lab.rows(rows)), objective, steps=steps, optimizer=optimizer)
     return model.fast()

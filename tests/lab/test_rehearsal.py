@@ -110,7 +110,7 @@ def test_a_weight_that_does_nothing_is_refused_without_a_base_model(
     [
         ("dstc", ("flip", "label_temperature", "length_bias")),
         ("more_is_less", ("flip", "label_temperature", "length_bias")),
-        ("ofs_dpo", ("optimizer", "ema", "compile")),
+        ("ofs_dpo", ("ema", "compile")),
         ("llava_mod", ("lora",)),
         ("dct_adamw", ("prompts", "max_response", "eval_size", "base_steps", "ema", "compile")),
         ("dct_adamw", ("dtype",)),
@@ -120,7 +120,7 @@ def test_a_weight_that_does_nothing_is_refused_without_a_base_model(
 def test_run_settings_without_effect_under_a_method_are_refused(capsys, method, flags):
     changed = dict(flip=0.1, label_temperature=0.5, length_bias=0.1, ema=0.9, compile="on")
     changed |= dict(lora=2, prompts=9, max_response=9, eval_size=9, base_steps=9)
-    changed |= dict(optimizer="dct_adamw", eval_every=5, dtype="bfloat16")
+    changed |= dict(eval_every=5, dtype="bfloat16")
     for name in flags:
         argv = ["--method", method, f"--{name}", str(changed[name])]
         refused(capsys, argv, f"--{name} does nothing under {method}")

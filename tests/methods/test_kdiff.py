@@ -9,6 +9,7 @@ from data import collate
 from diffusion import alpha_bar, spread, to_flow, to_sigma
 from lab import Lab, Settings
 from lab.flags import combinations, read_flags
+from methods.dct_adamw import DCTAdamW
 from methods.kdiff import (
     Config,
     KDiff,
@@ -234,11 +235,22 @@ def test_a_learning_rate_of_a_fixed_k_is_refused():
     assert Config(lr_k=0.1).lr_k == 0.1
 
 
-@pytest.mark.parametrize("flag", ["init", "guidance", "optimizer", "eval_every"])
+@pytest.mark.parametrize("flag", ["init", "guidance", "eval_every"])
 def test_settings_that_a_training_from_scratch_does_not_read_are_refused(flag):
-    value = {"init": "folder", "optimizer": "dct_adamw"}.get(flag, "2")
+    value = {"init": "folder"}.get(flag, "2")
     with pytest.raises(ValueError, match=f"--{flag} does nothing under kdiff"):
         combinations(*read_flags(["--method", "kdiff", f"--{flag}", value]))
+
+
+def test_the_chosen_optimizer_trains_the_network_and_k_at_a_rate_of_its_own(monkeypatch):
+    lab, seen = small(optimizer="dct_adamw"), []
+    model = KDiff(World(64, 2).model())
+    monkeypatch.setattr(lab, "fit", lambda *args, optimizer, **how: seen.append(optimizer))
+    train(lab, model, Config(lr_k=0.1), 1, 8, 2e-3)
+    made = seen[0](list(model.parameters()))
+    assert isinstance(made, DCTAdamW) and [g["lr"] for g in made.param_groups] == [2e-3, 0.1]
+    ends = [run(small(optimizer=name), Config()).k.item() for name in ("adamw", "dct_adamw")]
+    assert 0.5 < ends[1] < 0.7 and ends[0] != ends[1]
 
 
 def test_the_average_of_the_weights_is_used():

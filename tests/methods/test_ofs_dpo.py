@@ -9,6 +9,7 @@ from claims.ofs_dpo import Streams, chased, first_group, log_linear
 from data import UserError
 from lab import Lab, Settings
 from methods import dpo, ofs_dpo
+from methods.dct_adamw import DCTAdamW
 from methods.ofs_dpo import Chase, Config, choose, combined, loss, margin, run, simplex, stream
 from nanomodel import LoRA
 from tests import builders
@@ -246,9 +247,10 @@ def test_a_combination_keeps_both_sources_where_a_stream_forgets():
 # ---- runs
 
 
-def chased_parts(monkeypatch, cfg):
+def chased_parts(monkeypatch, cfg, **settings):
     """(lab, model, batch, objective, optimizer) of `chase`, whose first module has a head start."""
-    lab = Lab(Settings(world="drift", base_steps=0, prompts=8, batch_size=8, lr=0.01), quiet=True)
+    settings |= dict(world="drift", base_steps=0, prompts=8, batch_size=8, lr=0.01)
+    lab = Lab(Settings(**settings), quiet=True)
     base, seen = lab.base(), []
     rows = stream(lab, base, 0, 8)
     monkeypatch.setattr(
@@ -304,9 +306,12 @@ def test_the_gradient_of_a_module_is_that_of_its_own_loss_alone(monkeypatch, lea
         torch.testing.assert_close(ours[i], own, rtol=1e-3, atol=1e-6)
 
 
-def test_the_second_module_has_the_smaller_learning_rate(monkeypatch):
-    _, model, _, _, optimizer = chased_parts(monkeypatch, Config(rho=0.25))
-    groups = optimizer(model.parameters()).param_groups
+@pytest.mark.parametrize("name, kind", [("adamw", torch.optim.AdamW), ("dct_adamw", DCTAdamW)])
+def test_the_second_module_has_the_smaller_learning_rate(monkeypatch, name, kind):
+    _, model, _, _, optimizer = chased_parts(monkeypatch, Config(rho=0.25), optimizer=name)
+    made = optimizer(model.parameters())
+    groups = made.param_groups
+    assert type(made) is kind
     assert [group["lr"] for group in groups] == [0.01, 0.0025]
     for group, module in zip(groups, model.modules_of):
         trained = {id(p) for p in module.parameters() if p.requires_grad}
