@@ -330,9 +330,9 @@ def interval(values):
     values = np.asarray(values, dtype=float)
     if len(values) < 2:
         return [math.nan, math.nan]
-    from scipy.stats import t
+    from scipy.special import stdtrit
 
-    half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    half = stdtrit(len(values) - 1, 0.975) * values.std(ddof=1) / math.sqrt(len(values))
     return [float(values.mean() - half), float(values.mean() + half)]
 
 
