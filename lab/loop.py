@@ -150,9 +150,9 @@ def one_step(model, optimizer, loss, clip, batch):
 
     It does not wait for the device, and it may be captured in a CUDA graph.
     """
+    optimizer.zero_grad(set_to_none=True)  # before the forward pass, whose memory adds to it
     losses, metrics = loss(model, batch)
     value = losses.mean()
-    optimizer.zero_grad(set_to_none=True)
     value.backward()
     norms = [
         torch.nn.utils.clip_grad_norm_(group["params"], clip) for group in optimizer.param_groups
