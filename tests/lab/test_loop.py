@@ -89,6 +89,17 @@ def test_looks_and_the_trained_model_have_averaged_weights():
     assert torch.equal(model.weight, seen[-1])  # and averaging does not change the training
 
 
+def test_a_forward_pass_does_not_share_the_memory_with_the_gradients_of_the_last_step():
+    held = []
+
+    def loss(model, batch):
+        held.append([p.grad for p in model.parameters() if p.grad is not None])
+        return squares(model, batch)
+
+    make().fit(*line(), loss, steps=3)
+    assert held == [[], [], []]
+
+
 @pytest.mark.parametrize("ema", [0.0, 0.9])
 @pytest.mark.parametrize("optimizer", [None, Indexed])
 def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path, optimizer, ema):
