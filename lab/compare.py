@@ -357,11 +357,26 @@ def picture(path, grouped, title):
         if not any(np.isfinite(line.get_ydata()).any() for line in ax.lines):
             ax.axis("off")
             ax.set_title("")
+    close_up(figure)
     if many:
         handles = [h for ax in (axes[6], axes[0]) for h in ax.get_legend_handles_labels()[0]]
         figure.legend(handles=handles, ncols=columns, **BESIDE)
     write_beside(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
     return True
+
+
+def close_up(figure):
+    """If at most four panels of a figure show anything, put these into one row of their own."""
+    full = [ax for ax in figure.axes if ax.axison]
+    if len(full) > 4:
+        return
+    grid = figure.add_gridspec(1, len(full))
+    figure.set_size_inches(4 * len(full) + 1, 3.5)
+    for ax in figure.axes:
+        if ax.axison:
+            ax.set_subplotspec(grid[full.index(ax)])
+        else:
+            ax.remove()
 
 
 def draw(axes, record, style, label, raw):
@@ -400,7 +415,7 @@ def parts_against_kl(ax, record):
     known += ("samples",)
     looks = [look for look in record.looks if "kl" in look]
     names = [name for name in looks[0] if name not in known] if looks else []
-    for i, name in enumerate(names):  # some are measured in every fifth look only
+    for i, name in enumerate(names):  # some are measured in a few looks only
         points = [(look["kl"], look[name]) for look in looks if name in look]
         ax.plot(*zip(*points), color=f"C{i + 1}", label=name)
     margins = {line["step"]: line.get("margin") for line in record.steps}

@@ -209,7 +209,8 @@ def glance(lab, policy, step, full):
     else:
         found = of_samples(lab, policy, lab.eval_size if full else max(2, lab.eval_size // 8))
     between = lab.eval_every or max(1, lab.steps // 20)
-    if full or step // between % 5 == 0:  # in every fifth look, since it takes seconds
+    seldom = min(5, max(1, lab.steps // between // 4))  # what takes seconds: in one look of five
+    if full or step // between % seldom == 0:
         found |= lab.world.look(policy, lab)
         keep_pictures(lab, policy, step)
     return {name: value for name, value in found.items() if not isinstance(value, list)}

@@ -222,7 +222,8 @@ def write_progress(out):
         ax.set_yticks([])
 
     rows = len(next(iter(looks.values())))
-    figure(os.path.join(out, "training.png"), draw, (0.9 * len(looks) + 1, 0.8 * rows + 1))
+    size = max(4.0, 0.9 * len(looks) + 1), 0.8 * rows + 1
+    figure(os.path.join(out, "training.png"), draw, size)
 
 
 def show(lab, row, batch):

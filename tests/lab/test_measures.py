@@ -123,4 +123,20 @@ def test_a_run_on_images_keeps_a_few_of_them_at_looks_during_training(tmp_path):
     assert [value["images"].shape for value in kept] == [(12, 1, 8, 8)] * 3
     assert not torch.equal(kept[1]["images"], kept[2]["images"])
     report.write_progress(str(tmp_path))
-    assert (tmp_path / "training.png").read_bytes()[:4] == b"\x89PNG"
+    image = (tmp_path / "training.png").read_bytes()
+    assert image[:4] == b"\x89PNG" and int.from_bytes(image[16:20]) >= 440  # the label's width
+
+
+@pytest.mark.parametrize("steps, every, seen", [(20, 1, 5), (4, 1, 5), (80, 20, 5), (2, 1, 3)])
+def test_a_short_run_has_pictures_of_more_of_its_looks(monkeypatch, steps, every, seen):
+    from lab import Lab, Settings, evaluate
+
+    about = dict(world="glyphs", base_steps=0, eval_size=4, steps=steps, eval_every=every)
+    lab, kept = Lab(Settings(**about), quiet=True), []
+    policy = lab.base()
+    monkeypatch.setattr(evaluate, "keep_pictures", lambda lab, policy, step: kept.append(step))
+    monkeypatch.setattr(evaluate, "of_samples", lambda *args: {})
+    monkeypatch.setattr(type(lab.world), "look", lambda *args: {})
+    for step in range(0, steps + 1, every):
+        lab.glance(policy, step, step in (0, steps))
+    assert len(kept) == seen and {0, steps} <= set(kept)
