@@ -357,10 +357,11 @@ def picture(path, grouped, title):
         if not any(np.isfinite(line.get_ydata()).any() for line in ax.lines):
             ax.axis("off")
             ax.set_title("")
-    close_up(figure)
     if many:
         handles = [h for ax in (axes[6], axes[0]) for h in ax.get_legend_handles_labels()[0]]
         figure.legend(handles=handles, ncols=columns, **BESIDE)
+    else:
+        close_up(figure)
     write_beside(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
     return True
 
@@ -368,7 +369,7 @@ def picture(path, grouped, title):
 def close_up(figure):
     """If at most four panels of a figure show anything, put these into one row of their own."""
     full = [ax for ax in figure.axes if ax.axison]
-    if len(full) > 4:
+    if not 0 < len(full) <= 4:
         return
     grid = figure.add_gridspec(1, len(full))
     figure.set_size_inches(4 * len(full) + 1, 3.5)

@@ -209,7 +209,7 @@ def glance(lab, policy, step, full):
     else:
         found = of_samples(lab, policy, lab.eval_size if full else max(2, lab.eval_size // 8))
     between = lab.eval_every or max(1, lab.steps // 20)
-    seldom = min(5, max(1, lab.steps // between // 4))  # what takes seconds: in one look of five
+    seldom = min(5, max(1, lab.steps // between // 4))  # what takes seconds, in one of 1 to 5
     if full or step // between % seldom == 0:
         found |= lab.world.look(policy, lab)
         keep_pictures(lab, policy, step)

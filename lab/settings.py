@@ -177,6 +177,8 @@ def pick_compile(settings, on_cuda, steps):
 def pick_optimizer(name):
     """The function (params, lr) -> optimizer of --optimizer; None is AdamW.
 
+    As in torch.optim, params are tensors, or dicts with tensors `params` and a rate `lr` of their
+    own (ofs_dpo, kdiff).
     UserError: there is no such method or file, or it has no function `optimizer`.
     """
     if name == "adamw":

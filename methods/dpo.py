@@ -36,7 +36,7 @@ PAPER = Paper(
     worlds=("text", "images", "table"),
     ignores=("k",),
     defaults=dict(world="reviews"),
-    demo=dict(prompts=9600, steps=260, eval_every=13, label_temperature=0.0, beta=1.1),
+    demo=dict(prompts=9600, steps=260, label_temperature=0.0, beta=1.1),
 )
 
 

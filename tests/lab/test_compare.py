@@ -309,3 +309,6 @@ def test_panels_of_what_a_run_does_not_have_are_left_out(monkeypatch):
     DRAW("curves.png", {"krr_st": [compare.Record("one", about, steps, [], {})]}, "krr_st")
     assert [ax.get_title() for ax in seen[0].axes] == ["loss"]
     assert seen[0].get_size_inches()[0] < 6  # and the picture is no larger than its panel needs
+    many = {str(i): [compare.Record(str(i), about, steps, [], {})] for i in range(32)}
+    DRAW("curves.png", many, "many")
+    assert seen[1].get_size_inches().tolist() == [18, 6.5]  # there is room for all names
