@@ -706,6 +706,8 @@ class Lab:
         """
         return evaluate.glance(self, policy, step, full)
 
+    keep_pictures = evaluate.keep_pictures
+
     def evaluate(self, policy):
         """The evaluation of a model, {name: number or [low, high]}; see docs/metrics.md.
 

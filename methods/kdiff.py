@@ -114,8 +114,8 @@ def flow_steps(normal, mean, std, steps):
     return ((1 - t) * (steps + 1)).round().long() - 1
 
 
-def train(lab, model, cfg, steps, batch_size, lr):
-    """Train a KDiff on fresh demonstrations and return it."""
+def train(lab, model, cfg, steps, batch_size, lr, watch=None):
+    """Train a KDiff on fresh demonstrations and return it. watch: as in `lab.fit`."""
 
     def times(n, rng):
         normal = torch.randn(n, generator=rng)
@@ -139,7 +139,7 @@ def train(lab, model, cfg, steps, batch_size, lr):
         groups += [dict(params=[model.w], lr=cfg.lr_k)] if cfg.fixed_k is None else []
         return (lab.optimizer or torch.optim.Adam)(groups, lr=lr)
 
-    how = dict(steps=steps, optimizer=optimizer, decay=True, ema=lab.settings.ema)
+    how = dict(steps=steps, optimizer=optimizer, decay=True, ema=lab.settings.ema, watch=watch)
     return lab.fit(model, batches, loss, **how)
 
 
@@ -157,4 +157,10 @@ def run(lab, cfg):
     recipe |= own | {k: v for k, v in given.items() if v is not None}
     lab.say("trained from scratch: " + "  ".join(f"{k} {v:g}" for k, v in recipe.items()))
     lab.steps = recipe["steps"] = lab.few(recipe["steps"])
-    return train(lab, model, cfg, **recipe)
+
+    def watch(model, step):
+        if step % max(1, lab.steps // 5) == 0:
+            lab.keep_pictures(model, step)
+        return {"k": float(torch.as_tensor(model.k).detach())}
+
+    return train(lab, model, cfg, **recipe, watch=watch)

@@ -216,6 +216,16 @@ def test_a_run_trains_by_the_recipe_of_the_base_model_and_repeats_itself():
     assert lab.steps == 4 and lab.world.pretrain["steps"] == 800
 
 
+def test_a_run_keeps_pictures_of_the_same_noise_while_it_trains(tmp_path):
+    settings = Settings(world="digits", steps=10, batch_size=4, eval_size=4)
+    lab = Lab(settings, str(tmp_path), quiet=True)
+    model = run(lab, Config())
+    kept = sorted(path.stem for path in (tmp_path / "stages").glob("pictures-*.json"))
+    assert kept == [f"pictures-{step:09d}" for step in range(0, 11, 2)]
+    assert [look["step"] for look in model.curve] == list(range(11))
+    assert set(model.curve[0]) == {"step", "k"} and model.curve[0]["k"] == 0.5
+
+
 # ---- errors
 
 
