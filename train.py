@@ -48,29 +48,28 @@ from lab.store import open_cache, write_json, write_text
 # ---------------------------------------------------------------- a run
 
 
-def one_run(run, out, quiet=False, show=False):
-    """One alignment, with its files in `out` -> the summary, a dict.
+def opened(run, out, quiet=False, show=False):
+    """The Lab of a run whose files go to `out`, with the header printed.
 
-    quiet: print nothing. show: print one row and its batch instead of training. UserError: the
-    method's `run` returned something else than a model, a table or None.
+    quiet: print nothing. show: the Lab prints one row and its batch instead of training.
     """
-    say = (lambda *words: None) if quiet else print
-    done = finished(out)
-    if done:
-        say(f"{out} is finished already")
-        return done
     lab = Lab(run.settings, out, quiet, show)
     model = None if lab.world.kind == "vectors" else lab.base(run.paper.start)
-    say(report.header(lab, run.method, run.module, run.cfg, model))
-    del model  # a second copy of a large one
+    lab.say(report.header(lab, run.method, run.module, run.cfg, model))
     for reason, n in lab.world.counts.items():
-        say(f"{n} rows of {lab.world.name} are left out: {reason}")
-    result = run.module.run(lab, run.cfg)
+        lab.say(f"{n} rows of {lab.world.name} are left out: {reason}")
+    return lab
+
+
+def reported(run, lab, result):
+    """Print what the method's `run` returned, and write the files -> the summary, a dict.
+
+    UserError: it is something else than a model, a table or None.
+    """
+    out, say = lab.out, lab.say
     summary = dict(method=run.method, world=lab.world.name, seed=run.settings.seed)
     if lab.samples:  # in tokens, or in images; those of evaluations do not count
         summary["samples"] = lab.samples
-    if show:
-        raise UserError(f"{run.method} does not call lab.align, so there is no row to show")
     if not os.path.exists(os.path.join(out, folder.MARK)):  # one run of a sweep
         folder.write_run(out, run, {})
     folder.note_resolved(out, lab)
@@ -84,7 +83,7 @@ def one_run(run, out, quiet=False, show=False):
         summary |= {"after": result}
         say("\n" + report.before_after({}, result))
     elif isinstance(result, torch.nn.Module):
-        summary |= evaluated(run, lab, result, out, say)
+        summary |= evaluated(run, lab, result)
     else:
         raise UserError(
             f"run of {run.method} returns a {type(result).__name__}: "
@@ -106,19 +105,19 @@ def one_run(run, out, quiet=False, show=False):
 
 
 def finished(out):
-    """The summary of a run that an earlier call of a sweep has finished, or None."""
-    path = out and os.path.join(out, "summary.json")
-    if not path or not os.path.exists(path):
+    """The summary of a run that an earlier call has finished, or None."""
+    if not os.path.exists(os.path.join(out, "summary.json")):
         return None
     shutil.rmtree(os.path.join(out, "stages"), ignore_errors=True)
     return folder.read_summary(out)
 
 
-def evaluated(run, lab, model, out, say):
+def evaluated(run, lab, model):
     """Evaluate the base model and the trained model; print the table and write the files -> dict.
 
     The files are samples, curves and the checkpoint.
     """
+    out, say = lab.out, lab.say
     look = getattr(run.module, "evaluate", Lab.evaluate)
     before, after = (look(lab, m) for m in (lab.reference, model))
     found = {"before": before, "after": after}
@@ -166,7 +165,9 @@ def sweep(runs, out, tasks, failed):
         try:
             os.makedirs(places[i], exist_ok=True)
             with folder.locked(places[i]):
-                one_run(runs[i], places[i], quiet=True)
+                if not finished(places[i]):
+                    lab = opened(runs[i], places[i], quiet=True)
+                    reported(runs[i], lab, runs[i].module.run(lab, runs[i].cfg))
         except UserError as error:
             failed[i] = str(error)
             print(printable(f"{runs[i].name()}: {error}", None), file=sys.stderr)
@@ -349,18 +350,26 @@ def main(argv):
             results.refuse_measured(runs[0].settings.out, {run.method for run in runs}, seeds)
         if not {"claim", "compare"} & set(given):
             runs = flags.fitting(runs, given)
+        run = runs[0]
         if "show" in given:
             with contextlib.suppress(Stop):
-                one_run(runs[0], None, quiet=True, show=True)
+                run.module.run(opened(run, None, quiet=True, show=True), run.cfg)
+                raise UserError(f"{run.method} does not call lab.align, so there is no row to show")
             return 0
         if "shard" in given:
-            return several(runs, given, spread.shared_folder(runs[0], given))
-        with folder.folder(runs[0], given, flags.label(runs, given), resumed) as out:
+            return several(runs, given, spread.shared_folder(run, given))
+        with folder.folder(run, given, flags.label(runs, given), resumed) as out:
             if "compare" in given:
                 return compared(given["compare"].split("\n"), out)
             if "claim" in given or len(runs) > 1:
                 return several(runs, given, out)
-            return 3 if one_run(runs[0], out).get("stopped") else 0
+            summary = finished(out)
+            if summary:
+                print(f"{out} is finished already")
+            else:
+                lab = opened(run, out)
+                summary = reported(run, lab, run.module.run(lab, run.cfg))
+            return 3 if summary.get("stopped") else 0
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # whoever read the output, head for example, has seen enough

@@ -55,27 +55,21 @@ def align(
             return restore(policy, stage.value)
         feed = Feed(lab, policy, data, reference, prepare, score, steps, every)
         run_score = lab.compile(feed.score)
-        run_loss = lab.compile(loss)
-        checked = []
 
-        def step(model, item):
+        def scored(model, item):
             batch, ref_logps = item
             with lab.autocast():
                 logps = run_score(model, batch)
-            with torch.autocast(lab.device.type, enabled=False):
-                losses, metrics = check.unpack(run_loss(logps, ref_logps, batch, cfg))
-            if not checked:
-                check.first_step(losses, metrics, logps, batch)
-                checked.append(True)
-            return losses, evaluate.common_metrics(logps.detach(), ref_logps, batch) | metrics
+            common = evaluate.common_metrics(logps.detach(), ref_logps, batch)
+            return (logps, ref_logps, batch, cfg), common
 
         watch = watch or (
             lambda policy, step: lab.glance(policy, step, lab.full_looks or step in (0, steps))
         )
         how = dict(steps=steps, optimizer=optimizer, watch=watch, state=(feed.save, feed.load))
+        how |= dict(title="alignment", ema=lab.settings.ema, score=scored, first=check.first_step)
         # a score of the method's own may depend on more than the model and the batch
-        how |= dict(title="alignment", capture=score is None, ema=lab.settings.ema)
-        fit(lab, policy, feed.batch, step, **how)
+        fit(lab, policy, feed.batch, lab.compile(loss), capture=score is None, **how)
         if stage.path:
             stage.value = kept(policy)
     return policy
@@ -138,8 +132,10 @@ class Feed:
         if round != self.round:
             if self.kind == "round":
                 self.reference = frozen(self.policy)
-            with lab.in_round(round):
-                rows = self.data if self.fixed else lab.encode(self.data(self.policy, round))
+            rows = self.data
+            if not self.fixed:
+                with lab.in_round(round):
+                    rows = lab.encode(self.data(self.policy, round))
             self.begin(round, rows)
         batch = self.batches(within)
         if self.prepare:

@@ -19,8 +19,8 @@ def unpack(returned):
     return returned
 
 
-def first_step(losses, metrics, logps, batch):
-    """Check what a loss returned for a batch. UserError: it breaks the contract.
+def first_step(losses, metrics, logps, ref_logps, batch, cfg):
+    """Check what a loss returned for its arguments. UserError: it breaks the contract.
 
     losses must be (B,), finite, with a gradient in logps (B, K, T); metrics must be {name: detached
     number}. The check waits for the device, so it is called once, in the first step, before
@@ -31,7 +31,17 @@ def first_step(losses, metrics, logps, batch):
         raise UserError(f"the losses are a {type(losses).__name__}, not a tensor: {PAIR}")
     if losses.shape != wanted:
         raise UserError(shape_line(tuple(losses.shape), tuple(batch.mask.shape)))
-    check_metrics(metrics)
+    if not isinstance(metrics, dict):
+        raise UserError(f"the metrics are a {type(metrics).__name__}, not a dict: {PAIR}")
+    for name, value in metrics.items():
+        if not isinstance(value, torch.Tensor):
+            if not isinstance(value, (int, float)):
+                raise UserError(f"the metric {name!r} is a {type(value).__name__}, not a number")
+        elif value.requires_grad:
+            raise UserError(f"the metric {name!r} has a gradient: add .detach() to it")
+        elif value.numel() != 1:
+            shape = tuple(value.shape)
+            raise UserError(f"the metric {name!r} has shape {shape}: add .mean() to it")
     bad = int((~losses.isfinite()).sum())
     if bad:
         raise UserError(
@@ -67,18 +77,3 @@ def shape_line(shape, rows):
     if shape == (B, K, T):
         return line + "sum over the tokens with .sum(-1) and combine the K responses of a row"
     return line + "reduce every dimension but the first"
-
-
-def check_metrics(metrics):
-    """Check that metrics is {name: a number or a detached tensor of one number}; else UserError."""
-    if not isinstance(metrics, dict):
-        raise UserError(f"the metrics are a {type(metrics).__name__}, not a dict: {PAIR}")
-    for name, value in metrics.items():
-        if not isinstance(value, torch.Tensor):
-            if not isinstance(value, (int, float)):
-                raise UserError(f"the metric {name!r} is a {type(value).__name__}, not a number")
-        elif value.requires_grad:
-            raise UserError(f"the metric {name!r} has a gradient: add .detach() to it")
-        elif value.numel() != 1:
-            shape = tuple(value.shape)
-            raise UserError(f"the metric {name!r} has shape {shape}: add .mean() to it")

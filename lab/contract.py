@@ -159,7 +159,7 @@ def of_loss(loss, logps, ref_logps, batch, cfg):
         """losses (B,), their gradient in x (B, K, T), and the metrics."""
         x = x.detach().requires_grad_()
         losses, metrics = first.unpack(loss(x, ref, batch, cfg))
-        first.first_step(losses, metrics, x, batch)
+        first.first_step(losses, metrics, x, ref, batch, cfg)
         (slope,) = torch.autograd.grad(losses.sum(), x)
         return losses.detach(), slope, metrics
 

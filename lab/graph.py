@@ -144,7 +144,7 @@ def capturable(optimizer, device):
     """Whether the step of an optimizer can be captured: only torch's own Adam and AdamW.
 
     On CUDA they are prepared for it: what changes from step to step must lie in tensors there, the
-    learning rate, which `set_rate` writes, and the number of steps.
+    learning rate, which `lab.fit` writes, and the number of steps.
     """
     if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
         return False
@@ -153,14 +153,6 @@ def capturable(optimizer, device):
             rate = float(group["lr"])
             group["capturable"], group["lr"] = True, torch.tensor(rate, device=device)
     return True
-
-
-def set_rate(group, rate):
-    """Set the learning rate of a parameter group, where it is a tensor without moving it."""
-    if isinstance(group["lr"], torch.Tensor):
-        group["lr"].fill_(rate)
-    else:
-        group["lr"] = rate
 
 
 def packed(metrics):

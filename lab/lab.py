@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import dataclasses
-import functools
 import os
 import sys
 import time
@@ -201,28 +200,22 @@ class Lab:
                 with alone(path):
                     value = load_value(path)  # another run may have made it meanwhile
                     if value is None:
-                        with self.inner_stage(key) as stage:
+                        # its trainings are not counted in the present stage, since a resumed run
+                        # finds the value in the cache and does not repeat them
+                        outer, stage = self.current, Stage()
+                        if outer is not None:
+                            inside = outer.path and f"{outer.path}-{key[:8]}"
+                            self.current = stage = Stage(outer.number, inside, log=outer.log)
+                        try:
                             value = function()
                             save_value(path, value)
                             stage.clear()
+                        finally:
+                            self.current = outer
+                            if outer is not None:
+                                outer.log = stage.log
             Lab.memory[key] = value
         return Lab.memory[key]
-
-    @contextlib.contextmanager
-    def inner_stage(self, key):
-        """A context whose trainings are not counted in the present stage, if there is one.
-
-        A resumed run finds what they led to in the cache, and does not repeat them."""
-        outer = self.current
-        if outer is None:
-            yield Stage()
-            return
-        path = outer.path and f"{outer.path}-{key[:8]}"
-        self.current = Stage(outer.number, path, log=outer.log)
-        try:
-            yield self.current
-        finally:
-            outer.log, self.current = self.current.log, outer
 
     def at(self, world=None, **settings):
         """A Lab with other settings, which writes into a folder inside this Lab's.
@@ -276,7 +269,11 @@ class Lab:
             steps = self.few(settings.base_steps or world.pretrain["steps"])
             recipe = world.pretrain | {"steps": steps}
             made = ["base", settings.base_seed, recipe]
-        fingerprint = digest(made, world.key(), *self.source()) if self.cacheable else None
+        fingerprint = None
+        if self.cacheable:  # it also depends on the source code of what makes it and samples
+            made_by = [sys.modules[c.__module__] for c in type(world).__mro__[:-1]]
+            ours = data_module, diffusion, nanomodel, loop, graph, batches, sys.modules[__name__]
+            fingerprint = digest(made, world.key(), *source(*ours, *made_by))
         if trains:
             with self.verb("base", keep=False):
                 if fingerprint:
@@ -359,12 +356,6 @@ class Lab:
         loop.fit(self, model, batch, loss, recipe["steps"], title="base model", **how)
         return {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
 
-    def source(self):
-        """The source code that base models and samples depend on, for cache keys."""
-        made_by = [sys.modules[c.__module__] for c in type(self.world).__mro__[:-1]]
-        ours = data_module, diffusion, nanomodel, loop, graph, batches, sys.modules[__name__]
-        return source(*ours, *made_by)
-
     # ---------------------------------------------------------------- data
 
     def encode(self, rows):
@@ -430,7 +421,10 @@ class Lab:
             part = prompts[start : start + chunk]
             with self.autocast():
                 groups = policy.sample(part, k, rng, **options)
-            self.samples += sum(map(len, groups)) if kind == "images" else count_tokens(groups)
+            if kind == "images":
+                self.samples += sum(map(len, groups))
+            else:  # tokens; the entries of a table count as tokens
+                self.samples += sum(len(ids) for group in groups for ids in group)
             for prompt, group in zip(part, groups):
                 row = {"prompt": prompt, "responses": group.cpu() if kind == "images" else group}
                 if kind == "text":
@@ -525,13 +519,25 @@ class Lab:
         ties = ties or self.smoke  # an untrained model may have no two different scores
         with self.verb("preferences") as stage:
             if not stage.done:
+                before = self.samples
+
+                def draw():
+                    """New rows, and how many tokens or images were sampled for them."""
+                    prompts = world.prompts(n, self.rng("prompts", *key))
+                    rows = self.sample(policy, prompts, k, self.rng("responses", *key))
+                    rows = self.label(rows, key)
+                    if k == 2 and not ties:
+                        rows = [row for row in rows if row["scores"][0] != row["scores"][1]]
+                    return {"value": rows, "samples": self.samples - before}
+
                 fingerprint = getattr(policy, "fingerprint", None)
-                draw = functools.partial(self.draw_preferences, policy, k, n, ties, key)
                 noise = [settings.temperature, settings.label_temperature, settings.flip]
                 noise += [settings.guidance]
                 noise += [settings.length_bias, self.max_response, settings.seed, *key]
                 about = ["preferences", fingerprint, world.key(), k, n, ties, noise]
-                stage.value = self.counted(about, draw) if fingerprint else draw()
+                found = self.cached(about, draw) if fingerprint else draw()
+                stage.value = found["value"]
+                self.samples = before + found["samples"]  # also if they were sampled earlier
         rows = stage.value
         if not rows:
             raise UserError(
@@ -541,27 +547,13 @@ class Lab:
         if not self.quiet and self.current is None:
             if len(rows) < n:  # a world may have fewer prompts than it was asked for
                 n = len(world.prompts(n, self.rng("prompts", *key)))
-            self.say_counts(rows, k, n)
+            if len(rows) < n:
+                print(f"{n - len(rows)} of {n} pairs had equal scores and were left out")
+            if world.kind == "text":
+                same = sum(len(set(map(str, row["responses"]))) == 1 for row in rows)
+                if same:
+                    print(f"{same} of {len(rows)} rows hold the same response {k} times")
         return self.encode(rows)
-
-    def counted(self, key, function):
-        """`cached`, which counts the samples of a value as if it had been drawn now."""
-
-        def draw():
-            before = self.samples
-            return {"value": function(), "samples": self.samples - before}
-
-        before = self.samples
-        found = self.cached(["counted", key], draw)
-        self.samples = before + found["samples"]
-        return found["value"]
-
-    def draw_preferences(self, policy, k, n, ties, key):
-        """Sample responses to n prompts, score and label them -> rows."""
-        prompts = self.world.prompts(n, self.rng("prompts", *key))
-        rows = self.sample(policy, prompts, k, self.rng("responses", *key))
-        rows = self.label(rows, key)
-        return [row for row in rows if ties or k > 2 or row["scores"][0] != row["scores"][1]]
 
     def label(self, rows, key=None):
         """Rows of one's own with the true `reward` and the labels of an annotator of this run.
@@ -579,15 +571,6 @@ class Lab:
         lengths = [[len(response) for response in row["responses"]] for row in rows]
         noise = (settings.label_temperature, settings.flip, settings.length_bias)
         return label(rows, self.rng("labels", *key), *noise, world.verifier, prefers, lengths)
-
-    def say_counts(self, rows, k, n):
-        """Print how many rows were left out, and how many hold the same response k times."""
-        if len(rows) < n:
-            print(f"{n - len(rows)} of {n} pairs had equal scores and were left out")
-        if self.world.kind == "text":
-            same = sum(len(set(map(str, row["responses"]))) == 1 for row in rows)
-            if same:
-                print(f"{same} of {len(rows)} rows hold the same response {k} times")
 
     def pieces(self, title, total, size):
         """0, size, 2 size, ... below total, with a progress line if that takes many seconds."""
@@ -699,13 +682,7 @@ class Lab:
         """The rows of a race: pairs sampled from the base model."""
         return self.preferences(base, k=2)
 
-    def glance(self, policy, step, full):
-        """A look of `align` at a model during training, {name: number}, for a `watch` of one's own.
-
-        full: on all prompts of an evaluation; otherwise on an eighth of them.
-        """
-        return evaluate.glance(self, policy, step, full)
-
+    glance = evaluate.glance
     keep_pictures = evaluate.keep_pictures
 
     def evaluate(self, policy):
@@ -717,11 +694,6 @@ class Lab:
         every model.
         """
         return self.stage("evaluate", lambda: evaluate.evaluate(self, policy))
-
-
-def count_tokens(groups):
-    """The number of tokens of sampled responses, in groups; a table's entries count as tokens."""
-    return sum(len(ids) for group in groups for ids in group)
 
 
 def folder_stamp(folder):

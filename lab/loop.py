@@ -11,8 +11,9 @@ import time
 import torch
 
 from data import StopTraining, UserError
+from lab import check
 from lab.folder import read_metrics
-from lab.graph import Captured, capturable, packed, set_rate, unpacked
+from lab.graph import Captured, capturable, packed, unpacked
 from lab.report import Progress
 from lab.store import load_value, remove_value, save_value, write_text
 from nanomodel import LoRA
@@ -39,6 +40,8 @@ def fit(
     record=True,
     capture=False,
     ema=0.0,
+    score=None,
+    first=None,
 ):
     """Train any nn.Module in place and return it.
 
@@ -52,10 +55,12 @@ def fit(
         end. Its results become `model.curve`.
     state: (save, load), two functions for what a checkpoint must hold besides the model.
     record: write the metrics of every step to metrics.jsonl.
-    capture: `loss` depends on nothing but the model and the batch, so where the Lab captures steps
-        in CUDA graphs (lab/graph.py), these may be captured.
+    capture: `score` and `loss` depend on nothing but the model and the batch, so where the Lab
+        captures steps in CUDA graphs (lab/graph.py), these may be captured.
     ema: decay of an exponential moving average of the weights, which `watch` sees and which the
         model has at the end; 0 is none. The first steps decay faster, as (1 + step) / (10 + step).
+    score(model, batch) -> the arguments of `loss` in place of (model, batch), and metrics.
+    first(losses, metrics, *arguments) is called once, with what `loss` returns in the first step.
     Diverged: a loss or a metric is not finite; the last good checkpoint is kept.
     """
     get = batches if callable(batches) else lambda step: batches[step % len(batches)]
@@ -67,38 +72,41 @@ def fit(
         if stage.done:
             return restore(model, stage.value)
         params = [p for p in model.parameters() if p.requires_grad]
-        make = optimizer or chosen(lab, lab.lr if lr is None else lr)
-        optimizer = make(params)
+        lr = lab.lr if lr is None else lr
+        make = lab.optimizer and functools.partial(lab.optimizer, lr=lr)
+        optimizer = (optimizer or make or adamw(lab, lr))(params)
         peaks = [float(group["lr"]) for group in optimizer.param_groups]
         training, model.fingerprint = model.training, None
         log = Log(lab, title, steps, record)
-        average = Average(model, ema)
-        state = average.kept_with(state)
+        average = Average(model, ema) if ema else None
+        if average:
+            state = average.kept_with(state)
         step, curve = log.resume(model, optimizer, state)
         if log.ended:
             model.curve = curve
             return model
-        update = functools.partial(one_step, model, optimizer, loss, clip)
+        first = [first] if first else []
+        update = functools.partial(one_step, model, optimizer, score, loss, clip, first)
         if capture and lab.captured and capturable(optimizer, lab.device):
             update = in_graphs(lab, update)
-
-        def look(step):
-            log.write()
-            model.eval()
-            drawn = lab.samples
-            with average.used():
-                found = watch(model, step)
-            lab.samples = drawn  # no method learns from the samples of a look
-            curve.append({"step": step} | found | ({"samples": drawn} if drawn else {}))
-            model.train(training)
-            log.append([curve[-1]])
 
         with interruptible() as interrupted:
             while True:
                 # evaluate
                 seen = curve and curve[-1]["step"] == step
                 if watch and not seen and (step % every == 0 or step == steps):
-                    look(step)
+                    log.write()
+                    model.eval()
+                    drawn = lab.samples
+                    if average:
+                        average.swap()
+                    found = watch(model, step)
+                    if average:
+                        average.swap()
+                    lab.samples = drawn  # no method learns from the samples of a look
+                    curve.append({"step": step} | found | ({"samples": drawn} if drawn else {}))
+                    model.train(training)
+                    log.append([curve[-1]])
                 if step == steps:
                     break
 
@@ -107,36 +115,40 @@ def fit(
                 if decay:
                     share *= 0.1 + 0.45 * (1 + math.cos(math.pi * step / steps))
                 for group, peak in zip(optimizer.param_groups, peaks):
-                    set_rate(group, peak * share)
+                    if isinstance(group["lr"], torch.Tensor):  # a captured step reads it there
+                        group["lr"].fill_(peak * share)
+                    else:
+                        group["lr"] = peak * share
 
                 # one step
                 try:
                     batch = get(step)
                 except StopTraining as reason:
                     lab.stopped = f"stopped after step {step}: {reason}"
-                    if watch and curve[-1]["step"] != step:
-                        look(step)
-                    break
+                    steps = step  # once more to the evaluation
+                    continue
                 metrics = update(batch)
-                average.add(step)
+                if average:
+                    average.add(step)
                 step += 1
 
                 # log, checkpoint
                 own = {name: metrics.pop(name) for name in ("loss", "grad_norm")}
-                log.add(step, own | {"lr": peaks[0] * share} | metrics)
+                log.pending.append((step, own | {"lr": peaks[0] * share} | metrics))
                 if step % 10 == 0 or step == steps or interrupted:
                     log.write()
                 if log.fall and step % 10 == 0 and not interrupted:
                     if log.fall.happened():
                         lab.stopped = log.give_back(model, step)
-                        average.restart()
+                        average = None  # the weights that were given back stay
                         break
                     log.keep(model, step, steps)
-                if interrupted or (step < steps and log.due()):
+                if interrupted or (step < steps and time.time() >= log.due):
                     log.checkpoint(step, curve, model, optimizer, state)
                 if interrupted:
                     raise KeyboardInterrupt
-        average.swap()
+        if average:
+            average.swap()
         optimizer.zero_grad(set_to_none=True)  # the gradients may lie in the memory of a graph
         model.curve = curve
         log.close(step, model, optimizer, state, inner=stage.path is None)
@@ -145,20 +157,25 @@ def fit(
     return model
 
 
-def one_step(model, optimizer, loss, clip, batch):
+def one_step(model, optimizer, score, loss, clip, first, batch):
     """Loss, backward, clipping and the optimizer's step -> the metrics as tensors.
 
-    It does not wait for the device, and it may be captured in a CUDA graph.
+    It does not wait for the device, and it may be captured in a CUDA graph. first: a list of the
+    function that looks at the first losses, which is taken out of it.
     """
     optimizer.zero_grad(set_to_none=True)  # before the forward pass, whose memory adds to it
-    losses, metrics = loss(model, batch)
+    arguments, common = score(model, batch) if score else ((model, batch), {})
+    losses, metrics = check.unpack(loss(*arguments))
+    if first:
+        first.pop()(losses, metrics, *arguments)
     value = losses.mean()
     value.backward()
     norms = [
         torch.nn.utils.clip_grad_norm_(group["params"], clip) for group in optimizer.param_groups
     ]
     optimizer.step()
-    return {"loss": value.detach(), "grad_norm": torch.stack(norms).max()} | metrics
+    own = {"loss": value.detach(), "grad_norm": torch.stack(norms).max()}
+    return own | common | metrics
 
 
 def in_graphs(lab, update):
@@ -167,33 +184,18 @@ def in_graphs(lab, update):
     return lambda batch: unpacked(*captured(batch))
 
 
-def chosen(lab, lr):
-    """The optimizer of --optimizer -> a function of the parameters."""
-    if lab.optimizer is None:
-        return adamw(lab, lr)
-    return functools.partial(lab.optimizer, lr=lr)
-
-
 def adamw(lab, lr):
     """The default optimizer, AdamW without weight decay -> a function of the parameters."""
-
-    def make(params):
-        fused = lab.device.type != "mps"
-        return torch.optim.AdamW(params, lr=lr, weight_decay=0.0, betas=(0.9, 0.95), fused=fused)
-
-    return make
+    options = dict(lr=lr, weight_decay=0.0, betas=(0.9, 0.95), fused=lab.device.type != "mps")
+    return functools.partial(torch.optim.AdamW, **options)
 
 
 class Average:
-    """An exponential moving average of the weights of a model, or nothing if the decay is 0."""
+    """An exponential moving average of the weights of a model."""
 
     def __init__(self, model, decay):
-        self.params = [p for p in model.parameters() if p.requires_grad] if decay else []
+        self.params = [p for p in model.parameters() if p.requires_grad]
         self.decay = decay
-        self.restart()
-
-    def restart(self):
-        """Forget what was averaged."""
         self.values = [p.detach().clone() for p in self.params]
 
     @torch.no_grad()
@@ -211,17 +213,8 @@ class Average:
             param.copy_(value)
             value.copy_(weight)
 
-    @contextlib.contextmanager
-    def used(self):
-        """A context in which the model has the averaged weights."""
-        self.swap()
-        yield
-        self.swap()
-
     def kept_with(self, state):
         """The functions (save, load) of a checkpoint that holds the average, too."""
-        if not self.values:
-            return state
         save, load = state or (lambda: None, lambda _: None)
 
         def load_both(found):
@@ -281,12 +274,13 @@ class Log:
         self.path = stage.path and f"{stage.path}-checkpoint-{stage.fits}"
         self.file = os.path.join(lab.out, "metrics.jsonl") if lab.out and record else None
         self.bar = Progress(title, steps, quiet=lab.quiet)
-        self.pending, self.saved, self.cost = [], time.time(), 0.0
+        self.pending = []  # (step, metrics) as tensors, so that no step waits for the device
         # in a world with a true reward, the reward shows it
         watched = record and self.path and lab.world.given is not None
         watched = watched and lab.world.kind == "text"  # an image's score is mostly its noise
         self.fall = Fall() if watched else None
-        self.pause = lab.checkpoint_every
+        # when the next checkpoint is written
+        self.due = time.time() + lab.checkpoint_every if self.path else math.inf
 
     def resume(self, model, optimizer, state):
         """Load the checkpoint of an interrupted run, or start at step 0 -> (step, curve)."""
@@ -341,10 +335,6 @@ class Log:
             if values["stage"] == self.number and end >= (self.stage.log or 0):
                 yield values
             end += len(line)
-
-    def add(self, step, metrics):
-        """Keep the metrics of one step as tensors, which does not wait for the device."""
-        self.pending.append((step, metrics))
 
     def write(self):
         """Write the pending metrics to metrics.jsonl, the only host-device sync of the loop.
@@ -402,11 +392,6 @@ class Log:
                 for line in lines:
                     file.write(json.dumps({"stage": self.number} | line) + "\n")
 
-    def due(self):
-        """Whether it is time for a checkpoint; before the last one, writing takes 5 % at most."""
-        pause = max(self.pause, 20 * self.cost)
-        return self.path is not None and time.time() - self.saved >= pause
-
     def checkpoint(self, step, curve, model, optimizer, state, ended=False):
         """Write everything that `resume` needs in one file operation."""
         if not self.path:
@@ -417,7 +402,8 @@ class Log:
         value |= dict(model=weights(model), samples=self.lab.samples, log=self.length())
         value |= dict(ended=ended, stopped=self.lab.stopped)
         save_value(self.path, value | ({} if ended else {"optimizer": optimizer.state_dict()}))
-        self.saved, self.cost = time.time(), time.time() - start
+        cost = time.time() - start  # writing takes 5 % of the time at most
+        self.due = time.time() + max(self.lab.checkpoint_every, 20 * cost)
 
     def close(self, step, model, optimizer, state, inner):
         """Write the last checkpoint, or remove it if the stage is this training and no more."""
@@ -439,11 +425,13 @@ def read(pending):
     numbers = map(float, tensors)
     if {x.device.type for x in tensors} == {"cuda"}:
         numbers = iter(torch.stack([x.detach().reshape(()).double() for x in tensors]).tolist())
-
-    def number(x):
-        return next(numbers) if isinstance(x, torch.Tensor) else float(x)
-
-    return [(step, {name: number(x) for name, x in each.items()}) for step, each in pending]
+    found = []
+    for step, metrics in pending:
+        values = {}
+        for name, x in metrics.items():
+            values[name] = next(numbers) if isinstance(x, torch.Tensor) else float(x)
+        found.append((step, values))
+    return found
 
 
 def weights(model):

@@ -29,6 +29,7 @@ def rehearse(run, world, start):
 
     world, start: of its settings, as `make_world` and `load_pretrained` made them."""
     lab = Rehearsal(run.settings, quiet=True, world=world, start=start)
+    lab.checked = set()  # hashes of the rows that were passed to a loss
     if run.settings.world and is_file(run.settings.world):
         check_world(lab, file_path("world", run.settings.world))
     with contextlib.suppress(Enough), contextlib.redirect_stdout(io.StringIO()):
@@ -89,10 +90,6 @@ class Rehearsal(Lab):
         raise Enough
 
     aligned, fault = False, None  # whether `align` was called, and the fault that it found
-
-    def __init__(self, *about, **more):
-        super().__init__(*about, **more)
-        self.checked = set()  # hashes of the rows that were passed to a loss
 
     at = evaluate = finished = fit = logps = race = sample = stage = enough
 

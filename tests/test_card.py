@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import data
 from data import Batch
-from lab import Lab, Settings, align, check, evaluate, loop, store
+from lab import Lab, Settings, align, check, loop, store
 from lab.settings import methods
 from tests.test_contract import LOSSES, accepted
 
@@ -91,10 +91,10 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def trainings(cache, monkeypatch):
-    """A function (method, world) -> [(lab, model, item, loss)] of all trainings of a run."""
+    """A function (method, world) -> [(lab, model, item, score, loss)] of all trainings of a run."""
     monkeypatch.setattr(store, "CACHE", cache)
     monkeypatch.setattr(check, "first_step", lambda *about: None)  # reads values, by design
-    monkeypatch.setattr(evaluate, "glance", lambda *about: {})
+    monkeypatch.setattr(Lab, "glance", lambda *about: {})
     for world in ("digits", "gaussians"):
         path = f"toy.{world}.World.measure"
         monkeypatch.setattr(path, lambda self, policy, lab: {"frechet": 1.0})
@@ -102,7 +102,8 @@ def trainings(cache, monkeypatch):
 
     def noted(lab, model, batches, loss, *args, **options):
         get = batches if callable(batches) else lambda step: batches[step]
-        found.append((lab, copy.deepcopy(model), copy.deepcopy(get(0)), loss))
+        item, score = copy.deepcopy(get(0)), options.get("score")
+        found.append((lab, copy.deepcopy(model), item, score, loss))
         return fit(lab, model, batches, loss, *args, **options)
 
     for owner in (loop, align, Lab):
@@ -126,7 +127,7 @@ def trainings(cache, monkeypatch):
 def test_no_step_reads_a_value_or_mixes_devices(trainings, name, world):
     found = trainings(name, world)
     assert found
-    for lab, model, item, loss in found:
+    for lab, model, item, score, loss in found:
         mode = FakeTensorMode()
 
         def card(x):
@@ -136,12 +137,13 @@ def test_no_step_reads_a_value_or_mixes_devices(trainings, name, world):
         params = [p for p in model.parameters() if p.requires_grad]
         optimizer = loop.adamw(lab, 1e-3)(params)
         with mode:
-            losses, metrics = loss(model, item)
+            arguments, common = score(model, item) if score else ((model, item), {})
+            losses, metrics = loss(*arguments)
             losses.mean().backward()
             torch.nn.utils.clip_grad_norm_(params, 1.0)
             optimizer.step()
         assert losses.device == CARD
-        assert all(value.device == CARD for value in metrics.values())
+        assert all(value.device == CARD for value in (common | metrics).values())
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ def logps():
 def test_a_good_loss_passes():
     x = logps()
     losses, metrics = check.unpack((x.sum((1, 2)), {"weight": x.detach().mean(), "k": 2}))
-    check.first_step(losses, metrics, x, BATCH)
+    check.first_step(losses, metrics, x, None, BATCH, None)
     losses.mean().backward()  # the graph is still there
     assert x.grad is not None
 
@@ -42,7 +42,7 @@ def test_a_good_loss_passes():
 def test_bad_losses_are_named(make, words):
     x = logps()
     with pytest.raises(UserError) as caught:
-        check.first_step(make(x), {}, x, BATCH)
+        check.first_step(make(x), {}, x, None, BATCH, None)
     for word in words:
         assert word in str(caught.value)
 
@@ -59,7 +59,7 @@ def test_bad_losses_are_named(make, words):
 def test_bad_metrics_are_named(metrics, words):
     x = logps()
     with pytest.raises(UserError) as caught:
-        check.first_step(x.sum((1, 2)), metrics, x, BATCH)
+        check.first_step(x.sum((1, 2)), metrics, x, None, BATCH, None)
     for word in words:
         assert word in str(caught.value)
 

@@ -1,6 +1,7 @@
 """Captured steps: on a CPU the same code as on a card, but for the replay of a graph."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import methods.dpo
 from data import collate, encode
 from lab import Lab, Settings, store
 from lab.batches import Batches
-from lab.graph import Captured, Graph, capturable, packed, set_rate, unpacked
+from lab.graph import Captured, Graph, capturable, packed, unpacked
 from methods import dpo
 from nanomodel import GPT, GPTConfig
 from tests.lab.commands import Killed, killed_at
@@ -112,10 +113,26 @@ def test_only_optimizers_whose_step_can_be_captured_are():
     assert capturable(torch.optim.AdamW(weights, lr=0.1), "cpu")
     assert not capturable(Own(weights, lr=0.1), "cpu")
     assert not capturable(torch.optim.SGD(weights, lr=0.1), "cpu")
-    for rate in (0.5, torch.tensor(0.5)):
-        group = {"lr": rate}
-        set_rate(group, 0.25)
-        assert float(group["lr"]) == 0.25 and (group["lr"] is rate) == torch.is_tensor(rate)
+
+
+@pytest.mark.parametrize("rate", [0.5, torch.tensor(0.5)])
+def test_a_learning_rate_in_a_tensor_is_written_there(rate):
+    """A captured step reads the learning rate where it was when the step was captured."""
+    made = []
+
+    def optimizer(params):
+        made.append(torch.optim.SGD(params, lr=rate, foreach=False))
+        return made[0]
+
+    def loss(model, batch):
+        return model(batch).square(), {}
+
+    how = dict(steps=4, warmup=1, decay=True, optimizer=optimizer)
+    model, data = torch.nn.Linear(1, 1), [torch.ones(1)]
+    Lab(Settings(world="bandit"), quiet=True).fit(model, data, loss, **how)
+    now = made[0].param_groups[0]["lr"]
+    assert (now is rate) == torch.is_tensor(rate)
+    assert float(now) == pytest.approx(0.5 * (0.1 + 0.45 * (1 + math.cos(math.pi * 3 / 4))))
 
 
 # ---- batches

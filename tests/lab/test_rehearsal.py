@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import train
+from data import UserError
 from lab import Lab, Settings, flags
 from lab.rehearsal import rehearse
 from lab.settings import make_world
@@ -214,16 +215,20 @@ def test_a_rehearsal_changes_nothing(tmp_path, capsys, monkeypatch):
     small(monkeypatch)
     path = rows_file(tmp_path / "rows.jsonl", PAIRS)
     seen = []
-    monkeypatch.setattr(
-        train, "one_run", lambda *about, **more: seen.append(torch.random.get_rng_state()) or {}
-    )
+
+    def opened(run, out):
+        seen.append((torch.random.get_rng_state(), os.listdir(out)))
+        raise UserError("that is enough")
+
+    monkeypatch.setattr(train, "opened", opened)
     torch.manual_seed(5)
     state = torch.random.get_rng_state()
     argv = ["--method", "dpo", "--data", path, "--context", "64", *FILE, "--out", "run"]
     capsys.readouterr()
-    assert train.main(argv) == 0
-    assert torch.equal(seen[0], state) and capsys.readouterr().out == ""
-    assert set(os.listdir("run")) <= {"run.json"}
+    assert train.main(argv) == 2
+    ((after, files),) = seen
+    assert torch.equal(after, state) and capsys.readouterr().out == ""
+    assert set(files) <= {"run.json", ".lock"}
 
 
 @pytest.mark.slow
