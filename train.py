@@ -363,7 +363,7 @@ def main(argv):
                 return compared(given["compare"].split("\n"), out)
             if "claim" in given or len(runs) > 1:
                 return several(runs, given, out)
-            summary = finished(out)
+            summary = finished(out) if resumed else None
             if summary:
                 print(f"{out} is finished already")
             else:

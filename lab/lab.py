@@ -334,17 +334,16 @@ class Lab:
         n = recipe.get("demonstrations", recipe["steps"] * size)
         rows = self.encode(world.demonstrations(n, generator("demonstrations", seed)))
         dims = rows[0]["responses"][0].numel() if world.kind == "images" else 1
-        batches = self.batches(rows, size)
+        batches = Batches(self, rows, size)
 
-        def batch(step):
-            found = batches(step)
-            if world.kind == "images":
-                rng = generator("base", seed, step)
-                found = model.prepare(found, rng)
-                if world.guided:
-                    dropped = torch.rand(len(found.label), generator=rng) < DROPPED
-                    dropped = dropped.to(found.label.device)
-                    found.label = torch.where(dropped, model.classes, found.label)
+        def noisy(step):
+            """The images of a step with their noise; without some of their labels for guidance."""
+            rng = generator("base", seed, step)
+            found = model.prepare(batches(step), rng)
+            if world.guided:
+                dropped = torch.rand(len(found.label), generator=rng) < DROPPED
+                dropped = dropped.to(found.label.device)
+                found.label = torch.where(dropped, model.classes, found.label)
             return found
 
         def loss(model, batch):
@@ -353,7 +352,8 @@ class Lab:
 
         how = dict(lr=recipe["lr"], warmup=20, clip=1.0, decay=True, record=False)
         how |= dict(capture=True, optimizer=loop.adamw(self, recipe["lr"]))
-        loop.fit(self, model, batch, loss, recipe["steps"], title="base model", **how)
+        get = noisy if world.kind == "images" else batches
+        loop.fit(self, model, get, loss, recipe["steps"], title="base model", **how)
         return {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
 
     # ---------------------------------------------------------------- data

@@ -341,8 +341,16 @@ class Log:
 
         Diverged: one of them is not finite.
         """
+        tensors = [x for _, each in self.pending for x in each.values() if torch.is_tensor(x)]
+        numbers = map(float, tensors)
+        if {x.device.type for x in tensors} == {"cuda"}:  # all of them at once
+            vector = torch.stack([x.detach().reshape(()).double() for x in tensors])
+            numbers = iter(vector.tolist())
         lines, wrong = [], None
-        for step, values in read(self.pending):
+        for step, metrics in self.pending:
+            values = {}
+            for name, x in metrics.items():
+                values[name] = next(numbers) if torch.is_tensor(x) else float(x)
             bad = [name for name, value in values.items() if not math.isfinite(value)]
             if bad:
                 wrong = f"{self.title}: {bad[0]} became {values[bad[0]]} in step {step}; "
@@ -417,21 +425,6 @@ class Log:
         else:
             remove_value(self.path)
         remove_value(f"{self.path}-good")
-
-
-def read(pending):
-    """[(step, {name: number or tensor})] -> the same with numbers, in one host-device sync."""
-    tensors = [x for _, metrics in pending for x in metrics.values() if isinstance(x, torch.Tensor)]
-    numbers = map(float, tensors)
-    if {x.device.type for x in tensors} == {"cuda"}:
-        numbers = iter(torch.stack([x.detach().reshape(()).double() for x in tensors]).tolist())
-    found = []
-    for step, metrics in pending:
-        values = {}
-        for name, x in metrics.items():
-            values[name] = next(numbers) if isinstance(x, torch.Tensor) else float(x)
-        found.append((step, values))
-    return found
 
 
 def weights(model):

@@ -32,7 +32,6 @@ from safetensors.torch import load_file, save_file
 import train
 from data import Tokenizer, UserError, collate
 from lab import Lab, Settings, compare, flags, render, store
-from lab.align import Stop
 from lab.hub import ChatTemplate, load_pretrained
 from lab.settings import methods, worlds
 from nanomodel import GPT, GPTConfig, LoRA, UNet, UNetConfig
@@ -491,7 +490,7 @@ KINDS["str"] = ["auto", "on", "off", "float32", "adamw", "dct_adamw", "1/2", "ru
 
 
 def fuzz_command(rng, path):
-    """Whole command lines up to the first step: every run counts as finished."""
+    """Whole command lines up to the first step: every run ends when it is opened."""
     argv = []
     if rng.random() < 0.95:
         argv += ["--method", rng.choice([*methods(), "dpo,rdpo", "all", "x"])]
@@ -794,17 +793,16 @@ def limited(impatient, monkeypatch):
     store.open_cache()
 
 
-def stopped(*about, **more):
-    """Takes the place of `train.opened` under --show."""
-    raise Stop
+def enough(*about, **more):
+    """Takes the place of `train.opened`."""
+    raise UserError("that is enough")
 
 
 @pytest.mark.parametrize("kind", SHARES)
 def test_random_and_hostile_input(kind, tmp_path, request, limited, monkeypatch):
     seed, cases = (request.config.getoption(f"--fuzz-{name}") for name in ("seed", "cases"))
     if kind == "command":
-        monkeypatch.setattr(train, "finished", lambda out: {"steps": 0})
-        monkeypatch.setattr(train, "opened", stopped)
+        monkeypatch.setattr(train, "opened", enough)
         monkeypatch.setattr(train, "ask", lambda *about: None)
         monkeypatch.setattr(train, "several", lambda *about: 0)  # sweeps and claims
         for name in ("again", "smoke"):
