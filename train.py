@@ -43,7 +43,7 @@ from lab import (
     spread,
 )
 from lab.align import Stop
-from lab.store import open_cache, write_json, write_text
+from lab.store import alone, open_cache, write_json, write_text
 
 # ---------------------------------------------------------------- a run
 
@@ -164,7 +164,7 @@ def sweep(runs, out, tasks, failed):
         print(line, file=sys.stderr, flush=True)
         try:
             os.makedirs(places[i], exist_ok=True)
-            with folder.locked(places[i]):
+            with alone(places[i], wait=False):
                 if not finished(places[i]):
                     lab = opened(runs[i], places[i], quiet=True)
                     reported(runs[i], lab, runs[i].module.run(lab, runs[i].cfg))

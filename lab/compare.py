@@ -269,14 +269,13 @@ def write_csv(path, records):
             values = {name: value for name, value in look.items() if name != "stage"}
             rows.append({"run": record.folder} | settings | values)
     columns = list(dict.fromkeys(name for row in rows for name in row))
-
-    def write(temporary):
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
-
-    write_beside(path, write)
+    with (
+        write_beside(path) as temporary,
+        open(temporary, "w", encoding="utf-8", newline="") as file,
+    ):
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def write(out, records, title):
@@ -362,7 +361,8 @@ def picture(path, grouped, title):
         figure.legend(handles=handles, ncols=columns, **BESIDE)
     else:
         close_up(figure)
-    write_beside(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    with write_beside(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
     return True
 
 

@@ -14,7 +14,7 @@ import time
 import torch
 
 from data import UserError, error_line
-from lab.store import clear_half_written, commit, lock, write_json
+from lab.store import alone, clear_half_written, commit, write_json
 
 MARK = "run.json"
 RESULTS = "README.md"  # the page of all papers in a folder of results
@@ -44,10 +44,11 @@ def folder(run, flags, label, resumed=None):
     """
     out = resumed or new_folder(run.settings, label, adds="claim" in flags)
     kept = resumed or os.listdir(out)
-    former = aside(out)
+    former = f"{os.path.abspath(out)}.replaced-{os.getpid()}"
     with contextlib.ExitStack() as held:
-        held.enter_context(locked(out))
-        clear_half_written(out)
+        held.enter_context(alone(out, wait=False))
+        if kept:
+            clear_half_written(out)
         try:
             if not resumed:
                 write_run(out, run, flags)
@@ -110,19 +111,14 @@ def new_folder(settings, label, adds=False):
             inside = os.path.realpath(out) + os.sep
             if value and (os.path.realpath(value) + os.sep).startswith(inside):
                 raise UserError(f"--{name} {value} lies in --out {out}, which would be replaced")
-        with locked(out):
+        with alone(out, wait=False):
             pass
-        os.replace(out, aside(out))
+        os.replace(out, f"{os.path.abspath(out)}.replaced-{os.getpid()}")
     try:
         os.makedirs(out, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror}") from None
     return out
-
-
-def aside(out):
-    """The path to which --overwrite moves the former run until the new one has ended."""
-    return f"{os.path.abspath(out)}.replaced-{os.getpid()}"
 
 
 def give_back(out, former):
@@ -296,20 +292,3 @@ def read_metrics(path):
                 raise UserError(f"{path}:{number} is damaged: it is no line of metrics") from None
             found.append((line, values))
     return found
-
-
-# ---------------------------------------------------------------- one writer
-
-
-@contextlib.contextmanager
-def locked(out):
-    """Hold the lock of a folder; a killed run releases it. UserError: another run holds it."""
-    path = os.path.join(out, ".lock")
-    with open(path, "a+b") as file:
-        try:
-            lock(file)
-        except OSError:
-            raise UserError(f"{out} is being written by another run") from None
-        yield
-    with contextlib.suppress(OSError):
-        os.unlink(path)

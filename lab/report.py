@@ -274,7 +274,8 @@ def figure(path, draw, size=(10, 6)):
 
 def write_figure(path, fig, dpi=110):
     """Write a matplotlib Figure as a PNG file in one step."""
-    write_beside(path, lambda temporary: fig.savefig(temporary, format="png", dpi=dpi))
+    with write_beside(path) as temporary:
+        fig.savefig(temporary, format="png", dpi=dpi)
 
 
 def write_picture(out, fig):

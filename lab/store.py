@@ -9,7 +9,6 @@ import functools
 import hashlib
 import inspect
 import json
-import math
 import os
 import re
 import subprocess
@@ -23,6 +22,13 @@ import torch
 
 from data import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    import msvcrt
+
+    fcntl = None
+
 HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CACHE = os.environ.get("NANOPREF_CACHE") or os.path.join(HERE, ".cache")
 MASK = threading.Lock()  # two threads would read each other's mask
@@ -31,18 +37,23 @@ WRITTEN = ":(exclude)results", ":(exclude)README.md"  # what --claim writes, for
 # ---------------------------------------------------------------- files
 
 
-def write_beside(path, write):
-    """Call `write(temporary_path)` in the folder of `path`, then rename the file to `path`.
+@contextlib.contextmanager
+def write_beside(path):
+    """A context that yields a temporary path in the folder of `path`, to write the file to.
 
-    So readers see the old file or the new one, never a part of it.
+    At its end the file is renamed to `path`, so readers see the old file or the new one, never a
+    part of it. If something fails within, the old file stays.
     """
     folder = os.path.dirname(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=folder, prefix=".writing-")
     os.close(handle)
     try:
-        write(temporary)
-        os.chmod(temporary, 0o666 & ~umask())  # mkstemp's files are private
+        yield temporary
+        with MASK:  # the mask of new files can only be read by setting it
+            mask = os.umask(0)
+            os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)  # mkstemp's files are private
         os.replace(temporary, path)
     except BaseException as error:
         os.unlink(temporary)
@@ -51,22 +62,18 @@ def write_beside(path, write):
         raise
 
 
-def umask():
-    """The file mode creation mask of this process, which can only be read by setting it."""
-    with MASK:
-        mask = os.umask(0)
-        os.umask(mask)
-    return mask
+def clear_half_written(folder):
+    """Remove what a killed run left of `write_beside` in a folder and below it."""
+    for place, _, names in os.walk(folder):
+        for path in (os.path.join(place, n) for n in names if n.startswith(".writing-")):
+            with contextlib.suppress(OSError):
+                os.unlink(path)
 
 
 def write_text(path, text):
     """Write a text file in one step (see write_beside)."""
-
-    def write(temporary):
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-
-    write_beside(path, write)
+    with write_beside(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
 
 
 DTYPES = {  # safetensors' names
@@ -100,19 +107,15 @@ def save_tensors(path, tensors, metadata=None, dtype=None):
     text = json.dumps(head, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     hashed = hashlib.sha256()
-
-    def write(temporary):
-        with open(temporary, "wb") as file:
-            for piece in (len(text).to_bytes(8, "little"), text):
-                file.write(piece)
-                hashed.update(piece)
-            for name in names:
-                x = tensors[name].detach().to("cpu", kinds[name]).contiguous().reshape(-1)
-                piece = x.view(torch.uint8).numpy()
-                file.write(piece)
-                hashed.update(piece)
-
-    write_beside(path, write)
+    with write_beside(path) as temporary, open(temporary, "wb") as file:
+        for piece in (len(text).to_bytes(8, "little"), text):
+            file.write(piece)
+            hashed.update(piece)
+        for name in names:
+            x = tensors[name].detach().to("cpu", kinds[name]).contiguous().reshape(-1)
+            piece = x.view(torch.uint8).numpy()
+            file.write(piece)
+            hashed.update(piece)
     return hashed.hexdigest()
 
 
@@ -129,15 +132,8 @@ def load_tensors(path):
 
 def write_json(path, value):
     """Write JSON in one step; NaN and infinity become null."""
-
-    def clean(x):
-        if isinstance(x, float) and not math.isfinite(x):
-            return None
-        if isinstance(x, dict):
-            return {k: clean(v) for k, v in x.items()}
-        return [clean(v) for v in x] if isinstance(x, (list, tuple)) else x
-
-    write_text(path, json.dumps(clean(value), indent=1) + "\n")
+    value = json.loads(json.dumps(value), parse_constant=lambda name: None)
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 # ---------------------------------------------------------------- values in files
@@ -180,8 +176,9 @@ def save_value(path, value):
         name = f"{os.path.basename(path)}.{os.getpid()}-{time.monotonic_ns()}.safetensors"
         checksum = save_tensors(os.path.join(os.path.dirname(path), name), tensors)
     body = json.dumps({"tensors": name, "tensors_sha256": checksum, "value": packed})
+    seal = hashlib.sha256(body.encode()).hexdigest()
     old = _tensor_file(path)
-    write_text(path + ".json", f'{{"sha256": "{_sha256(body.encode())}", {body[1:]}')
+    write_text(path + ".json", f'{{"sha256": "{seal}", {body[1:]}')
     if old and old != name:
         with contextlib.suppress(OSError):
             os.unlink(os.path.join(os.path.dirname(path), old))
@@ -191,46 +188,34 @@ def load_value(path):
     """The value written by `save_value`, or None when there is none.
 
     None, too, and a line on stderr, when its files do not have the checksums they had."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     try:
         with open(path + ".json", "rb") as file:
             data = file.read()
-        return _unsealed(path, data)
+        found = SEALED.match(data)
+        body = b"{" + data[found.end() :] if found else b""
+        if not found or hashlib.sha256(body).hexdigest() != found[1].decode():
+            raise ValueError
+        kept, tensors = json.loads(body), {}
+        if kept["tensors"]:
+            stored = os.path.join(os.path.dirname(path), kept["tensors"])
+            with open(stored, "rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != kept["tensors_sha256"]:
+                    raise ValueError
+            tensors = load_file(stored)
+        return unpack(kept["value"], tensors)
     except FileNotFoundError as error:
         if error.filename == path + ".json":
             return None
         with contextlib.suppress(OSError), open(path + ".json", "rb") as file:
             if file.read() != data:  # another run has just written the same value
                 return load_value(path)
-    except (OSError, ValueError):
+    except (OSError, ValueError, SafetensorError):
         pass
     print(f"{path}.json is damaged: its value is made anew", file=sys.stderr)
     return None
-
-
-def _unsealed(path, data):
-    """The value in the JSON `data` of `path`; ValueError: it is damaged."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    found = SEALED.match(data)
-    body = b"{" + data[found.end() :] if found else b""
-    if not found or _sha256(body) != found[1].decode():
-        raise ValueError
-    kept, tensors = json.loads(body), {}
-    if kept["tensors"]:
-        stored = os.path.join(os.path.dirname(path), kept["tensors"])
-        with open(stored, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != kept["tensors_sha256"]:
-                raise ValueError
-        try:
-            tensors = load_file(stored)
-        except SafetensorError as error:
-            raise ValueError from error
-    return unpack(kept["value"], tensors)
-
-
-def _sha256(data):
-    return hashlib.sha256(data).hexdigest()
 
 
 def _tensor_file(path):
@@ -238,6 +223,9 @@ def _tensor_file(path):
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         with open(path + ".json", encoding="utf-8") as file:
             return os.path.basename(json.load(file)["tensors"])
+
+
+held = {}  # {cache: its lock file}, kept open and locked until the process ends
 
 
 def open_cache():
@@ -253,62 +241,30 @@ def open_cache():
             f"the cache {CACHE} cannot be written ({error.strerror}); "
             "the environment variable NANOPREF_CACHE names another folder"
         ) from None
-    with cache_lock() as alone:
-        clear_half_written(CACHE, age=0.0 if alone else 86400.0)
-        if alone:
-            clear_orphans(CACHE)
-
-
-held = {}  # {cache: its lock file}, kept open and locked until the process ends
-
-
-@contextlib.contextmanager
-def cache_lock():
-    """Mark the cache as in use until this process ends -> whether no other process uses it.
-
-    Every process holds a shared lock. It is exclusive within this context, if nobody else has it,
-    so that nothing is removed that another run is about to use. Where there are no such locks
-    (Windows), the answer is False."""
-    try:
-        import fcntl
-
-        if CACHE not in held:
-            held[CACHE] = open(os.path.join(CACHE, ".lock"), "ab")  # noqa: SIM115
-    except (ImportError, OSError):
-        yield False
-        return
-    alone = True
-    try:
-        fcntl.flock(held[CACHE], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        alone = False
-    try:
-        yield alone
-    finally:
+    # Every process holds a shared lock until it ends. It is exclusive while this one clears, if
+    # nobody else has it, so that nothing goes that another run is about to use.
+    unshared = False
+    if fcntl:
         with contextlib.suppress(OSError):
-            fcntl.flock(held[CACHE], fcntl.LOCK_SH)
-
-
-def clear_orphans(folder):
-    """Remove the tensors to which no JSON in a folder points: a kill came between the two writes.
-
-    Nobody else may write there now."""
-    names = os.listdir(folder)
-    tensors = [name for name in names if re.fullmatch(r".+\.\d+-\d+\.safetensors", name)]
-    for name in tensors:
-        value = re.sub(r"\.\d+-\d+\.safetensors$", "", name)
-        if _tensor_file(os.path.join(folder, value)) != name:
+            if CACHE not in held:
+                held[CACHE] = open(os.path.join(CACHE, ".lock"), "ab")  # noqa: SIM115
+            fcntl.flock(held[CACHE], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            unshared = True
+    try:
+        for name in os.listdir(CACHE):
+            path = os.path.join(CACHE, name)
+            value = re.fullmatch(r"(.+)\.\d+-\d+\.safetensors", name)
             with contextlib.suppress(OSError):
-                os.unlink(os.path.join(folder, name))
-
-
-def clear_half_written(folder, age=0.0):
-    """Remove what `write_beside` left in a folder and below it, if it is `age` seconds old."""
-    for place, _, names in os.walk(folder):
-        for path in (os.path.join(place, n) for n in names if n.startswith(".writing-")):
-            with contextlib.suppress(OSError):
-                if not age or time.time() - os.path.getmtime(path) > age:
+                if name.startswith(".writing-"):
+                    if unshared or time.time() - os.path.getmtime(path) > 86400.0:
+                        os.unlink(path)
+                # tensors to which no JSON points: a kill came between the two writes
+                elif unshared and value and _tensor_file(os.path.join(CACHE, value[1])) != name:
                     os.unlink(path)
+    finally:
+        if CACHE in held:
+            with contextlib.suppress(OSError):
+                fcntl.flock(held[CACHE], fcntl.LOCK_SH)
 
 
 def digest(*parts):
@@ -322,43 +278,39 @@ def source(*modules):
     return [inspect.getsource(m) for m in modules]
 
 
-def lock(file):
-    """Lock an open file for this process without waiting. OSError: another process holds it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        import msvcrt
-
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
 @contextlib.contextmanager
-def alone(path):
-    """Hold the lock of a value in the cache, so that it is made by one process at a time.
+def alone(path, wait=True):
+    """Hold the lock of a value in the cache, or of a folder, so that one process writes it.
 
-    Another process that holds it is waited for; if it is killed, its lock is released.
+    wait: wait for another process that holds it; without this, that is a UserError. The lock of a
+    process that is killed is released.
     """
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with open(path + ".lock", "a+b") as file:
-        waiting = False
+    name = os.path.join(path, ".lock") if os.path.isdir(path) else path + ".lock"
+    os.makedirs(os.path.dirname(name), exist_ok=True)
+    with open(name, "a+b") as file:
+        told = False
         while True:
             try:
-                lock(file)
+                if fcntl:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                else:
+                    msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
                 break
-            except (BlockingIOError, PermissionError):  # the latter on Windows
-                if not waiting:
-                    print("another run is making what this run needs: waiting", file=sys.stderr)
-                waiting = True
-                time.sleep(0.2)
-            except OSError:  # a file system without locks: the value may be made twice
-                break
+            except OSError as error:
+                if not wait:
+                    raise UserError(f"{path} is being written by another run") from None
+                if not isinstance(error, (BlockingIOError, PermissionError)):  # the latter: Windows
+                    break  # a file system without locks: the value may be made twice
+            if not told:
+                print("another run is making what this run needs: waiting", file=sys.stderr)
+            told = True
+            time.sleep(0.2)
         try:
             yield
         finally:
+            file.close()  # Windows does not delete an open file
             with contextlib.suppress(OSError):
-                os.unlink(path + ".lock")
+                os.unlink(name)
 
 
 def remove_value(path):

@@ -52,14 +52,10 @@ def generator(seed=0):
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "folder" / "file.txt"
     write_text(path, "old")
-
-    def broken(temporary):
+    with pytest.raises(RuntimeError, match="disk full"), write_beside(path) as temporary:
         with open(temporary, "w") as file:
             file.write("half")
         raise RuntimeError("disk full")
-
-    with pytest.raises(RuntimeError, match="disk full"):
-        write_beside(path, broken)
     assert path.read_text() == "old" and os.listdir(path.parent) == ["file.txt"]
     write_text(path, "new")
     assert path.read_text() == "new" and os.listdir(path.parent) == ["file.txt"]

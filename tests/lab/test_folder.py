@@ -8,7 +8,7 @@ import pytest
 
 import methods.dpo
 import train
-from lab import folder, store
+from lab import store
 from tests.lab.commands import FILE, PAIRS, Killed, killed_at, refused, rows_file, small
 
 pytestmark = pytest.mark.usefixtures("own_folder")
@@ -137,7 +137,7 @@ def test_a_file_that_has_changed_is_named(tmp_path, capsys, monkeypatch):
 @pytest.mark.slow
 def test_a_second_resume_of_one_folder_is_refused(capsys, interrupted):
     before = files()
-    with folder.locked("run"):
+    with store.alone("run", wait=False):
         refused(capsys, ["--resume", "run"], "run is being written by another run")
         after = files()
     assert {name: after[name] for name in before} == before

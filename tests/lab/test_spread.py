@@ -12,7 +12,7 @@ import pytest
 
 import train
 from data import UserError
-from lab import flags, folder, results, spread, store
+from lab import flags, results, spread, store
 from lab.store import write_json
 from tests.lab.commands import refused
 
@@ -165,7 +165,7 @@ def test_a_run_that_another_shard_is_doing_is_left_to_it(tmp_path, capsys):
     assert train.main([*SWEEP, "--shard", "1/4", "--out", "s"]) == 0
     (place,) = (tmp_path / "s").glob("000-*")
     os.remove(place / "summary.json")
-    with folder.locked(str(place)):
+    with store.alone(str(place), wait=False):
         assert train.main([*SWEEP, "--shard", "1/4", "--out", "s"]) == 2
     assert "is being written by another run" in capsys.readouterr().err
     assert place.exists()
