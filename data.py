@@ -7,7 +7,6 @@ branch is a stretch of tokens with its own place in the prompt tree: the prompt,
 """
 
 import re
-from collections import Counter
 from dataclasses import astuple, dataclass, field, fields, replace
 
 import numpy as np
@@ -202,10 +201,12 @@ class Tokenizer:
         longer = [w.encode() for w in words if len(w.encode()) > 1]
         ranks |= {word: 256 + i for i, word in enumerate(longer)}
         pattern = "|".join([re.escape(w) for w in words] + [r"[\s\S]"])
-        special = {"<|end|>": len(ranks), "<|pad|>": len(ranks) + 1}
-        return cls.from_tiktoken(
-            tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        eot, pad = len(ranks), len(ranks) + 1
+        special = {"<|end|>": eot, "<|pad|>": pad}
+        engine = tiktoken.Encoding(
+            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
         )
+        return cls(name, engine, eot, pad, engine.n_vocab)
 
     @classmethod
     def text(cls):
@@ -345,10 +346,6 @@ def encode(row, tokenizer):
     """
     if "tree" in row:
         return row
-
-    def ids(text):
-        return tokenizer.encode(text) if isinstance(text, str) else list(text)
-
     count = len(row["responses"])
     parents = row.get("parents") or [-1] * count
     context = row.get("context") or [[]] * count
@@ -356,18 +353,21 @@ def encode(row, tokenizer):
     for name, values in dict(parents=parents, context=context, ends=ends).items():
         if len(values) != count:
             raise UserError(f"{count} responses, but {len(values)} {name}")
-    prompt = ids(row["prompt"]) or [tokenizer.eot]  # something has to predict the first token
+    prompt, *ids = (
+        tokenizer.encode(text) if isinstance(text, str) else list(text)
+        for text in (row["prompt"], *row["responses"], *context)
+    )
+    prompt = prompt or [tokenizer.eot]  # something has to predict the first token
     tokens, position, branch = list(prompt), list(range(len(prompt))), [0] * len(prompt)
     last, ancestors, sources, targets = {-1: len(prompt) - 1}, [{0}], [], []
-    for k, (response, parent) in enumerate(zip(row["responses"], parents)):
+    for k, parent in enumerate(parents):
         if not -1 <= parent < k:
             raise UserError(
                 f"parents {parents}: response {k} must continue an earlier response "
                 "or the prompt (-1)"
             )
         leaf = k not in parents
-        before, response = ids(context[k]), ids(response)
-        response = response + [tokenizer.eot] * bool(ends[k])
+        response, before = ids[k] + [tokenizer.eot] * bool(ends[k]), ids[count + k]
         path, start = before + response, len(tokens)
         fed = path[:-1] if leaf else path
         tokens += fed
@@ -378,9 +378,7 @@ def encode(row, tokenizer):
         sources.append(steps[len(before) : len(path)])
         targets.append(response)
         last[k] = start + len(fed) - 1 if fed else last[parent]
-    sees = np.zeros((count + 1, count + 1), dtype=bool)
-    for k, seen in enumerate(ancestors):
-        sees[k, list(seen)] = True
+    sees = np.array([[k in seen for k in range(count + 1)] for seen in ancestors])
     tree = Tree(tokens, position, branch, sees, sources, targets)
     return row | {"parents": parents, "tree": tree}
 
@@ -391,79 +389,56 @@ def bucket(n):
     return -(-n // step) * step
 
 
-def apart(tree):
-    """Split the tree of one prompt into one tree per response, each with a copy of the prompt."""
-    prompt = start = tree.branch.count(0)
-    out, alone = [], np.ones((1, 1), dtype=bool)
-    for k, (where, what) in enumerate(zip(tree.sources, tree.targets)):
-        end = start + tree.branch.count(k + 1)
-        tokens = tree.tokens[:prompt] + tree.tokens[start:end]
-        where = [i if i < prompt else i - start + prompt for i in where]
-        n = len(tokens)
-        out.append(Tree(tokens, list(range(n)), [0] * n, alone, [where], [what]))
-        start = end
-    return out
+def apart(trees):
+    """One tree per response, each with a copy of its prompt, where such copies cost less.
 
-
-def cheaper_apart(trees, copies):
-    """Whether copying short prompts costs less than the wider attention of the trees.
-
-    The cost of a token is 256 plus the number of keys that it meets in blocks of 128 queries,
-    because 256 keys take as long as everything else that is computed for a token (measured with
-    two and three layers of width 64 and 96).
+    -> (trees, [(row, first response) per tree]). The cost of a token is 256 plus the number of keys
+    that it meets in blocks of 128 queries, because 256 keys take as long as everything else that is
+    computed for a token (measured with two and three layers of width 64 and 96).
     """
+    copies, home, alone = [], [], np.ones((1, 1), dtype=bool)
+    for b, tree in enumerate(trees):
+        prompt = start = tree.branch.count(0)
+        for k, (where, what) in enumerate(zip(tree.sources, tree.targets)):
+            end = start + tree.branch.count(k + 1)
+            tokens = tree.tokens[:prompt] + tree.tokens[start:end]
+            where = [i if i < prompt else i - start + prompt for i in where]
+            n = len(tokens)
+            copies.append(Tree(tokens, list(range(n)), [0] * n, alone, [where], [what]))
+            home.append((b, k))
+            start = end
     longest = max(len(tree.tokens) for tree in copies)
     met = min(max(len(tree.tokens) for tree in trees), longest + 128)
-    together, alone = (sum(len(tree.tokens) for tree in group) for group in (trees, copies))
-    return alone * (256 + longest) < together * (256 + met)
+    together, separate = (sum(len(tree.tokens) for tree in group) for group in (trees, copies))
+    if separate * (256 + longest) < together * (256 + met):
+        return copies, home
+    return trees, [(b, 0) for b in range(len(trees))]
 
 
-def first_fit(sizes, room):
-    """Pack pieces of these sizes into rows of length `room`, the longest piece first.
+def pack(trees, width, packed=True):
+    """Pack trees into rows of `width` tokens, the longest first, or each into a row of its own.
 
-    -> ([(row, offset) per piece], number of rows).
+    -> ([(row, offset) per tree], N, G, keys). The last of the G branches of a row is that of the
+    padding. keys: the largest number of keys of a row, padding included; 0 in rows of fewer than
+    LONG tokens, where nothing reads it. In longer ones a place is left for padding, which attends
+    to the keys that no branch needs.
     """
-    free, places = [], [None] * len(sizes)
-    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        row = next((n for n, left in enumerate(free) if left >= sizes[i]), len(free))
+    sizes, room = [len(tree.tokens) for tree in trees], width if width < LONG else width - 1
+    order = sorted(range(len(trees)), key=lambda i: (-sizes[i], i)) if packed else range(len(trees))
+    free, places = [], [None] * len(trees)
+    for i in order:
+        fitting = (n for n, left in enumerate(free) if left >= sizes[i])
+        row = next(fitting, len(free)) if packed else i
         if row == len(free):
             free.append(room)
         places[i] = (row, room - free[row])
         free[row] -= sizes[i]
-    return places, len(free)
-
-
-def row_sizes(trees, size):
-    """(S, room) of packed rows: their tokens, and how many of them trees may take.
-
-    size(n) -> n rounded up. From LONG tokens on, one place is left for padding, which attends to
-    the keys that no branch needs.
-    """
-    longest = max(len(tree.tokens) for tree in trees)
-    if size(longest) < LONG:
-        return size(longest), size(longest)
-    return size(longest + 1), size(longest + 1) - 1
-
-
-def keys_of(trees, places, height, width):
-    """The largest number of keys of a packed row, padding included, if rows have LONG tokens.
-
-    In shorter rows, where nothing reads it, it is 0.
-    """
-    if width < LONG:
-        return 0
-    keys = [width] * height
+    groups, keys = [1] * len(free), [width if width >= LONG else 0] * len(free)
     for tree, (row, _) in zip(trees, places):
-        keys[row] += tree.keys() - len(tree.tokens)
-    return max(keys)
-
-
-def branches(trees, places):
-    """The largest number of branches in one packed row, without the branch of the padding."""
-    used = Counter()
-    for tree, (row, _) in zip(trees, places):
-        used[row] += len(tree.sees)
-    return max(used.values())
+        groups[row] += len(tree.sees)
+        if width >= LONG:
+            keys[row] += tree.keys() - len(tree.tokens)
+    return places, len(free), max(groups), max(keys)
 
 
 @dataclass(frozen=True)
@@ -490,20 +465,20 @@ def sizes(rows, batch_size, tokenizer):
     """
     rows = [encode(row, tokenizer) for row in rows]
     trees = [row["tree"] for row in rows]
-    length, room = row_sizes(trees, bucket)
-    height, groups, keys = 1, 1, 0
+    longest = max(len(tree.tokens) for tree in trees)
+    length = bucket(longest) if bucket(longest) < LONG else bucket(longest + 1)
+    found = Sizes()
     for start in range(0, len(trees), batch_size):
         some = [trees[i % len(trees)] for i in range(start, start + batch_size)]
-        places, n = first_fit([len(tree.tokens) for tree in some], room)
-        height, groups = max(height, n), max(groups, branches(some, places) + 1)
-        keys = max(keys, keys_of(some, places, n, length))
+        _, height, groups, keys = pack(some, length)
+        found = found.grown(Sizes(rows=height, branches=groups, keys=keys))
     return Sizes(
-        rows=bucket(height),
+        rows=bucket(found.rows),
         length=length,
-        branches=bucket(groups),
+        branches=bucket(found.branches),
         responses=max(len(row["responses"]) for row in rows),
         tokens=bucket(max(len(what) for tree in trees for what in tree.targets)),
-        keys=bucket(keys) if keys else 0,
+        keys=bucket(found.keys) if found.keys else 0,
     )
 
 
@@ -540,11 +515,30 @@ def collate(rows, tokenizer=None, fixed=False, packed=True):
     if tokenizer is None:
         tensors["label"] = torch.tensor([row["prompt"] for row in rows])
     length = tensors["target"].shape[2] if "target" in tensors else 0
-    columns = {
-        name: _column([row[name] for row in rows], count, length)
-        for name in rows[0]
-        if name not in OWN
-    }
+    columns = {}  # numbers give (B,), K numbers (B, K), K lists (B, K, T); tensors are stacked
+    for name in rows[0]:
+        if name in OWN:
+            continue
+        values = [row[name] for row in rows]
+        if isinstance(values[0], torch.Tensor):
+            alike = len({value.shape for value in values}) == 1
+            columns[name] = torch.stack(values) if alike else _stack(values, count)
+            continue
+        if isinstance(values[0], (list, tuple)) and isinstance(values[0][0], (list, tuple)):
+            # K lists, with zeros after their ends
+            longest = max(length, *(len(x) for value in values for x in value))
+            column = np.zeros((len(rows), count, longest))
+            for b, value in enumerate(values):
+                for k, x in enumerate(value):
+                    column[b, k, : len(x)] = x
+        elif isinstance(values[0], (list, tuple)):  # K numbers
+            column = np.zeros((len(rows), count))
+            for b, value in enumerate(values):
+                column[b, : len(value)] = value
+        else:
+            column = np.array(values)
+        dtype = torch.get_default_dtype() if column.dtype.kind == "f" else torch.int64
+        columns[name] = torch.from_numpy(column).to(dtype)
     return Batch(scores=scores, columns=columns, **tensors)
 
 
@@ -563,31 +557,23 @@ def _table(rows, count):
 def _text(rows, count, pad, fixed, packed=True):
     """The token tensors of a Batch: each packed row holds as many prompt trees as fit.
 
-    Where copies of a short prompt are cheaper (`cheaper_apart`), a tree holds one response.
+    Where copies of a short prompt are cheaper (see `apart`), a tree holds one response.
     """
     least = fixed if isinstance(fixed, Sizes) else Sizes()
-
-    def size(n, least):
-        return max(bucket(n), least) if fixed else n
-
     trees = [row["tree"] for row in rows]
     home = [(b, 0) for b in range(len(rows))]  # for each tree, its row and its first response
     if not fixed and all(parent == -1 for row in rows for parent in row["parents"]):
-        copies = [apart(tree) for tree in trees]
-        flat = [tree for group in copies for tree in group]
-        if cheaper_apart(trees, flat):
-            home = [(b, k) for b, group in enumerate(copies) for k in range(len(group))]
-            trees = flat
-    width, room = row_sizes(trees, lambda n: size(n, least.length))  # S
-    if packed:
-        places, height = first_fit([len(tree.tokens) for tree in trees], room)
-        height = size(height, least.rows)  # N
-    else:
-        places, height = [(n, 0) for n in range(len(trees))], len(trees)
-    groups = size(branches(trees, places) + 1, least.branches)  # G, the last one is padding
-    length = size(max(len(what) for tree in trees for what in tree.targets), least.tokens)  # T
-    keys = keys_of(trees, places, height, width)
-    keys = size(keys, least.keys) if keys else 0
+        trees, home = apart(trees)
+    longest = max(len(tree.tokens) for tree in trees)
+    length = max(len(what) for tree in trees for what in tree.targets)  # T
+    width = max(bucket(longest), least.length) if fixed else longest  # S
+    if width >= LONG:  # one place more, for padding
+        width = max(bucket(longest + 1), least.length) if fixed else longest + 1
+    places, height, groups, keys = pack(trees, width, packed)  # N, G
+    if fixed:
+        height = max(bucket(height), least.rows) if packed else height
+        groups, length = max(bucket(groups), least.branches), max(bucket(length), least.tokens)
+        keys = max(bucket(keys), least.keys) if keys else 0
 
     tokens = np.full((height, width), pad, dtype=np.int64)
     position, branch = np.zeros_like(tokens), np.full_like(tokens, groups - 1)
@@ -625,30 +611,6 @@ def _stack(values, count):
     for row, value in zip(out, values):
         row[: len(value)] = value
     return out
-
-
-def _column(values, count, length):
-    """The values of one column, one per row, as a tensor.
-
-    Numbers give (B,), K numbers (B, K), K lists (B, K, T) with zeros after their ends up to
-    `length`; tensors are stacked.
-    """
-    if isinstance(values[0], torch.Tensor):
-        return torch.stack(values) if len({v.shape for v in values}) == 1 else _stack(values, count)
-    if isinstance(values[0], (list, tuple)) and isinstance(values[0][0], (list, tuple)):
-        longest = max(length, *(len(x) for value in values for x in value))
-        out = np.zeros((len(values), count, longest))
-        for b, value in enumerate(values):
-            for k, x in enumerate(value):
-                out[b, k, : len(x)] = x
-    elif isinstance(values[0], (list, tuple)):
-        out = np.zeros((len(values), count))
-        for b, value in enumerate(values):
-            out[b, : len(value)] = value
-    else:
-        out = np.array(values)
-    dtype = torch.get_default_dtype() if out.dtype.kind == "f" else torch.int64
-    return torch.from_numpy(out).to(dtype)
 
 
 def fit_context(rows, tokenizer, context, truncate=False, keep=None):
@@ -774,16 +736,16 @@ def reorder(row, order):
     if any(parent >= 0 for parent in row.get("parents", ())):
         raise UserError(f"the responses to {row['prompt']!r} continue each other: not pairs")
     count = len(row["responses"])
-
-    def move(value):
-        if isinstance(value, (torch.Tensor, np.ndarray)) and value.ndim and len(value) == count:
-            return value[order]
-        if isinstance(value, (list, tuple)) and len(value) == count:
-            return [value[k] for k in order]
-        return value
-
     # the tree is left out, since it is laid out in the old order
-    return {k: v if k == "prompt" else move(v) for k, v in row.items() if k != "tree"}
+    out = {name: value for name, value in row.items() if name != "tree"}
+    for name, value in out.items():
+        if name == "prompt":
+            continue
+        if isinstance(value, (torch.Tensor, np.ndarray)) and value.ndim and len(value) == count:
+            out[name] = value[order]
+        elif isinstance(value, (list, tuple)) and len(value) == count:
+            out[name] = [value[k] for k in order]
+    return out
 
 
 def extremes(row):
