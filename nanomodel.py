@@ -77,29 +77,12 @@ class GPTConfig:
             raise UserError(f"head_dim {self.head_dim} must be even for rotary positions")
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) times a learned gain, over the last axis."""
-
-    def __init__(self, dim, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(dim)), eps
-
-    def forward(self, x):
-        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
-
-
 def rotary(position, dim, theta, dtype):
     """cos and sin (..., dim) of the rotary angles at integer positions (...)."""
     index = torch.arange(0, dim, 2, device=position.device, dtype=torch.float32)
     angle = position[..., None].float() * theta ** (-index / dim)  # (..., dim / 2)
     angle = torch.cat([angle, angle], dim=-1)  # (..., dim)
     return angle.cos().to(dtype), angle.sin().to(dtype)
-
-
-def rotate(x, cos, sin):
-    """Rotate the two halves of the last axis of x (..., dim) by the angles, as Llama does."""
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-right, left], dim=-1) * sin
 
 
 def visible(branch, sees):
@@ -222,8 +205,13 @@ class Attention(nn.Module):
         k = self.k_proj(x).view(n, s, self.kv_heads, self.head_dim).transpose(1, 2)
         v = self.v_proj(x).view(n, s, self.kv_heads, self.head_dim).transpose(1, 2)
         cos, sin = cos[:, None], sin[:, None]  # (N, 1, S, D)
-        # under autocast the angles stay in float32, so q and k are cast back to the dtype of v
-        return rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype), v
+        turned = []
+        for part in (q, k):  # the two halves of each head are rotated by the angles, as in Llama
+            left, right = part.chunk(2, dim=-1)
+            part = part * cos + torch.cat([-right, left], dim=-1) * sin
+            # under autocast the angles stay in float32, so it is cast back to the dtype of v
+            turned.append(part.to(v.dtype))
+        return *turned, v
 
     def forward(self, x, cos, sin, mask, keep=None, rows=None):
         """Attention over x (N, S, hidden) -> (N, S, hidden), or (len(rows), hidden).
@@ -289,9 +277,9 @@ class Block(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.self_attn = Attention(c)
-        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
     def forward(self, x, attend, rows=None):
@@ -315,18 +303,11 @@ class Cache:
     start: torch.Tensor  # (B,) position of the first sampled token
     length: int | torch.Tensor = 0  # sampled tokens so far; a tensor (1,) in a captured step
 
-    def kept(self, rows):
-        """The cache of some of the prompts: rows, a tensor of indices."""
-        prompt, own = (
-            [(k[rows], v[rows]) for k, v in layers] for layers in (self.prompt, self.own)
-        )
-        return Cache(prompt, own, self.seen[rows], self.start[rows], self.length)
-
 
 class GPT(nn.Module):
     """Decoder-only transformer: RMSNorm, RoPE, SwiGLU, grouped-query attention."""
 
-    chunk = 2**27  # logits held at once on a CPU (see `most_logits`); more are computed in pieces
+    chunk = 2**27  # logits that `logps` holds at once on a CPU; more are computed in pieces
 
     def __init__(self, config, tokenizer=None):
         super().__init__()
@@ -334,7 +315,7 @@ class GPT(nn.Module):
         self.stored_as = self.special_ids = None  # of the checkpoint that it came from (lab/hub.py)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = None
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -397,7 +378,13 @@ class GPT(nn.Module):
         padded = mask.device.type != "cpu" or torch.compiler.is_compiling()
         source, target = (x.flatten() if padded else x[mask] for x in (source, target))  # (R,)
         rows = self.hidden(batch, rows=source)  # (R, hidden)
-        pieces = max(1, -(-len(rows) * self.config.vocab_size // self.most_logits()))
+        most = self.chunk
+        if self.device.type == "cuda":
+            # as many as fill an eighth of the memory, where a logit takes 12 bytes: in half
+            # precision, in float32 and as a gradient
+            memory = torch.cuda.get_device_properties(self.device).total_memory
+            most = max(most, memory // 96)
+        pieces = max(1, -(-len(rows) * self.config.vocab_size // most))
         size = -(-len(rows) // pieces) or 1
         out = []
         for part, goal in zip(rows.split(size), target.split(size)):
@@ -411,15 +398,6 @@ class GPT(nn.Module):
         if padded:
             return flat.view(mask.shape) * mask
         return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
-
-    def most_logits(self):
-        """How many logits to hold at once: on CUDA, as many as fill an eighth of the memory.
-
-        A logit takes 12 bytes there, in half precision, in float32 and as a gradient.
-        """
-        if self.device.type != "cuda":
-            return self.chunk
-        return max(self.chunk, torch.cuda.get_device_properties(self.device).total_memory // 96)
 
     def _token_logps(self, rows, target):
         """Log-probs (R,) of the tokens `target` (R,) from the hidden states `rows` (R, hidden)."""
@@ -463,11 +441,8 @@ class GPT(nn.Module):
         position = (cache.start + cache.length)[:, None].expand(tokens.shape)
         cos, sin = rotary(position, self.config.head_dim, self.config.rope_theta, x.dtype)
         for layer, prompt, own in zip(self.layers, cache.prompt, cache.own):
-
-            def step(attn, y, prompt=prompt, own=own):
-                return attn.step(y, cos, sin, prompt, cache.seen, own, cache.length)
-
-            x = layer(x, step)
+            where = (cos, sin, prompt, cache.seen, own, cache.length)
+            x = layer(x, lambda attn, y: attn.step(y, *where))
         cache.length += 1
         return self.unembed(self.norm(x))
 
@@ -520,7 +495,9 @@ class GPT(nn.Module):
                     break
                 few = len(going) < 0.8 * len(live)
                 if few and done.device.type == "cpu" and not capture:  # drop prompts that are done
-                    cache = cache.kept(going)
+                    cache.prompt = [(k[going], v[going]) for k, v in cache.prompt]
+                    cache.own = [(k[going], v[going]) for k, v in cache.own]
+                    cache.seen, cache.start = cache.seen[going], cache.start[going]
                     live, done, token = live[going], done[going], token[going]
             logits = decode(token) if capture else self.decode(cache, token)
         return [
