@@ -122,7 +122,7 @@ def evaluated(run, lab, model):
     before, after = (look(lab, m) for m in (lab.reference, model))
     found = {"before": before, "after": after}
     say("\n" + report.before_after(before, after))
-    if meaning := lab.world.explain(after):
+    if lab.world.explain and (meaning := lab.world.explain(after)):
         say(meaning)
     if lab.world.reward is None:
         say("There is no true reward in this data, so none is reported.")

@@ -103,8 +103,11 @@ def trained():
     asked = lab.world.prompts(64, lab.rng("deviation"))
     rows = lab.sample(policy, asked, 2, lab.rng("deviation of samples"))
     deviation = torch.tensor(lab.truth(rows), dtype=torch.float64).std()
-    looks = lab.world.look(policy, lab) | lab.world.measure(policy, lab)
-    told = all(isinstance(lab.world.explain({k: v}), str) for k, v in before.items())
+    looks = {}
+    for ask in (lab.world.look, lab.world.measure):
+        looks |= ask(policy, lab) if ask else {}
+    explain = lab.world.explain
+    told = not explain or all(isinstance(explain({k: v}), str) for k, v in before.items())
     policy = dpo.run(lab, dpo.Config())
     after = lab.evaluate(policy)
     numbers = torch.tensor([float(value) for value in looks.values()], dtype=torch.float64)

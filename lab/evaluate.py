@@ -82,7 +82,8 @@ def sequence_kl(lab, policy, reference, rows):
 
 def eval_prompts(lab, n):
     """The prompts of an evaluation: the same for every method and seed of a world."""
-    return lab.world.test_prompts(n, lab.eval_rng("evaluation"))
+    prompts = lab.world.test_prompts or lab.world.prompts
+    return prompts(n, lab.eval_rng("evaluation"))
 
 
 def of_base(lab, name, n, look):
@@ -104,7 +105,7 @@ def eval_pairs(lab):
         return lab.encode(world.held_out[: lab.eval_size])
 
     def draw():
-        prompts = world.test_prompts(lab.eval_size, lab.eval_rng("held-out"))
+        prompts = (world.test_prompts or world.prompts)(lab.eval_size, lab.eval_rng("held-out"))
         return lab.sample(lab.reference, prompts, 2, lab.eval_rng("held-out samples"))
 
     rows = of_base(lab, "held-out", lab.eval_size, draw)
@@ -192,7 +193,8 @@ def evaluate(lab, policy):
     out = of_samples(lab, policy, lab.eval_size)
     if lab.world.kind == "text":
         out |= pair_stats(lab, policy)
-    out |= {name: float(value) for name, value in lab.world.measure(policy, lab).items()}
+    if lab.world.measure:
+        out |= {name: float(value) for name, value in lab.world.measure(policy, lab).items()}
     policy.train(training)
     return out
 
@@ -211,7 +213,7 @@ def glance(lab, policy, step, full):
     between = lab.eval_every or max(1, lab.steps // 20)
     seldom = min(5, max(1, lab.steps // between // 4))  # what takes seconds, in one of 1 to 5
     if full or step // between % seldom == 0:
-        found |= lab.world.look(policy, lab)
+        found |= lab.world.look(policy, lab) if lab.world.look else {}
         keep_pictures(lab, policy, step)
     return {name: value for name, value in found.items() if not isinstance(value, list)}
 

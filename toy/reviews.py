@@ -143,34 +143,6 @@ def classes(products):
     return table
 
 
-def options(slot, table):
-    """The words that may stand in a slot of a clause."""
-    return [word for name in slot.split("|") for word in table.get(name, [name])]
-
-
-def automaton(table):
-    """The grammar as an automaton, {word: {state: states before it}}.
-
-    A clause begins in state 0; every other state is a slot of a clause. table: see `classes`.
-    """
-    state, complete = 0, []
-    arcs = {word: {0: complete} for word in (".", *JOIN)}
-    for clause in CLAUSES:
-        before = [0]
-        for slot in clause.split():
-            if slot == "[":
-                skipped = before
-            elif slot == "]":
-                before = before + skipped
-            else:
-                state += 1
-                for word in options(slot, table):
-                    arcs.setdefault(word, {})[state] = before
-                before = [state]
-        complete += before
-    return arcs
-
-
 class World(world.World):
     """The world of this file; `parts` gives the terms of a reward. All such worlds are equal."""
 
@@ -183,7 +155,24 @@ class World(world.World):
         self.table = {product: classes([product]) for product in PRODUCTS}
         everything = classes(list(PRODUCTS))
         self.content = {word for words in everything.values() for word in words} - set(DEGREE)
-        self.arcs = automaton(everything)
+        # the grammar as an automaton, {word: {state: states before it}}: a clause begins in state
+        # 0, and every other state is a slot of a clause
+        state, complete = 0, []
+        self.arcs = {word: {0: complete} for word in (".", *JOIN)}
+        for clause in CLAUSES:
+            before = [0]
+            for slot in clause.split():
+                if slot == "[":
+                    skipped = before
+                elif slot == "]":
+                    before = before + skipped
+                else:
+                    state += 1
+                    words = [w for name in slot.split("|") for w in everything.get(name, [name])]
+                    for word in words:
+                        self.arcs.setdefault(word, {})[state] = before
+                    before = [state]
+            complete += before
         self.states = {word: frozenset(arcs) for word, arcs in self.arcs.items()}
         self.reached = {}  # {(states, word): the states that follow}, filled as they are met
         first, *head = HEAD.split()
@@ -202,26 +191,6 @@ class World(world.World):
         )
         return GPT(config, self.tokenizer)
 
-    def clause(self, product, sign, used, rng):
-        """The words of a random clause whose opinion, if it has one, has this sign (1 or -1).
-
-        used: a set of content words to avoid; the clause's own are added. rng: a random.Random.
-        """
-        words, keep, negated = [], True, False
-        for slot in rng.choice(CLAUSES).split():
-            if slot == "[":
-                keep = rng.random() < 0.4
-            elif slot == "]":
-                keep = True
-            elif keep:
-                negated |= slot == "not"
-                wanted = -sign if negated else sign
-                drawn = options(slot, self.table[product])
-                fits = [w for w in drawn if w not in used and OPINION.get(w, sign) * wanted > 0]
-                words.append(rng.choice(fits or drawn))
-                used |= self.content & {words[-1]}
-        return words
-
     def review(self, product, rng, mood=None, clauses=4):
         """(words, length of the first clause) of a review without errors; rng: a random.Random.
 
@@ -229,10 +198,24 @@ class World(world.World):
         (every opinion is negative) to 1; None: -0.8, 0 or 0.8, drawn for this review.
         """
         mood = rng.choice((-0.8, 0.0, 0.8)) if mood is None else mood
-        used, words, sign, first = set(), [], 0, 0
+        table, words, sign, first = self.table[product], [], 0, 0
+        used = set()  # content words, which do not come again if there are others
         for _ in range(rng.randint(1, clauses)):
+            # a clause whose opinion, if it has one, has this sign
             before, sign = sign, 1 if rng.uniform(-1, 1) < mood else -1
-            clause = self.clause(product, sign, used, rng)
+            clause, keep, negated = [], True, False
+            for slot in rng.choice(CLAUSES).split():
+                if slot == "[":
+                    keep = rng.random() < 0.4
+                elif slot == "]":
+                    keep = True
+                elif keep:
+                    negated |= slot == "not"
+                    wanted = -sign if negated else sign
+                    drawn = [word for name in slot.split("|") for word in table.get(name, [name])]
+                    fits = [w for w in drawn if w not in used and OPINION.get(w, sign) * wanted > 0]
+                    clause.append(rng.choice(fits or drawn))
+                    used |= self.content & {clause[-1]}
             if len(words) + len(clause) > 28:
                 break
             # "and" or "because" joins clauses of one opinion, "but" or "although" opposite ones

@@ -59,6 +59,11 @@ class World:
     contexts = None  # prompts -> (n,): the kinds of prompts, on which the weights depend
     annotators = None  # their weights, C numbers for each kind of prompt
 
+    # further numbers of a model (policy); lab: the lab.Lab of its run
+    measure = None  # (policy, lab) -> {name: number}, measured in every evaluation; None: nothing
+    look = None  # (policy, lab) -> {name: number}, quick ones for the looks during training
+    explain = None  # {name: number} of an evaluation -> a sentence on what one means, or ""
+
     # a world of programs
     execute = None  # (program, test) -> bool, texts; None: there is no interpreter
     asks_test = None  # prompts -> prompts that ask for a test of the same task
@@ -77,6 +82,7 @@ class World:
     writers = {}  # {name: (prompts, rng) -> responses}: responses of other models and of people
     lists = None  # (n, rng, k=None) -> n graded lists; None: lists are sampled and labelled
     given = None  # k responses per row -> the user's training rows; None: rows are sampled
+    test_prompts = None  # (n, rng) -> n held-out prompts of an evaluation; None: as `prompts`
     held_out = None  # rows of the user's file that are held out for the evaluation
     single = False  # True: rows are single responses with a label, so there are no pairs
     counts = {}  # {reason: number of rows of the user's file that are left out}
@@ -88,10 +94,6 @@ class World:
     def prompts(self, n, rng):
         """n prompts: texts, class labels, or indices of a table's prompts."""
         raise NotImplementedError(f"{type(self).__name__} has no prompts")
-
-    def test_prompts(self, n, rng):
-        """n prompts of an evaluation; a world of a file holds some of its prompts out for it."""
-        return self.prompts(n, rng)
 
     def demonstrations(self, n, rng):
         """n rows of one response, dict(prompt, responses, scores=[1.0]), for the base model."""
@@ -121,18 +123,6 @@ class World:
     def key(self):
         """A value that differs between worlds of one class, for cache keys; JSON can hold it."""
         return self.name
-
-    def measure(self, policy, lab):
-        """The world's own measurements of a model, {name: number}, for every evaluation."""
-        return {}
-
-    def look(self, policy, lab):
-        """The world's own quick measurements of a model, for the looks during training."""
-        return {}
-
-    def explain(self, found):
-        """A sentence on what a number of an evaluation {name: number} means, or ""."""
-        return ""
 
     def picture(self, before, after):
         """A Figure of samples (prompts, k, C, H, W) of two models, or None if there is none."""
