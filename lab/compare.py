@@ -19,6 +19,7 @@ from lab.evaluate import interval
 from lab.folder import read_metrics, read_object, read_summary
 from lab.store import write_beside
 
+FRECHET = "frechet_256"  # the metric of a look against which the reward on images is shown
 GRID = (0.5, 1.0, 2.0, 4.0)  # nats at which runs are compared
 MULTIPLES = (1.1, 1.25, 1.5, 2.0)  # of the Frechet distance at the start, where images are compared
 XLABEL = "KL from the base model (nats)"
@@ -54,9 +55,15 @@ class Record:
 
 
 def read(folder):
-    """The Record of a folder; UserError when it is not a run that has ended."""
+    """The Record of a folder; UserError when it is not a run that has ended.
+
+    A method that trains its policy in several stages has looks in each of them. They follow each
+    other as one training, and a stage without looks (of a reward model, say) is left out. If no
+    stage has looks, the training is the last one.
+    """
     if not os.path.exists(folder):
         raise UserError(f"--compare {folder} does not exist")
+    steps, looks, before = [], [], 0
     try:
         made = read_object(os.path.join(folder, "run.json"))
         summary = read_summary(folder)
@@ -65,35 +72,23 @@ def read(folder):
         if type(about["seed"]) is not int or not isinstance(about["method"], str):
             raise ValueError
         path = os.path.join(folder, "metrics.jsonl")
-        lines = read_metrics(path) if os.path.exists(path) else []
-        steps, looks = joined([values for _, values in lines])
+        lines = [values for _, values in read_metrics(path)] if os.path.exists(path) else []
+        stages = list(dict.fromkeys(line["stage"] for line in lines))
+        seen = {line["stage"] for line in lines if "loss" not in line}
+        for stage in [s for s in stages if s in seen] or stages[-1:]:
+            for line in (line for line in lines if line["stage"] == stage):
+                known = {name: value for name, value in line.items() if value is not None}
+                known["step"] += before
+                if "loss" in line:
+                    steps.append(known)
+                elif not looks or looks[-1]["step"] != known["step"]:  # else it was seen already
+                    looks.append(known)
+            before = max(line["step"] for line in steps + looks)
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{folder} is not a run that has ended") from None
     return Record(folder, about, steps, looks, summary)
-
-
-def joined(lines):
-    """The lines of metrics.jsonl as one training -> (its steps, the looks at the policy).
-
-    A method that trains its policy in several stages has looks in each of them; they follow each
-    other, and a stage without looks (of a reward model, say) is left out. If no stage has looks, it
-    is the last one.
-    """
-    stages = list(dict.fromkeys(line["stage"] for line in lines))
-    seen = {line["stage"] for line in lines if "loss" not in line}
-    steps, looks, before = [], [], 0
-    for stage in [s for s in stages if s in seen] or stages[-1:]:
-        for line in (line for line in lines if line["stage"] == stage):
-            known = {name: value for name, value in line.items() if value is not None}
-            known["step"] += before
-            if "loss" in line:
-                steps.append(known)
-            elif not looks or looks[-1]["step"] != known["step"]:  # else it was seen already
-                looks.append(known)
-        before = max(line["step"] for line in steps + looks)
-    return steps, looks
 
 
 def runs_in(folder):
@@ -156,10 +151,10 @@ def matched(grouped):
     95 % interval where there are several. "-": a curve does not reach that KL or distance. "" if
     no curve reaches one of them."""
     records = [record for group in grouped.values() for record in group]
-    images = any(priced(record) != "kl" for record in records)
+    images = any(FRECHET in look for record in records for look in record.looks)
     by, unit, places = "kl", "nats", GRID
     if images:  # distances that are multiples of the one at the start
-        by, unit = "frechet_256", "Frechet distance"
+        by, unit = FRECHET, "Frechet distance"
         starts = [look[by] for record in records for look in record.looks[:1] if by in look]
         places = [float(f"{n * np.mean(starts):.3g}") for n in MULTIPLES] if starts else []
 
@@ -212,12 +207,6 @@ def online(record):
     return len(points) > 1 and points[-1][0] > points[0][0]
 
 
-def unit_of(grouped):
-    """What the runs sample, in the plural."""
-    records = [record for group in grouped.values() for record in group]
-    return "images" if any(priced(record) != "kl" for record in records) else "tokens"
-
-
 def at_samples(grouped):
     """A table of the true reward at equally many sampled tokens or images, or "".
 
@@ -250,7 +239,9 @@ def at_samples(grouped):
         total, last = (mean([curve[-1][i] for curve in curves]) for i in (0, 1))
         rows.append((cells[2], names[label], len(curves), cells, total, last))
     rows.sort(key=lambda row: (math.isnan(row[0]), -row[5] if math.isnan(row[0]) else -row[0]))
-    head = [f"true reward at sampled {unit_of(grouped)}", "runs", *(f"{n:,}" for n in places)]
+    looks = [look for group in grouped.values() for record in group for look in record.looks]
+    unit = "images" if any(FRECHET in look for look in looks) else "tokens"
+    head = [f"true reward at sampled {unit}", "runs", *(f"{n:,}" for n in places)]
     head += ["all", "the end"]
     body = []
     for _, label, count, cells, total, last in rows:
@@ -269,6 +260,7 @@ def write_csv(path, records):
             values = {name: value for name, value in look.items() if name != "stage"}
             rows.append({"run": record.folder} | settings | values)
     columns = list(dict.fromkeys(name for row in rows for name in row))
+
     with (
         write_beside(path) as temporary,
         open(temporary, "w", encoding="utf-8", newline="") as file,
@@ -288,55 +280,95 @@ def write(out, records, title):
 # ---------------------------------------------------------------- picture
 
 
-def drawn(text):
-    """A name as matplotlib shows it: printable, and without mathematics between dollar signs."""
-    return printable(text).replace("$", r"\$")
-
-
-def smooth(values):
-    """The running mean over a twentieth of the values."""
-    width = max(1, len(values) // 20)
-    total = np.cumsum([0.0, *values])
-    starts = [max(0, i + 1 - width) for i in range(len(values))]
-    return [(total[i + 1] - total[s]) / (i + 1 - s) for i, s in enumerate(starts)]
-
-
 def picture(path, grouped, title):
     """Training metrics and looks of all runs, one colour per group (beyond ten: and marker); reward
     against KL beside best-of-n sampling from the base model -> whether there was anything to draw.
+
+    The reward of images is shown against their Frechet distance. The last panel has, for one run,
+    what its reward is made of and the margin that was fitted; for several, the reward against what
+    was sampled if one of them samples while it trains.
     """
     from matplotlib.figure import Figure
 
-    records = [record for group in grouped.values() for record in group]
-    if not any(record.steps for record in records):
+    runs = [(label, record) for label, group in grouped.items() for record in group]
+    if not any(record.steps for _, record in runs):
         return False
     many = len(grouped) > FEW
     columns = -(-len(grouped) // COLUMN) if many else 0
     figure = Figure(figsize=(16 + 2 * columns, 6.5), layout="constrained")
-    figure.suptitle(drawn(title))
+    figure.suptitle(printable(title).replace("$", r"\$"))  # no mathematics between dollar signs
     axes = list(figure.subplots(2, 4).flat)
     names = short(grouped)
     styles = {  # ten colours with one marker, then the same with the next
         label: dict(color=f"C{i % 10}", marker=MARKERS[i // 10 % len(MARKERS)], markersize=3)
         for i, label in enumerate(grouped)
     }
-    for label, group in grouped.items():
-        for record in group:
-            name = drawn(names[label]) if record is group[0] else None
-            draw(axes, record, styles[label], name, raw=not many)
-    whole = records[0]
-    if len(records) == 1:
-        parts_against_kl(axes[7], whole)
-    elif any(map(online, records)):
-        unit = unit_of(grouped)
+    prices = [
+        FRECHET if any(FRECHET in look for look in record.looks) else "kl" for _, record in runs
+    ]
+    curves = [  # of a training step: the panel, the metric and its dashes
+        (ax, key, dashes)
+        for ax, keys in zip(axes, PANELS.values())
+        for key, dashes in zip(keys, ("-", "--"))
+    ]
+
+    # what every run has seen, in the first seven panels
+    for (label, record), price in zip(runs, prices):
+        style = styles[label]
+        at = [line["step"] for line in record.steps]
+        width = max(1, len(at) // 20)  # of the running mean
+        starts = [max(0, i + 1 - width) for i in range(len(at))]
+        for ax, key, dashes in curves:
+            values = [line.get(key, math.nan) for line in record.steps]
+            total = np.cumsum([0.0, *values])
+            smooth = [(total[i + 1] - total[s]) / (i + 1 - s) for i, s in enumerate(starts)]
+            if not many:
+                ax.plot(at, values, dashes, color=style["color"], alpha=0.2, linewidth=0.7)
+            ax.plot(at, smooth, dashes, color=style["color"])
+        looks = [look for look in record.looks if "reward" in look]
+        for ax, key in zip(axes[4:6], ("reward", "kl")):
+            points = [(look["step"], look[key]) for look in looks if key in look]
+            if points:
+                ax.plot(*zip(*points), **style)
+        # the group is named once, beside its reward, or beside its loss if it has no reward
+        first = record is grouped[label][0]
+        name = printable(names[label]).replace("$", r"\$") if first else None
+        both = [(look[price], look["reward"]) for look in looks if price in look]
+        if both:
+            axes[6].plot(*zip(*both), **style, label=name)
+        elif name:
+            axes[0].lines[-1].set_label(name)
+
+    # the last panel
+    whole = runs[0][1]
+    if len(runs) == 1:
+        known = ("stage", "step", "reward", "win_rate", "kl", "length", "diversity", FRECHET)
+        known += ("samples",)
+        looks = [look for look in whole.looks if "kl" in look]
+        parts = [part for part in looks[0] if part not in known] if looks else []
+        for i, part in enumerate(parts):  # some are measured in a few looks only
+            points = [(look["kl"], look[part]) for look in looks if part in look]
+            axes[7].plot(*zip(*points), color=f"C{i + 1}", label=part)
+        margins = {line["step"]: line.get("margin") for line in whole.steps}
+        fitted = [(x["kl"], margins[x["step"]]) for x in looks if margins.get(x["step"])]
+        if parts and fitted:
+            right = axes[7].twinx()
+            right.plot(*zip(*fitted), ":", color="0.4")
+            right.set_ylabel("fitted margin (nats, dotted)", fontsize=8)
+        axes[7].set_title("parts of the reward, and the margin", fontsize=10)
+        axes[7].set_xlabel(XLABEL, fontsize=8)
+    elif any(online(record) for _, record in runs):
+        unit = "images" if FRECHET in prices else "tokens"
         axes[7].set_title(f"true reward against sampled {unit}", fontsize=10)
         axes[7].set_xlabel(f"thousands of {unit} (one dot: sampled before)", fontsize=8)
-        for label, group in grouped.items():
-            for record in filter(sampled, group):
-                points = sampled(record) if online(record) else sampled(record)[-1:]
-                points = [(n / 1000, reward) for n, reward in points]
+        for label, record in runs:
+            points = sampled(record) if online(record) else sampled(record)[-1:]
+            points = [(n / 1000, reward) for n, reward in points]
+            if points:
                 axes[7].plot(*zip(*points), **styles[label])
-    for ax, name in zip(axes, [*PANELS, "true reward of samples", "KL from the base model (nats)"]):
+
+    # titles, and what the base model reaches without training
+    for ax, name in zip(axes, [*PANELS, "true reward of samples", XLABEL]):
         ax.set_title(name, fontsize=10)
         ax.set_xlabel("step", fontsize=8)
     best = whole.summary.get("best_of", [])
@@ -344,10 +376,12 @@ def picture(path, grouped, title):
         points = [(0.0, whole.summary["before"]["reward"])]
         points += [(point["kl"], point["reward"]) for point in best]
         axes[6].plot(*zip(*points), "k--o", markersize=3, label="best of n from the base model")
-    images = priced(whole) != "kl"
+    images = prices[0] != "kl"
     axes[6].set_title(f"true reward against {'Frechet distance' if images else 'KL'}", fontsize=10)
     unit = "Frechet distance of 256 samples to the data" if images else XLABEL
     axes[6].set_xlabel(unit, fontsize=8)
+
+    # legends; panels that show nothing are left out
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
         if ax.get_legend_handles_labels()[0] and not (many and ax in (axes[0], axes[6])):
@@ -356,74 +390,18 @@ def picture(path, grouped, title):
         if not any(np.isfinite(line.get_ydata()).any() for line in ax.lines):
             ax.axis("off")
             ax.set_title("")
+    full = [ax for ax in figure.axes if ax.axison]
     if many:
         handles = [h for ax in (axes[6], axes[0]) for h in ax.get_legend_handles_labels()[0]]
         figure.legend(handles=handles, ncols=columns, **BESIDE)
-    else:
-        close_up(figure)
+    elif 0 < len(full) <= 4:  # they get one row of their own
+        grid = figure.add_gridspec(1, len(full))
+        figure.set_size_inches(4 * len(full) + 1, 3.5)
+        for ax in figure.axes:
+            if ax.axison:
+                ax.set_subplotspec(grid[full.index(ax)])
+            else:
+                ax.remove()
     with write_beside(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     return True
-
-
-def close_up(figure):
-    """If at most four panels of a figure show anything, put these into one row of their own."""
-    full = [ax for ax in figure.axes if ax.axison]
-    if not 0 < len(full) <= 4:
-        return
-    grid = figure.add_gridspec(1, len(full))
-    figure.set_size_inches(4 * len(full) + 1, 3.5)
-    for ax in figure.axes:
-        if ax.axison:
-            ax.set_subplotspec(grid[full.index(ax)])
-        else:
-            ax.remove()
-
-
-def draw(axes, record, style, label, raw):
-    """The curves of one run in the panels of `picture`.
-
-    style: colour and marker of the run. label: what its reward is called, or its loss if it has no
-    reward. raw: show the values that are not smoothed, too."""
-    at = [line["step"] for line in record.steps]
-    for ax, keys in zip(axes, PANELS.values()):
-        for key, dashes in zip(keys, ("-", "--")):
-            values = [line.get(key, math.nan) for line in record.steps]
-            if raw:
-                ax.plot(at, values, dashes, color=style["color"], alpha=0.2, linewidth=0.7)
-            ax.plot(at, smooth(values), dashes, color=style["color"])
-    looks = [look for look in record.looks if "reward" in look]
-    for ax, key in zip(axes[4:6], ("reward", "kl")):
-        points = [(look["step"], look[key]) for look in looks if key in look]
-        if points:
-            ax.plot(*zip(*points), **style)
-    price = priced(record)
-    both = [(look[price], look["reward"]) for look in looks if price in look]
-    if both:
-        axes[6].plot(*zip(*both), **style, label=label)
-    elif label:
-        axes[0].lines[-1].set_label(label)
-
-
-def priced(record):
-    """What the reward of a run is shown against: the KL, or for images the Frechet distance."""
-    return "frechet_256" if any("frechet_256" in look for look in record.looks) else "kl"
-
-
-def parts_against_kl(ax, record):
-    """What the reward of one run is made of, against KL, and the margin that was fitted."""
-    known = ("stage", "step", "reward", "win_rate", "kl", "length", "diversity", "frechet_256")
-    known += ("samples",)
-    looks = [look for look in record.looks if "kl" in look]
-    names = [name for name in looks[0] if name not in known] if looks else []
-    for i, name in enumerate(names):  # some are measured in a few looks only
-        points = [(look["kl"], look[name]) for look in looks if name in look]
-        ax.plot(*zip(*points), color=f"C{i + 1}", label=name)
-    margins = {line["step"]: line.get("margin") for line in record.steps}
-    known = [(look["kl"], margins[look["step"]]) for look in looks if margins.get(look["step"])]
-    if names and known:
-        right = ax.twinx()
-        right.plot(*zip(*known), ":", color="0.4")
-        right.set_ylabel("fitted margin (nats, dotted)", fontsize=8)
-    ax.set_title("parts of the reward, and the margin", fontsize=10)
-    ax.set_xlabel(XLABEL, fontsize=8)

@@ -124,7 +124,17 @@ def test_the_stages_of_a_method_are_one_training(tmp_path):
             assert look[name] == record.summary[side][name]
 
 
-def test_stages_without_looks_are_left_out_and_null_is_absent():
+def test_stages_without_looks_are_left_out_and_null_is_absent(tmp_path):
+    about = {"settings": {"seed": 0}, "config": {}, "resolved": {}}
+    (tmp_path / "run.json").write_text(json.dumps(about))
+    (tmp_path / "summary.json").write_text('{"method": "dpo"}')
+
+    def read(lines):
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / "metrics.jsonl").write_text(text)
+        record = compare.read(str(tmp_path))
+        return record.steps, record.looks
+
     def step(stage, i):
         return {"stage": stage, "step": i, "loss": 1.0}
 
@@ -132,9 +142,9 @@ def test_stages_without_looks_are_left_out_and_null_is_absent():
         return {"stage": stage, "step": i, "kl": kl}
 
     model, policy = [step(2, 1), step(2, 2)], [look(3, 0), step(3, 1), look(3, 1, None)]
-    steps, looks = compare.joined([*model, *policy])
+    steps, looks = read([*model, *policy])
     assert steps == [step(3, 1)] and looks == [look(3, 0), {"stage": 3, "step": 1}]
-    assert compare.joined(model) == (model, []) and compare.joined([]) == ([], [])
+    assert read(model) == (model, []) and read([]) == ([], [])
 
 
 def test_every_run_in_a_folder_is_found_once(tmp_path):
@@ -158,14 +168,26 @@ def test_a_run_that_is_named_twice_counts_once_and_worlds_do_not_mix(capsys, tmp
     assert "runs of different worlds cannot be compared: bandit, tree" in capsys.readouterr().err
 
 
-def test_a_name_with_dollar_signs_is_drawn_as_it_stands(tmp_path):
+def test_a_name_with_dollar_signs_is_drawn_as_it_stands(monkeypatch, tmp_path):
+    from matplotlib.figure import Figure
+
+    seen, save = [], Figure.savefig
+
+    def keep(figure, *place, **how):
+        seen.append(figure)
+        save(figure, *place, **how)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
     looks = [{"step": i, "kl": float(i), "reward": float(i)} for i in range(3)]
     record = compare.Record(
         "x", {"method": "$x_^$\n", "seed": 0}, [{"step": 1, "loss": 1.0}], looks, {}
     )
-    assert compare.drawn("$x_^$\n") == "\\$x_^\\$\\n"
-    figure = tmp_path / "curves.png"
-    assert DRAW(str(figure), {"$x_^$\n": [record]}, "$a_^$") and figure.stat().st_size > 1000
+    path = tmp_path / "curves.png"
+    assert DRAW(str(path), {"$x_^$\n": [record]}, "$a_^$") and path.stat().st_size > 1000
+    (figure,) = seen
+    (legend,) = [ax.get_legend() for ax in figure.axes if ax.get_legend()]
+    assert [text.get_text() for text in legend.get_texts()] == ["\\$x_^\\$\\n"]
+    assert figure.get_suptitle() == "\\$a_^\\$"
 
 
 @pytest.mark.parametrize("words", [["nowhere"], ["file"], ["empty"], ["run", "--steps", "3"], []])
