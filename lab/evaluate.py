@@ -1,6 +1,5 @@
 """Metrics of a training step, of a quick look during training, and the evaluation of a model."""
 
-import functools
 import hashlib
 import math
 import os
@@ -80,77 +79,58 @@ def sequence_kl(lab, policy, reference, rows):
     return torch.cat(out).tolist()
 
 
-def eval_prompts(lab, n):
-    """The prompts of an evaluation: the same for every method and seed of a world."""
-    prompts = lab.world.test_prompts or lab.world.prompts
-    return prompts(n, lab.eval_rng("evaluation"))
+def of_base(lab, stream, prompts, k=1):
+    """k samples of the base model for each prompt, as rows, cached.
 
-
-def of_base(lab, name, n, look):
-    """`look()` on n prompts, cached; it must depend only on the base model, world and settings."""
-    fingerprint = getattr(lab.reference, "fingerprint", None)
-    key = [name, n, fingerprint, lab.world.key(), lab.settings.base_seed]
+    stream: the name of their random numbers.
+    """
+    fingerprint, rng = getattr(lab.reference, "fingerprint", None), lab.eval_rng(stream)
+    if not fingerprint:
+        return lab.sample(lab.reference, prompts, k, rng)
+    key = [stream, prompts, k, fingerprint, lab.world.key(), lab.settings.base_seed]
     key += [lab.settings.temperature, lab.settings.guidance, lab.max_response]
-    return lab.cached(key, look) if fingerprint else look()
-
-
-def eval_pairs(lab):
-    """Held-out rows with clean labels.
-
-    With --data they are the file's. Otherwise pairs are sampled from the base model and labelled by
-    the true reward; ties are left out.
-    """
-    world = lab.world
-    if world.reward is None:
-        return lab.encode(world.held_out[: lab.eval_size])
-
-    def draw():
-        prompts = (world.test_prompts or world.prompts)(lab.eval_size, lab.eval_rng("held-out"))
-        return lab.sample(lab.reference, prompts, 2, lab.eval_rng("held-out samples"))
-
-    rows = of_base(lab, "held-out", lab.eval_size, draw)
-    return lab.encode(
-        [
-            row | {"scores": [float(a > b), float(b > a)]}
-            for row, (a, b) in zip(rows, lab.truth(rows))
-            if a != b
-        ]
-    )
-
-
-def answers(row, logps):
-    """{index: log-prob} of the responses of a row: the paths of a tree, the items of a list.
-
-    logps: K lists of token log-probs. A chain, which has one leaf, counts as a list.
-    """
-    total = [sum(x) for x in logps]
-    parents = row.get("parents") or [-1] * len(logps)
-    leaves = sorted(set(range(len(total))) - set(parents))
-    if len(leaves) < 2:
-        return dict(enumerate(total))
-    along = paths(torch.tensor([total], dtype=torch.float64), torch.tensor([parents]))[0].tolist()
-    return {k: along[k] for k in leaves}
+    return lab.cached(key, lambda: lab.sample(lab.reference, prompts, k, rng))
 
 
 def pair_stats(lab, policy):
     """Accuracy of the implicit reward on held-out rows, and the raw log-probs in nats.
 
-    The implicit reward is the log-ratio to the base model. All pairs of a row with different scores
-    are compared, and ties count half. Every row has the same weight.
+    With --data the rows are the file's. Otherwise they are pairs from the base model with clean
+    labels, those of the true reward; ties are left out. The implicit reward is the log-ratio to the
+    base model. All pairs of a row with different scores are compared, and ties count half. Every
+    row has the same weight. In a tree of steps a response is a path to a leaf; in a chain, which
+    has one leaf, it is a node.
     """
-    rows = eval_pairs(lab)
+    if lab.world.reward is None:
+        rows = lab.world.held_out[: lab.eval_size]
+    else:
+        prompts = lab.world.test_prompts(lab.eval_size, lab.eval_rng("held-out"))
+        drawn = of_base(lab, "held-out samples", prompts, 2)
+        rows = [
+            row | {"scores": [float(a > b), float(b > a)]}
+            for row, (a, b) in zip(drawn, lab.truth(drawn))
+            if a != b
+        ]
+    rows = lab.encode(rows)
     if not rows:
         return {}
     ours, base = lab.score_rows(policy, rows), lab.cached_logps(lab.reference, rows)
     shares, chosen, rejected = [], [], []
     for row, mine, theirs in zip(rows, ours, base):
-        scores, total, known = row["scores"], answers(row, mine), answers(row, theirs)
-        ratio = {k: total[k] - known[k] for k in total}
-        better = [(i, j) for i in total for j in total if scores[i] > scores[j]]
+        scores, parents = row["scores"], row.get("parents") or []
+        total, known = ([sum(x) for x in logps] for logps in (mine, theirs))
+        places = range(len(total))
+        leaves = [k for k in places if k not in parents]
+        if 1 < len(leaves) < len(total):  # neither a chain nor a list
+            values = torch.tensor([total, known], dtype=torch.float64)
+            total, known = paths(values, torch.tensor([parents, parents])).tolist()
+            places = leaves
+        ratio = {k: total[k] - known[k] for k in places}
+        better = [(i, j) for i in places for j in places if scores[i] > scores[j]]
         won = [(ratio[i] > ratio[j]) + 0.5 * (ratio[i] == ratio[j]) for i, j in better]
         shares += [sum(won) / len(won)] if won else []
-        chosen.append(total[max(total, key=lambda k: scores[k])])
-        rejected.append(total[min(total, key=lambda k: scores[k])])
+        chosen.append(total[max(places, key=lambda k: scores[k])])
+        rejected.append(total[min(places, key=lambda k: scores[k])])
     out = {}
     if shares:
         out["accuracy"] = float(np.mean(shares))
@@ -161,40 +141,22 @@ def pair_stats(lab, policy):
     }
 
 
-def diversity(responses):
-    """Distinct pairs of neighbouring tokens, as a share of all such pairs (distinct-2)."""
-    pairs = [pair for ids in responses for pair in zip(ids, ids[1:])]
-    return len(set(pairs)) / max(1, len(pairs))
-
-
 # ---------------------------------------------------------------- evaluations
 
 
-def aside(function):
-    """A function of a Lab whose samples are not counted, since no method learns from them."""
-
-    @functools.wraps(function)
-    def uncounted(lab, *args, **kwargs):
-        before = lab.samples
-        try:
-            return function(lab, *args, **kwargs)
-        finally:
-            lab.samples = before
-
-    return uncounted
-
-
-@aside
 @torch.no_grad()
 def evaluate(lab, policy):
     """{name: number or interval} of a model; see Lab.evaluate."""
-    training = policy.training
+    training, samples = policy.training, lab.samples
     policy.eval()
-    out = of_samples(lab, policy, lab.eval_size)
-    if lab.world.kind == "text":
-        out |= pair_stats(lab, policy)
-    if lab.world.measure:
-        out |= {name: float(value) for name, value in lab.world.measure(policy, lab).items()}
+    try:
+        out = of_samples(lab, policy, lab.eval_size)
+        if lab.world.kind == "text":
+            out |= pair_stats(lab, policy)
+        if lab.world.measure:
+            out |= {name: float(value) for name, value in lab.world.measure(policy, lab).items()}
+    finally:
+        lab.samples = samples  # those of an evaluation do not count: no method learns from them
     policy.train(training)
     return out
 
@@ -214,7 +176,8 @@ def glance(lab, policy, step, full):
     seldom = min(5, max(1, lab.steps // between // 4))  # what takes seconds, in one of 1 to 5
     if full or step // between % seldom == 0:
         found |= lab.world.look(policy, lab) if lab.world.look else {}
-        keep_pictures(lab, policy, step)
+        if lab.world.kind == "images":
+            keep_pictures(lab, policy, step)
     return {name: value for name, value in found.items() if not isinstance(value, list)}
 
 
@@ -234,34 +197,20 @@ def of_samples(lab, policy, n):
     The prompts and the random numbers are the same for every model. What was read is kept for the
     weights that it was read from, since the first and the last look and the evaluation share them.
     """
-    if lab.world.kind == "table":
-        return {"reward": policy.expect(lab.world.rewards()), "kl": policy.kl(lab.reference)}
-    key = n, hash_of_weights(policy)
-    if key not in lab.seen:
-        lab.seen[key] = from_samples(lab, policy, n)
-    return dict(lab.seen[key])
-
-
-def hash_of_weights(model):
-    """A hash of the weights of a model."""
-    found = hashlib.sha256()
-    for value in model.state_dict().values():
-        found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return found.hexdigest()
-
-
-def from_samples(lab, policy, n):
-    """`of_samples` of a model of text or images, from new samples."""
     world, out = lab.world, {}
-    prompts = eval_prompts(lab, n if world.reward else min(n, 16))
-
-    def drawn(model):
-        return lab.sample(model, prompts, 1, lab.eval_rng("evaluation samples"))
-
-    rows = drawn(policy)
+    if world.kind == "table":
+        return {"reward": policy.expect(world.rewards()), "kl": policy.kl(lab.reference)}
+    weights = hashlib.sha256()
+    for value in policy.state_dict().values():
+        weights.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    key = n, weights.hexdigest()
+    if key in lab.seen:
+        return dict(lab.seen[key])
+    prompts = world.test_prompts(n if world.reward else min(n, 16), lab.eval_rng("evaluation"))
+    rows = lab.sample(policy, prompts, 1, lab.eval_rng("evaluation samples"))
     if world.reward:
         rewards = [reward for (reward,) in lab.truth(rows)]
-        base = lab.truth(of_base(lab, "samples", n, lambda: drawn(lab.reference)))
+        base = lab.truth(of_base(lab, "evaluation samples", prompts))
         wins = sum((ours > b) + 0.5 * (ours == b) for ours, (b,) in zip(rewards, base))
         out = {"reward": float(np.mean(rewards)), "reward_interval": interval(rewards)}
         out |= {"win_rate": wins / len(rows), "win_rate_interval": wilson(wins, len(rows))}
@@ -273,15 +222,18 @@ def from_samples(lab, policy, n):
         out["kl"] = float(kls.mean())
     if world.kind == "text":
         responses = [row["responses"][0] for row in rows]
-        rows = lab.encode(rows)
-        out["kl"] = float(np.mean(sequence_kl(lab, policy, lab.reference, rows)))
+        kls = sequence_kl(lab, policy, lab.reference, lab.encode(rows))
+        out["kl"] = float(np.mean(kls))
         out["length"] = float(np.mean([len(ids) for ids in responses]))
-        out["diversity"] = diversity(responses)
-    return out
+        # distinct pairs of neighbouring tokens, as a share of all such pairs (distinct-2)
+        pairs = [pair for ids in responses for pair in zip(ids, ids[1:])]
+        out["diversity"] = len(set(pairs)) / max(1, len(pairs))
+    lab.seen[key] = out
+    return dict(out)
 
 
 @torch.no_grad()
-def spread(lab, base):
+def spread(lab):
     """{"reward_sd": standard deviation of the base model's true reward}, the unit of margins.
 
     It is that of the samples of an evaluation, or exact in a table; {} without a true reward.
@@ -289,13 +241,13 @@ def spread(lab, base):
     world = lab.world
     if world.kind == "table":
         rewards = world.rewards()
+        base = lab.reference
         variance = base.expect(rewards.square()) - base.expect(rewards) ** 2
         return {"reward_sd": math.sqrt(max(0.0, variance))}
     if world.reward is None:
         return {}
-    prompts = eval_prompts(lab, lab.eval_size)
-    draw = functools.partial(lab.sample, base, prompts, 1, lab.eval_rng("evaluation samples"))
-    rows = of_base(lab, "samples", lab.eval_size, draw)
+    prompts = world.test_prompts(lab.eval_size, lab.eval_rng("evaluation"))
+    rows = of_base(lab, "evaluation samples", prompts)
     return {"reward_sd": float(np.std([reward for (reward,) in lab.truth(rows)]))}
 
 
@@ -306,16 +258,10 @@ def best_of(lab, sizes=(2, 4, 8, 16)):
     KL from the base model (Beirami et al. 2024, arXiv:2401.01879). It is the yardstick for what a
     method pays for its reward. Of all samples for a prompt, groups of n are compared. It is read
     from at most 256 prompts."""
-    prompts, most = eval_prompts(lab, lab.eval_size), max(sizes)
-    n = min(256, len(prompts))
-
-    def rewards_of(name, prompts, k, stream):
-        """The rewards (prompts, k) of k samples per prompt of the base model."""
-        draw = functools.partial(lab.sample, lab.reference, prompts, k, lab.eval_rng(stream))
-        return np.array(lab.truth(of_base(lab, name, len(prompts), draw)))
-
-    rewards = rewards_of("best of", prompts[:n], most, "best of")
-    base = rewards_of("samples", prompts, 1, "evaluation samples")[:n]
+    prompts = lab.world.test_prompts(lab.eval_size, lab.eval_rng("evaluation"))
+    n, most = min(256, len(prompts)), max(sizes)
+    rewards = np.array(lab.truth(of_base(lab, "best of", prompts[:n], most)))
+    base = np.array(lab.truth(of_base(lab, "evaluation samples", prompts)))[:n]
     found = []
     for size in sizes:
         best = rewards.reshape(n, most // size, size).max(-1)

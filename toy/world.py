@@ -82,7 +82,6 @@ class World:
     writers = {}  # {name: (prompts, rng) -> responses}: responses of other models and of people
     lists = None  # (n, rng, k=None) -> n graded lists; None: lists are sampled and labelled
     given = None  # k responses per row -> the user's training rows; None: rows are sampled
-    test_prompts = None  # (n, rng) -> n held-out prompts of an evaluation; None: as `prompts`
     held_out = None  # rows of the user's file that are held out for the evaluation
     single = False  # True: rows are single responses with a label, so there are no pairs
     counts = {}  # {reason: number of rows of the user's file that are left out}
@@ -94,6 +93,10 @@ class World:
     def prompts(self, n, rng):
         """n prompts: texts, class labels, or indices of a table's prompts."""
         raise NotImplementedError(f"{type(self).__name__} has no prompts")
+
+    def test_prompts(self, n, rng):
+        """n prompts of an evaluation; a world of a file holds some of its prompts out for it."""
+        return self.prompts(n, rng)
 
     def demonstrations(self, n, rng):
         """n rows of one response, dict(prompt, responses, scores=[1.0]), for the base model."""

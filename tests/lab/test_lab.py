@@ -111,13 +111,13 @@ def test_every_arm_of_a_race_sees_the_same_rows_order_and_noise():
 
 @pytest.mark.slow
 def test_the_arms_of_a_race_share_the_first_look_which_has_the_spread_of_the_reward(monkeypatch):
-    calls, look = [], evaluate.from_samples
+    calls, kl = [], evaluate.sequence_kl  # which is measured once for new samples
 
-    def counting(lab, policy, n):
-        calls.append((lab.settings.base_seed, n))
-        return look(lab, policy, n)
+    def counting(lab, policy, reference, rows):
+        calls.append((lab.settings.base_seed, len(rows)))
+        return kl(lab, policy, reference, rows)
 
-    monkeypatch.setattr(evaluate, "from_samples", counting)
+    monkeypatch.setattr(evaluate, "sequence_kl", counting)
     lab = Lab(Settings(seed=7), quiet=True, seeds=2)
     arms = {f"beta {beta}": (dpo.loss, dpo.Config(beta=beta)) for beta in (0.1, 1.0)}
     curves = lab.race(arms, max_response=6, eval_every=2, **TINY)
@@ -146,7 +146,7 @@ def test_the_spread_of_the_reward_is_exact_in_a_table():
     base, r = lab.base(), lab.world.rewards()
     p = base.probs()
     mean = (p * r).sum()
-    assert evaluate.spread(lab, base)["reward_sd"] == pytest.approx(
+    assert evaluate.spread(lab)["reward_sd"] == pytest.approx(
         (p * (r - mean).square()).sum().sqrt().item()
     )
 

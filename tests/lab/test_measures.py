@@ -1,5 +1,7 @@
 """What is measured in a step and in an evaluation, against computations by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -62,9 +64,6 @@ def test_the_log_compares_paths_of_a_tree_items_of_a_chain_and_members_of_a_list
         / 2
     )
     assert evaluate.paths(logps.sum(-1), parents).tolist()[0] == [-1.0, -3.0, -4.0, -8.0]
-    rows = [evaluate.answers({"parents": p.tolist()}, x.tolist()) for p, x in zip(parents, logps)]
-    assert rows[0] == {1: -3.0, 3: -8.0} and rows[1] == {0: -5.0, 1: -6.0, 2: -7.0, 3: -8.0}
-    assert evaluate.answers({}, logps[2].tolist()) == {0: -1.0, 1: -2.0, 2: -4.0, 3: -9.0}
     found = evaluate.common_metrics(logps, ref_logps, Batch(mask, scores, parents=parents))
     margins = [
         (-8.0 + 9.0) - (-3.0 + 9.5),
@@ -76,6 +75,38 @@ def test_the_log_compares_paths_of_a_tree_items_of_a_chain_and_members_of_a_list
     ].item() == pytest.approx(1 / 3)
     assert found["chosen_logp"].item() == pytest.approx((-8.0 - 5.0 - 4.0) / 3)
     assert found["rejected_logp"].item() == pytest.approx((-3.0 - 6.0 - 2.0) / 3)
+
+
+@pytest.mark.parametrize(
+    "parents, logps, responses",
+    [
+        ([-1, 0, 0, 2], [-1.0, -2.0, -3.0, -4.0], {1: -3.0, 3: -8.0}),
+        ([-1, 0, 1, 2], [-5.0, -6.0, -7.0, -8.0], {0: -5.0, 1: -6.0, 2: -7.0, 3: -8.0}),
+        (None, [-1.0, -2.0, -4.0, -9.0], {0: -1.0, 1: -2.0, 2: -4.0, 3: -9.0}),
+    ],
+)
+def test_held_out_rows_compare_paths_of_a_tree_items_of_a_chain_and_members_of_a_list(
+    parents, logps, responses
+):
+    """Each response in turn has the best score; a step of a tree, which is none, has a better one.
+
+    The reference gives 0 to all, so the log-ratios are the log-probs.
+    """
+    for best, total in responses.items():
+        scores = [float(k == best) if k in responses else 9.0 for k in range(4)]
+        row = dict(prompt=[0], responses=[[1, 1]] * 4, scores=scores, parents=parents)
+        lab = SimpleNamespace(
+            world=SimpleNamespace(reward=None, held_out=[row]),
+            eval_size=1,
+            reference=None,
+            encode=list,
+            score_rows=lambda policy, rows: [[[x / 2, x / 2] for x in logps]],
+            cached_logps=lambda model, rows: [[[0.0, 0.0]] * 4],
+        )
+        found = evaluate.pair_stats(lab, None)
+        others = [value for k, value in responses.items() if k != best]
+        assert found["chosen_logp"] == total and found["rejected_logp"] == others[0]
+        assert found["accuracy"] == sum(total > value for value in others) / len(others)
 
 
 @pytest.mark.slow
