@@ -121,12 +121,10 @@ def number(value, interval=None):
 
 def table(rows, head):
     """A plain-text table; columns of numbers are aligned right, columns of text left."""
-
-    def is_text(cell):
-        return not cell[:1].isdigit() and cell[:1] not in ("-", "+", "")
-
     body = [[str(cell) for cell in row] for row in rows]
-    texts = [any(is_text(cell) for cell in column) for column in zip(*body)]
+    # a column is of text if any of its cells starts with neither a digit nor a sign
+    starts = [{cell[:1] for cell in column} - {"-", "+", ""} for column in zip(*body)]
+    texts = [any(not start.isdigit() for start in column) for column in starts]
     cells = [[str(cell) for cell in head], *body]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     lines = [
