@@ -146,18 +146,28 @@ def pair_stats(lab, policy):
 
 @torch.no_grad()
 def evaluate(lab, policy):
-    """{name: number or interval} of a model; see Lab.evaluate."""
-    training, samples = policy.training, lab.samples
-    policy.eval()
-    try:
-        out = of_samples(lab, policy, lab.eval_size)
-        if lab.world.kind == "text":
-            out |= pair_stats(lab, policy)
-        if lab.world.measure:
-            out |= {name: float(value) for name, value in lab.world.measure(policy, lab).items()}
-    finally:
-        lab.samples = samples  # those of an evaluation do not count: no method learns from them
-    policy.train(training)
+    """The evaluation of a model, {name: number or [low, high]}; see docs/metrics.md.
+
+    It has the true reward, win rate over the base model, KL from it, length, diversity, accuracy on
+    held-out pairs with clean labels, raw log-probs of chosen and rejected, and the world's own
+    measurements, as far as they apply. Prompts and random numbers are the same for every model.
+    """
+    with lab.verb("evaluate") as stage:
+        if stage.done:
+            return stage.value
+        training, samples = policy.training, lab.samples
+        policy.eval()
+        try:
+            out = of_samples(lab, policy, lab.eval_size)
+            if lab.world.kind == "text":
+                out |= pair_stats(lab, policy)
+            if lab.world.measure:
+                found = lab.world.measure(policy, lab)
+                out |= {name: float(value) for name, value in found.items()}
+        finally:
+            lab.samples = samples  # those of an evaluation do not count: no method learns from them
+        policy.train(training)
+        stage.value = out
     return out
 
 

@@ -12,7 +12,7 @@ import torch
 import data as data_module
 import diffusion
 import nanomodel
-from data import UserError, collate, encode, fit_context, label, preference
+from data import UserError, collate, fit_context, label, preference
 from lab import align, batches, evaluate, graph, loop, report, store
 from lab.align import frozen
 from lab.batches import Batches
@@ -621,8 +621,9 @@ class Lab:
         fingerprint = getattr(model, "fingerprint", None)
         if not fingerprint:
             return self.score_rows(model, rows)
-        trees = digest([encode(row, self.world.tokenizer)["tree"].key() for row in rows])
-        key = ["logps", fingerprint, trees, self.batch_size]
+        columns = ("prompt", "responses", "parents", "context", "ends")  # what is laid out
+        texts = digest([[row.get(name) for name in columns] for row in rows])
+        key = ["logps", fingerprint, texts, self.batch_size]
         return self.cached(key, lambda: self.score_rows(model, rows))
 
     def logps(self, model, rows):
@@ -684,16 +685,7 @@ class Lab:
 
     glance = evaluate.glance
     keep_pictures = evaluate.keep_pictures
-
-    def evaluate(self, policy):
-        """The evaluation of a model, {name: number or [low, high]}; see docs/metrics.md.
-
-        It has the true reward, win rate over the base model, KL from it, length, diversity,
-        accuracy on held-out pairs with clean labels, raw log-probs of chosen and rejected, and the
-        world's own measurements, as far as they apply. Prompts and random numbers are the same for
-        every model.
-        """
-        return self.stage("evaluate", lambda: evaluate.evaluate(self, policy))
+    evaluate = evaluate.evaluate
 
 
 def folder_stamp(folder):
