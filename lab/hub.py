@@ -419,14 +419,13 @@ def load_tokenizer(folder):
 def save_tokenizer(tokenizer, folder):
     """Write tokenizer.json and tokenizer_config.json, readable by `tokenizers` and `transformers`.
 
-    If the tokenizer came from a checkpoint, its files are copied unchanged.
+    If the tokenizer came from a checkpoint, its files are copied unchanged. Otherwise it is one of
+    tiktoken, which is written in Hugging Face's layout.
     """
-    for name, text in (tokenizer.files or huggingface(tokenizer)).items():
-        write_text(os.path.join(folder, name), text)
-
-
-def huggingface(tokenizer):
-    """{file name: text} of a tiktoken tokenizer in Hugging Face's layout."""
+    if tokenizer.files:
+        for name, text in tokenizer.files.items():
+            write_text(os.path.join(folder, name), text)
+        return
     # byte-level BPE represents every byte by a printable character
     letters = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letter = {byte: chr(byte) for byte in letters}
@@ -469,7 +468,8 @@ def huggingface(tokenizer):
         pad_token="<|pad|>",
         nanopref_tokenizer=tokenizer.name,
     )
-    return {"tokenizer.json": json.dumps(file), "tokenizer_config.json": json.dumps(settings)}
+    write_text(os.path.join(folder, "tokenizer.json"), json.dumps(file))
+    write_text(os.path.join(folder, "tokenizer_config.json"), json.dumps(settings))
 
 
 # ---------------------------------------------------------------- chat templates
