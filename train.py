@@ -331,7 +331,8 @@ def main(argv):
             print(manual.listing())
             return 0
         runs = flags.combinations(given, chosen)
-        flags.refuse_idle_actions(given, runs)
+        if set(given) & set(flags.ACTIONS) != {"method"}:  # not only a run and its settings
+            flags.refuse_idle_actions(given, runs)
         open_cache()
         if "prompt" in given:
             ask(runs[0].settings, given["prompt"])

@@ -30,7 +30,6 @@ from lab.settings import (
     Settings,
     file_path,
     idle,
-    is_file,
     load_file,
     make_world,
     methods,
@@ -183,31 +182,26 @@ def literal(node):
     return ast.literal_eval(node)
 
 
-def paper_of(tree):
-    """The Paper that a module's source assigns to PAPER; None when there is none."""
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "PAPER":
-            call = node.value
-            named = {k.arg: literal(k.value) for k in call.keywords}
-            return Paper(*map(literal, call.args), **named)
-    return None
-
-
 def declared(name):
     """What the method `name` (one of ours, or a path) declares; UserError for an unknown name."""
-    if is_file(name):
-        path = file_path("method", name)
-        name = os.path.basename(path)[:-3]
-    else:
-        known = {n.lower(): n for n in methods()}
-        if name.lower() not in known:
-            raise UserError(unknown("method", name, methods()))
+    known = {n.lower(): n for n in methods()}
+    if name.lower() in known:
         name = known[name.lower()]
         path = os.path.join(HERE, "methods", f"{name}.py")
+    elif path := file_path("method", name):
+        name = os.path.basename(path)[:-3]
+    else:
+        raise UserError(unknown("method", name, methods()))
     try:
         with open(path, encoding="utf-8") as file:
             tree = ast.parse(source := file.read())
-        flags, paper = fields_of(source, "Config"), paper_of(tree)
+        flags, paper = fields_of(source, "Config"), None
+        for node in tree.body:
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "PAPER":
+                call = node.value
+                named = {k.arg: literal(k.value) for k in call.keywords}
+                paper = Paper(*map(literal, call.args), **named)
+                break
     except SyntaxError as error:
         return Declared(name, path, problem=f"line {error.lineno}: {error.msg}")
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -292,10 +286,27 @@ def read_command(argv):
 def read_flags(argv):
     """A command line -> ({flag: text}, what the chosen methods declare).
 
-    A flag that names its method, --ld_dpo.alpha, keeps that name. UserError: a flag that is not
-    known, is given twice or lacks its value; a method that is not known or cannot be read."""
+    The chosen methods are those of --method or --check; `all` is every one that can be read. A flag
+    that names its method, --ld_dpo.alpha, keeps that name. UserError: a flag that is not known, is
+    given twice or lacks its value; a method that is not known or cannot be read."""
     argv = ["--help" if a == "-h" else a for a in argv]
-    chosen = chosen_methods(argv)
+    # the methods come first, as they say which flags there are
+    text, chosen = "", []
+    for i, word in enumerate(argv):
+        name, equals, value = word.partition("=")
+        if name.lower() in ("--method", "--check"):
+            text = value if equals else next(iter(argv[i + 1 :]), "")
+    if text == "all":
+        chosen = [m for m in catalogue() if not m.problem]
+    elif text.strip() and not text.startswith("--"):
+        chosen = [declared(name.strip()) for name in text.split(",")]
+    names = [m.name for m in chosen]
+    for m in chosen:
+        if names.count(m.name) > 1:
+            raise UserError(f"--method {text} names {m.name} twice")
+        if m.problem:
+            raise UserError(f"{m.path} cannot be read: {m.problem}")
+    # then the flags, each with its text
     run = settings_flags()
     own = {f"{m.name}.{f}": flag for m in chosen for f, flag in m.flags.items()}
     own |= {f: flag for m in chosen for f, flag in m.flags.items()}
@@ -336,27 +347,6 @@ def read_flags(argv):
     return flags, chosen
 
 
-def chosen_methods(argv):
-    """What the methods of --method (or --check) declare; `all` is every one that can be read."""
-    text = None
-    for i, word in enumerate(argv):
-        name, equals, value = word.partition("=")
-        if name.lower() in ("--method", "--check"):
-            text = value if equals else next(iter(argv[i + 1 :]), "")
-    if text is None or not text.strip() or text.startswith("--"):
-        return []
-    if text == "all":
-        return [m for m in catalogue() if not m.problem]
-    chosen = [declared(name.strip()) for name in text.split(",")]
-    names = [m.name for m in chosen]
-    for m in chosen:
-        if names.count(m.name) > 1:
-            raise UserError(f"--method {text} names {m.name} twice")
-        if m.problem:
-            raise UserError(f"{m.path} cannot be read: {m.problem}")
-    return chosen
-
-
 def no_such_flag(name, known, chosen):
     """The message for an unknown flag: the methods that have it, or the most similar flag."""
     owners = [m.name for m in catalogue() if name in m.flags]
@@ -391,37 +381,8 @@ def convert(name, text, kind):
     raise UserError(f"--{name} {text}: not {what}")
 
 
-def values(name, text, kind):
-    """The values of a flag, separated by commas. UserError: a value occurs twice."""
-    found = [convert(name, part.strip(), kind) for part in text.split(",")]
-    if len(set(found)) < len(found):
-        raise UserError(f"--{name} {text} names a value twice")
-    return found
-
-
-def owned(flags, method, chosen):
-    """{field: (flag as given, text)}: the flags that set a Config field of this method.
-
-    UserError: a bare flag has different meanings in several of the chosen methods.
-    """
-    found = {}
-    for name in method.flags:
-        exact = f"{method.name}.{name}"
-        if name in flags:
-            if exact in flags:
-                raise UserError(f"--{name} and --{exact} are both given")
-            owners = [m for m in chosen if name in m.flags]
-            if len({m.flags[name].meaning() for m in owners}) > 1:
-                each = "; ".join(f"--{m.name}.{name}: {m.flags[name].text}" for m in owners)
-                raise UserError(f"--{name} has several meanings here; use one of these: {each}")
-        given = name if name in flags else exact
-        if given in flags:
-            found[name] = given, flags[given]
-    return found
-
-
 def seeds_of(flags, grid):
-    """The seeds of --seeds and --seed, or None when neither is given.
+    """The seeds of --seeds, or of --claim, and of --seed.
 
     --claim has REPORTED as its first seed, with --tuning TUNING, and as many as SEEDS. UserError:
     seeds from TUNING on are mixed with others, or given for what is no tuning.
@@ -436,7 +397,7 @@ def seeds_of(flags, grid):
         if len(grid["seed"]) == 1:
             flags = {"seeds": "1" if "smoke" in flags else str(SEEDS)} | flags
     if "seeds" not in flags:
-        return grid.get("seed")
+        return grid["seed"]
     first = grid.get("seed", [0])
     if len(first) > 1:
         raise UserError("--seeds and a list in --seed exclude each other")
@@ -444,23 +405,6 @@ def seeds_of(flags, grid):
     if not 1 <= count <= 100000:
         raise UserError(f"--seeds {count} must be between 1 and 100000")
     return list(range(first[0], first[0] + count))
-
-
-def defaults_of(paper, grid):
-    """The run settings and Config fields that a method changes when it is the only one.
-
-    There are none with --data. Settings that do nothing in the world of --world are left out.
-    """
-    if "data" in grid:
-        return {}
-    if "world" not in grid:
-        return paper.defaults | paper.demo
-    defaults = dict(paper.defaults)
-    if len(defaults) > 1:
-        there = Settings(**defaults | {"world": grid["world"][0]})
-        without = idle(there, make_world(there))
-        defaults = {name: value for name, value in defaults.items() if name not in without}
-    return defaults
 
 
 def followed(picked, follow, settings, cfg, kinds):
@@ -481,33 +425,56 @@ def followed(picked, follow, settings, cfg, kinds):
 def combinations(flags, chosen):
     """The runs of a command line: all combinations of the values of its flags, checked.
 
-    A flag with the value =NAME follows another one: --flip 0.1,0.2 --epsilon =flip."""
-    run, grid = settings_flags(), {}
+    A flag with the value =NAME follows another one: --flip 0.1,0.2 --epsilon =flip. UserError: a
+    value is not of its field's type or occurs twice; a bare flag has different meanings in several
+    of the chosen methods, or is given together with the flag that names the method."""
+    run, values = settings_flags(), {}
     follow = {n: text[1:] for n, text in flags.items() if text.startswith("=") and n not in TEXTS}
     if follow and not chosen:
         raise UserError(f"--{next(iter(follow))} ={next(iter(follow.values()))} needs --method")
+    # the values of each flag; a bare flag is for every chosen method that has the field
+    known = run | {f"{m.name}.{f}": flag for m in chosen for f, flag in m.flags.items()}
+    known |= {f: flag for m in chosen for f, flag in m.flags.items()}
     for name, text in flags.items():
-        if name in run and name not in follow:
-            kind = run[name].kind
-            grid[name] = [text] if name in TEXTS else values(name, text, kind)
-    if seeds := seeds_of(flags, grid):
-        grid["seed"] = seeds
+        owners = [m for m in chosen if name in m.flags]
+        for exact in (f"{m.name}.{name}" for m in owners):
+            if exact in flags:
+                raise UserError(f"--{name} and --{exact} are both given")
+        if len({m.flags[name].meaning() for m in owners}) > 1:
+            each = "; ".join(f"--{m.name}.{name}: {m.flags[name].text}" for m in owners)
+            raise UserError(f"--{name} has several meanings here; use one of these: {each}")
+        if name not in known or name in follow:
+            continue
+        if name in run and name in TEXTS:
+            values[name] = [text]
+            continue
+        values[name] = [convert(name, part.strip(), known[name].kind) for part in text.split(",")]
+        if len(set(values[name])) < len(values[name]):
+            raise UserError(f"--{name} {text} names a value twice")
+    grid = {name: found for name, found in values.items() if name in run}
+    if {"claim", "seeds"} & set(flags):
+        grid["seed"] = seeds_of(flags, grid)
     if not chosen:
         grids = itertools.product(*grid.values())
         return [Run(None, None, None, Settings(**dict(zip(grid, v))), None, {}) for v in grids]
     runs = []
     for method in chosen:
-        module = load(method)
-        own = owned(flags, method, chosen)
-        full, after = dict(grid), {n: other for n, other in follow.items() if n in run}
-        for n, (g, text) in own.items():
-            if g in follow:
-                after[n] = follow[g]
-            else:
-                full[n] = values(g, text, method.flags[n].kind)
+        module, paper = load_file("method", method.path), method.paper
+        # the flags of the run, and those that set a field of this method's Config
+        own = {f: f if f in flags else f"{method.name}.{f}" for f in method.flags}
+        full = grid | {f: values[name] for f, name in own.items() if name in values}
+        after = {name: other for name, other in follow.items() if name in run}
+        after |= {f: follow[name] for f, name in own.items() if name in follow}
         kinds = {n: (run.get(n) or method.flags.get(n)).kind for n in after}
-        defaults = defaults_of(method.paper, grid) if len(chosen) == 1 else {}
-        ignored = [name for name in method.paper.ignores if name in grid or name in after]
+        # what the method changes when it is the only one; nothing with --data
+        defaults = {}
+        if len(chosen) == 1 and "data" not in grid:
+            defaults = paper.defaults if "world" in grid else paper.defaults | paper.demo
+        if len(defaults) > 1 and "world" in grid:  # some may do nothing in the world of --world
+            there = Settings(**defaults | {"world": grid["world"][0]})
+            without = idle(there, make_world(there))
+            defaults = {name: value for name, value in defaults.items() if name not in without}
+        ignored = [name for name in paper.ignores if name in grid or name in after]
         if ignored and flags.get("method", "").lower() == "all":
             line = f"left out: --{', --'.join(ignored)} does nothing under {method.name}"
             print(line, file=sys.stderr)
@@ -525,7 +492,7 @@ def combinations(flags, chosen):
                 cfg = module.Config(**{k: v for k, v in both.items() if k not in run})
             varied = {"method": method.name} if len(chosen) > 1 else {}
             varied |= {k: v for k, v in picked.items() if len(full[k]) > 1}
-            runs.append(Run(method.name, module, method.paper, settings, cfg, varied))
+            runs.append(Run(method.name, module, paper, settings, cfg, varied))
     return runs
 
 
@@ -575,21 +542,22 @@ def refuse_idle_actions(flags, runs):
         ) < len(runs):
             raise UserError("--claim takes one value for --device, --dtype, --compile, --capture")
         break
-    refuse_idle_spread(flags, runs)
+    if {"jobs", "shard"} & set(flags):
+        refuse_idle_spread(flags, runs)
     greedy = "temperature" not in flags or runs[0].settings.temperature == 0
     if "prompt" in flags and "seed" in flags and greedy:
         raise UserError("--seed does nothing with a greedy --prompt; --temperature 1 samples")
 
 
 def refuse_idle_spread(flags, runs):
-    """Refuse --jobs and --shard where they cannot work. UserError: they cannot."""
+    """Refuse --jobs or --shard, one of which is given, where it cannot work (UserError)."""
     given = [name for name in ("jobs", "shard") if name in flags]
-    if given and "smoke" in flags:
+    if "smoke" in flags:
         raise UserError(f"--{given[0]} does nothing together with --smoke")
     if len(given) > 1:
         raise UserError("--jobs and --shard exclude each other: a shard is one process")
     tasks = {run.method for run in runs} if "claim" in flags else runs
-    if given and len(tasks) < 2:
+    if len(tasks) < 2:
         what = "the claims of one paper" if "claim" in flags else "one run"
         raise UserError(f"--{given[0]} does nothing with {what}")
     if "shard" in flags and "out" not in flags:
@@ -689,21 +657,17 @@ def refuse_method(method, paper, world, settings):
         papers = [(m.name, m.paper) for m in catalogue() if not m.problem]
         return ", ".join(name for name, p in papers if fits(p)) + CAN
 
-    def has(need):
-        return need not in ("verifier", "reward", "criteria") or bool(getattr(world, need))
-
-    def some(need):
-        return need if need == "criteria" else f"a {need}"
-
+    lacking = [n for n in ("verifier", "reward", "criteria") if not getattr(world, n)]
     if world.kind not in paper.worlds:
         raise UserError(
             f"{method} needs a world of {' or '.join(paper.worlds)}, but {world.name} is one of "
-            f"{world.kind}; {able(lambda p: world.kind in p.worlds and has(p.needs))}"
+            f"{world.kind}; {able(lambda p: world.kind in p.worlds and p.needs not in lacking)}"
         )
-    if not has(paper.needs):
+    if paper.needs in lacking:
+        some = paper.needs if paper.needs == "criteria" else f"a {paper.needs}"
         raise UserError(
-            f"{method} needs a world with {some(paper.needs)}, but {world.name} has none; "
-            f"{able(lambda p: world.kind in p.worlds and has(p.needs))}"
+            f"{method} needs a world with {some}, but {world.name} has none; "
+            f"{able(lambda p: world.kind in p.worlds and p.needs not in lacking)}"
         )
     if paper.needs != "demonstrations" and world.single:
         raise UserError(

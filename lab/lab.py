@@ -90,7 +90,8 @@ class Lab:
             self.device = torch.device("cpu")
         self.start = start if start is None else start.to(self.device)
         refuse_idle(settings, self.world, self.start)
-        self.optimizer = pick_optimizer(settings.optimizer)
+        adamw = settings.optimizer == "adamw"
+        self.optimizer = None if adamw else pick_optimizer(settings.optimizer)
         on_cuda = self.device.type == "cuda"
         self.bf16 = settings.dtype == "bfloat16" or (settings.dtype == "auto" and on_cuda)
         self.captured = settings.capture == "on" or (settings.capture == "auto" and on_cuda)
@@ -107,7 +108,9 @@ class Lab:
             for name, n in most.items():
                 if getattr(self, name) is not None:  # a world of vectors has no prompts
                     setattr(self, name, min(getattr(self, name), n))
-        self.compiled, self.compile_reason = pick_compile(settings, on_cuda, self.steps)
+        self.compiled, self.compile_reason = settings.compile == "on", ""
+        if on_cuda and settings.compile == "auto":
+            self.compiled, self.compile_reason = pick_compile(settings, self.steps)
         self.current, self.stages, self.children, self.round, self.races = None, 0, {}, None, 0
         self.seen = {}  # what evaluations have read from samples of each model
         self.full_looks = False  # whether looks during training measure all prompts

@@ -16,7 +16,7 @@ import torch
 from data import UserError, printable
 from lab.align import check_call
 from lab.lab import Lab
-from lab.settings import KINDS, file_path, is_file, slips
+from lab.settings import KINDS, file_path, slips
 from nanomodel import GPT
 
 
@@ -30,8 +30,8 @@ def rehearse(run, world, start):
     world, start: of its settings, as `make_world` and `load_pretrained` made them."""
     lab = Rehearsal(run.settings, quiet=True, world=world, start=start)
     lab.checked = set()  # hashes of the rows that were passed to a loss
-    if run.settings.world and is_file(run.settings.world):
-        check_world(lab, file_path("world", run.settings.world))
+    if run.settings.world and (path := file_path("world", run.settings.world)):
+        check_world(lab, path)
     with contextlib.suppress(Enough), contextlib.redirect_stdout(io.StringIO()):
         if world.held_out is not None:
             lab.base()

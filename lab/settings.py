@@ -158,15 +158,12 @@ def pick_device(name):
 PAYS = 1500  # steps from which torch.compile saves more time than it takes
 
 
-def pick_compile(settings, on_cuda, steps):
-    """Whether log-probs and losses are compiled, and why -> (bool, text for the header).
+def pick_compile(settings, steps):
+    """What --compile auto means on CUDA, and why -> (bool, text for the header).
 
-    Compiling takes about a minute. Toy models gain nothing where whole steps are captured.
+    Compiling log-probs and losses takes about a minute. Toy models gain nothing where whole steps
+    are captured.
     """
-    if settings.compile != "auto":
-        return settings.compile == "on", ""
-    if not on_cuda:
-        return False, ""
     if not (settings.init or settings.data):
         return False, " (a toy model gains nothing)"
     if steps < PAYS:
@@ -175,18 +172,18 @@ def pick_compile(settings, on_cuda, steps):
 
 
 def pick_optimizer(name):
-    """The function (params, lr) -> optimizer of --optimizer; None is AdamW.
+    """The function (params, lr) -> optimizer of an --optimizer other than adamw.
 
     As in torch.optim, params are tensors, or dicts with tensors `params` and a rate `lr` of their
     own (ofs_dpo, kdiff).
     UserError: there is no such method or file, or it has no function `optimizer`.
     """
-    if name == "adamw":
-        return None
-    if not is_file(name) and name not in methods():
+    if file_path("optimizer", name):
+        module = load_file("optimizer", name)
+    elif name in methods():
+        module = importlib.import_module(f"methods.{name}")
+    else:
         raise UserError(unknown("optimizer", name, ["adamw", *methods()]))
-    own = is_file(name)
-    module = load_file("optimizer", name) if own else importlib.import_module(f"methods.{name}")
     if not hasattr(module, "optimizer"):
         raise UserError(f"--optimizer {name}: the file has no function optimizer(params, lr)")
     return module.optimizer
@@ -227,15 +224,15 @@ def make_world(settings, start=None):
 
 def world_module(name):
     """The module of a world: one of toy/, or a user's own file."""
-    if is_file(name):
-        module = load_file("world", name)
-        if not hasattr(module, "World"):
-            raise UserError(f"--world {name} has no class World")
-        return module
     names = {known.lower(): known for known in worlds()}
-    if name.lower() not in names:
+    if name.lower() in names:
+        return importlib.import_module(f"toy.{names[name.lower()]}")
+    if not file_path("world", name):
         raise UserError(unknown("world", name, worlds()))
-    return importlib.import_module(f"toy.{names[name.lower()]}")
+    module = load_file("world", name)
+    if not hasattr(module, "World"):
+        raise UserError(f"--world {name} has no class World")
+    return module
 
 
 def idle(settings, world):
@@ -307,13 +304,12 @@ def worlds():
 loaded = {}  # {module name: path} of the files that `load_file` has imported
 
 
-def is_file(name):
-    """Whether this value of --method or --world is a path and not one of our names."""
-    return name.endswith(".py") or "/" in name or os.sep in name
-
-
 def file_path(kind, name):
-    """The absolute path of a user's own method or world. UserError: it is not a Python file."""
+    """The absolute path of a user's own method or world; None if `name` is a name, not a path.
+
+    kind: "method", "world" or "optimizer", for the message. UserError: it is no Python file."""
+    if not (name.endswith(".py") or "/" in name or os.sep in name):
+        return None
     path = os.path.abspath(name)
     if not os.path.isfile(path) and os.path.isfile(path + ".py"):
         path += ".py"
@@ -326,47 +322,43 @@ def file_path(kind, name):
 
 
 def load_file(kind, name):
-    """Import a user's own method or world under the name of its file -> the module.
+    """Import a method or world from its file -> the module.
 
-    Its folder is put last on the import path, so that the file may import others next to it.
+    Files of this project are modules of its packages. A user's own file has the module name of the
+    file, and its folder is put last on the import path, so that it may import others next to it.
     UserError: the file cannot be imported, or its name is that of another module.
     """
     path = file_path(kind, name)
     stem, folder = os.path.basename(path)[:-3], os.path.dirname(path)
-    if folder in [os.path.join(HERE, ours) for ours in ("methods", "toy", "claims")]:
-        with readable(path):
+    ours = folder in [os.path.join(HERE, package) for package in ("methods", "toy", "claims")]
+    if not ours:
+        if loaded.get(stem) == path:
+            return sys.modules[stem]
+        if stem not in loaded:
+            taken = importlib.util.find_spec(stem)
+            if taken is not None and taken.origin != path:
+                raise UserError(f"--{kind} {name}: a module {stem} exists already; rename the file")
+        if folder not in sys.path:
+            sys.path.append(folder)
+        spec = importlib.util.spec_from_file_location(stem, path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[stem] = module
+    try:
+        if ours:
             return importlib.import_module(f"{os.path.basename(folder)}.{stem}")
-    if loaded.get(stem) == path:
-        return sys.modules[stem]
-    if stem not in loaded:
-        taken = importlib.util.find_spec(stem)
-        if taken is not None and taken.origin != path:
-            raise UserError(f"--{kind} {name}: a module {stem} exists already; rename the file")
-    if folder not in sys.path:
-        sys.path.append(folder)
-    spec = importlib.util.spec_from_file_location(stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[stem] = module
-    try:
-        with readable(path):
-            spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[stem]
-        raise
-    loaded[stem] = path
-    return module
-
-
-@contextlib.contextmanager
-def readable(path):
-    """Turn any error in the import of the file at `path` into a UserError with the line."""
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001 - a file may raise anything while it is imported
+        spec.loader.exec_module(module)
+    except BaseException as error:
+        if not ours:
+            del sys.modules[stem]
+        if not isinstance(error, Exception):
+            raise
+        # a file may raise anything while it is imported
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
         line = error.lineno if isinstance(error, SyntaxError) else (lines or ["?"])[-1]
         text = error.msg if isinstance(error, SyntaxError) else f"{type(error).__name__}: {error}"
         raise UserError(f"{path} cannot be read: line {line}: {text}") from error
+    loaded[stem] = path
+    return module
 
 
 def line_in(path, error):

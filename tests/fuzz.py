@@ -252,7 +252,7 @@ def used(path, rng):
     given = {name: str(value) for name, value in small.items()} | {"data": path}
     online = ["grpo", "dno", "disco"]
     given["method"] = rng.choice(online if "verify" in small else methods())
-    chosen = flags.chosen_methods(["--method", given["method"]])
+    chosen = flags.read_flags(["--method", given["method"]])[1]
     runs = refused_or(lambda: flags.fitting(flags.combinations(given, chosen), given))
     if runs and rng.random() < 0.05:  # what was not refused trains
         argv = [f"--{name}={value}" for name, value in given.items()]

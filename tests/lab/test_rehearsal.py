@@ -185,7 +185,7 @@ def test_what_follows_an_align_that_trained_nothing_is_not_judged(untrained, for
     (tmp_path / "rounds.py").write_text(ROUNDS.replace("BODY", body))
     path = rows_file(tmp_path / "rows.jsonl", LISTS)
     given = {"method": str(tmp_path / "rounds.py"), "data": path, "context": "64"}
-    chosen = flags.chosen_methods(["--method", given["method"]])
+    chosen = flags.read_flags(["--method", given["method"]])[1]
     assert flags.fitting(flags.combinations(given, chosen), given)
 
 
