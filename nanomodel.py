@@ -525,7 +525,7 @@ class GPT(nn.Module):
         """
         from lab.hub import save_gpt
 
-        save_gpt(LoRA.merged(self) if LoRA.of(self) else self, folder)
+        save_gpt(LoRA.merged(self) if LoRA.frozen(self) else self, folder)
 
 
 # ---------------------------------------------------------------- LoRA
@@ -581,7 +581,9 @@ class LoRA(nn.Module):
         """The weights of a model that stay as they are, by name; {} if it has no adapters.
 
         A weight that several parts of the model share has a name for each of them."""
-        named = model.named_parameters(remove_duplicate=False) if cls.of(model) else ()
+        if not any(isinstance(module, cls) for module in model.modules()):
+            return {}
+        named = model.named_parameters(remove_duplicate=False)
         return {name: p for name, p in named if not name.endswith((".A", ".B"))}
 
     @classmethod

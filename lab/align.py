@@ -54,12 +54,14 @@ def align(
         if stage.done:
             return restore(policy, stage.value)
         feed = Feed(lab, policy, data, reference, prepare, score, steps, every)
-        run_score = lab.compile(feed.score)
+        score_of = feed.score
+        if lab.compiled:
+            score_of, loss = lab.compile(score_of), lab.compile(loss)
 
         def scored(model, item):
             batch, ref_logps = item
             with lab.autocast():
-                logps = run_score(model, batch)
+                logps = score_of(model, batch)
             common = evaluate.common_metrics(logps.detach(), ref_logps, batch)
             return (logps, ref_logps, batch, cfg), common
 
@@ -69,7 +71,7 @@ def align(
         how = dict(steps=steps, optimizer=optimizer, watch=watch, state=(feed.save, feed.load))
         how |= dict(title="alignment", ema=lab.settings.ema, score=scored, first=check.first_step)
         # a score of the method's own may depend on more than the model and the batch
-        fit(lab, policy, feed.batch, lab.compile(loss), capture=score is None, **how)
+        fit(lab, policy, feed.batch, loss, capture=score is None, **how)
         if stage.path:
             stage.value = kept(policy)
     return policy
