@@ -1,6 +1,6 @@
 """nanopref's command line: train with a method, sweep, test a paper's claims, prompt a model.
 
-    python train.py --method dpo                                   a toy world, a few minutes
+    python train.py --method dpo                                   a toy world, about a minute
     python train.py --method dpo,rdpo --flip 0,0.2,0.4 --seeds 3   all combinations: table and plot
     python train.py --method rdpo --claim                          the paper's claims; exit status 1
                                                                    if a verdict is not expected
@@ -48,8 +48,8 @@ from lab.store import alone, open_cache, write_json, write_text
 # ---------------------------------------------------------------- a run
 
 
-def opened(run, out, quiet=False, show=False):
-    """The Lab of a run whose files go to `out`, with the header printed.
+def open_run(run, out, quiet=False, show=False):
+    """Print the header of a run whose files go to `out` -> its Lab.
 
     quiet: print nothing. show: the Lab prints one row and its batch instead of training.
     """
@@ -61,10 +61,10 @@ def opened(run, out, quiet=False, show=False):
     return lab
 
 
-def reported(run, lab, result):
+def report_run(run, lab, result):
     """Print what the method's `run` returned, and write the files -> the summary, a dict.
 
-    UserError: it is something else than a model, a table or None.
+    UserError: it is something other than a model, a table or None.
     """
     out, say = lab.out, lab.say
     summary = dict(method=run.method, world=lab.world.name, seed=run.settings.seed)
@@ -105,7 +105,10 @@ def reported(run, lab, result):
 
 
 def finished(out):
-    """The summary of a run that an earlier call has finished, or None."""
+    """The summary of a run that an earlier call has finished, or None.
+
+    A kill may have left its stages; they are removed.
+    """
     if not os.path.exists(os.path.join(out, "summary.json")):
         return None
     shutil.rmtree(os.path.join(out, "stages"), ignore_errors=True)
@@ -166,28 +169,29 @@ def sweep(runs, out, tasks, failed):
             os.makedirs(places[i], exist_ok=True)
             with alone(places[i], wait=False):
                 if not finished(places[i]):
-                    lab = opened(runs[i], places[i], quiet=True)
-                    reported(runs[i], lab, runs[i].module.run(lab, runs[i].cfg))
+                    lab = open_run(runs[i], places[i], quiet=True)
+                    result = runs[i].module.run(lab, runs[i].cfg)
+                    report_run(runs[i], lab, result)
         except UserError as error:
             failed[i] = str(error)
             print(printable(f"{runs[i].name()}: {error}", None), file=sys.stderr)
             if not folder.trained(places[i]):
                 shutil.rmtree(places[i], ignore_errors=True)
-    results, records, missing = [], [], []
+    rows, records, missing = [], [], []
     for i, (run, place) in enumerate(zip(runs, places)):
         summary = None if i in failed else finished(place)
         about = dataclasses.asdict(run.settings) | vars(run.cfg) | {"method": run.method}
         if summary and "after" in summary:
-            results.append((about | {"row": "after"}, summary["after"]))
+            rows.append((about | {"row": "after"}, summary["after"]))
             records.append(compare.read(place))
         elif summary and "table" in summary:
-            results += [(about | {"row": row}, values) for row, values in summary["table"].items()]
+            rows += [(about | {"row": row}, values) for row, values in summary["table"].items()]
         elif not summary and i not in failed:
             missing.append(run.name())
-    if any(about["row"] != "after" for about, _ in results):  # tables, one below the other
+    if any(about["row"] != "after" for about, _ in rows):  # tables, one below the other
         varied.append("row")
-    if results:
-        text = report.sweep_table(results, varied or ["method"])
+    if rows:
+        text = report.sweep_table(rows, varied or ["method"])
         print(text)
         write_text(os.path.join(out, "sweep.txt"), text + "\n")
         grouped = compare.groups(records)
@@ -197,10 +201,10 @@ def sweep(runs, out, tasks, failed):
             if table:
                 print("\n" + printable(table, None, keep="\n"))
                 write_text(os.path.join(out, f"{name}.txt"), table + "\n")
-        rows = [{**{n: s[n] for n in [*varied, "seed"]}, **after} for s, after in results]
-        write_json(os.path.join(out, "sweep.json"), rows)
+        plain = [{**{n: s[n] for n in [*varied, "seed"]}, **after} for s, after in rows]
+        write_json(os.path.join(out, "sweep.json"), plain)
         path = os.path.join(out, "sweep.png")
-        plot = ", sweep.png" if report.sweep_plot(path, results, varied or ["method"]) else ""
+        plot = ", sweep.png" if report.sweep_plot(path, rows, varied or ["method"]) else ""
         files = f"{compare.write(out, records, f'{len(records)} runs')}, " if records else ""
         print(f"written to {out}/: sweep.txt, sweep.json{plot}, {files}one folder per run")
     if missing:
@@ -274,7 +278,7 @@ def unknown_words(lab, model, prompt):
 
 
 def several(runs, given, out):
-    """A sweep, or claims, here or in --jobs processes, and of those only a --shard -> exit status.
+    """Run a sweep or claims, or the part of a --shard, here or in --jobs processes -> exit status.
 
     given: the flags.
     """
@@ -315,9 +319,10 @@ def main(argv):
     """Carry out one command line -> exit status.
 
     0: done. 1: a claim has another verdict than its file expects, or --check found a broken
-    contract. 2: a user's mistake, which is printed as one line on stderr. 3: the training ended
-    early and its weights are saved; a line on stderr says why, such as that a policy unlearned the
-    chosen responses of a file, or that no pairs were left. 130: interrupted. 141: stdout closed.
+    contract. 2: a user's mistake, which is printed as one line on stderr. 3: the training of a
+    single run ended early and its weights are saved; a line on stderr says why, such as that a
+    policy unlearned the chosen responses of a file, or that no pairs were left. 130: interrupted.
+    141: stdout closed.
     """
     for stream in (sys.stdout, sys.stderr):  # characters that a terminal lacks must not stop a run
         with contextlib.suppress(AttributeError, ValueError):
@@ -331,7 +336,7 @@ def main(argv):
             print(manual.listing())
             return 0
         runs = flags.combinations(given, chosen)
-        if set(given) & set(flags.ACTIONS) != {"method"}:  # not only a run and its settings
+        if set(given) & set(flags.ACTIONS) != {"method"}:  # more than a method and settings
             flags.refuse_idle_actions(given, runs)
         open_cache()
         if "prompt" in given:
@@ -354,7 +359,7 @@ def main(argv):
         run = runs[0]
         if "show" in given:
             with contextlib.suppress(Stop):
-                run.module.run(opened(run, None, quiet=True, show=True), run.cfg)
+                run.module.run(open_run(run, None, quiet=True, show=True), run.cfg)
                 raise UserError(f"{run.method} does not call lab.align, so there is no row to show")
             return 0
         if "shard" in given:
@@ -368,8 +373,9 @@ def main(argv):
             if summary:
                 print(f"{out} is finished already")
             else:
-                lab = opened(run, out)
-                summary = reported(run, lab, run.module.run(lab, run.cfg))
+                lab = open_run(run, out)
+                result = run.module.run(lab, run.cfg)
+                summary = report_run(run, lab, result)
             return 3 if summary.get("stopped") else 0
     except KeyboardInterrupt:
         return 130

@@ -5,8 +5,9 @@ from dataclasses import astuple
 import torch
 
 from data import Sizes, UserError
-from lab import check, evaluate, report
+from lab import evaluate, report
 from lab.batches import Batches
+from lab.check import first_step
 from lab.loop import fit, kept, restore
 from nanomodel import LoRA
 
@@ -40,8 +41,8 @@ def align(
     score(model, batch) -> logps, by default model.logps(batch).
     steps: by default those of the Lab.
     optimizer(params) -> a torch Optimizer, by default that of --optimizer.
-    watch(policy, step) -> {name: number}, by default the true reward and the KL from the base
-        model. Its results become `policy.curve`.
+    watch(policy, step) -> {name: number}, by default `lab.glance`: the true reward, the KL from the
+        base model and what else samples show. Its results become `policy.curve`.
     UserError: an argument does not fit, there are no rows, or the loss breaks its contract.
     """
     if optimizer is not None and lab.optimizer is not None:
@@ -58,7 +59,7 @@ def align(
         if lab.compiled:
             score_of, loss = lab.compile(score_of), lab.compile(loss)
 
-        def scored(model, item):
+        def forward(model, item):
             batch, ref_logps = item
             with lab.autocast():
                 logps = score_of(model, batch)
@@ -69,7 +70,7 @@ def align(
             lambda policy, step: lab.glance(policy, step, lab.full_looks or step in (0, steps))
         )
         how = dict(steps=steps, optimizer=optimizer, watch=watch, state=(feed.save, feed.load))
-        how |= dict(title="alignment", ema=lab.settings.ema, score=scored, first=check.first_step)
+        how |= dict(title="alignment", ema=lab.settings.ema, forward=forward, check=first_step)
         # a score of the method's own may depend on more than the model and the batch
         fit(lab, policy, feed.batch, loss, capture=score is None, **how)
         if stage.path:
@@ -78,7 +79,7 @@ def align(
 
 
 def check_call(data, reference, every):
-    """UserError for arguments of `align` that mean nothing."""
+    """UserError for arguments of `align` that do not fit together."""
     if isinstance(reference, str) and reference not in ("start", "round"):
         raise UserError(
             f'reference {reference!r}: expected "start", "round", a model, a function or None'
@@ -92,14 +93,14 @@ def check_call(data, reference, every):
 class Feed:
     """The batches of an alignment, each with its reference log-probs.
 
-    Rows are taken in cyclic order, shuffled once per round in a way that depends only on the seed
-    and the round.
+    Rows are taken in cyclic order, shuffled once per round in a way that depends only on the seed,
+    the round and the number of rows.
     """
 
     def __init__(self, lab, policy, data, reference, prepare, score, steps, every):
         self.lab, self.policy, self.data, self.every = lab, policy, data, every
         self.fixed = not callable(data)
-        self.share = steps if self.fixed else every  # optimizer steps on one set of rows
+        self.per_round = steps if self.fixed else every  # optimizer steps on one set of rows
         self.moving = callable(reference) and not isinstance(reference, torch.nn.Module)
         # reference log-probs are cached if the rows are text and every score is that of logps
         self.cached = lab.world.kind == "text" and not (prepare or score or self.moving)
@@ -120,7 +121,7 @@ class Feed:
         if not len(rows):
             raise UserError(f"there are no rows to align on in round {round}")
         order = torch.randperm(len(rows), generator=lab.rng("order", len(rows), round)).tolist()
-        visited = [rows[i] for i in order[: self.share * lab.batch_size]]
+        visited = [rows[i] for i in order[: self.per_round * lab.batch_size]]
         if self.kind is not None and self.cached and not lab.show:
             column = lab.cached_logps(self.reference, visited)
             visited = [row | {"ref_logps": values} for row, values in zip(visited, column)]
@@ -129,7 +130,8 @@ class Feed:
 
     def batch(self, step):
         """(batch, ref_logps) of one step, with new rows when a round begins."""
-        lab, self.lab.step = self.lab, step
+        lab = self.lab
+        lab.step = step
         round, within = (0, step) if self.fixed else divmod(step, self.every)
         if round != self.round:
             if self.kind == "round":

@@ -281,8 +281,10 @@ def write(out, records, title):
 
 
 def picture(path, grouped, title):
-    """Training metrics and looks of all runs, one colour per group (beyond ten: and marker); reward
-    against KL beside best-of-n sampling from the base model -> whether there was anything to draw.
+    """Training metrics and looks of all runs, and the reward against KL beside best-of-n sampling
+    from the base model -> whether there was anything to draw.
+
+    Each group has a colour; beyond ten groups, each ten have a marker of their own.
 
     The reward of images is shown against their Frechet distance. The last panel has, for one run,
     what its reward is made of and the margin that was fitted; for several, the reward against what
@@ -303,60 +305,15 @@ def picture(path, grouped, title):
         label: dict(color=f"C{i % 10}", marker=MARKERS[i // 10 % len(MARKERS)], markersize=3)
         for i, label in enumerate(grouped)
     }
-    prices = [
+    prices = [  # what the reward is shown against
         FRECHET if any(FRECHET in look for look in record.looks) else "kl" for _, record in runs
     ]
-    curves = [  # of a training step: the panel, the metric and its dashes
-        (ax, key, dashes)
-        for ax, keys in zip(axes, PANELS.values())
-        for key, dashes in zip(keys, ("-", "--"))
-    ]
-
-    # what every run has seen, in the first seven panels
     for (label, record), price in zip(runs, prices):
-        style = styles[label]
-        at = [line["step"] for line in record.steps]
-        width = max(1, len(at) // 20)  # of the running mean
-        starts = [max(0, i + 1 - width) for i in range(len(at))]
-        for ax, key, dashes in curves:
-            values = [line.get(key, math.nan) for line in record.steps]
-            total = np.cumsum([0.0, *values])
-            smooth = [(total[i + 1] - total[s]) / (i + 1 - s) for i, s in enumerate(starts)]
-            if not many:
-                ax.plot(at, values, dashes, color=style["color"], alpha=0.2, linewidth=0.7)
-            ax.plot(at, smooth, dashes, color=style["color"])
-        looks = [look for look in record.looks if "reward" in look]
-        for ax, key in zip(axes[4:6], ("reward", "kl")):
-            points = [(look["step"], look[key]) for look in looks if key in look]
-            if points:
-                ax.plot(*zip(*points), **style)
-        # the group is named once, beside its reward, or beside its loss if it has no reward
-        first = record is grouped[label][0]
+        first = record is grouped[label][0]  # a group is named once
         name = printable(names[label]).replace("$", r"\$") if first else None
-        both = [(look[price], look["reward"]) for look in looks if price in look]
-        if both:
-            axes[6].plot(*zip(*both), **style, label=name)
-        elif name:
-            axes[0].lines[-1].set_label(name)
-
-    # the last panel
-    whole = runs[0][1]
+        draw_run(axes, record, styles[label], price, name, raw=not many)
     if len(runs) == 1:
-        known = ("stage", "step", "reward", "win_rate", "kl", "length", "diversity", FRECHET)
-        known += ("samples",)
-        looks = [look for look in whole.looks if "kl" in look]
-        parts = [part for part in looks[0] if part not in known] if looks else []
-        for i, part in enumerate(parts):  # some are measured in a few looks only
-            points = [(look["kl"], look[part]) for look in looks if part in look]
-            axes[7].plot(*zip(*points), color=f"C{i + 1}", label=part)
-        margins = {line["step"]: line.get("margin") for line in whole.steps}
-        fitted = [(x["kl"], margins[x["step"]]) for x in looks if margins.get(x["step"])]
-        if parts and fitted:
-            right = axes[7].twinx()
-            right.plot(*zip(*fitted), ":", color="0.4")
-            right.set_ylabel("fitted margin (nats, dotted)", fontsize=8)
-        axes[7].set_title("parts of the reward, and the margin", fontsize=10)
-        axes[7].set_xlabel(XLABEL, fontsize=8)
+        draw_parts(axes[7], runs[0][1])
     elif any(online(record) for _, record in runs):
         unit = "images" if FRECHET in prices else "tokens"
         axes[7].set_title(f"true reward against sampled {unit}", fontsize=10)
@@ -371,9 +328,10 @@ def picture(path, grouped, title):
     for ax, name in zip(axes, [*PANELS, "true reward of samples", XLABEL]):
         ax.set_title(name, fontsize=10)
         ax.set_xlabel("step", fontsize=8)
-    best = whole.summary.get("best_of", [])
+    summary = runs[0][1].summary
+    best = summary.get("best_of", [])
     if best:
-        points = [(0.0, whole.summary["before"]["reward"])]
+        points = [(0.0, summary["before"]["reward"])]
         points += [(point["kl"], point["reward"]) for point in best]
         axes[6].plot(*zip(*points), "k--o", markersize=3, label="best of n from the base model")
     images = prices[0] != "kl"
@@ -405,3 +363,51 @@ def picture(path, grouped, title):
     with write_beside(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     return True
+
+
+def draw_run(axes, record, style, price, name, raw):
+    """The curves of one run in the first seven panels of `picture`.
+
+    style: colour and marker of the run. price: the metric of a look that its reward is shown
+    against. name: the label of its reward, or of its loss if it has no reward. raw: show the values
+    that are not smoothed, too."""
+    at = [line["step"] for line in record.steps]
+    width = max(1, len(at) // 20)  # of the running mean
+    starts = [max(0, i + 1 - width) for i in range(len(at))]
+    for ax, keys in zip(axes, PANELS.values()):
+        for key, dashes in zip(keys, ("-", "--")):
+            values = [line.get(key, math.nan) for line in record.steps]
+            total = np.cumsum([0.0, *values])
+            smooth = [(total[i + 1] - total[s]) / (i + 1 - s) for i, s in enumerate(starts)]
+            if raw:
+                ax.plot(at, values, dashes, color=style["color"], alpha=0.2, linewidth=0.7)
+            ax.plot(at, smooth, dashes, color=style["color"])
+    looks = [look for look in record.looks if "reward" in look]
+    for ax, key in zip(axes[4:6], ("reward", "kl")):
+        points = [(look["step"], look[key]) for look in looks if key in look]
+        if points:
+            ax.plot(*zip(*points), **style)
+    both = [(look[price], look["reward"]) for look in looks if price in look]
+    if both:
+        axes[6].plot(*zip(*both), **style, label=name)
+    elif name:
+        axes[0].lines[-1].set_label(name)
+
+
+def draw_parts(ax, record):
+    """What the reward of one run is made of, against KL, and the margin that was fitted."""
+    known = ("stage", "step", "reward", "win_rate", "kl", "length", "diversity", FRECHET)
+    known += ("samples",)
+    looks = [look for look in record.looks if "kl" in look]
+    parts = [part for part in looks[0] if part not in known] if looks else []
+    for i, part in enumerate(parts):  # some are measured in a few looks only
+        points = [(look["kl"], look[part]) for look in looks if part in look]
+        ax.plot(*zip(*points), color=f"C{i + 1}", label=part)
+    margins = {line["step"]: line.get("margin") for line in record.steps}
+    fitted = [(x["kl"], margins[x["step"]]) for x in looks if margins.get(x["step"])]
+    if parts and fitted:
+        right = ax.twinx()
+        right.plot(*zip(*fitted), ":", color="0.4")
+        right.set_ylabel("fitted margin (nats, dotted)", fontsize=8)
+    ax.set_title("parts of the reward, and the margin", fontsize=10)
+    ax.set_xlabel(XLABEL, fontsize=8)

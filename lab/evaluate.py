@@ -9,6 +9,10 @@ import torch
 
 from lab.store import save_value
 
+# what an evaluation of text calls its own numbers
+NAMES = {"reward", "win_rate", "kl", "length", "diversity", "accuracy"}
+NAMES |= {"chosen_logp", "rejected_logp"}
+
 # ---------------------------------------------------------------- a training step
 
 
@@ -28,11 +32,12 @@ def paths(values, parents):
 def common_metrics(logps, ref_logps, batch):
     """The metrics of every method, from the responses of each row with the best and worst score.
 
-    margin: the difference of their log-ratios in nats, without beta; without a reference, of their
-        log-probs.
+    margin: the log-ratio of the best minus that of the worst, in nats, without beta. Without a
+        reference, log-probs take the place of log-ratios.
     accuracy: the share of rows with a positive margin; ties count half.
     chosen_logp, rejected_logp: the raw log-probs in nats.
-    In a tree of steps a response is a path to a leaf; in a chain, which has one leaf, it is a node.
+    In a tree of steps a response is a path to a leaf. In a chain, which has one leaf, every node
+    counts as a response.
     """
     present, parents = batch.mask.any(-1), batch.parents
     total = (logps * batch.mask).sum(-1)  # (B, K)
@@ -99,7 +104,7 @@ def pair_stats(lab, policy):
     labels, those of the true reward; ties are left out. The implicit reward is the log-ratio to the
     base model. All pairs of a row with different scores are compared, and ties count half. Every
     row has the same weight. In a tree of steps a response is a path to a leaf; in a chain, which
-    has one leaf, it is a node.
+    has one leaf, every node counts as a response.
     """
     if lab.world.reward is None:
         rows = lab.world.held_out[: lab.eval_size]
@@ -183,7 +188,8 @@ def glance(lab, policy, step, full):
     else:
         found = of_samples(lab, policy, lab.eval_size if full else max(2, lab.eval_size // 8))
     between = lab.eval_every or max(1, lab.steps // 20)
-    seldom = min(5, max(1, lab.steps // between // 4))  # what takes seconds, in one of 1 to 5
+    # what takes seconds is measured in one look of 1 to 5
+    seldom = min(5, max(1, lab.steps // between // 4))
     if full or step // between % seldom == 0:
         found |= lab.world.look(policy, lab) if lab.world.look else {}
         if lab.world.kind == "images":
@@ -204,8 +210,8 @@ def keep_pictures(lab, policy, step, most=12):
 def of_samples(lab, policy, n):
     """What is read from one sample for each of n prompts; a table is exact and needs none.
 
-    The prompts and the random numbers are the same for every model. What was read is kept for the
-    weights that it was read from, since the first and the last look and the evaluation share them.
+    The prompts and the random numbers are the same for every model. The result is kept under a hash
+    of the weights, since the last look and the evaluation measure the same model.
     """
     world, out = lab.world, {}
     if world.kind == "table":
@@ -243,7 +249,7 @@ def of_samples(lab, policy, n):
 
 
 @torch.no_grad()
-def spread(lab):
+def reward_sd(lab):
     """{"reward_sd": standard deviation of the base model's true reward}, the unit of margins.
 
     It is that of the samples of an evaluation, or exact in a table; {} without a true reward.
@@ -265,9 +271,9 @@ def best_of(lab, sizes=(2, 4, 8, 16)):
     """What the best of n samples from the base model reaches, [{n, reward, win_rate, kl}].
 
     The best is that with the highest true reward. kl is the upper bound log n - (n - 1) / n on its
-    KL from the base model (Beirami et al. 2024, arXiv:2401.01879). It is the yardstick for what a
-    method pays for its reward. Of all samples for a prompt, groups of n are compared. It is read
-    from at most 256 prompts."""
+    KL from the base model (Beirami et al. 2024, arXiv:2401.01879). This is the yardstick for what a
+    method pays for its reward. The samples of a prompt are split into groups of n. At most 256
+    prompts are read."""
     prompts = lab.world.test_prompts(lab.eval_size, lab.eval_rng("evaluation"))
     n, most = min(256, len(prompts)), max(sizes)
     rewards = np.array(lab.truth(of_base(lab, "best of", prompts[:n], most)))
@@ -285,7 +291,7 @@ def best_of(lab, sizes=(2, 4, 8, 16)):
 
 
 def interval(values):
-    """95 % confidence interval of the mean of a few values by Student's t, as [low, high]."""
+    """95 % confidence interval of the mean of the values by Student's t, as [low, high]."""
     values = np.asarray(values, dtype=float)
     if len(values) < 2:
         return [math.nan, math.nan]

@@ -286,37 +286,19 @@ def read_command(argv):
 def read_flags(argv):
     """A command line -> ({flag: text}, what the chosen methods declare).
 
-    The chosen methods are those of --method or --check; `all` is every one that can be read. A flag
-    that names its method, --ld_dpo.alpha, keeps that name. UserError: a flag that is not known, is
-    given twice or lacks its value; a method that is not known or cannot be read."""
+    A flag that names its method, --ld_dpo.alpha, keeps that name. UserError: a flag that is not
+    known, is given twice or lacks its value; a method that is not known or cannot be read."""
     argv = ["--help" if a == "-h" else a for a in argv]
-    # the methods come first, as they say which flags there are
-    text, chosen = "", []
-    for i, word in enumerate(argv):
-        name, equals, value = word.partition("=")
-        if name.lower() in ("--method", "--check"):
-            text = value if equals else next(iter(argv[i + 1 :]), "")
-    if text == "all":
-        chosen = [m for m in catalogue() if not m.problem]
-    elif text.strip() and not text.startswith("--"):
-        chosen = [declared(name.strip()) for name in text.split(",")]
-    names = [m.name for m in chosen]
-    for m in chosen:
-        if names.count(m.name) > 1:
-            raise UserError(f"--method {text} names {m.name} twice")
-        if m.problem:
-            raise UserError(f"{m.path} cannot be read: {m.problem}")
-    # then the flags, each with its text
-    run = settings_flags()
+    chosen = chosen_methods(argv)
     own = {f"{m.name}.{f}": flag for m in chosen for f, flag in m.flags.items()}
     own |= {f: flag for m in chosen for f, flag in m.flags.items()}
-    known = run | own | dict.fromkeys(ACTIONS)
+    known = settings_flags() | own | dict.fromkeys(ACTIONS)
     bare = {*BARE, *(name for name, flag in known.items() if flag and flag.kind == "bool")}
     flags, i = {}, 0
     while i < len(argv):
         if not argv[i].startswith("--") or argv[i] == "--":
             raise UserError(
-                f"unexpected {argv[i]!r}: flags begin with --, lists are written with commas"
+                f"unexpected {argv[i]!r}: flags begin with --, and lists are written with commas"
             )
         name, equals, value = argv[i][2:].partition("=")
         name = name.replace("-", "_").lower()
@@ -345,6 +327,27 @@ def read_flags(argv):
         if name in flags and not convert(name, flags[name], "bool"):
             del flags[name]
     return flags, chosen
+
+
+def chosen_methods(argv):
+    """What the methods of --method (or --check) declare; `all` is every one that can be read."""
+    text = ""
+    for i, word in enumerate(argv):
+        name, equals, value = word.partition("=")
+        if name.lower() in ("--method", "--check"):
+            text = value if equals else next(iter(argv[i + 1 :]), "")
+    if text.lower() == "all":
+        return [m for m in catalogue() if not m.problem]
+    if not text.strip() or text.startswith("--"):
+        return []
+    chosen = [declared(name.strip()) for name in text.split(",")]
+    names = [m.name for m in chosen]
+    for m in chosen:
+        if names.count(m.name) > 1:
+            raise UserError(f"--method {text} names {m.name} twice")
+        if m.problem:
+            raise UserError(f"{m.path} cannot be read: {m.problem}")
+    return chosen
 
 
 def no_such_flag(name, known, chosen):
@@ -415,24 +418,20 @@ def followed(picked, follow, settings, cfg, kinds):
     for name, other in follow.items():
         known = vars(cfg) | vars(settings)
         if other not in known or other in follow:
-            why = "follows another flag itself" if other in follow else "is not one of this run"
+            why = "follows another flag itself" if other in follow else "is no flag of this run"
             raise UserError(f"--{name} ={other}: --{other} {why}")
         value = picked.get(other, known[other])
         out[name] = value if value is None else convert(name, str(value), kinds[name])
     return out
 
 
-def combinations(flags, chosen):
-    """The runs of a command line: all combinations of the values of its flags, checked.
+def values_of(flags, chosen, follow):
+    """{flag: its values}, without the flags that follow another one.
 
-    A flag with the value =NAME follows another one: --flip 0.1,0.2 --epsilon =flip. UserError: a
-    value is not of its field's type or occurs twice; a bare flag has different meanings in several
-    of the chosen methods, or is given together with the flag that names the method."""
+    A bare flag is for every chosen method that has the field. UserError: a value is not of its
+    field's type or occurs twice; a bare flag has different meanings in several of the chosen
+    methods, or is given together with the flag that names the method."""
     run, values = settings_flags(), {}
-    follow = {n: text[1:] for n, text in flags.items() if text.startswith("=") and n not in TEXTS}
-    if follow and not chosen:
-        raise UserError(f"--{next(iter(follow))} ={next(iter(follow.values()))} needs --method")
-    # the values of each flag; a bare flag is for every chosen method that has the field
     known = run | {f"{m.name}.{f}": flag for m in chosen for f, flag in m.flags.items()}
     known |= {f: flag for m in chosen for f, flag in m.flags.items()}
     for name, text in flags.items():
@@ -451,6 +450,36 @@ def combinations(flags, chosen):
         values[name] = [convert(name, part.strip(), known[name].kind) for part in text.split(",")]
         if len(set(values[name])) < len(values[name]):
             raise UserError(f"--{name} {text} names a value twice")
+    return values
+
+
+def defaults_of(paper, grid):
+    """The run settings and Config fields that a method changes when it is the only one.
+
+    There are none with --data. Settings that do nothing in the world of --world are left out.
+    """
+    if "data" in grid:
+        return {}
+    if "world" not in grid:
+        return paper.defaults | paper.demo
+    defaults = paper.defaults
+    if len(defaults) > 1:  # more than the world itself
+        there = Settings(**defaults | {"world": grid["world"][0]})
+        without = idle(there, make_world(there))
+        defaults = {name: value for name, value in defaults.items() if name not in without}
+    return defaults
+
+
+def combinations(flags, chosen):
+    """The runs of a command line: all combinations of the values of its flags, checked.
+
+    A flag with the value =NAME follows another one: --flip 0.1,0.2 --epsilon =flip. With --method
+    all, a method that ignores one of the flags is left out, and that is printed."""
+    run = settings_flags()
+    follow = {n: text[1:] for n, text in flags.items() if text.startswith("=") and n not in TEXTS}
+    if follow and not chosen:
+        raise UserError(f"--{next(iter(follow))} ={next(iter(follow.values()))} needs --method")
+    values = values_of(flags, chosen, follow)
     grid = {name: found for name, found in values.items() if name in run}
     if {"claim", "seeds"} & set(flags):
         grid["seed"] = seeds_of(flags, grid)
@@ -463,18 +492,11 @@ def combinations(flags, chosen):
         # the flags of the run, and those that set a field of this method's Config
         own = {f: f if f in flags else f"{method.name}.{f}" for f in method.flags}
         full = grid | {f: values[name] for f, name in own.items() if name in values}
-        after = {name: other for name, other in follow.items() if name in run}
-        after |= {f: follow[name] for f, name in own.items() if name in follow}
-        kinds = {n: (run.get(n) or method.flags.get(n)).kind for n in after}
-        # what the method changes when it is the only one; nothing with --data
-        defaults = {}
-        if len(chosen) == 1 and "data" not in grid:
-            defaults = paper.defaults if "world" in grid else paper.defaults | paper.demo
-        if len(defaults) > 1 and "world" in grid:  # some may do nothing in the world of --world
-            there = Settings(**defaults | {"world": grid["world"][0]})
-            without = idle(there, make_world(there))
-            defaults = {name: value for name, value in defaults.items() if name not in without}
-        ignored = [name for name in paper.ignores if name in grid or name in after]
+        followers = {name: other for name, other in follow.items() if name in run}
+        followers |= {f: follow[name] for f, name in own.items() if name in follow}
+        kinds = {n: (run.get(n) or method.flags.get(n)).kind for n in followers}
+        defaults = defaults_of(paper, grid) if len(chosen) == 1 else {}
+        ignored = [name for name in paper.ignores if name in grid or name in followers]
         if ignored and flags.get("method", "").lower() == "all":
             line = f"left out: --{', --'.join(ignored)} does nothing under {method.name}"
             print(line, file=sys.stderr)
@@ -486,8 +508,8 @@ def combinations(flags, chosen):
             both = defaults | picked
             settings = Settings(**{k: v for k, v in both.items() if k in run})
             cfg = module.Config(**{k: v for k, v in both.items() if k not in run})
-            if after:
-                both |= followed(both, after, settings, cfg, kinds)
+            if followers:
+                both |= followed(both, followers, settings, cfg, kinds)
                 settings = Settings(**{k: v for k, v in both.items() if k in run})
                 cfg = module.Config(**{k: v for k, v in both.items() if k not in run})
             varied = {"method": method.name} if len(chosen) > 1 else {}

@@ -676,7 +676,7 @@ class Lab:
                             policy = lab.align(base, rows, loss, cfg, **how)
                         last = end(lab, policy) if end else {}
                         if unit is None:
-                            unit = evaluate.spread(lab)
+                            unit = evaluate.reward_sd(lab)
                         curve = [*policy.curve[:-1], policy.curve[-1] | last]
                         stage.value = [curve[0] | unit, *curve[1:]]
                 curves[name].append(stage.value)

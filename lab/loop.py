@@ -11,7 +11,7 @@ import time
 import torch
 
 from data import StopTraining, UserError
-from lab import check
+from lab.check import unpack
 from lab.folder import read_metrics
 from lab.graph import Captured, capturable, packed, unpacked
 from lab.report import Progress
@@ -40,8 +40,8 @@ def fit(
     record=True,
     capture=False,
     ema=0.0,
-    score=None,
-    first=None,
+    forward=None,
+    check=None,
 ):
     """Train any nn.Module in place and return it.
 
@@ -49,18 +49,19 @@ def fit(
         raise `data.StopTraining`, which ends the training early.
     loss(model, batch) -> losses of any shape, whose mean is minimized, and {name: detached tensor}.
     optimizer(params) -> a torch Optimizer, by default that of --optimizer with learning rate `lr`.
-    warmup, decay: the learning rate rises linearly over `warmup` steps and then is constant, or
-        with `decay` follows a cosine down to 10 %.
+    warmup, decay: the learning rate rises linearly over `warmup` steps, at most a fifth of all, and
+        then is constant, as in `lab.align`, or with `decay` follows a cosine down to 10 %.
     watch(model, step) -> {name: number}, called at step 0, every `lab.eval_every` steps and at the
         end. Its results become `model.curve`.
     state: (save, load), two functions for what a checkpoint must hold besides the model.
     record: write the metrics of every step to metrics.jsonl.
-    capture: `score` and `loss` depend on nothing but the model and the batch, so where the Lab
+    capture: `forward` and `loss` depend on nothing but the model and the batch, so where the Lab
         captures steps in CUDA graphs (lab/graph.py), these may be captured.
     ema: decay of an exponential moving average of the weights, which `watch` sees and which the
-        model has at the end; 0 is none. The first steps decay faster, as (1 + step) / (10 + step).
-    score(model, batch) -> the arguments of `loss` in place of (model, batch), and metrics.
-    first(losses, metrics, *arguments) is called once, with what `loss` returns in the first step.
+        model has at the end; 0 is none. At a step it is at most (1 + step) / (10 + step), so that
+        the first weights are soon forgotten.
+    forward(model, batch) -> the arguments of `loss`, by default (model, batch), and metrics.
+    check(losses, metrics, *arguments) is called once, with what `loss` returns in the first step.
     Diverged: a loss or a metric is not finite; the last good checkpoint is kept.
     """
     get = batches if callable(batches) else lambda step: batches[step % len(batches)]
@@ -85,10 +86,10 @@ def fit(
         if log.ended:
             model.curve = curve
             return model
-        first = [first] if first else []
-        update = functools.partial(one_step, model, optimizer, score, loss, clip, first)
+        checks = [check] if check else []
+        take_step = functools.partial(one_step, model, optimizer, forward, loss, clip, checks)
         if capture and lab.captured and capturable(optimizer, lab.device):
-            update = in_graphs(lab, update)
+            take_step = in_graphs(lab, take_step)
 
         with interruptible() as interrupted:
             while True:
@@ -127,7 +128,7 @@ def fit(
                     lab.stopped = f"stopped after step {step}: {reason}"
                     steps = step  # once more to the evaluation
                     continue
-                metrics = update(batch)
+                metrics = take_step(batch)
                 if average:
                     average.add(step)
                 step += 1
@@ -147,6 +148,9 @@ def fit(
                     log.checkpoint(step, curve, model, optimizer, state)
                 if interrupted:
                     raise KeyboardInterrupt
+            if interrupted and step == steps:  # in the last evaluation
+                log.checkpoint(step, curve, model, optimizer, state)
+                raise KeyboardInterrupt
         if average:
             average.swap()
         optimizer.zero_grad(set_to_none=True)  # the gradients may lie in the memory of a graph
@@ -157,17 +161,18 @@ def fit(
     return model
 
 
-def one_step(model, optimizer, score, loss, clip, first, batch):
+def one_step(model, optimizer, forward, loss, clip, checks, batch):
     """Loss, backward, clipping and the optimizer's step -> the metrics as tensors.
 
-    It does not wait for the device, and it may be captured in a CUDA graph. first: a list of the
-    function that looks at the first losses, which is taken out of it.
+    It does not wait for the device, and it may be captured in a CUDA graph. checks: a list with the
+    check of the first losses. It is taken out of the list, so that it runs once.
     """
-    optimizer.zero_grad(set_to_none=True)  # before the forward pass, whose memory adds to it
-    arguments, common = score(model, batch) if score else ((model, batch), {})
-    losses, metrics = check.unpack(loss(*arguments))
-    if first:
-        first.pop()(losses, metrics, *arguments)
+    # before the forward pass, so that old gradients take no memory beside its activations
+    optimizer.zero_grad(set_to_none=True)
+    arguments, common = forward(model, batch) if forward else ((model, batch), {})
+    losses, metrics = unpack(loss(*arguments))
+    if checks:
+        checks.pop()(losses, metrics, *arguments)
     value = losses.mean()
     value.backward()
     norms = [
@@ -178,9 +183,9 @@ def one_step(model, optimizer, score, loss, clip, first, batch):
     return own | common | metrics
 
 
-def in_graphs(lab, update):
-    """`one_step` of a batch as a replay of a CUDA graph; its metrics are written to one vector."""
-    captured = Captured(lambda batch: packed(update(batch)), lab.device, lab.say)
+def in_graphs(lab, take_step):
+    """The step of a batch as a replay of a CUDA graph; its metrics are written to one vector."""
+    captured = Captured(lambda batch: packed(take_step(batch)), lab.device, lab.say)
     return lambda batch: unpacked(*captured(batch))
 
 
@@ -230,7 +235,7 @@ class Fall:
 
     Preferences constrain differences of log-probs alone, so few pairs are fitted perfectly by a
     policy to which chosen and rejected responses are both improbable, and which writes noise. It
-    compares means over SPAN steps, where the first of them are the beginning."""
+    compares the means of the first SPAN steps and of the last SPAN steps."""
 
     SPAN, NATS, SHARE = 10, 20.0, 0.25  # a fall by NATS nats and a SHARE of the first log-prob
 
@@ -249,7 +254,7 @@ class Fall:
         return [[sum(column) / len(part) for column in zip(*part)] for part in (first, last)]
 
     def fallen(self, share=1.0):
-        """Whether the chosen log-prob has fallen by this share of what is too much."""
+        """Whether the chosen log-prob has fallen by more than this share of the allowed fall."""
         if len(self.seen) < 2 * self.SPAN:
             return False
         (before, _), (now, _) = self.means()
@@ -275,7 +280,7 @@ class Log:
         self.file = os.path.join(lab.out, "metrics.jsonl") if lab.out and record else None
         self.bar = Progress(title, steps, quiet=lab.quiet)
         self.pending = []  # (step, metrics) as tensors, so that no step waits for the device
-        # in a world with a true reward, the reward shows it
+        # only with pairs of a file: elsewhere the true reward shows the fall
         watched = record and self.path and lab.world.given is not None
         watched = watched and lab.world.kind == "text"  # an image's score is mostly its noise
         self.fall = Fall() if watched else None
@@ -287,11 +292,14 @@ class Log:
         size = self.length()
         found = load_value(self.path) if self.path else None
         if found and "ended" not in found:
-            raise UserError(f"{self.path}.json is of an earlier version, which alone can resume it")
+            raise UserError(
+                f"{self.path}.json was written by an earlier version of nanopref, and only that "
+                "version can resume it"
+            )
         if found and size < found["log"]:
             if self.stage.log is None:
                 raise UserError(f"{self.file} is damaged: it is shorter than the checkpoint says")
-            found = None  # the fit before this one was made anew, and so is this one
+            found = None  # out of date, since the training before this one was repeated
         if found is None:
             if size:
                 self.forget()
@@ -337,7 +345,7 @@ class Log:
             end += len(line)
 
     def write(self):
-        """Write the pending metrics to metrics.jsonl, the only host-device sync of the loop.
+        """Write the pending metrics to metrics.jsonl; an ordinary step waits for the device here.
 
         Diverged: one of them is not finite.
         """
@@ -401,7 +409,7 @@ class Log:
                     file.write(json.dumps({"stage": self.number} | line) + "\n")
 
     def checkpoint(self, step, curve, model, optimizer, state, ended=False):
-        """Write everything that `resume` needs in one file operation."""
+        """Write everything that `resume` needs; a kill meanwhile leaves the checkpoint before."""
         if not self.path:
             return
         self.write()

@@ -14,6 +14,7 @@ import sys
 import torch
 
 from data import UserError, printable
+from lab import evaluate
 from lab.align import check_call
 from lab.lab import Lab
 from lab.settings import KINDS, file_path, slips
@@ -80,6 +81,11 @@ def check_world(lab, path):
             f"{path}: max_response is {lab.max_response}, but the context of the model, "
             f"max_position_embeddings, is {own.max_position_embeddings}, prompt included"
         )
+    if world.parts:
+        with slips(path):
+            taken = sorted(evaluate.NAMES & set(world.parts(prompts[0], "")))
+        if taken:
+            raise UserError(f"{path}: a part of the reward must not be named {taken[0]}")
 
 
 class Rehearsal(Lab):

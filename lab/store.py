@@ -1,7 +1,7 @@
 """Values on disk: files written in one step, tensors, JSON, and the cache.
 
 Nothing here unpickles or executes anything: tensors are safetensors, everything else is JSON.
-A value carries the checksums of its bytes; one that does not fit them is made anew.
+A value carries the checksums of its bytes; if they do not match, it is made anew.
 """
 
 import contextlib
@@ -140,7 +140,9 @@ def write_json(path, value):
 
 
 def pack(value, tensors):
-    """A copy of nested dicts and lists that JSON can hold; tensors are moved into `tensors`."""
+    """A copy of nested dicts and lists that JSON can hold; tensors are moved into `tensors`.
+
+    Keys become texts, tuples become lists, and the entry "tree" of a dict is left out."""
     if isinstance(value, torch.Tensor):
         tensors[str(len(tensors))] = value
         return {"__tensor__": str(len(tensors) - 1)}
@@ -154,7 +156,7 @@ def pack(value, tensors):
 
 
 def unpack(value, tensors):
-    """The inverse of `pack`."""
+    """The value whose copy `pack` made, with its tensors."""
     if isinstance(value, dict):
         if "__tensor__" in value:
             return tensors[value["__tensor__"]]
@@ -187,7 +189,7 @@ def save_value(path, value):
 def load_value(path):
     """The value written by `save_value`, or None when there is none.
 
-    None, too, and a line on stderr, when its files do not have the checksums they had."""
+    Also None, with a line on stderr, if a checksum does not match."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -241,8 +243,8 @@ def open_cache():
             f"the cache {CACHE} cannot be written ({error.strerror}); "
             "the environment variable NANOPREF_CACHE names another folder"
         ) from None
-    # Every process holds a shared lock until it ends. It is exclusive while this one clears, if
-    # nobody else has it, so that nothing goes that another run is about to use.
+    # Every process holds a shared lock until it ends. This one clears the cache only if it gets the
+    # lock for itself, that is, if no other run uses the cache.
     unshared = False
     if fcntl:
         with contextlib.suppress(OSError):
@@ -282,35 +284,45 @@ def source(*modules):
 def alone(path, wait=True):
     """Hold the lock of a value in the cache, or of a folder, so that one process writes it.
 
-    wait: wait for another process that holds it; without this, that is a UserError. The lock of a
+    wait: wait for another process that holds it; if False, that is a UserError. The lock of a
     process that is killed is released.
     """
     name = os.path.join(path, ".lock") if os.path.isdir(path) else path + ".lock"
     os.makedirs(os.path.dirname(name), exist_ok=True)
-    with open(name, "a+b") as file:
-        told = False
-        while True:
-            try:
-                if fcntl:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                else:
-                    msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-                break
-            except OSError as error:
-                if not wait:
-                    raise UserError(f"{path} is being written by another run") from None
-                if not isinstance(error, (BlockingIOError, PermissionError)):  # the latter: Windows
-                    break  # a file system without locks: the value may be made twice
+    told = False
+    while True:
+        file = open(name, "a+b")  # noqa: SIM115
+        try:
+            if fcntl:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError as error:
+            file.close()
+            if not wait:
+                raise UserError(f"{path} is being written by another run") from None
+            if not isinstance(error, (BlockingIOError, PermissionError)):  # the latter: Windows
+                break  # a file system without locks: the value may be made twice
             if not told:
                 print("another run is making what this run needs: waiting", file=sys.stderr)
             told = True
             time.sleep(0.2)
-        try:
-            yield
-        finally:
-            file.close()  # Windows does not delete an open file
-            with contextlib.suppress(OSError):
-                os.unlink(name)
+            continue
+        # its former holder may have removed the file after it was opened here
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(name)):
+                break
+        file.close()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            if fcntl:
+                os.unlink(name)  # while it is locked, so that whoever waits notices
+        file.close()
+        with contextlib.suppress(OSError):
+            if not fcntl:
+                os.unlink(name)  # Windows does not delete an open file
 
 
 def remove_value(path):

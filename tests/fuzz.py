@@ -794,7 +794,7 @@ def limited(impatient, monkeypatch):
 
 
 def enough(*about, **more):
-    """Takes the place of `train.opened`."""
+    """Takes the place of `train.open_run`."""
     raise UserError("that is enough")
 
 
@@ -802,7 +802,7 @@ def enough(*about, **more):
 def test_random_and_hostile_input(kind, tmp_path, request, limited, monkeypatch):
     seed, cases = (request.config.getoption(f"--fuzz-{name}") for name in ("seed", "cases"))
     if kind == "command":
-        monkeypatch.setattr(train, "opened", enough)
+        monkeypatch.setattr(train, "open_run", enough)
         monkeypatch.setattr(train, "ask", lambda *about: None)
         monkeypatch.setattr(train, "several", lambda *about: 0)  # sweeps and claims
         for name in ("again", "smoke"):

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import data
 from data import Batch
-from lab import Lab, Settings, align, check, loop, store
+from lab import Lab, Settings, align, loop, store
 from lab.settings import methods
 from tests.test_contract import LOSSES, accepted
 
@@ -91,9 +91,9 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def trainings(cache, monkeypatch):
-    """A function (method, world) -> [(lab, model, item, score, loss)] of all trainings of a run."""
+    """A function (method, world) -> [(lab, model, item, forward, loss)] of all trainings."""
     monkeypatch.setattr(store, "CACHE", cache)
-    monkeypatch.setattr(check, "first_step", lambda *about: None)  # reads values, by design
+    monkeypatch.setattr(align, "first_step", lambda *about: None)  # reads values, by design
     monkeypatch.setattr(Lab, "glance", lambda *about: {})
     for world in ("digits", "gaussians"):
         path = f"toy.{world}.World.measure"
@@ -102,8 +102,8 @@ def trainings(cache, monkeypatch):
 
     def noted(lab, model, batches, loss, *args, **options):
         get = batches if callable(batches) else lambda step: batches[step]
-        item, score = copy.deepcopy(get(0)), options.get("score")
-        found.append((lab, copy.deepcopy(model), item, score, loss))
+        item, forward = copy.deepcopy(get(0)), options.get("forward")
+        found.append((lab, copy.deepcopy(model), item, forward, loss))
         return fit(lab, model, batches, loss, *args, **options)
 
     for owner in (loop, align, Lab):
@@ -127,7 +127,7 @@ def trainings(cache, monkeypatch):
 def test_no_step_reads_a_value_or_mixes_devices(trainings, name, world):
     found = trainings(name, world)
     assert found
-    for lab, model, item, score, loss in found:
+    for lab, model, item, forward, loss in found:
         mode = FakeTensorMode()
 
         def card(x):
@@ -137,7 +137,7 @@ def test_no_step_reads_a_value_or_mixes_devices(trainings, name, world):
         params = [p for p in model.parameters() if p.requires_grad]
         optimizer = loop.adamw(lab, 1e-3)(params)
         with mode:
-            arguments, common = score(model, item) if score else ((model, item), {})
+            arguments, common = forward(model, item) if forward else ((model, item), {})
             losses, metrics = loss(*arguments)
             losses.mean().backward()
             torch.nn.utils.clip_grad_norm_(params, 1.0)

@@ -267,6 +267,12 @@ def test_what_does_nothing_or_is_out_of_range_is_refused(tmp_path, capsys, line,
     assert set(os.listdir(tmp_path)) <= {"cache"}
 
 
+def test_all_methods_are_asked_for_in_any_case():
+    names = [about.name for about in flags.chosen_methods(["--method", "ALL"])]
+    assert names == [about.name for about in flags.chosen_methods(["--method=all"])]
+    assert {"dpo", "survey", "wide_deep"} <= set(names)
+
+
 def test_a_flag_may_follow_another_one(capsys):
     argv = ["--method", "rdpo", "--flip", "0.1,0.2", "--epsilon", "=flip"]
     both = runs(*argv)
@@ -277,8 +283,8 @@ def test_a_flag_may_follow_another_one(capsys):
     (run,) = runs("--method", "dpo", "--base_seed", "=seed", "--seed", "4")
     assert run.settings.base_seed == 4
     for value, words in (
-        ("=flop", "--flop is not one of this run"),
-        ("=", "-- is not one of this run"),
+        ("=flop", "--flop is no flag of this run"),
+        ("=", "-- is no flag of this run"),
         ("=label_temperature", "epsilon"),
     ):
         refused(capsys, [*argv[:-1], value], words)

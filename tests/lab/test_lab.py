@@ -146,7 +146,7 @@ def test_the_spread_of_the_reward_is_exact_in_a_table():
     base, r = lab.base(), lab.world.rewards()
     p = base.probs()
     mean = (p * r).sum()
-    assert evaluate.spread(lab)["reward_sd"] == pytest.approx(
+    assert evaluate.reward_sd(lab)["reward_sd"] == pytest.approx(
         (p * (r - mean).square()).sum().sqrt().item()
     )
 

@@ -1,6 +1,8 @@
 """The training loop: it learns, resumes bit for bit, keeps every state, and stops at a NaN."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -138,6 +140,25 @@ def test_an_interrupted_training_goes_on_bit_for_bit(tmp_path, optimizer, ema):
             )
     files = [(tmp_path / name / "metrics.jsonl").read_text() for name in ("whole", "cut")]
     assert files[0] == files[1]
+
+
+def test_ctrl_c_in_the_last_look_stops_the_run_and_is_no_step_lost(tmp_path):
+    """The run ends there, and a resumed one has what an uninterrupted one has."""
+    asked = []
+
+    def look(model, step):
+        if step == 6 and not asked:
+            asked.append(os.kill(os.getpid(), signal.SIGINT))
+        return {"slope": model.weight.item()}
+
+    def run(place, watch):
+        model, batches = line()
+        return make(str(tmp_path / place)).fit(model, batches, squares, steps=6, watch=watch)
+
+    with pytest.raises(KeyboardInterrupt):
+        run("cut", look)
+    again, whole = run("cut", look), run("whole", lambda m, step: {"slope": m.weight.item()})
+    assert again.curve == whole.curve and torch.equal(again.weight, whole.weight)
 
 
 def test_a_nan_stops_the_training_with_the_step_and_the_metric(tmp_path):

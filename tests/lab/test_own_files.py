@@ -346,6 +346,13 @@ def test_a_reward_that_is_no_reward_is_named(reward, words, tmp_path, capsys):
         ('"text", 4', '"text", None', ["world of text needs a max_response"]),
         ("self.tokenizer = ", "x = ", ["letters.py, line 19: AttributeError"]),
         (
+            "    def prompts(",
+            "    def parts(self, prompt, response):\n"
+            "        return {'length': len(response)}\n\n"
+            "    def prompts(",
+            ["letters.py: a part of the reward must not be named length"],
+        ),
+        (
             'kind, max_response = "letters", "text"',
             'kind, max_response = "letters", "txt"',
             ["txt"],

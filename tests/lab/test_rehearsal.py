@@ -220,7 +220,7 @@ def test_a_rehearsal_changes_nothing(tmp_path, capsys, monkeypatch):
         seen.append((torch.random.get_rng_state(), os.listdir(out)))
         raise UserError("that is enough")
 
-    monkeypatch.setattr(train, "opened", opened)
+    monkeypatch.setattr(train, "open_run", opened)
     torch.manual_seed(5)
     state = torch.random.get_rng_state()
     argv = ["--method", "dpo", "--data", path, "--context", "64", *FILE, "--out", "run"]

@@ -5,6 +5,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -187,3 +189,24 @@ def test_the_commit_has_a_plus_where_code_differs_and_not_for_what_claims_write(
     assert store.commit() == clean
     (tmp_path / "train.py").write_text("2")
     assert store.commit() == clean + "+"
+
+
+def test_one_lock_has_one_holder_whoever_waits(tmp_path):
+    """The holder removes the file; whoever waited for it must not lock what is gone."""
+    inside, most = [], []
+
+    def work():
+        for _ in range(20):
+            with store.alone(str(tmp_path / "value")):
+                inside.append(1)
+                most.append(len(inside))
+                time.sleep(0.001)
+                inside.pop()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(most) == {1} and len(most) == 80
+    assert not list(tmp_path.glob("value*"))
