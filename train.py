@@ -100,7 +100,8 @@ def report_run(run, lab, result):
     compare.picture(os.path.join(out, "curves.png"), {run.method: [compare.read(out)]}, about)
     shutil.rmtree(os.path.join(out, "stages"), ignore_errors=True)
     files = ", ".join(sorted(name for name in os.listdir(out) if name[0] != "."))
-    say(f"\n{report.clock(time.time() - lab.started)} in all; written to {out}/: {files}")
+    took = report.clock(time.time() - lab.started)
+    say(f"\n{took} in all; written to {printable(out, None)}/: {files}")
     return summary
 
 
@@ -206,7 +207,8 @@ def sweep(runs, out, tasks, failed):
         path = os.path.join(out, "sweep.png")
         plot = ", sweep.png" if report.sweep_plot(path, rows, varied or ["method"]) else ""
         files = f"{compare.write(out, records, f'{len(records)} runs')}, " if records else ""
-        print(f"written to {out}/: sweep.txt, sweep.json{plot}, {files}one folder per run")
+        place = printable(out, None)
+        print(f"written to {place}/: sweep.txt, sweep.json{plot}, {files}one folder per run")
     if missing:
         print(printable(f"{len(missing)} of {len(runs)} runs are not done: {' | '.join(missing)}"))
     reasons = [f"{runs[i].name()}: {reason}" for i, reason in sorted(failed.items())]
@@ -224,7 +226,8 @@ def compared(paths, out):
     grouped = compare.groups(records)
     for ranking in filter(None, (compare.matched(grouped), compare.at_samples(grouped))):
         print(printable(ranking, None, keep="\n") + "\n")
-    print(f"written to {out}/: {compare.write(out, records, f'{len(records)} runs')}")
+    files = compare.write(out, records, f"{len(records)} runs")
+    print(f"written to {printable(out, None)}/: {files}")
     return 0
 
 
@@ -371,7 +374,7 @@ def main(argv):
                 return several(runs, given, out)
             summary = finished(out) if resumed else None
             if summary:
-                print(f"{out} is finished already")
+                print(f"{printable(out, None)} is finished already")
             else:
                 lab = open_run(run, out)
                 result = run.module.run(lab, run.cfg)

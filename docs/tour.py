@@ -1,4 +1,4 @@
-"""The idea of this project, cell by cell: run it in an editor that knows `# %%`, or as a script.
+"""The idea of this project, cell by cell, in a notebook, an editor that knows `# %%`, or a script.
 
 python docs/tour.py
 """
@@ -10,7 +10,9 @@ from types import SimpleNamespace
 
 import torch
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."))
+# a notebook has no __file__; it starts in docs/, or in the folder above, which it finds anyway
+here = os.path.dirname(os.path.abspath(globals().get("__file__", "tour.py")))
+sys.path.insert(0, os.path.join(here, ".."))
 
 from methods import dpo
 
@@ -40,10 +42,14 @@ def loss(logps, ref_logps, batch, cfg):
     return (z - 1.0).square(), {}
 
 
-# %% The Lab trains with both losses in a table, where the true reward is exact.
+# %% A run of DPO from Python, in a table, where the true reward is exact.
 from lab import Lab, Settings
 
 lab = Lab(Settings(world="bandit", steps=200, prompts=512), quiet=True)
+policy = dpo.run(lab, dpo.Config())
+print("true reward by step:", " ".join(f"{look['reward']:.2f}" for look in policy.curve[::5]))
+
+# %% The Lab trains with both losses on the same pairs.
 curves = lab.race({"dpo": (dpo.loss, dpo.Config()), "changed": (loss, dpo.Config())})
 for name, (curve,) in curves.items():
     start, end = curve[0], curve[-1]

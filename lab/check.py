@@ -19,6 +19,18 @@ def unpack(returned):
     return returned
 
 
+def trainable(losses, metrics, *arguments):
+    """Check what a loss of `lab.fit` returned in its first step. UserError: it cannot be trained.
+
+    losses: of any shape, with a gradient. metrics: {name: detached number}.
+    """
+    if not isinstance(losses, torch.Tensor):
+        raise UserError(f"the losses are a {type(losses).__name__}, not a tensor: {PAIR}")
+    check_metrics(metrics)
+    if not losses.requires_grad:
+        raise UserError("the loss has no gradient: it must read the model, and must not detach it")
+
+
 def first_step(losses, metrics, logps, ref_logps, batch, cfg):
     """Check what a loss returned for its arguments. UserError: it breaks the contract.
 
@@ -31,17 +43,7 @@ def first_step(losses, metrics, logps, ref_logps, batch, cfg):
         raise UserError(f"the losses are a {type(losses).__name__}, not a tensor: {PAIR}")
     if losses.shape != wanted:
         raise UserError(shape_line(tuple(losses.shape), tuple(batch.mask.shape)))
-    if not isinstance(metrics, dict):
-        raise UserError(f"the metrics are a {type(metrics).__name__}, not a dict: {PAIR}")
-    for name, value in metrics.items():
-        if not isinstance(value, torch.Tensor):
-            if not isinstance(value, (int, float)):
-                raise UserError(f"the metric {name!r} is a {type(value).__name__}, not a number")
-        elif value.requires_grad:
-            raise UserError(f"the metric {name!r} has a gradient: add .detach() to it")
-        elif value.numel() != 1:
-            shape = tuple(value.shape)
-            raise UserError(f"the metric {name!r} has shape {shape}: add .mean() to it")
+    check_metrics(metrics)
     bad = int((~losses.isfinite()).sum())
     if bad:
         raise UserError(
@@ -77,3 +79,18 @@ def shape_line(shape, rows):
     if shape == (B, K, T):
         return line + "sum over the tokens with .sum(-1) and combine the K responses of a row"
     return line + "reduce every dimension but the first"
+
+
+def check_metrics(metrics):
+    """Check that metrics is {name: a number or a detached tensor of one number}; else UserError."""
+    if not isinstance(metrics, dict):
+        raise UserError(f"the metrics are a {type(metrics).__name__}, not a dict: {PAIR}")
+    for name, value in metrics.items():
+        if not isinstance(value, torch.Tensor):
+            if not isinstance(value, (int, float)):
+                raise UserError(f"the metric {name!r} is a {type(value).__name__}, not a number")
+        elif value.requires_grad:
+            raise UserError(f"the metric {name!r} has a gradient: add .detach() to it")
+        elif value.numel() != 1:
+            shape = tuple(value.shape)
+            raise UserError(f"the metric {name!r} has shape {shape}: add .mean() to it")

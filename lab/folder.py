@@ -13,7 +13,7 @@ import time
 
 import torch
 
-from data import UserError, error_line
+from data import UserError, error_line, printable
 from lab.store import alone, clear_half_written, commit, write_json
 
 MARK = "run.json"
@@ -56,7 +56,7 @@ def folder(run, flags, label, resumed=None):
         except KeyboardInterrupt:
             note = f"; the former run waits in {former}" if os.path.exists(former) else ""
             line = f"\nstopped; go on with: python train.py --resume {out}{note}"
-            print(line, file=sys.stderr)
+            print(printable(line, None, keep="\n"), file=sys.stderr)
             raise
         except Exception as error:
             held.close()  # an open file could not be moved on Windows

@@ -11,7 +11,7 @@ import time
 import torch
 
 from data import StopTraining, UserError
-from lab.check import unpack
+from lab.check import trainable, unpack
 from lab.folder import read_metrics
 from lab.graph import Captured, capturable, packed, unpacked
 from lab.report import Progress
@@ -41,7 +41,7 @@ def fit(
     capture=False,
     ema=0.0,
     forward=None,
-    check=None,
+    check=trainable,
 ):
     """Train any nn.Module in place and return it.
 
@@ -62,8 +62,11 @@ def fit(
         the first weights are soon forgotten.
     forward(model, batch) -> the arguments of `loss`, by default (model, batch), and metrics.
     check(losses, metrics, *arguments) is called once, with what `loss` returns in the first step.
+    UserError: there are no batches, or the loss returns something else.
     Diverged: a loss or a metric is not finite; the last good checkpoint is kept.
     """
+    if not callable(batches) and not len(batches):
+        raise UserError("there are no batches to train on")
     get = batches if callable(batches) else lambda step: batches[step % len(batches)]
     steps = lab.few(lab.steps if steps is None else steps)
     warmup = min(lab.settings.warmup if warmup is None else warmup, max(1, steps // 5))
@@ -86,7 +89,7 @@ def fit(
         if log.ended:
             model.curve = curve
             return model
-        checks = [check] if check else []
+        checks = [check]
         take_step = functools.partial(one_step, model, optimizer, forward, loss, clip, checks)
         if capture and lab.captured and capturable(optimizer, lab.device):
             take_step = in_graphs(lab, take_step)

@@ -21,7 +21,7 @@ from collections import Counter
 
 import numpy as np
 
-from data import UserError, error_line
+from data import UserError, error_line, printable
 from lab import flags
 from lab.claims import as_expected, holm, judge
 from lab.folder import MARK, read_object
@@ -192,7 +192,8 @@ def claim(runs, seeds, out, tasks, start):
         line = failed or in_short(rows)
         print(f"[{i + 1}/{len(modules)}] {name}: {line}; {clock(left)} left", flush=True)
     publish(out)
-    print(f"{clock(time.time() - start)} in all; written to {out}/: README.md, NAME.md, NAME.json")
+    took, place = clock(time.time() - start), printable(out, None)
+    print(f"{took} in all; written to {place}/: README.md, NAME.md, NAME.json")
     return 0 if good else 1
 
 
@@ -245,7 +246,8 @@ def measured(name, module, settings, seeds, out, quiet=False):
     publish(out)
     shutil.rmtree(place, ignore_errors=True)
     print("\n" + claims_table(rows))
-    print(f"{clock(block['seconds'])} in all; written to {out}/: README.md, {name}.md, {name}.json")
+    took, place = clock(block["seconds"]), printable(out, None)
+    print(f"{took} in all; written to {place}/: README.md, {name}.md, {name}.json")
     return rows
 
 

@@ -27,3 +27,17 @@ def test_the_tour_runs_and_says_what_it_promises(tmp_path):
     assert [name for name, *_ in rewards] == ["dpo", "changed"]
     assert all(float(after) > float(before) for _, before, after, _ in rewards)
     assert (tmp_path / "tour.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_the_cells_run_one_by_one_in_a_notebook(own_folder, capsys, monkeypatch):
+    """A notebook has no __file__; it may start in the project's folder."""
+    monkeypatch.syspath_prepend(HERE)
+    with open(os.path.join(HERE, "docs", "tour.py"), encoding="utf-8") as file:
+        _, *cells = file.read().split("\n# %%")
+    names = {"__name__": "__main__"}
+    for cell in cells:
+        exec(compile("#" + cell, "cell", "exec"), names)
+    assert len(cells) == 7 and "true reward by step: " in capsys.readouterr().out
+    steps = [look["step"] for look in names["policy"].curve]
+    assert steps[0] == 0 and steps[-1] == 200 and os.path.exists("tour.png")

@@ -188,3 +188,10 @@ def test_a_file_beyond_the_limit_is_read_with_a_larger_one(tmp_path, capsys, mon
     np.savez(tmp_path / "images.npz", images=noise, labels=np.arange(40) % 2)
     argv[3] = str(tmp_path / "images.npz")
     refused(capsys, [*argv, "0.000001"], "images.npz", "--data_limit allows more")
+
+
+def test_the_name_of_a_folder_is_not_printed_raw(capsys):
+    argv = ["--method", "dpo", "--world", "bandit", "--steps", "2", "--prompts", "64"]
+    assert train.main([*argv, "--out", "\x1b[31mred"]) == 0
+    out, error = capsys.readouterr()
+    assert "\x1b" not in out + error and "written to \\x1b[31mred/: " in out

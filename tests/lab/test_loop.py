@@ -7,6 +7,7 @@ import signal
 import pytest
 import torch
 
+from data import UserError
 from lab import Lab, Settings, loop
 from lab.loop import Diverged
 
@@ -176,6 +177,28 @@ def test_a_nan_stops_the_training_with_the_step_and_the_metric(tmp_path):
         lab.fit(*line(), broken)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (lambda losses: losses, "one Tensor, not losses and metrics"),
+        (lambda losses: (losses.detach(), {}), "the loss has no gradient"),
+        (lambda losses: (1.0, {}), "the losses are a float"),
+        (lambda losses: (losses, None), "the metrics are a NoneType"),
+        (lambda losses: (losses, {"all": losses.detach()}), "'all' has shape"),
+        (lambda losses: (losses, {"mean": losses.mean()}), "'mean' has a gradient"),
+    ],
+)
+def test_a_loss_that_cannot_be_trained_is_one_line(wrong, words):
+    model, batches = line()
+    with pytest.raises(UserError, match=words):
+        make().fit(model, batches, lambda *about: wrong(squares(*about)[0]), steps=2)
+
+
+def test_a_training_without_batches_is_one_line():
+    with pytest.raises(UserError, match="no batches"):
+        make().fit(line()[0], [], squares, steps=2)
 
 
 def test_a_nan_in_the_first_step_does_not_blame_the_learning_rate():

@@ -303,7 +303,8 @@ def test_a_checkpoint_of_an_earlier_version_is_refused_in_one_line(tmp_path, mon
     value = store.load_value(place)
     del value["ended"]
     store.save_value(place, value)
-    refused(capsys, ["--resume", "run"], "was written by an earlier version of nanopref, and only that")
+    words = "was written by an earlier version of nanopref, and only that version can resume it"
+    refused(capsys, ["--resume", "run"], words)
     assert "ended" not in store.load_value(place)
 
 
