@@ -325,6 +325,11 @@ class Tree:
     sources: list  # K lists: for each response token, the place in the sequence that predicts it
     targets: list  # K lists of response tokens
 
+    def key(self):
+        """All fields as lists that JSON can hold; equal trees have equal keys."""
+        lists = [self.tokens, list(self.position), self.branch, self.sources, self.targets]
+        return [*lists, self.sees.tolist()]
+
     def keys(self):
         """The number of keys that the branches attend to, added up over the branches."""
         sizes = np.bincount(self.branch, minlength=len(self.sees))

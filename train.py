@@ -166,6 +166,7 @@ def sweep(runs, out, tasks, failed):
         line = f"[{i + 1}/{len(runs)}] {runs[i].name()}"
         line += "" if left is None else f"; {report.clock(left)} left"
         print(line, file=sys.stderr, flush=True)
+        lab = result = None  # the models of the run before take memory
         try:
             os.makedirs(places[i], exist_ok=True)
             with alone(places[i], wait=False):
@@ -178,6 +179,7 @@ def sweep(runs, out, tasks, failed):
             print(printable(f"{runs[i].name()}: {error}", None), file=sys.stderr)
             if not folder.trained(places[i]):
                 shutil.rmtree(places[i], ignore_errors=True)
+    lab = result = None
     rows, records, missing = [], [], []
     for i, (run, place) in enumerate(zip(runs, places)):
         summary = None if i in failed else finished(place)
@@ -339,8 +341,7 @@ def main(argv):
             print(manual.listing())
             return 0
         runs = flags.combinations(given, chosen)
-        if set(given) & set(flags.ACTIONS) != {"method"}:  # more than a method and settings
-            flags.refuse_idle_actions(given, runs)
+        flags.refuse_idle_actions(given, runs)
         open_cache()
         if "prompt" in given:
             ask(runs[0].settings, given["prompt"])

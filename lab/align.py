@@ -55,24 +55,22 @@ def align(
         if stage.done:
             return restore(policy, stage.value)
         feed = Feed(lab, policy, data, reference, prepare, score, steps, every)
-        score_of = feed.score
-        if lab.compiled:
-            score_of, loss = lab.compile(score_of), lab.compile(loss)
+        run_score = lab.compile(feed.score)
 
         def forward(model, item):
             batch, ref_logps = item
             with lab.autocast():
-                logps = score_of(model, batch)
-            common = evaluate.common_metrics(logps.detach(), ref_logps, batch)
-            return (logps, ref_logps, batch, cfg), common
+                logps = run_score(model, batch)
+            return logps, ref_logps, batch, cfg
 
         watch = watch or (
             lambda policy, step: lab.glance(policy, step, lab.full_looks or step in (0, steps))
         )
         how = dict(steps=steps, optimizer=optimizer, watch=watch, state=(feed.save, feed.load))
         how |= dict(title="alignment", ema=lab.settings.ema, forward=forward, check=first_step)
+        how |= dict(common=evaluate.common_metrics)
         # a score of the method's own may depend on more than the model and the batch
-        fit(lab, policy, feed.batch, loss, capture=score is None, **how)
+        fit(lab, policy, feed.batch, lab.compile(loss), capture=score is None, **how)
         if stage.path:
             stage.value = kept(policy)
     return policy

@@ -151,7 +151,7 @@ def matched(grouped):
     95 % interval where there are several. "-": a curve does not reach that KL or distance. "" if
     no curve reaches one of them."""
     records = [record for group in grouped.values() for record in group]
-    images = any(FRECHET in look for record in records for look in record.looks)
+    images = any(priced(record) == FRECHET for record in records)
     by, unit, places = "kl", "nats", GRID
     if images:  # distances that are multiples of the one at the start
         by, unit = FRECHET, "Frechet distance"
@@ -239,8 +239,8 @@ def at_samples(grouped):
         total, last = (mean([curve[-1][i] for curve in curves]) for i in (0, 1))
         rows.append((cells[2], names[label], len(curves), cells, total, last))
     rows.sort(key=lambda row: (math.isnan(row[0]), -row[5] if math.isnan(row[0]) else -row[0]))
-    looks = [look for group in grouped.values() for record in group for look in record.looks]
-    unit = "images" if any(FRECHET in look for look in looks) else "tokens"
+    records = [record for group in grouped.values() for record in group]
+    unit = "images" if any(priced(record) == FRECHET for record in records) else "tokens"
     head = [f"true reward at sampled {unit}", "runs", *(f"{n:,}" for n in places)]
     head += ["all", "the end"]
     body = []
@@ -305,17 +305,14 @@ def picture(path, grouped, title):
         label: dict(color=f"C{i % 10}", marker=MARKERS[i // 10 % len(MARKERS)], markersize=3)
         for i, label in enumerate(grouped)
     }
-    prices = [  # what the reward is shown against
-        FRECHET if any(FRECHET in look for look in record.looks) else "kl" for _, record in runs
-    ]
-    for (label, record), price in zip(runs, prices):
+    for label, record in runs:
         first = record is grouped[label][0]  # a group is named once
         name = printable(names[label]).replace("$", r"\$") if first else None
-        draw_run(axes, record, styles[label], price, name, raw=not many)
+        draw_run(axes, record, styles[label], name, raw=not many)
     if len(runs) == 1:
         draw_parts(axes[7], runs[0][1])
     elif any(online(record) for _, record in runs):
-        unit = "images" if FRECHET in prices else "tokens"
+        unit = "images" if any(priced(record) == FRECHET for _, record in runs) else "tokens"
         axes[7].set_title(f"true reward against sampled {unit}", fontsize=10)
         axes[7].set_xlabel(f"thousands of {unit} (one dot: sampled before)", fontsize=8)
         for label, record in runs:
@@ -334,7 +331,7 @@ def picture(path, grouped, title):
         points = [(0.0, summary["before"]["reward"])]
         points += [(point["kl"], point["reward"]) for point in best]
         axes[6].plot(*zip(*points), "k--o", markersize=3, label="best of n from the base model")
-    images = prices[0] != "kl"
+    images = priced(runs[0][1]) == FRECHET
     axes[6].set_title(f"true reward against {'Frechet distance' if images else 'KL'}", fontsize=10)
     unit = "Frechet distance of 256 samples to the data" if images else XLABEL
     axes[6].set_xlabel(unit, fontsize=8)
@@ -365,12 +362,16 @@ def picture(path, grouped, title):
     return True
 
 
-def draw_run(axes, record, style, price, name, raw):
+def priced(record):
+    """What the reward of a run is shown against: the KL, or for images the Frechet distance."""
+    return FRECHET if any(FRECHET in look for look in record.looks) else "kl"
+
+
+def draw_run(axes, record, style, name, raw):
     """The curves of one run in the first seven panels of `picture`.
 
-    style: colour and marker of the run. price: the metric of a look that its reward is shown
-    against. name: the label of its reward, or of its loss if it has no reward. raw: show the values
-    that are not smoothed, too."""
+    style: colour and marker of the run. name: the label of its reward, or of its loss if it has no
+    reward. raw: show the values that are not smoothed, too."""
     at = [line["step"] for line in record.steps]
     width = max(1, len(at) // 20)  # of the running mean
     starts = [max(0, i + 1 - width) for i in range(len(at))]
@@ -387,6 +388,7 @@ def draw_run(axes, record, style, price, name, raw):
         points = [(look["step"], look[key]) for look in looks if key in look]
         if points:
             ax.plot(*zip(*points), **style)
+    price = priced(record)
     both = [(look[price], look["reward"]) for look in looks if price in look]
     if both:
         axes[6].plot(*zip(*both), **style, label=name)

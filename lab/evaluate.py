@@ -29,7 +29,7 @@ def paths(values, parents):
     return values
 
 
-def common_metrics(logps, ref_logps, batch):
+def common_metrics(logps, ref_logps, batch, cfg=None):
     """The metrics of every method, from the responses of each row with the best and worst score.
 
     margin: the log-ratio of the best minus that of the worst, in nats, without beta. Without a
@@ -40,7 +40,7 @@ def common_metrics(logps, ref_logps, batch):
     counts as a response.
     """
     present, parents = batch.mask.any(-1), batch.parents
-    total = (logps * batch.mask).sum(-1)  # (B, K)
+    total = (logps.detach() * batch.mask).sum(-1)  # (B, K)
     ratio = total if ref_logps is None else total - (ref_logps * batch.mask).sum(-1)
     if parents is not None:
         places = torch.arange(parents.shape[1], device=parents.device)
@@ -178,7 +178,9 @@ def evaluate(lab, policy):
 
 @torch.no_grad()
 def glance(lab, policy, step, full):
-    """A look during training: the numbers of `evaluate` that come from samples, without intervals.
+    """A look during training, for a `watch` of one's own, too: {name: number}.
+
+    It has the numbers of `evaluate` that come from samples, without their intervals.
 
     full: on all prompts of an evaluation, so that both agree; otherwise on an eighth of them. In a
     world without a true reward it is the accuracy on held-out pairs, and only where --eval_every

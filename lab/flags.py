@@ -385,7 +385,7 @@ def convert(name, text, kind):
 
 
 def seeds_of(flags, grid):
-    """The seeds of --seeds, or of --claim, and of --seed.
+    """The seeds of a command line with --seeds or --claim.
 
     --claim has REPORTED as its first seed, with --tuning TUNING, and as many as SEEDS. UserError:
     seeds from TUNING on are mixed with others, or given for what is no tuning.

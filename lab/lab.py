@@ -12,7 +12,7 @@ import torch
 import data as data_module
 import diffusion
 import nanomodel
-from data import UserError, collate, fit_context, label, preference
+from data import UserError, collate, encode, fit_context, label, preference
 from lab import align, batches, evaluate, graph, loop, report, store
 from lab.align import frozen
 from lab.batches import Batches
@@ -602,8 +602,8 @@ class Lab:
         return 8 * size if small else size
 
     def compile(self, function):
-        """The compiled function, for inputs of fixed shapes."""
-        return torch.compile(function, dynamic=False)
+        """The compiled function if --compile is on, otherwise the function itself."""
+        return torch.compile(function, dynamic=False) if self.compiled else function
 
     @torch.no_grad()
     def score_rows(self, model, rows):
@@ -624,9 +624,8 @@ class Lab:
         fingerprint = getattr(model, "fingerprint", None)
         if not fingerprint:
             return self.score_rows(model, rows)
-        columns = ("prompt", "responses", "parents", "context", "ends")  # what is laid out
-        texts = digest([[row.get(name) for name in columns] for row in rows])
-        key = ["logps", fingerprint, texts, self.batch_size]
+        trees = digest([encode(row, self.world.tokenizer)["tree"].key() for row in rows])
+        key = ["logps", fingerprint, trees, self.batch_size]
         return self.cached(key, lambda: self.score_rows(model, rows))
 
     def logps(self, model, rows):

@@ -42,12 +42,14 @@ def fit(
     ema=0.0,
     forward=None,
     check=trainable,
+    common=None,
 ):
     """Train any nn.Module in place and return it.
 
     batches: a function step -> batch, or a sequence that is taken in cyclic order. The function may
         raise `data.StopTraining`, which ends the training early.
     loss(model, batch) -> losses of any shape, whose mean is minimized, and {name: detached tensor}.
+        With `forward` it has other arguments.
     optimizer(params) -> a torch Optimizer, by default that of --optimizer with learning rate `lr`.
     warmup, decay: the learning rate rises linearly over `warmup` steps, at most a fifth of all, and
         then is constant, as in `lab.align`, or with `decay` follows a cosine down to 10 %.
@@ -60,8 +62,9 @@ def fit(
     ema: decay of an exponential moving average of the weights, which `watch` sees and which the
         model has at the end; 0 is none. At a step it is at most (1 + step) / (10 + step), so that
         the first weights are soon forgotten.
-    forward(model, batch) -> the arguments of `loss`, by default (model, batch), and metrics.
+    forward(model, batch) -> the arguments of `loss`, by default (model, batch).
     check(losses, metrics, *arguments) is called once, with what `loss` returns in the first step.
+    common(*arguments) -> further metrics.
     UserError: there are no batches, or the loss returns something else.
     Diverged: a loss or a metric is not finite; the last good checkpoint is kept.
     """
@@ -90,7 +93,8 @@ def fit(
             model.curve = curve
             return model
         checks = [check]
-        take_step = functools.partial(one_step, model, optimizer, forward, loss, clip, checks)
+        parts = forward, loss, checks, common
+        take_step = functools.partial(one_step, model, optimizer, clip, *parts)
         if capture and lab.captured and capturable(optimizer, lab.device):
             take_step = in_graphs(lab, take_step)
 
@@ -129,7 +133,7 @@ def fit(
                     batch = get(step)
                 except StopTraining as reason:
                     lab.stopped = f"stopped after step {step}: {reason}"
-                    steps = step  # once more to the evaluation
+                    steps = step  # the training ends here: one more look, then the loop is left
                     continue
                 metrics = take_step(batch)
                 if average:
@@ -164,7 +168,7 @@ def fit(
     return model
 
 
-def one_step(model, optimizer, forward, loss, clip, checks, batch):
+def one_step(model, optimizer, clip, forward, loss, checks, common, batch):
     """Loss, backward, clipping and the optimizer's step -> the metrics as tensors.
 
     It does not wait for the device, and it may be captured in a CUDA graph. checks: a list with the
@@ -172,10 +176,11 @@ def one_step(model, optimizer, forward, loss, clip, checks, batch):
     """
     # before the forward pass, so that old gradients take no memory beside its activations
     optimizer.zero_grad(set_to_none=True)
-    arguments, common = forward(model, batch) if forward else ((model, batch), {})
+    arguments = forward(model, batch) if forward else (model, batch)
     losses, metrics = unpack(loss(*arguments))
     if checks:
         checks.pop()(losses, metrics, *arguments)
+    shared = common(*arguments) if common else {}
     value = losses.mean()
     value.backward()
     norms = [
@@ -183,7 +188,7 @@ def one_step(model, optimizer, forward, loss, clip, checks, batch):
     ]
     optimizer.step()
     own = {"loss": value.detach(), "grad_norm": torch.stack(norms).max()}
-    return own | common | metrics
+    return own | shared | metrics
 
 
 def in_graphs(lab, take_step):

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import data
 from data import Batch
-from lab import Lab, Settings, align, loop, store
+from lab import Lab, Settings, align, evaluate, loop, store
 from lab.settings import methods
 from tests.test_contract import LOSSES, accepted
 
@@ -137,13 +137,14 @@ def test_no_step_reads_a_value_or_mixes_devices(trainings, name, world):
         params = [p for p in model.parameters() if p.requires_grad]
         optimizer = loop.adamw(lab, 1e-3)(params)
         with mode:
-            arguments, common = forward(model, item) if forward else ((model, item), {})
+            arguments = forward(model, item) if forward else (model, item)
             losses, metrics = loss(*arguments)
+            shared = evaluate.common_metrics(*arguments) if forward else {}
             losses.mean().backward()
             torch.nn.utils.clip_grad_norm_(params, 1.0)
             optimizer.step()
         assert losses.device == CARD
-        assert all(value.device == CARD for value in (common | metrics).values())
+        assert all(value.device == CARD for value in (shared | metrics).values())
 
 
 @pytest.mark.slow

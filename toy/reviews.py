@@ -191,6 +191,27 @@ class World(world.World):
         )
         return GPT(config, self.tokenizer)
 
+    def clause(self, product, sign, used, rng):
+        """The words of a random clause whose opinion, if it has one, has this sign (1 or -1).
+
+        used: a set of content words to avoid; the clause's own are added. rng: a random.Random.
+        """
+        words, keep, negated = [], True, False
+        table = self.table[product]
+        for slot in rng.choice(CLAUSES).split():
+            if slot == "[":
+                keep = rng.random() < 0.4
+            elif slot == "]":
+                keep = True
+            elif keep:
+                negated |= slot == "not"
+                wanted = -sign if negated else sign
+                drawn = [word for name in slot.split("|") for word in table.get(name, [name])]
+                fits = [w for w in drawn if w not in used and OPINION.get(w, sign) * wanted > 0]
+                words.append(rng.choice(fits or drawn))
+                used |= self.content & {words[-1]}
+        return words
+
     def review(self, product, rng, mood=None, clauses=4):
         """(words, length of the first clause) of a review without errors; rng: a random.Random.
 
@@ -198,24 +219,10 @@ class World(world.World):
         (every opinion is negative) to 1; None: -0.8, 0 or 0.8, drawn for this review.
         """
         mood = rng.choice((-0.8, 0.0, 0.8)) if mood is None else mood
-        table, words, sign, first = self.table[product], [], 0, 0
-        used = set()  # content words, which do not come again if there are others
+        used, words, sign, first = set(), [], 0, 0
         for _ in range(rng.randint(1, clauses)):
-            # a clause whose opinion, if it has one, has this sign
             before, sign = sign, 1 if rng.uniform(-1, 1) < mood else -1
-            clause, keep, negated = [], True, False
-            for slot in rng.choice(CLAUSES).split():
-                if slot == "[":
-                    keep = rng.random() < 0.4
-                elif slot == "]":
-                    keep = True
-                elif keep:
-                    negated |= slot == "not"
-                    wanted = -sign if negated else sign
-                    drawn = [word for name in slot.split("|") for word in table.get(name, [name])]
-                    fits = [w for w in drawn if w not in used and OPINION.get(w, sign) * wanted > 0]
-                    clause.append(rng.choice(fits or drawn))
-                    used |= self.content & {clause[-1]}
+            clause = self.clause(product, sign, used, rng)
             if len(words) + len(clause) > 28:
                 break
             # "and" or "because" joins clauses of one opinion, "but" or "although" opposite ones

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from data import UserError
-from lab import check
+from lab import Lab, Settings, check
+from methods import dpo
 
 MASK = torch.ones(4, 2, 3, dtype=torch.bool)
 BATCH = SimpleNamespace(mask=MASK)
@@ -68,3 +69,17 @@ def test_bad_metrics_are_named(metrics, words):
 def test_a_forgotten_metrics_dict_is_named(returned):
     with pytest.raises(UserError, match="return losses, metrics"):
         check.unpack(returned)
+
+
+def test_log_probs_of_a_wrong_shape_are_named_by_the_loss():
+    """A score of one's own, which sums over the tokens, is refused before metrics are made."""
+    lab = Lab(Settings(world="bandit", steps=2, prompts=64), quiet=True)
+    policy = lab.base()
+    with pytest.raises(UserError, match="this loss takes pairs"):
+        lab.align(
+            policy,
+            lab.preferences(policy, k=2),
+            dpo.loss,
+            dpo.Config(),
+            score=lambda model, batch: model.logps(batch).sum(-1),
+        )
