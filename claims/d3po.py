@@ -1,25 +1,29 @@
 """What D3PO claims, and whether it holds here.
 
 Points on a ring of Gaussians; the reward is the first coordinate, which has no bound off the ring,
-and the annotator sees only which of two points has more of it. A policy samples 60 rounds of 256
-pairs in 10 ancestral steps. D3PO trains 9 steps per round on all transitions (eq. 14). Training on
-the first transition (eq. 12), the only one where both paths are in the same state, is measured
-twice: with as many steps, which are 9 passes over the rows of a round, and with one pass, a ninth
-of the steps. Diffusion-DPO has as many labelled pairs, 15,360, which the base model sampled once,
-and as many steps. A point is off the ring if it lies more than 3 standard deviations from every
-mode. All arms are measured with DDIM in 50 steps, and the KL is that of an ancestral path.
+and labels have no noise. A policy samples 60 rounds of 256 pairs in 10 ancestral steps.
+
+1. D3PO trains 9 steps per round on all transitions (eq. 14), with a fixed or a moving reference.
+2. On the first transition (eq. 12), the only one where both paths are in the same state, it trains
+   as many steps, which are 9 passes over the rows of a round, or one pass.
+3. Diffusion-DPO takes as many steps on as many labelled pairs, which the base model sampled once.
+
+Off the ring means more than 3 standard deviations from every mode, after 50 steps of DDIM. The KL
+is that of an ancestral path.
 
 What theory expects: the state of the first step, pure noise, says little about the image, so more
-passes over it cost KL and teach little. A reference that moves is no leash, so that policy leaves
-the ring. The shares off the ring are a matter of DDIM: samples of 10 ancestral steps, which D3PO
-trains and whose KL it is, left the ring no less often after D3PO than after Diffusion-DPO on tuning
-seeds 100 and 101, 0.27 and 0.25 at KLs of 2.5 and 1.9. On tuning seed 100, at a KL of 2.5, the
-reward was 1.12 with all steps and -0.06 with the first, whose highest was 0.46 in the look at which
-the limit on the KL stopped it, and 0.11 with one pass. At a reward of 0.9, D3PO and Diffusion-DPO
-had KLs of 0.97 and 0.90, and 0.39 and 0.45 of the points off the ring; at a KL of 2.5, rewards of
-1.12 and 1.20, and shares of 0.40 and 0.69. In a trial, D3PO without a limit ran away on one of two
-seeds after 1,080 steps: the clip bounds the gradient of a pair, and not the drift. The page says
-which runs the limit has stopped.
+passes over it cost KL and teach little. A moving reference lets the policy leave the ring.
+
+On tuning seed 100:
+1. At matched KL, the first step gave no reward. Its highest reward, less than half of that of all
+   steps, was in the look at which the limit on the KL stopped it. One pass gave a tenth of the
+   reward of all steps.
+2. At matched reward, D3PO had about the KL of Diffusion-DPO and slightly fewer points off the ring;
+   at matched KL, slightly less reward and little more than half of these points.
+3. That is a matter of DDIM: samples of 10 ancestral steps, which D3PO trains, left the ring no less
+   often after D3PO than after Diffusion-DPO, on seed 101 as well.
+4. In a trial without a limit, one of two seeds ran away after twice the steps: the clip bounds the
+   gradient of a pair, and not the drift.
 """
 
 from lab.claims import at_or_nan, claim

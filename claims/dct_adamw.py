@@ -8,11 +8,11 @@ Moments of all optimizers of low rank have a quarter of the columns. The SVD is 
 step, with error feedback and rotation, as in LDAdamW; the fixed subset are the first cosines. A
 page beside the claims has the size of the states and the time of a step, which no claim compares.
 
-Learning rates were chosen on tuning seeds: of 1e-3, 3e-3, 1e-2, 3e-2 and 1e-1 on the chain (seeds
-100 and 101), of 5e-3, 1e-2 and 2e-2 on reviews (seed 100). At a common small rate, all optimizers
-of low rank are far behind AdamW on the chain, and rotation and feedback matter more there. On
-reviews AdamW and the SVD are worse at 2e-2 than at 1e-2, DCT-AdamW is not. Trion was behind Dion at
-every rate on the chain.
+Learning rates were chosen on tuning seeds: on the chain (seeds 100 and 101) from five rates up to
+1e-1, each about three times the one before, on reviews (seed 100) from three up to 2e-2, each twice
+the one before. At a common small rate, all optimizers of low rank are far behind AdamW on the
+chain, and rotation and feedback matter more there. On reviews AdamW and the SVD are worse at 2e-2
+than at 1e-2, DCT-AdamW is not. Trion was behind Dion at every rate on the chain.
 """
 
 import functools

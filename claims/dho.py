@@ -3,15 +3,14 @@
 Eight labels per class, unlabeled points and a teacher that is systematically wrong on half of the
 classes: on warped, whose class probabilities are known, with 1,500 unlabeled points, and on pixels
 (real digits), with the 837 pictures that are left. On warped also two labels per class, and a
-teacher that is nearly unbiased (bias 2.4 instead of 4.8). The same network is trained with labels
-only, with the teacher only, with both on one head, and with two heads (DHO), whose mix is searched
-on as many validation labels. The cosine of the two gradients of the backbone is averaged over the
-training.
+teacher that has half the bias (2.4). The same network is trained with labels only, with the teacher
+only, with both on one head, and with two heads (DHO), whose mix is searched on as many validation
+labels. The cosine of the two gradients of the backbone is averaged over the training.
 
 The expectations come from tuning seeds 100 to 104. On warped, labels and teacher alone are about
 equally good, so it is a fair test whether two heads combine them better than one. The teacher of
-pixels is right on 0.70 of the pictures, less than a network that sees 8 labels per class: there one
-head falls far below labels only, and two heads do not.
+pixels is right on fewer pictures, seven of ten, than a network that sees 8 labels per class: there
+one head falls far below labels only, and two heads do not.
 
 Not reproduced: the search of the mix adds little. DHO's label head alone is as accurate as the mix.
 """

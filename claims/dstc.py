@@ -12,9 +12,9 @@ the belief which programs and tests share, that "skip" is "next", is trained in.
 and 101 ranking by passed tests was behind the other rules, which were equal within the interval.
 
 The base model, KTO and pairs of one test were tried on seeds 100 to 104. Success in tasks with
-"skip" fell on all five, from .23 to .06 on average, while in other tasks it rose on four. On three
-seeds DPO and KTO ended above the base model; on seed 100, whose tests are the worst, they did not,
-and on seed 102 both broke down in the last round, at a KL of 20 nats.
+"skip" fell on all five, to about a quarter of what it was on average, while in other tasks it rose
+on four. On three seeds DPO and KTO ended above the base model; on seed 100, whose tests are the
+worst, they did not, and on seed 102 both broke down in the last round, at a very large KL.
 """
 
 from lab.claims import claim

@@ -1,34 +1,29 @@
 """What InPO claims, and whether it holds here.
 
 Points on a ring of Gaussians; the reward is the first coordinate, which has no bound off the ring.
-4,096 pairs sampled from the base model have labels of temperature 0.25. Diffusion-DPO at two betas,
-InPO with inversions by the current policy, and InPO with inversions by the reference, take 300
-steps on the same rows. A point is off the ring if it lies more than 3 standard deviations from
-every mode, and the KL is that of a path of the ancestral sampler. What a run has "at a true reward
-of 0.95" or "at matched KL" is read off its curve, measured every 20 steps.
+Diffusion-DPO at two betas, InPO with inversions by the current policy, and InPO with inversions by
+the reference, take 300 steps on 4,096 pairs of the base model. Off the ring means more than 3
+standard deviations from every mode, after 50 steps of DDIM, and the KL is that of a path of the
+ancestral sampler. What a run has at a reward or a KL is read off its curve, measured every 20
+steps.
 
 What theory expects: InPO trains the network at states of the deterministic sampler, and nothing in
-its loss makes a change there cheap in KL. What it gains is fewer points off the ring, and at a
-matched reward it pays for them with KL and with variety. On tuning seed 100, at a KL of 2.46, InPO
-by the policy had a reward of 1.05 and 0.34 of the points off the ring, and Diffusion-DPO at the
-same beta 1.18 and 0.63; on seed 101, at a KL of 2.42, it was 1.05 and 0.36 against 1.12 and 0.57.
-These were the numbers of seed 100 at a reward of 0.95, where an entropy of 1 means that all modes
-are equally frequent:
+its loss makes a change there cheap in KL. It gains fewer points off the ring, and at a matched
+reward it pays for them with KL and variety.
 
-    arm                       KL    off the ring    entropy of the modes
-    dpo                     1.36            0.51                    0.64
-    dpo, beta 12.5          1.04            0.45                    0.61
-    inpo                    1.38            0.45                    0.57
-    inpo, reference         3.92            0.27                    0.44
+On tuning seed 100:
+1. At matched KL, InPO by the policy had slightly less reward than Diffusion-DPO at the same beta,
+   and little more than half of its points off the ring; on seed 101 it was much the same.
+2. At a reward of 0.95, these two had the same KL, and InPO had somewhat fewer points off the ring
+   and less variety. At the larger beta Diffusion-DPO had as few, at the smallest KL of all.
+   Inversions by the reference left the fewest, at almost three times the KL and with the least
+   variety.
+3. Among samples of 10 ancestral steps, whose KL it is, shares hardly moved, and at matched KL InPO
+   by the policy had slightly more off the ring than Diffusion-DPO at the same beta.
 
-All shares are those of DDIM in 50 steps. With 10 ancestral steps, whose KL it is, they hardly move,
-and the order is another: at a KL of 2.4 on seed 100, 0.34 with InPO by the policy and 0.30 with
-Diffusion-DPO at the same beta.
-
-The page of the claim has the processor seconds per step. They overstate what InPO by the policy
-costs: every image is inverted to all ten steps of the grid, although a step of training uses one of
-them, and to stop there would take about half of the evaluations. By the reference, inversions are
-computed once.
+The page's seconds overstate the cost of InPO by the policy: it inverts to all ten steps of the
+grid, and training uses one of them. To stop there would take about half of the evaluations. By the
+reference, inversions are computed once.
 """
 
 import time

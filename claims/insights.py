@@ -10,8 +10,8 @@ Not reproduced:
    SFT and IPO much, since a policy with separate logits for every prefix reaches the same
    log-ratios from any start. On reviews DPO and CPO gain from SFT, which has seen 1,024 more
    prompts.
-2. That 100 pairs are always nearly as good as 8,000: KTO lost more than 0.1 of reward on the same
-   seeds, DPO and CPO did not.
+2. That 100 pairs are always nearly as good as 8,000: KTO lost more reward on the same seeds than
+   the margin of the claims, DPO and CPO did not.
 """
 
 from dataclasses import replace

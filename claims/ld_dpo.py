@@ -2,22 +2,22 @@
 
 Filler words: a response is a good or a bad word, then up to 40 filler words. The annotators want
 good words (1 nat) and, wrongly, fillers (0.1 nat each). The policy has two parameters, so its
-quality, which is the probability of a good word, and its expected number of fillers are exact.
-Each method is fitted to the optimum on 2,000 sampled pairs at four values of beta, and the number
-of fillers is read where the quality is 0.88; 20 samples are the seeds. The baselines are DPO, and
-R-DPO with a penalty on length that is half the bias of the annotators. Reviews: DPO and LD-DPO on
-the same length-biased pairs. Optima of the expected loss are tests (tests/methods/test_ld_dpo.py).
+quality (the probability of a good word) and its expected fillers are exact. Each method is fitted
+to 2,000 sampled pairs at four values of beta, and fillers are read where the quality is 0.88; 20
+samples are the seeds. The baselines are DPO, and R-DPO with a penalty on length that is half the
+bias of the annotators. Reviews: DPO and LD-DPO on the same length-biased pairs. Optima of the
+expected loss are tests (tests/methods/test_ld_dpo.py).
 
-What theory expects: with this bias the optimum has fewer fillers for a smaller alpha, at nearly the
-same quality. With half the bias this is not so for every alpha, because a fixed margin then needs
-larger log-ratios beyond the public length. R-DPO removes the share of the bias that it penalizes,
-but one must know how large the bias is. If the reference is not split, responses become shorter
-whatever the labels say.
+What theory expects:
+1. With this bias the optimum has fewer fillers for a smaller alpha, at nearly the same quality.
+   With half the bias this is not so for every alpha, because a fixed margin then needs larger
+   log-ratios beyond the public length.
+2. R-DPO removes the share of the bias that it penalizes, but one must know how large the bias is.
+3. If the reference is not split, responses become shorter whatever the labels say.
 
-On tuning seeds 100 to 109 of the filler words it was so: alpha = 0 and alpha = 0.5 had fewer
-fillers than DPO on every seed, and R-DPO fewer than both. On reviews, on tuning seeds 100 to 102,
-the effect of alpha = 0 was small, and that of alpha = 0.5, which is not measured any more, was not
-reliable.
+On tuning seeds 100 to 109 both values of alpha had fewer fillers than DPO on every seed, and R-DPO
+fewer than both. On reviews, on seeds 100 to 102, alpha = 0 had a small effect, and alpha = 0.5,
+which is not measured any more, no reliable one.
 """
 
 import math

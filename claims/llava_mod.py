@@ -7,16 +7,18 @@ student's own start), paired KTO, and students that only imitate the data or sta
 hallucination is an object that is named and not on the picture.
 
 On tables of 16 prompts and 8 answers, whose optimum is known in closed form, the teacher favors two
-answers, right or wrong. On vectors, four tasks are distilled from four networks into one student,
-whose sparse layer is compared with a dense one after equally many steps.
+answers, right or wrong. On vectors, four networks are distilled into one student, whose sparse
+layer is compared with a dense one after equal steps.
 
-Tried on one tuning seed (100), with 100 steps of the last stage: at beta 0.5 and lr 3e-4
-hallucinations fall and the reward rises, with either reference. At beta 0.1 and lr 1e-3 they fall
-more, but a third of the captions breaks the grammar and the reward falls. A sparse student is no
-closer to the teacher of captions in an earlier trial, so no effect is expected there. The
-tables and the tasks were tried on tuning seeds 100 and 101. On both, paired KTO hallucinated less
-than DPO, in 0.54 instead of 0.63 of the captions, but at a KL of 0.19 from the teacher instead of
-0.05, and its captions named fewer objects.
+Captions were tried on tuning seed 100, with 100 steps of the last stage:
+1. With these settings hallucinations fall and the reward rises, with either reference.
+2. At a smaller beta and a larger learning rate they fall more, but a third of the captions breaks
+   the grammar and the reward falls.
+3. In an earlier trial a sparse student was no closer to the teacher, so no effect is expected.
+
+Tables and tasks were tried on tuning seeds 100 and 101. On both, paired KTO hallucinated less than
+DPO, by about one caption in ten, but at several times the KL from the teacher, and named fewer
+objects.
 """
 
 import copy

@@ -1,30 +1,26 @@
 """What MCTS-DPO claims, and whether it holds here.
 
-Arms are compared at equal sampled tokens: the reward of each is read off its curve at the largest
-number of tokens that both arms of a pair have sampled. Tries are exact tables, one for each seed,
-in which looking at a symbol counts as a token; arithmetic has language models. The frozen arm
-searches with the base model alone, for as many questions. Tokens are equal, labels are not: a
-search judges every node that it visits, and pairs of whole samples need one verdict a sample.
+Arms are compared at equal sampled tokens: each curve is read at the largest number of tokens that
+both arms of a pair have sampled. Tries are exact tables, one for each seed, in which looking at a
+symbol counts as a token; arithmetic has language models. The frozen arm searches with the base
+model alone. Tokens are equal, labels are not: a search judges every node that it visits, and pairs
+of whole samples need one verdict a sample. How to read the claims:
+1. A round of whole samples takes more than three times the tokens of a round of searches, so at
+   equal tokens these pairs have had less than a third of the optimizer steps. At equal steps they
+   end higher. So a search makes pairs that cost less, and not pairs that teach more. Against whole
+   samples of a single round, with as many tokens and steps, most of the lead is gone.
+2. Frozen searches visit more nodes for a question, so the arms with as many tokens, or a few more,
+   search fewer questions. On tries, searches by the current policy are ahead after 40 steps, and
+   not yet after 16; on sums, training on frozen searches soon does harm.
+3. Step-level pairs should win on tries, where only the step tells what was wrong, and tie on sums:
+   right and wrong solutions of one sum share all tokens but those at the error, so a pair of whole
+   solutions points at the step as well.
+4. The policy's own value is its mean probability per token. On tries it ranks siblings as the prior
+   does, and the runs were those with a constant value, so there is no such arm. On sums a judge,
+   the own value and a constant one end alike: the verdicts at the ends do the work. The greedy
+   search has no prior, c = 0.
 
-What the primary claim means: at the shared tokens, pairs of whole samples have had about 4.6 of the
-16 optimizer steps, as a round of them takes 1,600 tokens and a round of searches about 440. At
-equal optimizer steps, with 3.7 times the tokens, they end higher than pairs of steps. So a search
-makes pairs that cost less, and not pairs that teach more. One arm spends as many tokens on a single
-round of whole samples, from which it takes as many optimizer steps; most of the lead is gone there.
-
-Frozen searches visit more nodes for a question, so the arms with as many tokens, or a few more,
-search fewer questions. On tries, searches by the current policy are ahead after 40 steps, and after
-16 they are not yet; on sums, training on frozen searches soon does harm.
-
-The trial expects that step-level pairs win on tries, where only the step tells what was wrong, and
-tie on sums: right and wrong solutions of one sum share all tokens but those at the error, so a pair
-of whole solutions points at the step as well. Tried on tuning seed 100, and the arms after "no
-smoothing" on seeds 100 to 104.
-
-The policy's own value is its mean probability per token. On tries it ranks siblings as the prior
-does, and the runs were those with a constant value, so there is no such arm. On sums a judge, the
-own value and a constant one end alike: the verdicts at the ends do the work. The greedy search has
-no prior, c = 0.
+Tried on tuning seed 100, and the arms after "no smoothing" on seeds 100 to 104.
 """
 
 import numpy as np

@@ -1,24 +1,25 @@
 """What OFS-DPO and COFS-DPO claim, and whether it holds here.
 
 A log-linear stream: a pair is a vector x, the margin is theta x with a full vector in place of an
-adapter, and two sources, whose true directions have a cosine of -0.3, label 400 pairs each, which
-are seen once. It is exact enough for 20 streams. Accuracy is that of the signs on 2,000 new pairs
-of each source. Drift is the same with language models and adapters: pairs of the base model,
-labelled by two groups of readers, one after the other.
+adapter, and two sources, whose true directions have a cosine of -0.3, label 400 pairs each, seen
+once. There are 20 streams. Accuracy is that of the signs on 2,000 new pairs of each source. Drift
+is the same with language models and adapters: two groups of readers label pairs of the base model,
+one after the other.
 
 Theory expects that a module of the second source forgets the first and that the combination keeps
 both, close to joint training on shuffled pairs. It does not expect that the chase learns faster
 than DPO: in a convex problem its extra push acts as a larger learning rate.
 
-Tried on tuning seeds 100 and 101: COFS-DPO and joint training end close to each other. They name
-more objects than DPO on the first and then the second group, and please the second group less.
+On tuning seeds 100 and 101 COFS-DPO and joint training end close to each other. They name more
+objects than DPO on both groups in turn, and please the second group less.
 
-DPO through both groups was also tried on seeds 102 to 104. On all five seeds it pleases the first
-group less than it did before the second one came. On three it ended at short captions that please
-the second group more than before, and OFS-DPO ended at the same place, within 0.15 of each taste.
-On the other two DPO broke down and wrote mostly objects that are not there, as OFS-DPO did on one
-of them. So training on the second group is not safe at this learning rate, with or without the
-chase.
+DPO on both groups was also tried on seeds 102 to 104:
+1. On all five seeds it pleases the first group less than before the second one came.
+2. On three it ended at short captions that please the second group more than before, and OFS-DPO
+   ended at nearly the same tastes.
+3. On the other two DPO broke down and wrote mostly objects that are not there, as OFS-DPO did on
+   one. So training on the second group is not safe at this learning rate, with or without the
+   chase.
 """
 
 import torch

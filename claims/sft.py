@@ -7,8 +7,8 @@ response is more than twice as likely as before; this is a test in a table
 
 What theory expects: up to the KL at which SFT stops by itself, both follow nearly the same path. On
 tuning seeds 100 to 102, SFT was not worse than DPO at matched KL: it ended at a small KL, where its
-reward was at least DPO's at beta 1. DPO at beta 0.1 ended with about twice the reward at more than
-ten times the KL.
+reward was at least DPO's at beta 1. DPO at a tenth of this beta ended with about twice the reward
+at more than ten times the KL.
 """
 
 from claims import dpo as of_dpo

@@ -1,30 +1,27 @@
 """What SmPO claims, and whether it holds here.
 
 Points on a ring of Gaussians; the truth is the first coordinate. Annotators decide pairs whose true
-rewards differ by less than 0.4, about a third, by an irrelevant attribute, the second coordinate.
-The drift is the absolute mean of that coordinate over samples. SmPO's reward model is slightly
-biased as well: it is the truth plus 0.15 times the attribute. All arms take 200 steps at beta 1.25
-on the same pairs: Diffusion-DPO and InPO on the annotators' labels, hard labels of the reward model
-(omega = 1), and SmPO with plain DDIM inversion and with ReNoise, at gamma 10 and at a mean weight
-of 1. Equal steps and betas do not make arms comparable, since gamma 10 has a mean weight above 1
-and inversions slow a training down. They are compared where their true reward is 0.8, or at
-matched KL, that of a path of the ancestral sampler; both are read off curves of 9 looks.
+rewards differ by less than 0.4, about a third of all pairs, by an irrelevant attribute, the second
+coordinate. The drift is the absolute mean of that coordinate over samples. SmPO's reward model is
+slightly biased as well: it adds a small multiple of the attribute to the truth.
+
+All arms take 200 steps at beta 1.25 on the same pairs: Diffusion-DPO and InPO on the annotators'
+labels, hard labels of the reward model, and SmPO with plain DDIM inversion and with ReNoise, at
+gamma 10 and at a mean weight of 1. Gamma 10 has a mean weight above 1 and inversions slow a
+training down, so arms are compared at a true reward of 0.8 or at matched KL, that of a path of the
+ancestral sampler, and not after equal steps.
 
 What theory expects: pairs that the attribute decided get little weight, so the drift falls. Weights
-change little beyond hard labels of the same reward model at an equal mean weight. SmPO scores at
+change little beyond hard labels of the same model at an equal mean weight. SmPO scores at
 inversions, as InPO does, so early in a training it leaves more points off the ring. ReNoise lowers
-the error of the inversion. These were the numbers of tuning seed 100 at a reward of 0.8:
+the error of the inversion.
 
-    arm                    drift    off the ring      KL
-    dpo                     0.36            0.51    1.30
-    inpo                    0.35            0.57    1.51
-    hard labels             0.16            0.56    2.02
-    mean weight 1           0.14            0.59    2.29
-    smpo, ddim              0.16            0.59    2.16
-    smpo                    0.18            0.60    1.92
-
-So the reward model's labels do the work, and less drift is paid with KL. At a KL of 3.67, the
-reward was 1.20 with ReNoise and 1.06 without; after 200 steps it was 1.20 with both.
+On tuning seed 100:
+1. At a reward of 0.8, hard labels and all arms of SmPO had half of the drift of the annotators'
+   labels or less. So the reward model's labels do the work.
+2. Less drift is paid with KL, which was higher by half or more than that of Diffusion-DPO.
+3. All arms with inversions had slightly more points off the ring than Diffusion-DPO.
+4. ReNoise had somewhat more reward at matched KL, and as much after 200 steps.
 """
 
 import math

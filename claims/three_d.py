@@ -1,23 +1,22 @@
 """What the 3D-Properties paper claims about DPO and its two remedies, and whether it holds here.
 
 The paper's toy: small networks with 4 prompts and 10 responses, all of which are enumerated, so it
-is known exactly where the probability goes that leaves a pair. Responses 8 and 9 are in no pair.
-In scenario 4 the chosen and the rejected responses start at 0.02, and 8 and 9 at 0.42 each. DPO,
-flex and sft are compared at matched KL and at the end. Reviews: DPO and flex on on-policy pairs,
-and DPO on off-policy pairs, which have the same chosen responses and rejected ones that are sampled
-at a higher temperature. A third toy with fixed features is a test (tests/methods/test_three_d.py):
-under DPO the likelihood of its chosen response peaks and then moves to a response outside the pair,
-and both remedies prevent this.
+is known where the probability goes that leaves a pair. Responses 8 and 9 are in no pair. In
+scenario 4 the chosen and the rejected responses start at 0.02, and 8 and 9 at 0.42 each. DPO, flex
+and sft are compared at matched KL and at the end. Reviews: DPO and flex on on-policy pairs, and DPO
+on off-policy pairs, which have the same chosen responses and rejected ones sampled at a higher
+temperature. A test (tests/methods/test_three_d.py) has a toy with fixed features: under DPO the
+chosen likelihood peaks and then moves outside the pair, and both remedies prevent this.
 
 What theory expects: DPO only needs a difference of log-probs, so both of them may fall. The
 remedies push more on the chosen side, so they leave less probability outside it at matched KL.
 
 On tuning seeds 100 to 105 of the toy they do, and DPO's chosen likelihood falls again from its
-peak. Not reproduced: in the paper the lost probability goes to the responses that are in no pair.
-Here 8 and 9 fall to almost 0, even from 0.42, and the probability goes to the responses that are
-chosen for other prompts. On on-policy pairs of reviews, on tuning seeds 100 to 102, flex has a
-higher reward than DPO at matched KL, but not reliably after equal steps, when DPO's KL is several
-times larger.
+peak. On on-policy pairs of reviews, on tuning seeds 100 to 102, flex has a higher reward than DPO
+at matched KL, but not reliably after equal steps, when DPO's KL is several times larger.
+
+Not reproduced: in the paper the lost probability goes to the responses that are in no pair. Here 8
+and 9 fall to almost 0, and it goes to the responses that are chosen for other prompts.
 """
 
 from types import SimpleNamespace

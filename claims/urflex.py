@@ -1,32 +1,29 @@
 """What UnifiedReward-Flex claims, and whether it holds here.
 
-The judge: on verdicts, a small GPT is trained by SFT on 16,384 traces of a teacher who errs in a
-fifth of his words. Stage 2 is 200 steps of DPO on pairs of its own traces for 4,000 questions.
-Measured on 1,000 held-out questions: the verdict and the reasons of sampled traces, the verdict of
-greedy ones, and two yardsticks that read the same digits, one rubric for all requests and the true
-weights.
+The judge: on verdicts, a small GPT is trained by SFT on traces of a teacher who errs in a fifth of
+his words, and in stage 2 by 200 steps of DPO on pairs of its own traces. Sampled and greedy traces
+are measured on 1,000 held-out questions; the yardsticks are one rubric for all requests and the
+true weights, which read the same digits.
 
-The generator: on glyphs, 40 rounds of GRPO with 8 groups of 8 drawings, with the verdicts of that
-judge and of the fixed rubric. `utility` is what the annotators think, which no arm sees.
-`own_lost` is measured on pairs of the generator's own drawings for the same prompt: how much less
-often the judge is right than the true weights that read the same digits.
+The generator: on glyphs, 40 rounds of GRPO with the verdicts of that judge or of the fixed rubric.
+`utility` is what the annotators think, which no arm sees. `own_lost` is how much less often the
+judge is right than the true weights, on pairs of the generator's own drawings, which are harder
+questions where drawings grow alike.
 
-What theory expects: sampled traces repeat the teacher's noise and greedy ones do not, so stage 2
-sharpens what SFT has learned, and hardly changes greedy verdicts. In expectation, one rubric with
-equal weights is right in 78 % of the questions about scores without error (a test has the closed
-form). Where the criteria do not conflict, it drives a generator as well in the mean, and may
-neglect a kind of request. A judge that is exploited loses more on the generator's own drawings
-after GRPO than before. Its share of wins over the base model would not show that, since errors pull
-every share towards one half. Drawings that grow alike make harder questions, which `own_lost` also
-contains.
+What theory expects:
+1. Sampled traces repeat the teacher's noise and greedy ones do not, so stage 2 sharpens what SFT
+   has learned, and hardly changes greedy verdicts.
+2. In expectation, the rubric is right in 78 % of the questions about scores without error (a test
+   has the closed form). Where the criteria do not conflict, it drives a generator as well in the
+   mean, and may neglect a kind of request.
+3. A judge that is exploited loses more on the generator's drawings after GRPO. Its share of wins
+   over the base model would not show that, since errors pull every share towards one half.
 
-On tuning seed 100, stage 2 raised the verdicts of sampled traces from 0.67 to 0.80 and their
-reasons from 0.71 to 0.80; greedy verdicts hardly changed, from 0.90 to 0.89. On its 1,000 questions
-the fixed rubric had 0.79, and the true weights 0.91. There, the utility of drawings rose from -0.55
-to 1.00 and that of the worst context from -2.0 to 0.45, while the Frechet distance rose from 1.0 to
-9.9. What the judge lost was 0.068 before GRPO and 0.014 after it, so it was not exploited. The
-margin of this claim is 0.05, as 256 drawings leave a noise of about 0.03 in a difference on one
-seed.
+On tuning seed 100, stage 2 made sampled verdicts and reasons right four times in five instead of
+about two in three, and left greedy verdicts as they were, almost as good as the true weights; the
+rubric was clearly behind. GRPO raised the utility, most of all in the worst context, while the
+Frechet distance grew about tenfold. The judge lost less after GRPO than before, so it was not
+exploited. The margin of this claim is 0.05, above the noise that 256 drawings leave on one seed.
 """
 
 from lab.claims import claim

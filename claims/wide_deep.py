@@ -1,9 +1,9 @@
 """What the paper claims about infinitely wide and deep networks, and whether it holds here.
 
-The arc has noisy classes and a known Bayes classifier, which is right on 0.85 of the points. Each
-of 20 training sets of 1,600 points, its first 100 and its first 400 are classified by the limits of
-depth of several activations, by the Hilbert kernel, by 1-NN and by the majority vote. The dimension
-is 1, so the paper's condition is an order alpha of 1/2. Here alpha is 0.22 to 2.24.
+The arc has noisy classes and a known Bayes classifier. Each of 20 training sets of 1,600 points,
+its first 100 and its first 400 are classified by the limits of depth of several activations, by the
+Hilbert kernel, by 1-NN and by the majority vote. The dimension is 1, so the paper's condition is an
+order alpha of 1/2. Here alpha is 0.22 to 2.24.
 
 The limits themselves (which activation gives 1-NN, the majority vote or a singular kernel, and of
 which order) are exact and tested in tests/methods/test_wide_deep.py.
