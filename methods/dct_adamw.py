@@ -130,7 +130,7 @@ def dequantize(q, low, unit):
 
 
 def orthogonal(X):
-    """Newton-Schulz, five times: X with its singular values moved to between 0.68 and 1.14."""
+    """Newton-Schulz, five times: X with its singular values moved to about one."""
     X = X / (X.norm() + 1e-7)
     tall = X.shape[0] > X.shape[1]
     X = X.T if tall else X
