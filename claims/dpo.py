@@ -9,9 +9,9 @@ table of 27 responses (tests/methods/test_dpo.py).
 What theory expects: both maximize reward - beta KL, but DPO generalizes from the pairs of the
 reference, while RLHF asks its reward model about samples of the policy. At a small KL, SFT gets as
 much reward for its KL as DPO, since the chosen responses are the better half of the samples. On
-tuning seed 100, in 90 steps, RLHF's KL stopped growing early, where its reward was slightly below
-DPO's, with reviews half as long as before; SFT ended at less than half of that KL with more reward
-than DPO has there.
+tuning seed 100, in 90 steps, RLHF's KL stopped growing below 1 nat, where its reward was slightly
+below DPO's, with reviews half as long as before; SFT ended at less than half of that KL with more
+reward than DPO has there.
 """
 
 from lab.claims import claim
