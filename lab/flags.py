@@ -21,7 +21,7 @@ from types import ModuleType
 
 import torch
 
-from data import Paper, UserError
+from data import Paper, UserError, printable
 from lab.folder import read_run
 from lab.hub import load_pretrained
 from lab.rehearsal import rehearse
@@ -35,6 +35,7 @@ from lab.settings import (
     methods,
     pick_device,
     refuse_idle,
+    slips,
     unknown,
 )
 from lab.spread import read_shard
@@ -64,6 +65,8 @@ BARE = ("claim", "smoke", "tuning", "show", "list", "help")  # actions that take
 TEXTS = ("data", "init", "out", "world", "prompt", "resume", "check", "judge", *FOLDERS)
 # the seeds of --claim: no release printed 30 to 49 before; tuning has seeds from 100 on
 REPORTED, TUNING, SEEDS = 30, 100, 5
+FAMILIES = ("pairs", "lists", "online", "images", "analysis", "beyond", "baseline")  # of a PAPER
+TYPES = {"int", "float", "bool", "str", "None"}  # of the fields of a Config, joined by |
 ENDINGS = r"(?i)(\.(py|jsonl?|csv|parquet|npz))?(\.gz)?$"  # of files, left out of a folder's name
 ALIASES = dict(  # names of other libraries, for "did you mean"; they are not accepted
     batch_size="bs batchsize batch per_device_train_batch_size train_batch_size",
@@ -182,6 +185,32 @@ def literal(node):
     return ast.literal_eval(node)
 
 
+def config_fault(tree):
+    """The first fault that a module's source (an ast) shows in its Config, with the line; or ""."""
+    found = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Config"]
+    if not any("dataclass" in ast.unparse(d) for d in found[0].decorator_list):
+        return f"line {found[0].lineno}: write @dataclass(frozen=True) above Config"
+    for node in found[0].body:
+        line = f"line {node.lineno}"
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name = node.targets[0].id
+            if name[0] != "_" and not name.isupper():  # not a constant
+                return (
+                    f"{line}: {name} has no type, so it is not a field of Config and not a flag; "
+                    f"write {name}: TYPE = {ast.unparse(node.value)}"
+                )
+        if isinstance(node, ast.AnnAssign):
+            name, kind = node.target.id, ast.unparse(node.annotation).strip("'\"")
+            if {part.strip() for part in kind.split("|")} - TYPES:
+                return (
+                    f"{line}: the field {name} has the type {kind}, expected int, float, bool or "
+                    "str, or one of them with | None"
+                )
+            if node.value is None:
+                return f"{line}: the field {name} of Config needs a default"
+    return ""
+
+
 def declared(name):
     """What the method `name` (one of ours, or a path) declares; UserError for an unknown name."""
     known = {n.lower(): n for n in methods()}
@@ -210,13 +239,15 @@ def declared(name):
     functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
     missing = [what for what, there in (("Config", flags), ("PAPER", paper)) if there is None]
     missing += [] if "run" in functions else ["run"]
-    problem = f"it has no {' and no '.join(missing)}" if missing else ""
+    problem = f"it has no {' and no '.join(missing)}" if missing else config_fault(tree)
     taken = sorted(set(flags or {}) & set(settings_flags()))
     if taken:
         problem = f"its Config has the field {taken[0]}, which is the name of a run setting"
     strange = sorted(set(paper.worlds) - set(KINDS)) if paper else []
     if strange:
         problem = f"its PAPER names worlds of {strange[0]}; there are {', '.join(KINDS)}"
+    if paper and paper.family not in FAMILIES:
+        problem = f"its PAPER has the family {paper.family}; there are {', '.join(FAMILIES)}"
     return Declared(name, path, doc, paper, flags or {}, problem)
 
 
@@ -235,6 +266,14 @@ def load(about):
     if about.problem:
         raise UserError(f"{about.path} cannot be read: {about.problem}")
     return load_file("method", about.path)
+
+
+def configured(module, values):
+    """The Config of a method with these values {field: value}.
+
+    UserError: the Config refuses a value, or it fails; the message then has its line."""
+    with slips(module.__file__):
+        return module.Config(**values)
 
 
 # ---------------------------------------------------------------- reading flags
@@ -337,7 +376,11 @@ def chosen_methods(argv):
         if name.lower() in ("--method", "--check"):
             text = value if equals else next(iter(argv[i + 1 :]), "")
     if text.lower() == "all":
-        return [m for m in catalogue() if not m.problem]
+        known = catalogue()
+        for m in known:
+            if m.problem:
+                leave_out(f"{m.name} cannot be read: {m.problem}")
+        return [m for m in known if not m.problem]
     if not text.strip() or text.startswith("--"):
         return []
     chosen = [declared(name.strip()) for name in text.split(",")]
@@ -348,6 +391,11 @@ def chosen_methods(argv):
         if m.problem:
             raise UserError(f"{m.path} cannot be read: {m.problem}")
     return chosen
+
+
+def leave_out(reason):
+    """Print why a method is left out under --method all, as one line on stderr."""
+    print(f"left out: {printable(' '.join(reason.split()), None)}", file=sys.stderr)
 
 
 def no_such_flag(name, known, chosen):
@@ -474,7 +522,8 @@ def combinations(flags, chosen):
     """The runs of a command line: all combinations of the values of its flags, checked.
 
     A flag with the value =NAME follows another one: --flip 0.1,0.2 --epsilon =flip. With --method
-    all, a method that ignores one of the flags is left out, and that is printed."""
+    all, a method that ignores one of the flags, or whose file fails, is left out, and that is
+    printed."""
     run = settings_flags()
     follow = {n: text[1:] for n, text in flags.items() if text.startswith("=") and n not in TEXTS}
     if follow and not chosen:
@@ -486,9 +535,17 @@ def combinations(flags, chosen):
     if not chosen:
         grids = itertools.product(*grid.values())
         return [Run(None, None, None, Settings(**dict(zip(grid, v))), None, {}) for v in grids]
-    runs = []
+    runs, everything = [], flags.get("method", "").lower() == "all"
     for method in chosen:
-        module, paper = load_file("method", method.path), method.paper
+        try:
+            module, paper = load_file("method", method.path), method.paper
+            if everything:
+                configured(module, {})  # a value of a flag that it refuses is the user's mistake
+        except UserError as error:
+            if not everything:
+                raise
+            leave_out(str(error).replace(method.path, method.name))
+            continue
         # the flags of the run, and those that set a field of this method's Config
         own = {f: f if f in flags else f"{method.name}.{f}" for f in method.flags}
         full = grid | {f: values[name] for f, name in own.items() if name in values}
@@ -497,9 +554,8 @@ def combinations(flags, chosen):
         kinds = {n: (run.get(n) or method.flags.get(n)).kind for n in followers}
         defaults = defaults_of(paper, grid) if len(chosen) == 1 else {}
         ignored = [name for name in paper.ignores if name in grid or name in followers]
-        if ignored and flags.get("method", "").lower() == "all":
-            line = f"left out: --{', --'.join(ignored)} does nothing under {method.name}"
-            print(line, file=sys.stderr)
+        if ignored and everything:
+            leave_out(f"--{', --'.join(ignored)} does nothing under {method.name}")
             continue
         if ignored:
             raise UserError(f"--{', --'.join(ignored)} does nothing under {method.name}")
@@ -507,11 +563,11 @@ def combinations(flags, chosen):
             picked = dict(zip(full, point))
             both = defaults | picked
             settings = Settings(**{k: v for k, v in both.items() if k in run})
-            cfg = module.Config(**{k: v for k, v in both.items() if k not in run})
+            cfg = configured(module, {k: v for k, v in both.items() if k not in run})
             if followers:
                 both |= followed(both, followers, settings, cfg, kinds)
                 settings = Settings(**{k: v for k, v in both.items() if k in run})
-                cfg = module.Config(**{k: v for k, v in both.items() if k not in run})
+                cfg = configured(module, {k: v for k, v in both.items() if k not in run})
             varied = {"method": method.name} if len(chosen) > 1 else {}
             varied |= {k: v for k, v in picked.items() if len(full[k]) > 1}
             runs.append(Run(method.name, module, paper, settings, cfg, varied))
@@ -633,7 +689,7 @@ def fitting(runs, flags):
                 reason, _, rest = str(error).rpartition("; ")
                 if not rest.endswith(CAN):
                     reason = str(error)
-                print(f"left out: {named}{reason}", file=sys.stderr)
+                leave_out(f"{named}{reason}")
             left.add(run.method)
     if not kept:
         raise UserError("no method can use this world")

@@ -21,11 +21,13 @@ from lab.graph import Captured
 from lab.hub import load_pretrained
 from lab.settings import (
     Settings,
+    loaded,
     make_world,
     pick_compile,
     pick_device,
     pick_optimizer,
     refuse_idle,
+    slips,
 )
 from lab.store import alone, digest, generator, load_value, remove_value, save_value, source
 from nanomodel import LoRA
@@ -450,7 +452,8 @@ class Lab:
     def truth(self, rows):
         """The true reward of every response -> for each row a list of K numbers.
 
-        UserError: the world has no true reward, or not one finite number for each response.
+        UserError: the world has no true reward, or not one finite number for each response, or the
+        reward of a user's own file fails; the message has its line.
         """
         world = self.world
         if world.reward is None:
@@ -462,7 +465,11 @@ class Lab:
             responses = torch.cat([row["responses"] for row in rows])
         else:
             responses = [self.text(response) for row in rows for response in row["responses"]]
-        rewards = world.reward(prompts, responses)
+        with slips(loaded.get(type(world).__module__)):
+            rewards = world.reward(prompts, responses)
+            if not isinstance(rewards, torch.Tensor):
+                kind = type(rewards).__name__
+                raise TypeError(f"reward returned a {kind}, expected a tensor of n numbers")
         if len(rewards) != len(prompts):
             raise UserError(
                 f"the reward of {world.name} returned {len(rewards)} numbers for {len(prompts)} "

@@ -17,7 +17,7 @@ from data import UserError, printable
 from lab import evaluate
 from lab.align import check_call
 from lab.lab import Lab
-from lab.settings import KINDS, file_path, slips
+from lab.settings import file_path, slips
 from nanomodel import GPT
 
 
@@ -29,9 +29,12 @@ def rehearse(run, world, start):
     """UserError for what the run refuses before anything is trained, and for rows that do not fit.
 
     world, start: of its settings, as `make_world` and `load_pretrained` made them."""
+    path = run.settings.world and file_path("world", run.settings.world)
+    if path:
+        check_recipe(world, run.settings, path)
     lab = Rehearsal(run.settings, quiet=True, world=world, start=start)
     lab.checked = set()  # hashes of the rows that were passed to a loss
-    if run.settings.world and (path := file_path("world", run.settings.world)):
+    if path:
         check_world(lab, path)
     with contextlib.suppress(Enough), contextlib.redirect_stdout(io.StringIO()):
         if world.held_out is not None:
@@ -50,13 +53,25 @@ def rehearse(run, world, start):
                     raise
 
 
+def check_recipe(world, settings, path):
+    """UserError: `align` of a user's own world lacks settings that no flag gives either."""
+    needed = ["steps", "batch_size", "lr"] + ["prompts"] * (world.kind != "vectors")
+    lacking = [n for n in needed if n not in world.align and getattr(settings, n) is None]
+    if lacking:
+        raise UserError(
+            f"{path}: align lacks {', '.join(lacking)}: add them there, or give "
+            f"--{', --'.join(lacking)}"
+        )
+
+
 def check_world(lab, path):
     """UserError: a user's own world, in the file at `path`, does not fit itself or the settings.
 
     A world with fewer prompts than asked for is used, and that is printed."""
     world = lab.world
-    if world.kind not in KINDS:
-        raise UserError(f"{path}: kind is {world.kind!r}, expected one of {', '.join(KINDS)}")
+    if world.kind == "table":
+        with torch.random.fork_rng(devices=[]), slips(path):
+            world.rewards()
     if world.kind in ("table", "vectors"):
         return
     with torch.random.fork_rng(devices=[]), slips(path):

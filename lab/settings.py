@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 import nanomodel
+import toy.world
 from data import Tokenizer, UserError, error_line, printable
 from lab.store import HERE
 
@@ -81,6 +82,8 @@ class Settings:
     overwrite: bool = False  # replace the run in the --out folder
 
     def __post_init__(self):
+        for name in ("device", "dtype", "compile", "capture"):  # names, without regard to case
+            setattr(self, name, str(getattr(self, name)).lower())
         million, billion = 10**6, 10**9
         for name, (low, high) in dict(
             steps=(0, billion),
@@ -216,7 +219,7 @@ def make_world(settings, start=None):
         )
     world = settings.world or "reviews"
     if isinstance(world, str):
-        world = world_module(world).World()
+        world = new_world(world)
     if getattr(start, "tokenizer", None) is not None:
         world.tokenizer = start.tokenizer
     return world
@@ -233,6 +236,20 @@ def world_module(name):
     if not hasattr(module, "World"):
         raise UserError(f"--world {name} has no class World")
     return module
+
+
+def new_world(name):
+    """A new World of toy/, or of a user's own file. UserError: the World of the file has a fault.
+
+    It is not a subclass of toy.world.World, its kind is unknown, or it fails while it is made."""
+    module, path = world_module(name), file_path("world", name)
+    if not (isinstance(module.World, type) and issubclass(module.World, toy.world.World)):
+        raise UserError(f"{path}: World must be a subclass of toy.world.World")
+    with slips(path):
+        world = module.World()
+    if world.kind not in KINDS:
+        raise UserError(f"{path}: kind is {world.kind!r}, expected one of {', '.join(KINDS)}")
+    return world
 
 
 def idle(settings, world):
@@ -350,9 +367,9 @@ def load_file(kind, name):
     except BaseException as error:
         if not ours:
             del sys.modules[stem]
-        if not isinstance(error, Exception):
+        if isinstance(error, KeyboardInterrupt):
             raise
-        # a file may raise anything while it is imported
+        # a file may raise anything while it is imported, SystemExit included
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
         line = error.lineno if isinstance(error, SyntaxError) else (lines or ["?"])[-1]
         text = error.msg if isinstance(error, SyntaxError) else f"{type(error).__name__}: {error}"
@@ -370,12 +387,16 @@ def line_in(path, error):
 
 @contextlib.contextmanager
 def slips(path):
-    """Turn any error of the user's code in the file at `path` into a UserError with the line."""
+    """Turn any error of the user's code in the file at `path` into a UserError with the line.
+
+    path: None stands for code of this project, whose errors stay as they are."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # noqa: BLE001 - it may raise anything
+        if path is None:
+            raise
         raise UserError(line_in(path, error)) from error
 
 

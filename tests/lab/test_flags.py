@@ -292,3 +292,13 @@ def test_a_flag_may_follow_another_one(capsys):
     refused(capsys, ["--method", "dpo", "--steps", "=lr", "--lr", "0.5"], "--steps 0.5", "whole")
     refused(capsys, ["--prompt", "hi", "--temperature", "=seed"], "needs --method")
     refused(capsys, ["--method", "dpo", "--k", "=seed"], "--k")
+
+
+def test_devices_and_their_like_are_named_in_any_case():
+    names = dict(device="CPU", dtype="Float32", compile="ON", capture="Off")
+    found = Settings(**names)
+    assert {name: getattr(found, name) for name in names} == {
+        name: value.lower() for name, value in names.items()
+    }
+    argv = ["--world", "bandit", "--steps", "2", "--device", "CPU", "--capture", "Off"]
+    assert train.main(["--method", "dpo", *argv]) == 0

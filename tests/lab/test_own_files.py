@@ -9,6 +9,7 @@ import sys
 import pytest
 
 import train
+from data import UserError
 from lab import Lab, flags, settings, store
 from tests.lab.commands import Killed, refused
 
@@ -328,6 +329,8 @@ class World(world.World):
     [
         ("torch.full((len(prompts),), float('nan'))", "the reward of letters is NaN or infinite"),
         ("torch.zeros(3)", "the reward of letters returned 3 numbers for"),
+        ("[0.0] * len(prompts)", "letters.py: TypeError: reward returned a list, expected"),
+        ("torch.zeros(lenght(prompts))", "letters.py, line 31: NameError: name 'lenght'"),
     ],
 )
 def test_a_reward_that_is_no_reward_is_named(reward, words, tmp_path, capsys):
@@ -412,3 +415,120 @@ def test_a_world_with_few_prompts_and_no_demonstrations_runs(tmp_path, capsys):
     first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert summary["before"]["win_rate"] == first["win_rate"] == 0.5
     assert "best of 16" in capsys.readouterr().out
+
+
+def broken_config(folder, old, new):
+    """A copy of the template whose Config has a fault."""
+    path = own_method(folder)
+    text = (folder / "my_method.py").read_text()
+    assert text.count(old) == 1
+    (folder / "my_method.py").write_text(text.replace(old, new))
+    return path
+
+
+BETA = "    beta: float = 0.1  # strength of the pull to the reference\n"
+
+
+@pytest.mark.parametrize("action", [["--method"], ["--check"], ["--beta", "1", "--method"]])
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('check_fields(self, beta="(0, inf)"', 'chek_fields(self, beta="(0, inf)"', ["NameError"]),
+        ("self, beta=", "self, bta=", ["'bta'"]),
+        ("beta: float = 0.1  #", "beta: float  #", ["the field beta of Config needs a default"]),
+        (BETA, "    beta = 0.1\n", ["beta has no type", "write beta: TYPE = 0.1"]),
+        ("beta: float = 0.1", "beta: list = None", ["beta has the type list, expected int"]),
+        ("@dataclass(frozen=True)\n", "", ["write @dataclass(frozen=True) above Config"]),
+    ],
+    ids=["a typo", "an unknown field", "no default", "no type", "a list", "no dataclass"],
+)
+def test_a_fault_in_a_config_is_one_line(tmp_path, capsys, action, old, new, words):
+    path = broken_config(tmp_path, old, new)
+    refused(capsys, [*action, path], path, "line ", *words)
+
+
+@pytest.mark.parametrize("line", ["import nonexist_mod", "1/0", "raise SystemExit(3)", "exit()"])
+def test_a_method_that_cannot_be_imported_is_left_out_of_all(tmp_path, capsys, monkeypatch, line):
+    path = own_method(tmp_path)
+    with open(path, "a") as file:
+        file.write(f"\n{line}\n")
+    reason = f"my_method{{}} cannot be read: line {len(open(path).readlines())}: "
+    refused(capsys, ["--method", path], reason.format(".py"))
+    refused(capsys, ["--check", path], reason.format(".py"))
+    both = [flags.declared("dpo"), flags.declared(path)]
+    monkeypatch.setattr(flags, "catalogue", lambda: both)
+    given, chosen = flags.read_flags(["--method", "all", *TINY])
+    assert [run.method for run in flags.combinations(given, chosen)] == ["dpo"]
+    error = capsys.readouterr().err
+    assert error.startswith("left out: " + reason.format("")) and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("check_fields(self,", "chek_fields(self,", ["my_method, line ", "NameError"]),
+        ("beta: float = 0.1", "beta: float", ["my_method cannot be read: line ", "a default"]),
+    ],
+)
+def test_a_method_whose_config_fails_is_left_out_of_all(
+    tmp_path, capsys, monkeypatch, old, new, words
+):
+    both = [flags.declared("dpo"), flags.declared(broken_config(tmp_path, old, new))]
+    monkeypatch.setattr(flags, "catalogue", lambda: both)
+    given, chosen = flags.read_flags(["--method", "all", *TINY])
+    assert [run.method for run in flags.combinations(given, chosen)] == ["dpo"]
+    error = capsys.readouterr().err
+    assert error.startswith("left out: " + words[0]) and words[1] in error
+    assert error.count("\n") == 1
+    given, chosen = flags.read_flags(["--method", "all", "--beta", "-1"])
+    with pytest.raises(UserError, match="beta = -1.0: expected"):
+        flags.combinations(given, chosen)
+
+
+def test_an_unknown_family_is_refused(tmp_path, capsys):
+    path = broken_config(tmp_path, '    "pairs",\n', '    "pear",\n')
+    refused(capsys, ["--method", path, *TINY], path, "has the family pear; there are pairs, lists")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("World(exact.World)", "World", ["World must be a subclass of toy.world.World"]),
+        ("__init__(self)", "__init__(self, size)", ["TypeError", "'size'"]),
+        ("torch.tensor([0.0, 1.0])", "1 / 0", ["line 13: ZeroDivisionError"]),
+        (
+            "    def __init__",
+            "    kind = 'texts'\n\n    def __init__",
+            ["kind is 'texts', expected"],
+        ),
+        (
+            "    def __init__",
+            "    def rewards(self):\n        return 1 / 0\n\n    def __init__",
+            ["line 13: ZeroDivisionError"],
+        ),
+        (
+            "dict(prompts=64, steps=8, lr=0.1, batch_size=16)",
+            "{}",
+            ["align lacks steps, batch_size, lr, prompts", "--steps, --batch_size, --lr"],
+        ),
+        (
+            "    def __init__",
+            "    def reward(self, prompts, responses):\n"
+            "        return [0.0] * len(prompts)\n\n    def __init__",
+            ["reward returned a list, expected a tensor"],
+        ),
+        (
+            "    def __init__",
+            "    def reward(self, prompts, responses):\n"
+            "        return torch.zeros(lenght(prompts))\n\n    def __init__",
+            ["line 13: NameError", "lenght"],
+        ),
+    ],
+    ids=["no subclass", "arguments", "init", "kind", "rewards", "align", "a list", "a typo"],
+)
+def test_a_fault_in_a_world_is_one_line(tmp_path, capsys, old, new, words):
+    path = own_world(tmp_path)
+    text = (tmp_path / "my_world.py").read_text()
+    assert text.count(old) == 1
+    (tmp_path / "my_world.py").write_text(text.replace(old, new))
+    refused(capsys, ["--method", "dpo", "--world", path], path, *words)
