@@ -241,7 +241,8 @@ def world_module(name):
 def new_world(name):
     """A new World of toy/, or of a user's own file. UserError: the World of the file has a fault.
 
-    It is not a subclass of toy.world.World, its kind is unknown, or it fails while it is made."""
+    It is not a subclass of toy.world.World, it fails while it is made, its kind is unknown, or its
+    `align` is not a dict."""
     module, path = world_module(name), file_path("world", name)
     if not (isinstance(module.World, type) and issubclass(module.World, toy.world.World)):
         raise UserError(f"{path}: World must be a subclass of toy.world.World")
@@ -249,6 +250,8 @@ def new_world(name):
         world = module.World()
     if world.kind not in KINDS:
         raise UserError(f"{path}: kind is {world.kind!r}, expected one of {', '.join(KINDS)}")
+    if not isinstance(world.align, dict):
+        raise UserError(f"{path}: align is {world.align!r}, expected a dict of run settings")
     return world
 
 

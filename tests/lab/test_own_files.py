@@ -512,6 +512,11 @@ def test_an_unknown_family_is_refused(tmp_path, capsys):
             ["align lacks steps, batch_size, lr, prompts", "--steps, --batch_size, --lr"],
         ),
         (
+            "dict(prompts=64, steps=8, lr=0.1, batch_size=16)",
+            "None",
+            ["align is None, expected a dict"],
+        ),
+        (
             "    def __init__",
             "    def reward(self, prompts, responses):\n"
             "        return [0.0] * len(prompts)\n\n    def __init__",
@@ -524,7 +529,17 @@ def test_an_unknown_family_is_refused(tmp_path, capsys):
             ["line 13: NameError", "lenght"],
         ),
     ],
-    ids=["no subclass", "arguments", "init", "kind", "rewards", "align", "a list", "a typo"],
+    ids=[
+        "no subclass",
+        "arguments",
+        "init",
+        "kind",
+        "rewards",
+        "align",
+        "no align",
+        "a list",
+        "a typo",
+    ],
 )
 def test_a_fault_in_a_world_is_one_line(tmp_path, capsys, old, new, words):
     path = own_world(tmp_path)
