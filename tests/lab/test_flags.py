@@ -259,7 +259,7 @@ def test_no_traceback_from_the_shell(tmp_path):
         ("--method dpo --prompts 99999999999999999999", ["--prompts", "at most"]),
         ("--method adpo --k 99999999999", ["--k", "at most"]),
         ("--method dpo --device meta", ["--device meta"]),
-        ("--method dpo --device cpu,X", ["--device X"]),
+        ("--method dpo --device cpu,X", ["--device x"]),
     ],
 )
 def test_what_does_nothing_or_is_out_of_range_is_refused(tmp_path, capsys, line, words):
