@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from data import Paper, UserError, check_fields
+from data import Paper, UserError, check_fields, fill_variant
 from diffusion import q_sample, spread, to_flow, to_sigma
 from nanomodel import Denoiser
 
@@ -48,21 +48,25 @@ PAPER = Paper(
     defaults=dict(world="subspace"),
     core=("optimal_k", "target_energy", "velocity", "flow_loss", "flow_steps"),
 )
+SPACES = dict.fromkeys(("velocity", "target"), dict(lr_k=0.05))  # lr_k is read if k is learned
 
 
 @dataclass(frozen=True)
 class Config:
     fixed_k: float | None = None  # a fixed k, 0 noise, 0.5 velocity, 1 image; none: it is learned
-    lr_k: float = 0.05  # learning rate of w in k = sigmoid(w); it needs more than the network
+    # learning rate of w in k = sigmoid(w); it needs a larger one than the network
+    lr_k: float | None = None
     space: str = "velocity"  # where errors are measured: velocity, or target (of u, an ablation)
     t_mean: float = 0.0  # the training times t are sigmoids of normal numbers with this mean
     t_std: float = 1.0  # their standard deviation
 
     def __post_init__(self):
+        if self.fixed_k is None:
+            fill_variant(self, SPACES, "space")
+        elif self.lr_k is not None:
+            raise UserError(f"lr_k = {self.lr_k} does nothing with fixed_k = {self.fixed_k}")
         check_fields(self, fixed_k="[0, 1]", lr_k="(0, inf)", space=("velocity", "target"))
         check_fields(self, t_mean="(-inf, inf)", t_std="(0, inf)")
-        if self.fixed_k is not None and self.lr_k != Config.lr_k:
-            raise UserError(f"lr_k = {self.lr_k} does nothing with fixed_k = {self.fixed_k}")
 
 
 class KDiff(Denoiser):

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import Paper, UserError, check_fields, pair, upcast
+from data import Paper, UserError, check_fields, fill_variant, pair, upcast
 from nanomodel import GPT, GPTConfig
 
 PAPER = Paper(
@@ -38,6 +38,8 @@ PAPER = Paper(
     ignores=("k", "lora"),
     defaults=dict(world="captions"),
 )
+MIXTURE = dict(experts=4, top=2, aux=0.01)  # read if the student becomes sparse
+VARIANTS = dict(dpo=MIXTURE, kto_pair=MIXTURE)
 
 
 @dataclass(frozen=True)
@@ -45,23 +47,26 @@ class Config:
     variant: str = "dpo"  # dpo or kto_pair, which the released code uses
     beta: float = 0.5  # strength of the pull to the reference (the released code: 0.1)
     anchor: str = "teacher"  # the reference of the last stage: teacher or student
-    experts: int = 4  # experts of a sparse layer
-    top: int = 2  # experts that are used for a token
-    aux: float = 0.01  # weight of the balance between experts, once for both responses of a pair
+    experts: int | None = None  # experts of a sparse layer
+    top: int | None = None  # experts that are used for a token
+    # weight of the balance between experts, once for both responses of a pair
+    aux: float | None = None
     width: int = 64  # hidden size of the student
     dense: int = 700  # steps of dense distillation (D2D)
     sparse: int = 300  # steps of sparse distillation (D2S); 0 leaves the student dense
 
     def __post_init__(self):
+        if self.sparse:
+            fill_variant(self, VARIANTS)
+        elif any(getattr(self, name) is not None for name in MIXTURE):
+            raise UserError("experts, top and aux do nothing with sparse = 0: there are no experts")
         check_fields(self, variant=("dpo", "kto_pair"), beta="(0, inf)", top="[1, inf)")
         check_fields(self, anchor=("teacher", "student"), experts="[2, inf)", aux="[0, inf)")
         check_fields(self, width="[8, inf)", dense="[0, inf)", sparse="[0, inf)")
         if self.width % 2:
             raise UserError(f"--width {self.width}: expected an even number")
-        mixture = (self.experts, self.top, self.aux)
-        if not self.sparse and mixture != (Config.experts, Config.top, Config.aux):
-            raise UserError("experts, top and aux do nothing with sparse = 0: there are no experts")
-        check_top(self.top, self.experts)
+        if self.sparse:
+            check_top(self.top, self.experts)
 
 
 def check_top(top, experts):

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from data import Paper, UserError, check_fields, pair, upcast
+from data import Paper, check_fields, fill_variant, pair, upcast
 from toy import verdicts
 
 PAPER = Paper(
@@ -38,6 +38,8 @@ PAPER = Paper(
     ignores=("k", "flip", "label_temperature"),
     defaults=dict(world="glyphs", prompts=16, batch_size=72, steps=80, lr=3e-4, eval_every=20),
 )
+STAGE_2 = dict(judge_steps=200, judge_lr=5e-5, judge_beta=0.1, both_right=True)
+CRITICS = dict(flex=STAGE_2, sft={}, fixed={}, known={})
 
 
 @dataclass(frozen=True)
@@ -48,19 +50,15 @@ class Config:
     group: int = 8  # images per group; 9 in the paper
     sampler_steps: int = 10  # steps of the random sampler
     eta: float = 0.7  # its noise; 1 is DDPM's
-    judge_steps: int = 200  # DPO steps on the judge's own traces
-    judge_lr: float = 5e-5  # their learning rate
-    judge_beta: float = 0.1  # their pull to the judge after SFT
-    both_right: bool = True  # also pair two right traces, by their reasons
+    judge_steps: int | None = None  # flex: DPO steps on the judge's own traces
+    judge_lr: float | None = None  # flex: their learning rate
+    judge_beta: float | None = None  # flex: their pull to the judge after SFT
+    both_right: bool | None = None  # flex: also pair two right traces, by their reasons
 
     def __post_init__(self):
-        for name in ("judge_steps", "judge_lr", "judge_beta", "both_right"):
-            value = getattr(self, name)
-            if self.critic != "flex" and value != getattr(Config, name):
-                raise UserError(f"{name} = {value} does nothing with critic = {self.critic}")
+        fill_variant(self, CRITICS, "critic")
         check_fields(
             self,
-            critic=("flex", "sft", "fixed", "known"),
             alpha="[0, 1]",
             epsilon="(0, 1)",
             group="[2, 64]",

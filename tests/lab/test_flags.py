@@ -111,7 +111,8 @@ def test_list_and_help_name_every_method_flag_and_world(capsys):
 
 
 def test_help_has_the_defaults_that_a_variant_fills_in(capsys):
-    assert train.main(["--method", "survey,grpo,fdpo,adpo", "--help"]) == 0
+    names = "survey,grpo,fdpo,adpo,urflex,kdiff,llava_mod"
+    assert train.main(["--method", names, "--help"]) == 0
     page = " ".join(capsys.readouterr().out.split())
     for text in (
         "a key of VARIANTS, which also has the defaults of the other fields [dpo]",
@@ -121,6 +122,9 @@ def test_help_has_the_defaults_that_a_variant_fills_in(capsys):
         "order of the alpha-divergence; 0 is rkl, 1 is fkl [0.5]",
         "1 + epsilon_high [0.28]",
         "for anchor = ema [0.99]",
+        "flex: their learning rate [5e-05]",
+        "it needs a larger one than the network [0.05]",
+        "experts of a sparse layer [4]",
     ):
         assert text in page, text
     assert "None" not in page

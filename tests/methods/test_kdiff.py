@@ -240,9 +240,10 @@ def test_values_out_of_range_are_refused(wrong):
 
 
 def test_a_learning_rate_of_a_fixed_k_is_refused():
-    with pytest.raises(ValueError, match="lr_k = 0.1 does nothing with fixed_k = 0.5"):
-        Config(fixed_k=0.5, lr_k=0.1)
-    assert Config(lr_k=0.1).lr_k == 0.1
+    for lr_k in (0.1, Config().lr_k):  # the default value does nothing either
+        with pytest.raises(ValueError, match=f"lr_k = {lr_k} does nothing with fixed_k = 0.5"):
+            Config(fixed_k=0.5, lr_k=lr_k)
+    assert (Config().lr_k, Config(lr_k=0.1).lr_k, Config(fixed_k=0.5).lr_k) == (0.05, 0.1, None)
 
 
 @pytest.mark.parametrize("flag", ["init", "guidance", "eval_every"])

@@ -13,6 +13,7 @@ from data import UserError
 from lab import Lab, Settings
 from methods import llava_mod
 from methods.llava_mod import (
+    MIXTURE,
     Also,
     Config,
     Mixture,
@@ -318,7 +319,8 @@ def test_what_makes_no_sense_is_refused():
             Config(**fields)
     with pytest.raises(UserError, match="--top 3 exceeds --experts 2"):  # before any training
         Config(experts=2, top=3)
-    for fields in (dict(experts=3), dict(top=1), dict(aux=0.0)):
+    defaults = [{name: value} for name, value in MIXTURE.items()]
+    for fields in (dict(experts=3), dict(top=1), dict(aux=0.0), *defaults):
         with pytest.raises(UserError, match="do nothing with sparse = 0"):
             Config(sparse=0, **fields)
 

@@ -10,6 +10,7 @@ from data import UserError
 from lab import Lab, Settings
 from methods import urflex
 from methods.urflex import (
+    STAGE_2,
     Config,
     better_trace,
     group_advantages,
@@ -317,7 +318,8 @@ def test_every_image_of_a_group_counts_as_a_sample(monkeypatch):
 
 @pytest.mark.parametrize(
     "unread",
-    [dict(judge_steps=100), dict(judge_lr=1e-4), dict(judge_beta=1.0), dict(both_right=False)],
+    [dict(judge_steps=100), dict(judge_lr=1e-4), dict(judge_beta=1.0), dict(both_right=False)]
+    + [{name: value} for name, value in STAGE_2.items()],  # a default value does nothing either
 )
 def test_options_of_stage_2_are_refused_where_the_judge_has_none(unread):
     assert Config(**unread).critic == "flex"
