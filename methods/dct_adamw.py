@@ -130,7 +130,11 @@ def dequantize(q, low, unit):
 
 
 def orthogonal(X):
-    """Newton-Schulz, five times: X with its singular values moved to about one."""
+    """Newton-Schulz, five times: a matrix X with its singular values moved towards 1.
+
+    Those above 0.002 of the norm of X end between 0.68 and 1.21. The smaller ones end between 0
+    and 1.21, and the smallest stay near 0, as five steps multiply them by 485 at most.
+    """
     X = X / (X.norm() + 1e-7)
     tall = X.shape[0] > X.shape[1]
     X = X.T if tall else X

@@ -312,13 +312,17 @@ def test_newton_schulz_moves_singular_values_to_about_one():
         for _ in range(5):
             t = 3.4445 * t - 4.7750 * t**3 + 2.0315 * t**5
         assert t == pytest.approx(y, abs=1e-6)
-    for shape in ((8, 3), (3, 8), (5, 5)):
+    least = []
+    for shape in ((8, 3), (3, 8), (5, 5), (64, 64), (100, 100)):
         X = normal(*shape)
         U, s, V = torch.linalg.svd(X, full_matrices=False)
-        found = torch.linalg.svdvals(orthogonal(X))
-        assert found.min() > 0.3 and found.max() < 1.2
         inside = U.T @ orthogonal(X) @ V.T  # the singular vectors stay
         torch.testing.assert_close(inside, torch.diag(inside.diag()), atol=1e-9, rtol=0)
+        s, found = s / X.norm(), inside.diag()
+        assert found[s > 0.002].min() > 0.68 and found.max() < 1.21
+        assert (found > 0).all() and (found < 485 * s).all()
+        least.append(found.min().item())
+    assert min(least) < 0.1  # the smallest values of a random square matrix stay near 0
 
 
 @pytest.mark.paper
