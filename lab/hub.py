@@ -239,10 +239,11 @@ def load_gpt(folder):
             f"{folder}: model_type {shown(found.get('model_type'))} is not of the Llama family"
         )
     scaling = found.get("rope_scaling") or found.get("rope_parameters") or {}
-    kind = "default"
-    if isinstance(scaling, dict):
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if not isinstance(scaling, dict) or kind != "default":
+    plain = False
+    if isinstance(scaling, dict):  # settings of an unnamed type are not the default type's
+        named = scaling.get("rope_type", scaling.get("type"))
+        plain = named == "default" or set(scaling) <= {"rope_theta"}
+    if not plain:
         raise UserError(f"{folder}: rotary scaling {shown(scaling)} is not supported")
     if (
         found.get("attention_bias")
@@ -547,9 +548,9 @@ class ChatTemplate:
         except UnicodeEncodeError:
             what = "writes half a character (a lone surrogate)"
         except BaseException:  # after Ctrl-C, the next question would get this question's answer
-            self._stop()
+            self.stop()
             raise
-        self._stop()
+        self.stop()
         raise UserError(f"{self.folder}: its chat template {printable(what)}")
 
     def _why(self):
@@ -558,9 +559,11 @@ class ChatTemplate:
             return f"takes longer than {render.SECONDS:g} seconds"
         return f"ends its process (it may use {render.MEMORY >> 20} MB)"
 
-    def _stop(self):
-        self.end()
-        self.process = None
+    def stop(self):
+        """End the process if there is one; the next call of the template starts another."""
+        if self.process is not None:
+            self.end()
+            self.process = None
 
 
 def forward(stream, replies):

@@ -437,8 +437,7 @@ def fuzz_template(rng, path):
         found = refused_or(lambda messages=messages: chat(messages, True))
         assert found is None or isinstance(found, str) and len(found) <= render.LENGTH
     assert time.time() - start < 2 * chat.patience
-    if chat.process is not None:
-        chat._stop()
+    chat.stop()
 
 
 # ---------------------------------------------------------------- command lines

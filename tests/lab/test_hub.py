@@ -143,6 +143,22 @@ def test_what_a_config_leaves_out_is_llamas(tmp_path):
     assert read.num_key_value_heads == 4 and read.head_dim == model.config.head_dim
 
 
+@pytest.mark.parametrize(
+    ("rope", "theta"),
+    [
+        (dict(rope_scaling=None), 10000.0),
+        (dict(rope_scaling={}, rope_parameters=dict(rope_theta=5e4)), 5e4),
+        (dict(rope_scaling=dict(rope_theta=5e4)), 5e4),
+        (dict(rope_scaling=dict(type="default", factor=1.0)), 10000.0),
+        (dict(rope_parameters=dict(rope_type="default", rope_theta=5e4)), 5e4),
+    ],
+)
+def test_rotary_parameters_without_scaling_are_read(tmp_path, rope, theta):
+    saved(tmp_path)
+    edited(**rope, rope_theta=...)(tmp_path)
+    assert GPT.from_pretrained(tmp_path).config.rope_theta == theta
+
+
 # faults: functions that damage a folder
 
 
@@ -283,6 +299,15 @@ FAULTS = {
     "a list of activations": (edited(hidden_act=["silu"]), "biases or activations other than"),
     "rope scaling": (edited(rope_scaling=dict(type="linear", factor=2.0)), "rotary scaling"),
     "rope parameters": (edited(rope_parameters=dict(rope_type="llama3")), '"llama3"'),
+    "rope scaling without a type": (
+        edited(rope_scaling=dict(factor=2.0)),
+        '{"factor": 2.0} is not',
+    ),
+    "rope scaling of unknown keys": (edited(rope_scaling=dict(a=1)), "rotary scaling"),
+    "rope parameters without a type": (
+        edited(rope_parameters=dict(rope_theta=5e4, factor=2.0)),
+        "rotary scaling",
+    ),
     "rope scaling is text": (edited(rope_scaling=CONTROL), "rotary scaling"),
     "pickle only": (pickled, "it has no model.safetensors (only safetensors are read)"),
     "no safetensors": (written("model.safetensors", "PK"), "is not a readable safetensors file"),
@@ -673,6 +698,17 @@ def test_one_process_renders_all_rows_and_none_is_started_before_the_first():
     assert chat.process is first
     del chat
     assert first.returncode is not None  # it ends with its last user
+
+
+def test_a_template_is_stopped_at_any_time_and_starts_again():
+    chat = template("good")
+    chat.stop()
+    assert chat([], True) == "good"
+    process = chat.process
+    chat.stop()
+    chat.stop()
+    assert process.returncode is not None and chat.process is None
+    assert chat([], True) == "good" and chat.process is not process
 
 
 def test_a_template_sees_what_transformers_gives_to_it():
