@@ -73,8 +73,9 @@ def captions(lab, seed):
     found["SFT"] = seen(imitate(copy.deepcopy(first)))
     dense = distill(inside, first, teacher, inside.few(700))
     found["D2D"] = seen(dense)
-    torch.manual_seed(seed)
-    sparse = upcycle(copy.deepcopy(dense), Config())
+    with torch.random.fork_rng(devices=[]):  # nn.init draws from the global generator
+        torch.manual_seed(seed)
+        sparse = upcycle(copy.deepcopy(dense), Config())
     sparse = distill(inside, sparse, teacher, inside.few(300), sparse=True)
     found["D2S"] = seen(sparse)
     longer = distill(inside, dense, teacher, inside.few(300), sparse=True)
@@ -159,10 +160,11 @@ def tasks(lab, seed, steps=(600, 900)):
             optimizer.step()
         return body, head
 
-    torch.manual_seed(seed)
-    body = nn.Sequential(nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 24))
-    body, head = train(body, nn.Linear(24, 12), steps[0])
-    sparse = Mixture(body, 24, 4, 2, 0.01)
+    with torch.random.fork_rng(devices=[]):  # nn.init draws from the global generator
+        torch.manual_seed(seed)
+        body = nn.Sequential(nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 24))
+        body, head = train(body, nn.Linear(24, 12), steps[0])
+        sparse = Mixture(body, 24, 4, 2, 0.01)
     arms = {"dense, tasks": body, "sparse, tasks": sparse}
     arms = {
         name: train(copy.deepcopy(b), copy.deepcopy(head), steps[1]) for name, b in arms.items()

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from claims import llava_mod as claims
 from data import UserError
 from lab import Lab, Settings
 from methods import llava_mod
@@ -323,6 +324,17 @@ def test_what_makes_no_sense_is_refused():
     for fields in (dict(experts=3), dict(top=1), dict(aux=0.0), *defaults):
         with pytest.raises(UserError, match="do nothing with sparse = 0"):
             Config(sparse=0, **fields)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", [claims.captions, claims.tasks])
+def test_what_the_claims_measure_depends_on_the_seed_and_leaves_the_global_generator(part):
+    lab, found = Lab(Settings(world="captions", seed=100), quiet=True, smoke=True), []
+    for state in (1, 2):
+        before = torch.manual_seed(state).get_state()
+        found.append(part(lab, 100))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert found[0] == found[1] != part(lab, 101)
 
 
 @pytest.mark.slow
