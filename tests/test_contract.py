@@ -208,21 +208,36 @@ def test_functions_of_one_name_are_word_for_word_the_same():
 
 
 def test_a_file_differs_from_dpo_by_its_paper():
-    """`diff methods/dpo.py methods/NAME.py` shows the paper's contribution and little else."""
+    """`diff methods/dpo.py methods/NAME.py` shows the paper's contribution and little else.
+
+    In the median over the methods on pairs, at most 60 lines of code are removed or added. A line
+    that is changed is both; docstrings and blank lines do not count, and the template is left out.
+    """
     pairs = [name for name in NAMES if module_of(name).PAPER.family == "pairs"]
     lines, code = {}, {}
-    for name in set(pairs) - {"dpo"}:
+    for name in set(pairs) - {"dpo", "_template"}:
         both = [SOURCES[file] for file in ("dpo", name)]
-        lines[name] = changed(*both)
-        code[name] = changed(*(text.split('"""', 2)[2] for text in both))  # no module docstring
+        lines[name] = changed(*(text.splitlines() for text in both))
+        code[name] = changed(*map(code_lines, both))
     print(sorted(lines.items()), sorted(code.items()))
     assert lines["rdpo"] < 45
-    assert statistics.median(code.values()) < 90, code
+    assert statistics.median(code.values()) <= 60, code
+
+
+def code_lines(text):
+    """The lines of a file without docstrings and blank lines."""
+    left_out = set()
+    for node in ast.walk(ast.parse(text)):
+        kinds = ast.Module | ast.ClassDef | ast.FunctionDef
+        if isinstance(node, kinds) and ast.get_docstring(node) is not None:
+            left_out |= {*range(node.body[0].lineno, node.body[0].end_lineno + 1)}
+    numbered = enumerate(text.splitlines(), 1)
+    return [line for number, line in numbered if line.strip() and number not in left_out]
 
 
 def changed(a, b):
-    """The number of lines in which two texts differ."""
-    return sum(line[0] in "+-" for line in difflib.ndiff(a.splitlines(), b.splitlines()))
+    """The number of lines that are in one of two lists alone."""
+    return sum(line[0] in "+-" for line in difflib.ndiff(a, b))
 
 
 # ---- the whole house

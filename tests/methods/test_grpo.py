@@ -24,19 +24,9 @@ def group(scores, change, ref=-1.0):
     return (ref_logps + change).requires_grad_(), ref_logps, batch
 
 
-def ragged(seed, rows=6, count=5, length=4):
-    """Random groups of 1 to `count` responses of 1 to `length` tokens, and the size of each."""
-    g = torch.Generator().manual_seed(seed)
-    n = torch.randint(1, count + 1, (rows,), generator=g)
-    n[0] = count
-    size = torch.randint(1, length + 1, (rows, count), generator=g)
-    size = size * (torch.arange(count) < n[:, None])
-    mask = torch.arange(length) < size[..., None]
-    ref = -torch.rand(rows, count, length, generator=g, dtype=torch.float64) * 2 * mask
-    logps = (ref + 0.4 * torch.randn(ref.shape, generator=g, dtype=torch.float64)) * mask
-    scores = torch.randint(0, 2, (rows, count), generator=g).double() * (size > 0)
-    scores[0, :2] = tensor([1.0, 0.0])
-    return logps.requires_grad_(), ref, SimpleNamespace(mask=mask, scores=scores), n
+def ragged(seed, rows=6, k=5, length=4):
+    """Random groups of 1 to k verified responses, at ratios of 1/e to e to the old policy."""
+    return builders.ragged(rows, k, length, seed, scale=1.0, fewest=1, scores=builders.verdicts)
 
 
 def gradient(item, cfg):
@@ -67,7 +57,7 @@ def test_advantages_take_any_rewards_and_sum_to_zero():
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("score", [0.0, 1.0])
 def test_a_group_that_is_all_right_or_all_wrong_teaches_nothing(variant, score):
-    logps, ref_logps, batch, _ = ragged(7)
+    logps, ref_logps, batch = ragged(7)
     batch.scores = batch.mask.any(-1) * score
     losses, metrics = loss(logps, ref_logps, batch, Config(variant))
     assert (losses == 0).all() and metrics["mixed"] == 0
@@ -175,7 +165,7 @@ def test_each_variant_counts_tokens_in_its_own_way():
 
 
 def test_dapo_is_one_mean_over_all_tokens_of_the_batch():
-    logps, ref_logps, batch, _ = ragged(6)
+    logps, ref_logps, batch = ragged(6)
     A = advantages(batch.scores, batch.mask.any(-1), scale=True)[..., None]
     ratio = (logps - ref_logps).exp()
     J = torch.minimum(ratio * A, ratio.clamp(0.8, 1.28) * A)[batch.mask]
@@ -185,7 +175,8 @@ def test_dapo_is_one_mean_over_all_tokens_of_the_batch():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_ragged_groups_against_the_definition(variant):
-    logps, ref, batch, n = ragged(6)
+    logps, ref, batch = ragged(6)
+    n = batch.mask.any(-1).sum(1)  # responses of each group
     cfg = Config(variant)
     high = cfg.epsilon_high or cfg.epsilon
     rows, total = [], batch.mask.sum()
@@ -214,14 +205,15 @@ def test_ragged_groups_against_the_definition(variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradient_by_finite_differences(variant):
-    logps, ref, batch, _ = ragged(2, rows=3, count=3, length=2)
+    logps, ref, batch = ragged(19, rows=3, k=3, length=2)
     cfg = Config(variant)
     assert torch.autograd.gradcheck(lambda x: loss(x * batch.mask, ref, batch, cfg)[0], logps)
 
 
 @pytest.mark.parametrize("variant", ["grpo", "dr_grpo"])
 def test_absent_responses_change_nothing(variant):
-    logps, ref, batch, n = ragged(8)
+    logps, ref, batch = ragged(10)
+    n = batch.mask.any(-1).sum(1)  # responses of each group
     losses, _ = loss(logps, ref, batch, Config(variant))
     for b in range(len(n)):
         one, m = slice(b, b + 1), n[b]
