@@ -8,7 +8,7 @@ them. Reviews: DPO is trained from the base model and after SFT.
 Not reproduced:
 1. That DPO needs SFT as much as IPO, on tuning seeds 100 to 105. In the tree, DPO gains little from
    SFT and IPO much, since a policy with separate logits for every prefix reaches the same
-   log-ratios from any start. On reviews DPO and CPO gain from SFT, which has seen 1,024 more
+   log-ratios from any reference. On reviews DPO and CPO gain from SFT, which has seen 1,024 more
    prompts.
 2. That 100 pairs are always nearly as good as 8,000: KTO lost more reward on the same seeds than
    the margin of the claims, DPO and CPO did not.
@@ -60,9 +60,9 @@ def starts(lab, world):
 def study(lab, world, sizes=SIZES, steps=150):
     """{(pairs, scenario, variant): {reward, kl, unseen}} of every alignment.
 
-    kl: the KL from the starting model. unseen: the probability of answers that are in no pair. The
-    entries with 0 pairs are the starting models. A pair has two answers from a pool that three
-    other trees, from weak to strong, have sampled.
+    kl: the KL from the reference, the tree of the scenario. unseen: the probability of answers that
+    are in no pair. The entries with 0 pairs are the references. A pair has two answers from a pool
+    that three other trees, from weak to strong, have sampled.
     """
     begin, n, found = starts(lab, world), max(sizes), {}
     pool = [tilted(lab, world, f"pool {tilt}", tilt, n) for tilt in (0.3, 1.0, 2.0)]
@@ -86,7 +86,7 @@ def study(lab, world, sizes=SIZES, steps=150):
 
 
 def page(studies):
-    """The table of the studies, means over seeds, with one line per size and starting model."""
+    """The table of the studies, means over seeds, with one line per size and scenario."""
 
     def mean(*key, measure="reward"):
         return f"{sum(found[key][measure] for found in studies) / len(studies):7.2f}"

@@ -3,7 +3,7 @@
 On captions the teacher is the base model, which hallucinates in more than half of its captions, and
 the student is narrower. D2D distils it, D2S makes it sparse, and the last stage aligns it with the
 teacher as the reference, on pairs that the teacher wrote. Beside it stand the usual reference (the
-student's own start), paired KTO, and students that only imitate the data or stay dense. A
+sparse student itself), paired KTO, and students that only imitate the data or stay dense. A
 hallucination is an object that is named and not on the picture.
 
 On tables of 16 prompts and 8 answers, whose optimum is known in closed form, the teacher favors two

@@ -9,9 +9,9 @@ dropped, and that features of style saturate the loss are tests
 
 The expectations come from tuning seeds 100 to 104. Steps are equal, KL is not. The three ranked
 sources are too close for the paper's order among them. The headline holds, and so do the losses and
-the probes. But own samples also lead to more refusals of harmless requests and to fewer right tools
-in the mean, which varies much between seeds: the attack rate alone misleads. The stronger model's
-pairs with beta = 0.1 have a low attack rate too, as their policy has left its own style.
+the probes. But on-policy samples also lead to more refusals of harmless requests and to fewer right
+tools in the mean, which varies much between seeds: the attack rate alone misleads. The stronger
+model's pairs with beta = 0.1 have a low attack rate too, as their policy has left its own style.
 """
 
 import numpy as np

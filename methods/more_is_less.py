@@ -3,8 +3,8 @@
 
 The loss is DPO's; the paper varies who writes the two responses of a pair. If a stronger model or a
 person writes the chosen one and the policy the other, DPO drives its loss to zero on style: all
-features share one saturating factor sigmoid(-z), so refusals hardly change. Pairs of the policy's
-own samples, ranked by a reward model R, differ mainly in safety, and give the lowest attack rate.
+features share one saturating factor sigmoid(-z), so refusals hardly change. Pairs of on-policy
+samples, ranked by a reward model R, differ mainly in safety, and give the lowest attack rate.
 
     z = beta [ log pi(y_w) / pi_ref(y_w) - log pi(y_l) / pi_ref(y_l) ],    loss = -log sigmoid(z)
     hc_self      y_w: a person                y_l: the policy
