@@ -472,7 +472,8 @@ def paper_page(content, texts, figures):
             made = f"`{block['command']}`: {block['seconds']:.0f} s, "
             made += f"commit {block['commit'] or '?'}"
             if "judged" in block:
-                made += f"; the claims have changed since and were judged at {block['judged']}"
+                made += "; its file of claims has changed since, and the results were judged again "
+                made += f"at {block['judged']}"
             head = ["claim", "kind", "metric", "ours", "", "baseline", "difference [95 %]"]
             lines += [made, "", *markdown([*head, "margin", "verdict"], cells_of(block["claims"]))]
             reasons = [f"- {r['text']}: {r['reason']}" for r in block["claims"] if r["reason"]]
