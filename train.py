@@ -183,7 +183,9 @@ def sweep(runs, out, tasks, failed):
     rows, records, missing = [], [], []
     for i, (run, place) in enumerate(zip(runs, places)):
         summary = None if i in failed else finished(place)
-        about = dataclasses.asdict(run.settings) | vars(run.cfg) | {"method": run.method}
+        # a field that only some of the methods have
+        about = dict.fromkeys(varied, "-") | dataclasses.asdict(run.settings) | vars(run.cfg)
+        about["method"] = run.method
         if summary and "after" in summary:
             rows.append((about | {"row": "after"}, summary["after"]))
             records.append(compare.read(place))

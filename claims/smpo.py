@@ -19,7 +19,7 @@ the error of the inversion.
 On tuning seed 100:
 1. At a reward of 0.8, hard labels and all arms of SmPO had about half of the drift of the
    annotators' labels or less. So the reward model's labels do the work.
-2. Less drift is paid with KL, which was higher by half or more than that of Diffusion-DPO.
+2. Less drift is paid with KL, which was higher by about half or more than that of Diffusion-DPO.
 3. All arms with inversions had slightly more points off the ring than Diffusion-DPO.
 4. ReNoise had somewhat more reward at matched KL, and as much after 200 steps.
 """

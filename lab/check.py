@@ -7,6 +7,7 @@ import torch
 
 from data import UserError
 
+TAKEN = ("stage", "step", "loss", "grad_norm", "lr")  # what the loop calls its own numbers
 PAIR = "end `loss` with `return losses, metrics` (metrics may be {})"
 
 
@@ -86,6 +87,8 @@ def check_metrics(metrics):
     if not isinstance(metrics, dict):
         raise UserError(f"the metrics are a {type(metrics).__name__}, not a dict: {PAIR}")
     for name, value in metrics.items():
+        if name in TAKEN:
+            raise UserError(f"the metric {name!r} has the name of a number of the loop: rename it")
         if not isinstance(value, torch.Tensor):
             if not isinstance(value, (int, float)):
                 raise UserError(f"the metric {name!r} is a {type(value).__name__}, not a number")

@@ -9,9 +9,10 @@ import torch
 
 from lab.store import save_value
 
-# what an evaluation of text calls its own numbers
-NAMES = {"reward", "win_rate", "kl", "length", "diversity", "accuracy"}
-NAMES |= {"chosen_logp", "rejected_logp"}
+# what looks and evaluations call their own numbers
+NAMES = {"reward", "win_rate", "kl", "length", "diversity", "accuracy", "chosen_logp"}
+NAMES |= {"rejected_logp", "stage", "step", "samples", "reward_sd", "frechet_256"}
+NAMES |= {"reward_interval", "win_rate_interval", "accuracy_interval"}
 
 # ---------------------------------------------------------------- a training step
 
@@ -233,7 +234,7 @@ def of_samples(lab, policy, n):
         out = {"reward": float(np.mean(rewards)), "reward_interval": interval(rewards)}
         out |= {"win_rate": wins / len(rows), "win_rate_interval": wilson(wins, len(rows))}
     if world.parts:
-        parts = [world.parts(row["prompt"], row["responses"][0]) for row in rows]
+        parts = [world.parts(row["prompt"], lab.text(row["responses"][0])) for row in rows]
         out |= {name: float(np.mean([part[name] for part in parts])) for name in parts[0]}
     if world.kind == "images" and torch.equal(policy.alpha_bar, lab.reference.alpha_bar):
         kls = policy.path_kl(lab.reference, prompts, lab.eval_rng("paths"))

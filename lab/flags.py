@@ -30,6 +30,7 @@ from lab.settings import (
     Settings,
     file_path,
     idle,
+    line_in,
     load_file,
     make_world,
     methods,
@@ -66,6 +67,7 @@ TEXTS = ("data", "init", "out", "world", "prompt", "resume", "check", "judge", *
 # the seeds of --claim: no release printed 30 to 49 before; tuning has seeds from 100 on
 REPORTED, TUNING, SEEDS = 30, 100, 5
 FAMILIES = ("pairs", "lists", "online", "images", "analysis", "beyond", "baseline")  # of a PAPER
+NEEDS = ("pairs or lists", "lists", "demonstrations", "verifier", "reward", "criteria", "points")
 TYPES = {"int", "float", "bool", "str", "None"}  # of the fields of a Config, joined by |
 ENDINGS = r"(?i)(\.(py|jsonl?|csv|parquet|npz))?(\.gz)?$"  # of files, left out of a folder's name
 ALIASES = dict(  # names of other libraries, for "did you mean"; they are not accepted
@@ -243,9 +245,21 @@ def declared(name):
     taken = sorted(set(flags or {}) & set(settings_flags()))
     if taken:
         problem = f"its Config has the field {taken[0]}, which is the name of a run setting"
+    actions = sorted(set(flags or {}) & set(ACTIONS))
+    if actions:
+        problem = f"its Config has the field {actions[0]}, which is the name of an action"
+    upper = [name for name in flags or {} if name != name.lower()]
+    if upper:
+        problem = f"its Config has the field {upper[0]}, but flags are in lower case"
     strange = sorted(set(paper.worlds) - set(KINDS)) if paper else []
     if strange:
         problem = f"its PAPER names worlds of {strange[0]}; there are {', '.join(KINDS)}"
+    for several in ("worlds", "ignores", "core"):
+        value = getattr(paper, several, ())
+        if not isinstance(value, tuple):
+            problem = f"{several} of its PAPER must be a tuple: ({value!r},)"
+    if paper and paper.needs not in NEEDS:
+        problem = f"its PAPER needs {paper.needs}; there are {', '.join(NEEDS)}"
     if paper and paper.family not in FAMILIES:
         problem = f"its PAPER has the family {paper.family}; there are {', '.join(FAMILIES)}"
     return Declared(name, path, doc, paper, flags or {}, problem)
@@ -332,7 +346,8 @@ def read_flags(argv):
     own = {f"{m.name}.{f}": flag for m in chosen for f, flag in m.flags.items()}
     own |= {f: flag for m in chosen for f, flag in m.flags.items()}
     known = settings_flags() | own | dict.fromkeys(ACTIONS)
-    bare = {*BARE, *(name for name, flag in known.items() if flag and flag.kind == "bool")}
+    switches = (name for name, flag in known.items() if flag and "bool" in flag.kind)
+    bare = {*BARE, *switches}
     flags, i = {}, 0
     while i < len(argv):
         if not argv[i].startswith("--") or argv[i] == "--":
@@ -544,7 +559,8 @@ def combinations(flags, chosen):
         except UserError as error:
             if not everything:
                 raise
-            leave_out(str(error).replace(method.path, method.name))
+            reason = str(error).replace(method.path, method.name)
+            leave_out(reason if method.name in reason else f"{method.name}: {reason}")
             continue
         # the flags of the run, and those that set a field of this method's Config
         own = {f: f if f in flags else f"{method.name}.{f}" for f in method.flags}
@@ -655,6 +671,7 @@ def fitting(runs, flags):
     UserError, before anything is trained: a setting, a device or a world does not fit.
     """
     kept, made, left, rehearsed = [], {}, set(), set()
+    everything = flags.get("method", "").lower() == "all"
     for run in runs:
         s = run.settings
         pick_device(s.device)
@@ -682,7 +699,7 @@ def fitting(runs, flags):
             rehearsed.add(seen)
             kept.append(run)
         except UserError as error:
-            if flags["method"].lower() != "all":
+            if not everything:
                 raise UserError(f"{run.name()}: {error}" if run.varied else str(error)) from None
             if run.method not in left:
                 named = "" if str(error).startswith(run.method) else f"{run.method}: "
@@ -690,6 +707,12 @@ def fitting(runs, flags):
                 if not rest.endswith(CAN):
                     reason = str(error)
                 leave_out(f"{named}{reason}")
+            left.add(run.method)
+        except Exception as error:
+            if not everything:
+                raise
+            if run.method not in left:
+                leave_out(f"{run.method}: {line_in(run.module.__file__, error)}")
             left.add(run.method)
     if not kept:
         raise UserError("no method can use this world")

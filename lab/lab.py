@@ -470,10 +470,10 @@ class Lab:
             if not isinstance(rewards, torch.Tensor):
                 kind = type(rewards).__name__
                 raise TypeError(f"reward returned a {kind}, expected a tensor of n numbers")
-        if len(rewards) != len(prompts):
+        if rewards.shape != (len(prompts),):
             raise UserError(
-                f"the reward of {world.name} returned {len(rewards)} numbers for {len(prompts)} "
-                "responses"
+                f"the reward of {world.name} has shape {tuple(rewards.shape)} for {len(prompts)} "
+                f"responses, expected ({len(prompts)},)"
             )
         if not rewards.isfinite().all():
             raise UserError(

@@ -3,6 +3,7 @@
 import textwrap
 from collections import Counter
 
+from data import UserError
 from lab.flags import ACTIONS, catalogue, filled_in, settings_flags
 from lab.report import table
 from lab.results import OWN, verdicts
@@ -61,7 +62,11 @@ def paper_help(method):
     head = method.doc.split("Differences from the paper")[0].rstrip()
     paper, parts = method.paper, [head]
     if method.flags:
-        rows = explained(method.flags, filled_in(method))
+        try:
+            filled = filled_in(method)
+        except UserError:  # the file fails while it is imported, so only its source is known
+            filled = {}
+        rows = explained(method.flags, filled)
         parts += [f"\nFlags of {method.name} [default]", lines_of(rows)]
     else:
         parts += [f"\n{method.name} has no flags of its own."]

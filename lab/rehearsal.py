@@ -41,7 +41,9 @@ def rehearse(run, world, start):
             lab.base()
             lab.encode(world.held_out[: lab.eval_size])
         if world.kind == "text" and world.reward and world.pretrain:
-            lab.truth(world.demonstrations(4, lab.rng("rehearsal")))
+            with slips(path) if path else contextlib.nullcontext():
+                rows = world.demonstrations(4, lab.rng("rehearsal"))
+            lab.truth(rows)
         with torch.random.fork_rng(devices=[]):  # a method may draw from the global generator
             try:
                 run.module.run(lab, run.cfg)

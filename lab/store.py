@@ -299,10 +299,10 @@ def alone(path, wait=True):
                 msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         except OSError as error:
             file.close()
-            if not wait:
-                raise UserError(f"{path} is being written by another run") from None
             if not isinstance(error, (BlockingIOError, PermissionError)):  # the latter: Windows
                 break  # a file system without locks: the value may be made twice
+            if not wait:
+                raise UserError(f"{path} is being written by another run") from None
             if not told:
                 print("another run is making what this run needs: waiting", file=sys.stderr)
             told = True

@@ -53,7 +53,9 @@ SPACES = dict.fromkeys(("velocity", "target"), dict(lr_k=0.05))  # lr_k is read 
 
 @dataclass(frozen=True)
 class Config:
-    fixed_k: float | None = None  # a fixed k, 0 noise, 0.5 velocity, 1 image; none: it is learned
+    fixed_k: float | None = (
+        None  # a fixed k: 0 noise, 0.5 velocity, 1 image; without it, k is learned
+    )
     # learning rate of w in k = sigmoid(w); it needs a larger one than the network
     lr_k: float | None = None
     space: str = "velocity"  # where errors are measured: velocity, or target (of u, an ablation)

@@ -47,9 +47,9 @@ class Config:
     variant: str = "dpo"  # dpo or kto_pair, which the released code uses
     beta: float = 0.5  # strength of the pull to the reference (the released code: 0.1)
     anchor: str = "teacher"  # the reference of the last stage: teacher or student
-    experts: int | None = None  # experts of a sparse layer
-    top: int | None = None  # experts that are used for a token
-    # weight of the balance between experts, once for both responses of a pair
+    experts: int | None = None  # sparse > 0: experts of a sparse layer
+    top: int | None = None  # sparse > 0: experts that are used for a token
+    # sparse > 0: weight of the balance between experts, once for both responses of a pair
     aux: float | None = None
     width: int = 64  # hidden size of the student
     dense: int = 700  # steps of dense distillation (D2D)

@@ -55,6 +55,7 @@ def test_bad_losses_are_named(make, words):
         ({"margin": torch.ones(4)}, ["'margin'", "shape (4,)", ".mean()"]),
         ({"margin": torch.ones((), requires_grad=True)}, ["'margin'", ".detach()"]),
         ({"margin": "high"}, ["'margin'", "a str, not a number"]),
+        ({"step": 1.0}, ["'step'", "rename it"]),
     ],
 )
 def test_bad_metrics_are_named(metrics, words):

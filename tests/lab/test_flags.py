@@ -271,6 +271,11 @@ def test_what_does_nothing_or_is_out_of_range_is_refused(tmp_path, capsys, line,
     assert set(os.listdir(tmp_path)) <= {"cache"}
 
 
+def test_a_switch_that_may_be_none_needs_no_value():
+    given, _ = flags.read_flags(["--method", "urflex", "--both_right", "--critic", "flex"])
+    assert given["both_right"] == "true" and given["critic"] == "flex"
+
+
 def test_all_methods_are_asked_for_in_any_case():
     names = [about.name for about in flags.chosen_methods(["--method", "ALL"])]
     assert names == [about.name for about in flags.chosen_methods(["--method=all"])]

@@ -328,7 +328,9 @@ class World(world.World):
     ("reward", "words"),
     [
         ("torch.full((len(prompts),), float('nan'))", "the reward of letters is NaN or infinite"),
-        ("torch.zeros(3)", "the reward of letters returned 3 numbers for"),
+        ("torch.zeros(3)", "the reward of letters has shape (3,) for"),
+        ("torch.zeros(len(responses), 1)", "1) for"),
+        ("torch.zeros(())", "the reward of letters has shape () for"),
         ("[0.0] * len(prompts)", "letters.py: TypeError: reward returned a list, expected"),
         ("torch.zeros(lenght(prompts))", "letters.py, line 31: NameError: name 'lenght'"),
     ],
@@ -483,6 +485,42 @@ def test_a_method_whose_config_fails_is_left_out_of_all(
     given, chosen = flags.read_flags(["--method", "all", "--beta", "-1"])
     with pytest.raises(UserError, match="beta = -1.0: expected"):
         flags.combinations(given, chosen)
+
+
+def test_a_method_whose_run_fails_at_once_is_left_out_of_all(tmp_path, capsys, monkeypatch):
+    path = broken_config(tmp_path, "policy = lab.base()", "policy = 1 / 0")
+    both = [flags.declared("dpo"), flags.declared(path)]
+    monkeypatch.setattr(flags, "catalogue", lambda: both)
+    given, chosen = flags.read_flags(["--method", "all", *TINY])
+    runs = flags.fitting(flags.combinations(given, chosen), given)
+    assert [run.method for run in runs] == ["dpo"]
+    assert "left out: my_method: " in capsys.readouterr().err
+
+
+def test_the_help_of_a_method_that_cannot_be_imported_is_shown(tmp_path, capsys):
+    path = own_method(tmp_path)
+    with open(path, "a") as file:
+        file.write("\nfill_variant(None, TABLE)\n1 / 0\n")
+    assert train.main(["--method", path, "--help"]) == 0
+    assert "Flags of my_method" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        (BETA, BETA + "    judge: int = 2  # a judge\n", "judge, which is the name of an action"),
+        (
+            BETA,
+            BETA + "    T: int = 2  # a number\n",
+            "field T, but flags are in lower case",
+        ),
+        ('ignores=("k",)', 'ignores="flip"', "must be a tuple: ('flip',)"),
+        ('    "pairs",\n', '    "pairs",\n    needs="pairz",\n', "its PAPER needs pairz"),
+    ],
+)
+def test_a_slip_in_what_a_method_declares_is_one_line(tmp_path, capsys, old, new, words):
+    path = broken_config(tmp_path, old, new)
+    refused(capsys, ["--method", path, *TINY], path, words)
 
 
 def test_an_unknown_family_is_refused(tmp_path, capsys):

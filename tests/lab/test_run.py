@@ -242,3 +242,11 @@ def test_a_reader_that_stops_early_is_no_mistake(tmp_path):
     command = f"{sys.executable} {store.HERE}/train.py --list | head -n 1"
     done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
+
+
+def test_a_sweep_over_a_field_of_one_method_alone_has_its_table(capsys):
+    argv = ["--method", "dpo,rdpo", "--epsilon", "0.1,0.2", "--world", "bandit"]
+    assert train.main([*argv, "--steps", "2", "--prompts", "64", "--out", "s"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    cells = [line.split()[:2] for line in lines if line.startswith(("dpo", "rdpo"))]
+    assert ["dpo", "-"] in cells and ["rdpo", "0.1"] in cells and ["rdpo", "0.2"] in cells
