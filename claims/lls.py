@@ -9,7 +9,8 @@ fits perfectly and finds other classes, are in tests/methods/test_lls.py.
 
 The expectations come from the means of tuning seeds 100 to 109. What NMF loses with little shift is
 not the discriminator's fault, since anchors on the same table stay close to the oracle. On real
-digits anchors lose little to the true W, at alpha 3 about three times as much as at 0.5.
+digits anchors are a little less accurate than the true W; the difference is several times as large
+at alpha 3 as at 0.5.
 """
 
 from lab.claims import claim

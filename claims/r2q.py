@@ -11,9 +11,9 @@ V(s_0) of the chosen reward, and its sign, are tests (tests/methods/test_r2q.py)
 
 What theory expects: a wider beam finds responses of higher likelihood, which under DPO's optimum
 and a uniform reference is higher reward; but where the reward is a sum over tokens, or tokens are
-free, greedy search is optimal already. A language model on sums is not measured: on tuning seeds
-100 to 102 a wider beam hardly helped there, and the surprise of the base model found wrong steps
-better than A does.
+free, greedy search is optimal already. A language model on sums is not measured, for two reasons,
+which were seen on tuning seeds 100 to 102: a wider beam hardly helped there, and A found wrong
+steps less well than the surprise of the base model, -log p, did.
 """
 
 import copy

@@ -187,7 +187,7 @@ class Lab:
             self.round = before
 
     def few(self, n, least=4):
-        """n; in a smoke run at most `least`. For the steps and sample sizes of a measurement."""
+        """n; in a smoke run at most `least`. Numbers of steps and sample sizes go through it."""
         return min(n, least) if self.smoke else n
 
     def cached(self, key, function):

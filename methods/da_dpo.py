@@ -68,7 +68,8 @@ def pair_beta(quality, cfg):
 def loss(logps, ref_logps, batch, cfg):
     """logps, ref_logps (B, 2, T), chosen first, 0 outside batch.mask -> losses (B,), metrics.
 
-    The column quality (B, 2) holds the normalised scores of both responses, chosen first.
+    The column quality (B, 2), chosen first, is made by `vote`: the normalised scores of both
+    responses, or their normalised gap and 0.
     """
     logps, ref_logps = pair(logps, ref_logps, batch)
     chosen, rejected = (logps - ref_logps).sum(-1).unbind(1)  # (B,) log-ratios: SUM over tokens
@@ -129,7 +130,7 @@ def estimates(lab, model, rows):
 
 
 def balanced(cfg, quality):
-    """The Config for these pairs; with `matched`, their mean beta becomes beta alpha."""
+    """The Config for these pairs; `matched` scales alpha, so that their mean beta is beta * alpha."""
     if not cfg.matched:
         return cfg
     mean = pair_beta(quality, cfg).mean().item()

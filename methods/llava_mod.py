@@ -1,8 +1,8 @@
 """LLAVA_MOD - LLaVA-MoD: Making LLaVA Tiny via MoE Knowledge Distillation (2024), arXiv:2408.15881
 
 A small student learns from a large teacher in three stages. First it mimics the teacher's
-distribution over the vocabulary (D2D). Then its feed-forward layers are copied into experts with a
-router, and it mimics again (D2S). Finally it learns from preferences with the teacher as the
+distribution over the vocabulary (D2D). Then every second feed-forward layer is copied into experts
+with a router, and it mimics again (D2S). Finally it learns from preferences with the teacher as the
 reference: it must raise good answers above the teacher's own probability, so it can hallucinate
 less than its teacher.
 

@@ -158,7 +158,7 @@ class World(world.World):
         return {"off_manifold": self.off_manifold(x), "mode_entropy": self.mode_entropy(x)}
 
     def picture(self, before, after):
-        """A Figure of the points (n, k, D) of two models in the plane, from the same noise.
+        """A Figure of the points (n, k, D) of two models, in the plane of the ring.
 
         Circles are 3 std around the modes. A point farther than 2 from the origin in a coordinate
         is drawn at the edge.

@@ -146,7 +146,7 @@ class World(world.World):
     # ---------------------------------------------------------------- drawing
 
     def place(self, prompts, rng):
-        """Corners that fulfil the prompts, (n, 4) objects, EMPTY where there is none."""
+        """Random scenes that fulfil n prompts: the object in each corner, (n, 4), or EMPTY."""
         prompts = torch.as_tensor(prompts)
         pick = torch.randint(4, (len(prompts),), generator=rng)
         spots = self.places[self.relation[prompts], pick]  # (n, 2)
@@ -298,7 +298,7 @@ class World(world.World):
         return torch.stack([faith, 4 * clean(error) + 2, bold.clamp(min=-2)], 1)
 
     def contexts(self, prompts):
-        """The kinds (n,) of n prompts, on which tastes depend: their relations."""
+        """The relation (n,) that each prompt asks for; the annotators' tastes depend on it."""
         return self.relation[torch.as_tensor(prompts)]
 
     # ---------------------------------------------------------------- measurements and pictures

@@ -9,8 +9,9 @@ logits from N(0, 0.7^2) at every prefix, and the reward is
 
     r(y) = 2 (share of 0s - share of 3s) + [ "1 0" occurs ]
 
-standardized to mean 0 and variance 1 under the reference. It does not depend on length, so a
-change in length is caused by the method, or by length-biased labels (`World.labelled`).
+standardized to mean 0 and variance 1 under the reference. Length is no term of it, but "1 0" occurs
+more often in longer responses. So the lengths of two methods are compared at the same KL. Labels
+may be biased towards length (`World.labelled`).
 
 In the table (toy/exact.py) every response has five tokens: after an end token, only end tokens
 follow, with probability 1. A row holds a response up to its first end token, and `World.batch`
