@@ -130,7 +130,7 @@ def estimates(lab, model, rows):
 
 
 def balanced(cfg, quality):
-    """The Config for these pairs; `matched` scales alpha, so that their mean beta is beta * alpha."""
+    """The Config for these pairs; `matched` scales alpha to a mean beta of cfg.beta * cfg.alpha."""
     if not cfg.matched:
         return cfg
     mean = pair_beta(quality, cfg).mean().item()

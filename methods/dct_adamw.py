@@ -1,10 +1,10 @@
 """DCT_ADAMW - SVD-Free Low-Rank Adaptive Gradient Optimization for Large Language Models (2025),
 arXiv:2505.17967
 
-Low-rank optimizers such as GaLore keep their states in a subspace per matrix, and pay for an SVD
-and a stored projection. Here all matrices share the DCT's cosines as basis Q. Each step selects the
-r columns that fit the gradient G best and adds the rest, E, to the next gradient. Columns that stay
-selected keep their moments; new ones begin at 0:
+GaLore keeps its states in a subspace per matrix, and pays for an SVD and a stored projection. Here
+all matrices share the DCT's cosines as basis Q. Each step selects the r columns that fit the
+gradient G best and adds the rest, E, to the next gradient. Columns that stay selected keep their
+moments; new ones begin at 0:
 
     A = G + E     S = A Q     idx = top-r columns by norm     Q_r = Q[:, idx]     a = A Q_r
     E = A - a Q_r^T              W = W - lr adam(a) Q_r^T                        DCT-AdamW
