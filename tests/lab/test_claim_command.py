@@ -200,7 +200,7 @@ def test_stored_series_are_judged_again_without_measuring(tmp_path, monkeypatch,
     after = content(tmp_path / "results" / "dpo.json")["reported"]
     assert [b["claims"][0]["verdict"] for b in (before, after)] == ["supported", "no effect"]
     assert after["series"] == before["series"] and after["run"] == before["run"]
-    assert "were judged at" in (tmp_path / "results" / "dpo.md").read_text()
+    assert "were judged again at" in (tmp_path / "results" / "dpo.md").read_text()
     assert "no effect (expected: supported)" in (tmp_path / "results" / "README.md").read_text()
     made["dpo"].CLAIMS = stated(0.5)
     assert train.main(["--judge", "results", "--method", "dpo"]) == 0
