@@ -83,7 +83,7 @@ def report_run(run, lab, result):
         summary |= {"after": result}
         say("\n" + report.before_after({}, result))
     elif isinstance(result, torch.nn.Module):
-        summary |= evaluated(run, lab, result)
+        summary |= evaluate_run(run, lab, result)
     else:
         raise UserError(
             f"run of {run.method} returns a {type(result).__name__}: "
@@ -116,7 +116,7 @@ def finished(out):
     return folder.read_summary(out)
 
 
-def evaluated(run, lab, model):
+def evaluate_run(run, lab, model):
     """Evaluate the base model and the trained model; print the table and write the files -> dict.
 
     The files are samples, curves and the checkpoint.

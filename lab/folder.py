@@ -44,7 +44,7 @@ def folder(run, flags, label, resumed=None):
     """
     out = resumed or new_folder(run.settings, label, adds="claim" in flags)
     kept = resumed or os.listdir(out)
-    former = f"{os.path.abspath(out)}.replaced-{os.getpid()}"
+    former = aside(out)
     with contextlib.ExitStack() as held:
         held.enter_context(alone(out, wait=False))
         if kept:
@@ -113,12 +113,17 @@ def new_folder(settings, label, adds=False):
                 raise UserError(f"--{name} {value} lies in --out {out}, which would be replaced")
         with alone(out, wait=False):
             pass
-        os.replace(out, f"{os.path.abspath(out)}.replaced-{os.getpid()}")
+        os.replace(out, aside(out))
     try:
         os.makedirs(out, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror}") from None
     return out
+
+
+def aside(out):
+    """The path to which --overwrite moves the former run until the new one has ended."""
+    return f"{os.path.abspath(out)}.replaced-{os.getpid()}"
 
 
 def give_back(out, former):

@@ -29,7 +29,7 @@ def rehearse(run, world, start):
     """UserError for what the run refuses before anything is trained, and for rows that do not fit.
 
     world, start: of its settings, as `make_world` and `load_pretrained` made them."""
-    path = run.settings.world and file_path("world", run.settings.world)
+    path = file_path("world", run.settings.world) if run.settings.world else None
     if path:
         check_recipe(world, run.settings, path)
     lab = Rehearsal(run.settings, quiet=True, world=world, start=start)
@@ -41,7 +41,7 @@ def rehearse(run, world, start):
             lab.base()
             lab.encode(world.held_out[: lab.eval_size])
         if world.kind == "text" and world.reward and world.pretrain:
-            with slips(path) if path else contextlib.nullcontext():
+            with slips(path):
                 rows = world.demonstrations(4, lab.rng("rehearsal"))
             lab.truth(rows)
         with torch.random.fork_rng(devices=[]):  # a method may draw from the global generator

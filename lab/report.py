@@ -12,7 +12,7 @@ import torch
 
 from data import encode, printable
 from lab.evaluate import interval
-from lab.settings import Settings
+from lab.settings import Settings, title
 from lab.store import load_value, write_beside
 
 # ---------------------------------------------------------------- the terminal
@@ -70,9 +70,7 @@ def header(lab, name, module, cfg, model):
 
     model: None in a world of vectors, which has none.
     """
-    line = name
-    if module:  # the first paragraph of its docstring
-        line = " ".join((module.__doc__ or module.__name__).strip().split("\n\n")[0].split())
+    line = title(module) if module else name
     config = ""
     if cfg:
         config = "  ".join(f"{k} {v}" for k, v in vars(cfg).items() if v is not None)

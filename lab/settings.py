@@ -350,35 +350,42 @@ def load_file(kind, name):
     """
     path = file_path(kind, name)
     stem, folder = os.path.basename(path)[:-3], os.path.dirname(path)
-    ours = folder in [os.path.join(HERE, package) for package in ("methods", "toy", "claims")]
-    if not ours:
-        if loaded.get(stem) == path:
-            return sys.modules[stem]
-        if stem not in loaded:
-            taken = importlib.util.find_spec(stem)
-            if taken is not None and taken.origin != path:
-                raise UserError(f"--{kind} {name}: a module {stem} exists already; rename the file")
-        if folder not in sys.path:
-            sys.path.append(folder)
-        spec = importlib.util.spec_from_file_location(stem, path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[stem] = module
-    try:
-        if ours:
+    if folder in [os.path.join(HERE, ours) for ours in ("methods", "toy", "claims")]:
+        with readable(path):
             return importlib.import_module(f"{os.path.basename(folder)}.{stem}")
-        spec.loader.exec_module(module)
-    except BaseException as error:
-        if not ours:
-            del sys.modules[stem]
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        # a file may raise anything while it is imported, SystemExit included
+    if loaded.get(stem) == path:
+        return sys.modules[stem]
+    if stem not in loaded:
+        taken = importlib.util.find_spec(stem)
+        if taken is not None and taken.origin != path:
+            raise UserError(f"--{kind} {name}: a module {stem} exists already; rename the file")
+    if folder not in sys.path:
+        sys.path.append(folder)
+    spec = importlib.util.spec_from_file_location(stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[stem] = module
+    try:
+        with readable(path):
+            spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[stem]
+        raise
+    loaded[stem] = path
+    return module
+
+
+@contextlib.contextmanager
+def readable(path):
+    """Turn any error in the import of the file at `path` into a UserError with the line."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a file may raise anything, SystemExit included
         lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
         line = error.lineno if isinstance(error, SyntaxError) else (lines or ["?"])[-1]
         text = error.msg if isinstance(error, SyntaxError) else f"{type(error).__name__}: {error}"
         raise UserError(f"{path} cannot be read: line {line}: {text}") from error
-    loaded[stem] = path
-    return module
 
 
 def line_in(path, error):
