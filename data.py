@@ -6,6 +6,7 @@ Shapes: B prompts, K responses, T response tokens, N packed rows of S tokens wit
 branch is a stretch of tokens with its own place in the prompt tree: the prompt, or a response.
 """
 
+import math
 import re
 from dataclasses import astuple, dataclass, field, fields, replace
 
@@ -133,6 +134,24 @@ def pair(logps, ref_logps, batch):
     if readable(batch.mask) and not batch.mask.any(-1).all():
         raise UserError("a response has no scored token")
     return upcast(logps, ref_logps)
+
+
+def check_lists(present, scores, low=-math.inf, high=math.inf, least=2):
+    """Check that lists have enough responses, and finite scores from `low` to `high`.
+
+    present: (B, K) bool, false for an absent response. scores: (B, K). least: the number of
+    responses that are needed. UserError: a list breaks one of these rules, which is checked only
+    where values are `readable`.
+    """
+    if not readable(present):
+        return
+    if (present.sum(1) < least).any():
+        what = "response" if least == 1 else "responses"
+        raise UserError(f"a list needs at least {least} {what} with a scored token")
+    wrong = ~(scores.isfinite() & (scores >= low) & (scores <= high))
+    if wrong.any():
+        wanted = f"from {low:g} to {high:g}" if math.isfinite(low) else "that are finite"
+        raise UserError(f"score {scores[wrong][0]:g}: this loss needs scores {wanted}")
 
 
 # ---------------------------------------------------------------- text
@@ -306,6 +325,23 @@ class Batch:
 
 
 LONG = 512  # packed rows of so many tokens or more have lists of keys (nanomodel.Runs)
+
+
+def paths(batch):
+    """The trees of a batch as masks on (B, K, K) and leaf (B, K); without `parents`, flat lists.
+
+    on[b, i, k]: node k is on the path to node i. leaf[b, k]: node k is the last step of a response.
+    """
+    present = batch.mask.any(-1)
+    parents = getattr(batch, "parents", None)
+    parents = torch.full_like(present, -1, dtype=torch.long) if parents is None else parents
+    places = torch.arange(present.shape[1], device=present.device)
+    child_of = parents[..., None] == places  # (B, child, parent)
+    on = eye = torch.eye(len(places), device=present.device)
+    for _ in range(len(places)):  # a path is a node and the path of its parent
+        on = eye + child_of.to(eye.dtype) @ on
+    return on.bool(), present & ~child_of.any(1)
+
 
 # columns that do not become attributes of the batch; `where` is a row's place in the user's file
 OWN = ("prompt", "responses", "scores", "parents", "context", "ends", "reward", "tree", "where")

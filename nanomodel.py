@@ -432,6 +432,16 @@ class GPT(nn.Module):
         return Cache(prompt, own, seen, length), self.unembed(last)
 
     @torch.no_grad()
+    def next_logps(self, prompt, written):
+        """Log-probs (n, V), float64, of the next token after each of n beginnings (n, t).
+
+        prompt: text or token ids.
+        """
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        _, logits = self.prefill([ids + tokens for tokens in written.tolist()], 1, 1)
+        return logits.cpu().double().log_softmax(-1)
+
+    @torch.no_grad()
     def decode(self, cache, tokens):
         """Append one token to each sample: tokens (B, K) -> logits (B, K, V) of the next token.
 

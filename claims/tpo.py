@@ -16,9 +16,10 @@ from types import SimpleNamespace
 
 import torch
 
-from data import collate, upcast
+from data import collate, paths, upcast
 from lab.claims import claim
 from methods import dpo, tpo
+from toy.chains import grown
 
 PLAIN = dict(asr=False)  # without step weights
 
@@ -27,7 +28,7 @@ def dpo_on(pick):
     """DPO's loss on two responses of every list; pick(scores, leaf) -> their indices, each (B,)."""
 
     def loss(logps, ref_logps, batch, cfg):
-        on, leaf = tpo.paths(batch)
+        on, leaf = paths(batch)
         chosen, rejected = pick(batch.scores, leaf)
         both = torch.stack([chosen, rejected], 1)  # (B, 2)
         pair = [
@@ -51,7 +52,7 @@ def best_and_worst(scores, leaf):
 def mean_step_weight(lab):
     """The mean weight w of the steps of the base model's pairs, on 64 trees of sums."""
     policy = lab.base()
-    rows = lab.rows(tpo.grown(lab, policy))
+    rows = lab.rows(grown(lab, policy))
     with torch.no_grad():
         batch = tpo.prepare(policy, collate(rows, lab.world.tokenizer).to(lab.device))
         logps = policy.logps(batch)

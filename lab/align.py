@@ -27,6 +27,7 @@ def align(
     score=None,
     steps=None,
     every=None,
+    decay=None,
     optimizer=None,
     watch=None,
 ):
@@ -36,7 +37,8 @@ def align(
         optimizer serves all rounds.
     loss(logps, ref_logps, batch, cfg) -> losses (B,), metrics.
     reference: "start" (a frozen copy of the policy at this call), "round" (a copy at each call of
-        data), a model, a function (policy, step) -> model, or None (ref_logps is None).
+        data), "average" (the moving average with `decay` of the policy's weights after each step),
+        a model, a function (policy, step) -> model, or None (ref_logps is None).
     prepare(policy, batch) -> batch draws random numbers that policy and reference must share.
     score(model, batch) -> logps, by default model.logps(batch).
     steps: by default those of the Lab.
@@ -50,11 +52,11 @@ def align(
             f"--optimizer {lab.settings.optimizer} would do nothing: this method has its own"
         )
     steps = lab.few(lab.steps if steps is None else steps)
-    check_call(data, reference, every)
+    check_call(data, reference, every, decay)
     with lab.verb("align") as stage:
         if stage.done:
             return restore(policy, stage.value)
-        feed = Feed(lab, policy, data, reference, prepare, score, steps, every)
+        feed = Feed(lab, policy, data, reference, prepare, score, steps, every, decay)
         run_score = lab.compile(feed.score)
 
         def forward(model, item):
@@ -76,12 +78,15 @@ def align(
     return policy
 
 
-def check_call(data, reference, every):
+def check_call(data, reference, every, decay):
     """UserError for arguments of `align` that do not fit together."""
-    if isinstance(reference, str) and reference not in ("start", "round"):
+    if isinstance(reference, str) and reference not in ("start", "round", "average"):
         raise UserError(
-            f'reference {reference!r}: expected "start", "round", a model, a function or None'
+            f'reference {reference!r}: expected "start", "round", "average", a model, '
+            "a function or None"
         )
+    if reference == "average" and decay is None:
+        raise UserError('reference "average" needs decay=, a number between 0 and 1')
     if callable(data) and not every:
         raise UserError("data is a function: align needs every=, the steps between two calls")
     if not callable(data) and not len(data):
@@ -95,10 +100,13 @@ class Feed:
     the round and the number of rows.
     """
 
-    def __init__(self, lab, policy, data, reference, prepare, score, steps, every):
+    def __init__(self, lab, policy, data, reference, prepare, score, steps, every, decay):
         self.lab, self.policy, self.data, self.every = lab, policy, data, every
         self.fixed = not callable(data)
         self.per_round = steps if self.fixed else every  # optimizer steps on one set of rows
+        self.average, self.decay = None, decay
+        if reference == "average":
+            self.average, reference = frozen(policy), self.averaged
         self.moving = callable(reference) and not isinstance(reference, torch.nn.Module)
         # reference log-probs are cached if the rows are text and every score is that of logps
         self.cached = lab.world.kind == "text" and not (prepare or score or self.moving)
@@ -148,6 +156,14 @@ class Feed:
             raise Stop
         return batch, self.ref_logps(batch)
 
+    @torch.no_grad()
+    def averaged(self, policy, step):
+        """The moving average, to which the weights after the last step are added; once per step."""
+        for weight, param in zip(self.average.parameters(), policy.parameters()):
+            if step and param.requires_grad:
+                weight.lerp_(param, 1 - self.decay)
+        return self.average
+
     def ref_logps(self, batch):
         """Log-probs of the reference (B, K, T), cached or computed now; None without one."""
         if self.kind is None:
@@ -169,12 +185,16 @@ class Feed:
             ]
         if self.kind == "round" and isinstance(self.reference, torch.nn.Module):
             state = self.reference.state_dict()
+        if self.average is not None:
+            state = self.average.state_dict()
         least = astuple(self.sizes) if self.sizes else None
         return {"round": self.round, "rows": rows, "reference": state, "sizes": least}
 
     def load(self, state):
         """Restore what `save` returned."""
-        if state["reference"] is not None:
+        if self.average is not None:
+            self.average.load_state_dict(state["reference"])
+        elif state["reference"] is not None:
             self.reference = frozen(self.policy)
             self.reference.load_state_dict(state["reference"])
         self.sizes = Sizes(*state["sizes"]) if state["sizes"] else None

@@ -105,6 +105,8 @@ class Lab:
         for name in (*names, "eval_every", "eval_size"):
             given = getattr(settings, name)
             setattr(self, name, chosen.get(name) if given is None else given)
+        if self.world.given is not None and self.prompts:
+            self.prompts = min(self.prompts, len(self.world.given(None)))
         if smoke:
             most = dict(steps=self.few(2**30), batch_size=4, prompts=16, eval_size=4)
             for name, n in most.items():
@@ -513,13 +515,16 @@ class Lab:
         ties: keep pairs to which a verifier gives equal scores.
         key: another key gives other prompts and samples. Inside a data function of `align` the
             round is added to it.
-        Pairs have the chosen response first. With --data the rows are the file's training rows; for
-        k = 2, only the best and the worst response of each row are kept. UserError: no pair has
-        different scores.
+        Pairs have the chosen response first. With --data the rows are the file's training rows, and
+        every round goes on where the last one ended; for k = 2, only the best and the worst
+        response of each row are kept. UserError: no pair has different scores.
         """
         settings, world = self.settings, self.world
         if world.given is not None:
-            rows = world.given(k)[: n or self.prompts]
+            rows = world.given(k)
+            n = min(n or self.prompts, len(rows))
+            first = n * (self.round or 0)  # every round goes on where the last one ended
+            rows = [rows[i % len(rows)] for i in range(first, first + n)]
             odd = [row for row in rows if k == 2 and len(row["responses"]) != 2]
             if odd:
                 place = f"{odd[0]['where']}: " if "where" in odd[0] else ""

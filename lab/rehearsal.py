@@ -137,10 +137,20 @@ class Rehearsal(Lab):
         return policy
 
     def check_data(
-        self, policy, data, loss, cfg, reference, other, steps=None, every=None, **options
+        self,
+        policy,
+        data,
+        loss,
+        cfg,
+        reference,
+        other,
+        steps=None,
+        every=None,
+        decay=None,
+        **options,
     ):
         """The checks of `align`; other: whether something else than log-probs of rows is scored."""
-        check_call(data, reference, every)
+        check_call(data, reference, every, decay)
         steps = self.steps if steps is None else steps
         for round in range(-(-steps // every) if callable(data) else 1):
             rows = data

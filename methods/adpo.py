@@ -22,27 +22,18 @@ Differences from the paper
     python train.py --method adpo --anchor round     more reward, more KL
 """
 
-import copy
 from dataclasses import dataclass
 
 import torch
 
-from data import Paper, UserError, check_fields, fill_variant, readable, upcast
+from data import Paper, UserError, check_fields, check_lists, fill_variant, readable, upcast
 
-PAPER = Paper(
-    "lists",
-    worlds=("text", "images", "table"),
-    defaults=dict(world="reviews", k=4),
-)
-TARGETS = dict(
-    hard=dict(smoothing=0.0),
-    raw=dict(beta_r=0.5),
-    zscore=dict(beta_r=0.5),
-    kde=dict(beta_r=0.5),
-    given={},
-    order={},
-)
+PAPER = Paper("lists", worlds=("text", "images", "table"), defaults=dict(world="reviews", k=4))
+SOFT = dict(beta_r=0.5)
+TARGETS = dict(hard=dict(smoothing=0.0), raw=SOFT, zscore=SOFT, kde=SOFT, given={}, order={})
 ANCHORS = dict(fixed={}, round=dict(rounds=4), ema=dict(decay=0.99), uniform={})
+REFERENCES = dict(fixed="start", round="round", ema="average", uniform=None)  # those of lab.align
+NO_TARGETS = "target = given needs --data with the column q, a number per response"
 
 
 @dataclass(frozen=True)
@@ -52,9 +43,8 @@ class Config:
     beta_r: float | None = None  # temperature of the targets raw, zscore and kde
     smoothing: float | None = None  # share of a hard target that goes to the other responses
     reduce: str = "sum"  # sum or mean over the tokens of a response
-    anchor: str = (
-        "fixed"  # fixed: base model; round: policy at each round; ema: its average; uniform
-    )
+    # fixed: the base model; round: the policy at each round; ema: its moving average; uniform
+    anchor: str = "fixed"
     rounds: int | None = None  # number of rounds for anchor = round, each with lists of its own
     decay: float | None = None  # decay of the moving average for anchor = ema
 
@@ -65,26 +55,14 @@ class Config:
         check_fields(self, rounds="[1, inf)", reduce=("sum", "mean"))
 
 
-def check_scored(logps, batch, cfg):
-    """Check that lists have a scored token, finite scores and a valid column q; else UserError.
-
-    Values are checked where they are `readable`.
-    """
-    if cfg.target == "given" and not hasattr(batch, "q"):
-        raise UserError("target = given reads the column q, and the rows have none")
-    if not readable(logps):
-        return
-    present = batch.mask.any(-1)
-    if not present.any(1).all() or not batch.scores.isfinite().all():
-        raise UserError("a list has no response with a scored token, or a score that is not finite")
-    if cfg.target == "given" and (
-        (batch.q * ~present).any()
-        or (batch.q < 0).any()
-        or ((batch.q.sum(1) - 1).abs() > 1e-4).any()
-    ):
-        raise UserError(
-            "the targets q of a list must be 0 or more, 0 where a response is absent, and sum to 1"
-        )
+def check_targets(batch, present):
+    """Check that the column q holds a distribution over each list; else UserError."""
+    if not hasattr(batch, "q"):
+        raise UserError(NO_TARGETS)
+    if readable(batch.q):
+        wrong = ~(batch.q >= 0) | (batch.q != 0) & ~present  # true for NaN
+        if wrong.any() or ((batch.q.sum(1) - 1).abs() > 1e-4).any():
+            raise UserError("targets q must be 0 or more, 0 for an absent response, and sum to 1")
 
 
 def deviation(scores, present):
@@ -108,6 +86,7 @@ def kernel_ranks(scores, present):
 def targets(batch, present, cfg):
     """q (B, K), a distribution over each list, without gradient; 0 for absent responses."""
     if cfg.target == "given":
+        check_targets(batch, present)
         return batch.q.detach()
     scores = upcast(batch.scores.detach())
     if cfg.target == "hard":  # responses that tie for the best share the target
@@ -129,10 +108,10 @@ def loss(logps, ref_logps, batch, cfg):
     ref_logps = None is the uniform anchor. The target is made from batch.scores (B, K), or is the
     column q (B, K).
     """
-    check_scored(logps, batch, cfg)
+    present = batch.mask.any(-1)  # (B, K)
+    check_lists(present, batch.scores, least=1)
     logps, ref_logps = upcast(logps, ref_logps)
     ratio = logps if ref_logps is None else logps - ref_logps
-    present = batch.mask.any(-1)  # (B, K)
     count = batch.mask.sum(-1).clamp(min=1) if cfg.reduce == "mean" else 1
     u = (ratio.sum(-1) / count / cfg.tau).masked_fill(~present, -torch.inf)  # (B, K)
     if cfg.target == "order":  # each response against all with no higher score, itself included
@@ -146,73 +125,25 @@ def loss(logps, ref_logps, batch, cfg):
     return losses, {"gap": (losses + torch.xlogy(q, q).sum(1)).detach().mean()}  # KL(q || p)
 
 
-class Averaging(torch.optim.AdamW):
-    """AdamW with a moving average of every parameter in its state, which checkpoints thus hold."""
-
-    def __init__(self, params, decay, **kwargs):
-        super().__init__(params, **kwargs)
-        self.average_decay = decay
-
-    def step(self, closure=None):
-        params = [p for group in self.param_groups for p in group["params"]]
-        # AdamW initializes a parameter only if its state is empty, so the averages are taken out
-        averages = [self.state[p].pop("average", p.detach().clone()) for p in params]
-        super().step(closure)
-        for p, average in zip(params, averages):
-            self.state[p]["average"] = average.lerp_(p.detach(), 1 - self.average_decay)
-
-
-def moving_average(lab, policy, decay):
-    """The options (reference, optimizer) of `lab.align` for a moving average as the anchor."""
-    anchor, made = copy.deepcopy(policy).requires_grad_(False).eval(), []
-
-    def optimizer(params):
-        made[:] = [Averaging(params, decay, lr=lab.lr, weight_decay=0.0, betas=(0.9, 0.95))]
-        return made[0]
-
-    def reference(policy, step):
-        for p, weight in zip(policy.parameters(), anchor.parameters()):
-            if "average" in made[0].state.get(p, ()):
-                weight.copy_(made[0].state[p]["average"])
-        return anchor
-
-    return reference, optimizer
-
-
 def run(lab, cfg):
     """Sample lists from the base model (or take the world's, or --data), then fit the targets.
 
     With anchor = round, the policy samples new lists in every round and is their anchor.
     """
-    given = lab.world.given(None) if lab.world.given is not None else None
-    if cfg.target == "given" and not (given and "q" in given[0]):
-        raise UserError(
-            "target = given needs --data whose rows have the column q, a number for each response"
-        )
+    if cfg.target == "given" and lab.world.given is None:
+        raise UserError(NO_TARGETS)
     if cfg.reduce == "mean" and lab.world.kind == "images":
         raise UserError("reduce = mean does nothing for images, which have one number each")
     rounds = cfg.rounds or 1
-    n = (min(lab.prompts, len(given)) if given else lab.prompts) // rounds
-    every = -(-lab.steps // rounds) or 1
+    n, every = lab.prompts // rounds, -(-lab.steps // rounds) or 1
     if not n or lab.steps and -(-lab.steps // every) < rounds:
-        raise UserError(
-            f"rounds = {rounds} is too many for {lab.steps} steps or for the prompts, "
-            f"which are {n} per round"
-        )
-    policy = lab.base()
+        raise UserError(f"rounds = {rounds}: too many for {lab.steps} steps, {lab.prompts} prompts")
 
     def draw(policy, round=0):
         if lab.world.lists is not None:
             return lab.rows(lab.world.lists(n, lab.rng("lists", round), lab.settings.k))
-        if given:  # every round takes a part of the file
-            return lab.preferences(policy)[round * n : (round + 1) * n]
         return lab.preferences(policy, n=n)
 
-    if cfg.anchor == "round":
-        return lab.align(policy, draw, loss, cfg, reference="round", every=every)
-    data = draw(policy)
-    if cfg.anchor == "ema":
-        reference, optimizer = moving_average(lab, policy, cfg.decay)
-        return lab.align(policy, data, loss, cfg, reference=reference, optimizer=optimizer)
-    reference = None if cfg.anchor == "uniform" else "start"
-    return lab.align(policy, data, loss, cfg, reference=reference)
+    policy = lab.base()
+    data = draw if cfg.anchor == "round" else draw(policy)
+    return lab.align(policy, data, loss, cfg, REFERENCES[cfg.anchor], every=every, decay=cfg.decay)

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from data import Paper, UserError, check_fields, readable, upcast
+from data import Paper, UserError, check_fields, check_lists, readable, upcast
 
 PAPER = Paper(
     "lists",
@@ -54,26 +54,16 @@ class Config:
         )
 
 
-def check_lists(batch):
-    """Check that rows have 2 or more items, relevance >= 0 and ranks 1 to n; else UserError.
+def check_ranks(batch):
+    """Check that absent items have no relevance and no rank, and ranks are 1 to n; else UserError.
 
-    An item without a scored token is absent, and has neither relevance nor rank. Checked
-    where values are `readable`.
+    An item without a scored token is absent. Checked where values are `readable`.
     """
     if not readable(batch.mask):
         return
-    present = batch.mask.any(-1)
-    if (present.sum(1) < 2).any():
-        raise UserError("a list needs at least 2 items with a scored token")
-    wrong = ~((batch.scores >= 0) & (batch.scores < 64))  # true for NaN
-    if wrong.any():
-        raise UserError(
-            f"relevance {batch.scores[wrong][0]:g}: the gain 2^y - 1 needs scores from 0 to 63"
-        )
-    ranks = getattr(batch, "rank", None)
-    if ((batch.scores != 0) & ~present).any() or (
-        ranks is not None and ((ranks != 0) & ~present).any()
-    ):
+    present, ranks = batch.mask.any(-1), getattr(batch, "rank", None)
+    absent = ~present
+    if (batch.scores * absent).any() or ranks is not None and (ranks * absent).any():
         raise UserError("an item has no scored token, but it has a relevance or a rank")
     if ranks is not None:
         places = torch.arange(1, ranks.shape[1] + 1)
@@ -106,7 +96,8 @@ def loss(logps, ref_logps, batch, cfg):
 
     batch.scores (B, K) are relevances >= 0; the column rank (B, K) is optional.
     """
-    check_lists(batch)
+    check_lists(batch.mask.any(-1), batch.scores, 0, 63)  # the gain 2^y - 1 grows fast
+    check_ranks(batch)
     logps, ref_logps = upcast(logps, ref_logps)
     present = batch.mask.any(-1)  # (B, K)
     n = present.sum(1)  # (B,)

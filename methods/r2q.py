@@ -28,7 +28,6 @@ import torch
 import torch.nn.functional as F
 
 from data import Paper, UserError, check_fields, fill_variant, pair, printable, upcast
-from toy.exact import Table
 
 PAPER = Paper(
     "pairs",
@@ -77,18 +76,6 @@ def proxy_tune(base, policy, reference, power=1.0):
     return (base + power * (policy - reference)).log_softmax(-1)
 
 
-def next_logps(model, prompt, written):
-    """Log-probs (n, V), float64, of the next token after each of n partial responses (n, t)."""
-    if isinstance(model, Table):
-        prefix = torch.zeros(len(written), dtype=torch.long)
-        for token in written.unbind(1):
-            prefix = prefix * model.vocab + 1 + token
-        return model.logits[prompt, prefix].double().log_softmax(-1)
-    ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-    logits = model.prefill([ids + t for t in written.tolist()], 1, 1)[1]
-    return logits.cpu().double().log_softmax(-1)
-
-
 @torch.no_grad()
 def beam_search(model, prompt, width, length, end=None):
     """Beam search for the largest SUM of log-probs (eq. 13) -> (token ids, that sum).
@@ -101,7 +88,7 @@ def beam_search(model, prompt, width, length, end=None):
     written = torch.zeros(1, 0, dtype=torch.long)
     score, done = torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.bool)
     for _ in range(length):
-        logps = next_logps(model, prompt, written)
+        logps = model.next_logps(prompt, written)  # (n, V)
         if end is not None:  # a finished beam repeats `end` with log-prob 0
             logps[done] = torch.where(torch.arange(logps.shape[1]) == end, 0.0, -torch.inf).double()
         total = (score[:, None] + logps).flatten()
@@ -117,22 +104,13 @@ def beam_search(model, prompt, width, length, end=None):
 
 def beam_rewards(lab, model, prompts, widths=(1, 5)):
     """{width: mean true reward of the responses that beam search finds}."""
-    table, rewards = isinstance(model, Table), {}
+    table, rewards = lab.world.kind == "table", {}
     length, end = (model.length, None) if table else (lab.max_response, model.tokenizer.eot)
     for width in widths:
         found = [beam_search(model, prompt, width, length, end)[0] for prompt in prompts]
         rows = [dict(prompt=p, responses=[ids]) for p, ids in zip(prompts, found)]
         rewards[width] = sum(truth[0] for truth in lab.truth(rows)) / len(rows)
     return rewards
-
-
-def token_credit(lab, policy, reference, rows, cfg):
-    """Token rewards of the first response of each row, end-of-text included: a list of lists."""
-    ours, theirs = (lab.logps(model, rows) for model in (policy, reference))
-    return [
-        token_rewards(torch.tensor(a[0]), torch.tensor(b[0]), cfg).tolist()
-        for a, b in zip(ours, theirs)
-    ]
 
 
 def show_credit(world, prompt, response, values):
@@ -163,9 +141,9 @@ def run(lab, cfg):
     if lab.world.kind == "text":
         row = {name: data[-1][name][1:] for name in ("responses", "ends")}
         row["prompt"] = data[-1]["prompt"]
-        (values,) = token_credit(lab, policy, reference, [row], cfg)
-        prompt, response = lab.text(row["prompt"]), row["responses"][0]
-        print(show_credit(lab.world, prompt, response, values))
+        logps, ref_logps = (torch.tensor(lab.logps(m, [row])[0][0]) for m in (policy, reference))
+        values = token_rewards(logps, ref_logps, cfg).tolist()
+        print(show_credit(lab.world, lab.text(row["prompt"]), row["responses"][0], values))
     rewards = beam_rewards(lab, policy, lab.world.prompts(32, lab.rng("beams")))
     found = ", ".join(f"width {width} {reward:.3f}" for width, reward in rewards.items())
     print(f"true reward of beam search: {found}")

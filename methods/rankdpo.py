@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from data import Paper, UserError, check_fields, readable, upcast
+from data import Paper, UserError, check_fields, check_lists, upcast
 
 PAPER = Paper(
     "images",
@@ -68,20 +68,6 @@ def win_counts(ratings):
     return wins.double() / (n * (K - 1))
 
 
-def check_shares(batch):
-    """Check that rows have 2 or more responses and phi in [0, 1]; else UserError.
-
-    Checked where values are `readable`.
-    """
-    if not readable(batch.mask):
-        return
-    if (batch.mask.any(-1).sum(1) < 2).any():
-        raise UserError("a list needs at least 2 responses with a scored token")
-    wrong = ~((batch.scores >= 0) & (batch.scores <= 1))  # true for NaN
-    if wrong.any():
-        raise UserError(f"score {batch.scores[wrong][0]:g}: expected shares of wins, 0 to 1")
-
-
 def dcg_weights(phi, present, cfg):
     """w (B, i, j), 0 unless i is better than j, of phi (B, K); present (B, K) bool."""
     better = (phi[:, :, None] > phi[:, None, :]) & present[:, None, :]  # an absent phi is 0
@@ -101,7 +87,7 @@ def loss(logps, ref_logps, batch, cfg):
 
     batch.scores (B, K) are phi, the shares of comparisons that a response wins.
     """
-    check_shares(batch)
+    check_lists(batch.mask.any(-1), batch.scores, 0, 1)  # shares of wins
     logps, ref_logps = upcast(logps, ref_logps)
     r = (logps - ref_logps).sum(-1)  # (B, K) = -s: SUM over tokens, eq. 5
     w = dcg_weights(batch.scores.to(r.dtype), batch.mask.any(-1), cfg)  # (B, i, j), eq. 6

@@ -22,13 +22,13 @@ Differences from the paper
     python train.py --method tpo                     more correct sums
 """
 
-import random
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from data import Paper, UserError, check_fields, readable, upcast
+from data import Paper, UserError, check_fields, check_lists, paths, readable, upcast
+from toy.chains import grown
 
 PAPER = Paper(
     "lists",
@@ -46,45 +46,14 @@ class Config:
     divide: bool = True  # divide the loss of a list by sum lam, so that lam does not set its scale
 
     def __post_init__(self):
-        check_fields(
-            self,
-            beta="(0, inf)",
-            tau=("model", "label", "none"),
-            reduce=("sum", "mean"),
-        )
+        check_fields(self, beta="(0, inf)", tau=("model", "label", "none"), reduce=("sum", "mean"))
 
 
-def paths(batch):
-    """The trees of a batch as masks on (B, K, K) and leaf (B, K); without `parents`, flat lists.
-
-    on[b, i, k]: node k is on the path to node i. leaf[b, k]: node k is the last step of a response.
-    """
-    present = batch.mask.any(-1)
-    parents = getattr(batch, "parents", None)
-    parents = torch.full_like(present, -1, dtype=torch.long) if parents is None else parents
-    places = torch.arange(present.shape[1], device=present.device)
-    child_of = parents[..., None] == places  # (B, child, parent)
-    on = eye = torch.eye(len(places), device=present.device)
-    for _ in range(len(places)):  # a path is a node and the path of its parent
-        on = eye + child_of.to(eye.dtype) @ on
-    return on.bool(), present & ~child_of.any(1)
-
-
-def check_trees(batch):
-    """Check that trees have 2 or more responses, scores in [0, 1], no empty step; else UserError.
-
-    Checked where values are `readable`.
-    """
-    if not readable(batch.mask):
-        return
-    on, leaf = paths(batch)
-    if (leaf.sum(1) < 2).any():
-        raise UserError("a list needs at least 2 responses with a scored token")
-    if not ((batch.scores >= 0) & (batch.scores <= 1)).all():  # true for NaN
-        raise UserError(
-            "scores must be between 0 and 1, since larger ones would dominate the gain 2^v"
-        )
-    if (on & leaf[..., None] & ~batch.mask.any(-1)[:, None]).any():
+def check_trees(batch, on, leaf):
+    """Check the scores, and that no path to a leaf of a tree has an empty step; else UserError."""
+    check_lists(leaf, batch.scores, 0, 1)  # larger scores would dominate the gain 2^v
+    empty = ~batch.mask.any(-1)[:, None]  # (B, 1, K)
+    if readable(batch.mask) and (on & leaf[..., None] & empty).any():
         raise UserError("a step without a scored token lies on the path of a response")
 
 
@@ -135,9 +104,9 @@ def loss(logps, ref_logps, batch, cfg):
 
     batch.scores (B, K) in [0, 1] are read at the leaves; asr reads the column states (B, K, H).
     """
-    check_trees(batch)
     logps, ref_logps = upcast(logps, ref_logps)
     on, leaf = paths(batch)
+    check_trees(batch, on, leaf)
     node = (logps - ref_logps).sum(-1)  # (B, K) log-ratios: SUM over tokens
     parts = step_places(on, leaf)  # (B, i, K, D)
     place = parts.to(node.dtype)
@@ -162,70 +131,6 @@ def prepare(policy, batch):
     states = policy.hidden(batch).flatten(0, 1)[batch.source]  # (B, K, T, H)
     batch.columns["states"] = (states * batch.mask[..., None]).sum(2)
     return batch
-
-
-def tree(prompt, chains, scores):
-    """Make a row of responses (steps of token ids, ended), in which equal first steps are one node.
-
-    scores: one number per response.
-    """
-    nodes, values = {}, {}
-    for (steps, ended), score in zip(chains, scores):
-        parent = -1
-        for n, ids in enumerate(steps):
-            node = (parent, tuple(ids), ended and n + 1 == len(steps))
-            parent = nodes.setdefault(node, len(nodes))
-        values[parent] = float(score)
-    parents, responses, ends = zip(*nodes)
-    return dict(
-        prompt=prompt,
-        responses=[list(ids) for ids in responses],
-        parents=list(parents),
-        ends=list(ends),
-        scores=[values.get(k, 0.0) for k in range(len(nodes))],
-    )
-
-
-def split_steps(ids, tokenizer):
-    """Split token ids after every separator of steps -> at least one step, which may be empty."""
-    steps = [[]]
-    for i in ids:
-        steps[-1].append(i)
-        if tokenizer.decode([i]) in {",", ";", "\n", ":"}:
-            steps.append([])
-    return steps if steps[-1] or len(steps) == 1 else steps[:-1]
-
-
-def grown(lab, policy):
-    """Trees of --k responses: a correct one, k - 2 samples after random prefixes of it, one sample.
-
-    The score of a correct response is 1, and otherwise 0.9 times the share of its steps before the
-    first error.
-    """
-    world, tokenizer = lab.world, lab.world.tokenizer
-    rng = random.Random(int(torch.randint(2**62, (), generator=lab.rng("trees"))))
-    prompts = world.prompts(lab.prompts, lab.rng("prompts"))
-    texts = [world.demonstrate(prompt, rng) for prompt in prompts]
-    chains = [[(split_steps(tokenizer.encode(text), tokenizer), True)] for text in texts]
-    begun = []  # (index of the prompt, steps that are given)
-    for n, [(steps, _)] in enumerate(chains):
-        cuts = [*(rng.randrange(1, len(steps)) for _ in range(lab.k - 2)), 0]
-        begun += [(n, steps[:cut]) for cut in cuts]
-    asked = [tokenizer.encode(prompts[n]) + sum(prefix, []) for n, prefix in begun]
-    for (n, prefix), row in zip(begun, lab.sample(policy, asked, 1)):
-        steps = prefix + split_steps(row["responses"][0], tokenizer)
-        chains[n].append((steps, row["ends"][0]))
-
-    def score(prompt, ids):
-        marks = world.verify_steps(prompt, ids)
-        correct = world.verify(prompt, ids) and all(marks)
-        return 1.0 if correct else 0.9 * [*marks, False].index(False) / len(marks)
-
-    rows = []
-    for prompt, group in zip(prompts, chains):
-        rows.append(tree(prompt, group, [score(prompt, sum(steps, [])) for steps, _ in group]))
-    # keep trees with at least two leaves, since a pair needs two
-    return [row for row in rows if len(row["parents"]) > len(set(row["parents"]) - {-1}) + 1]
 
 
 def run(lab, cfg):

@@ -1,5 +1,6 @@
 """Tokenizers, rows and the Batch, labels: hand-made examples and counted frequencies."""
 
+import contextlib
 import itertools
 import math
 import os
@@ -15,11 +16,13 @@ from data import (
     Tokenizer,
     UserError,
     bucket,
+    check_lists,
     collate,
     encode,
     extremes,
     fit_context,
     label,
+    paths,
     printable,
     reorder,
 )
@@ -545,3 +548,49 @@ def test_the_extremes_of_a_list_keep_what_belongs_to_a_response():
     assert extremes(row) == pair | {"parents": [-1, -1]}
     with pytest.raises(UserError, match="continue each other"):
         extremes(row | {"parents": [-1, 0, 0]})
+
+
+# ---------------------------------------------------------------- what lists and trees need
+
+
+@pytest.mark.parametrize(
+    "scores, bounds, message",
+    [
+        ((0.0, 0.5, 1.0), (0, 1), None),
+        ((0.0, 0.5, 1.1), (0, 1), "score 1.1: this loss needs scores from 0 to 1"),
+        ((-0.1, 0.5, 1.0), (0, 1), "score -0.1"),
+        ((0.0, float("nan"), 1.0), (0, 1), "score nan"),
+        ((-9.0, 1e6, 0.0), (), None),
+        ((0.0, float("inf"), 0.0), (), "score inf: this loss needs scores that are finite"),
+    ],
+)
+def test_scores_of_lists_lie_between_the_bounds(scores, bounds, message):
+    present = torch.ones(1, 3, dtype=torch.bool)
+    told = contextlib.nullcontext() if message is None else pytest.raises(UserError, match=message)
+    with told:
+        check_lists(present, torch.tensor([scores]), *bounds)
+
+
+def test_lists_have_as_many_responses_as_a_loss_needs():
+    scores, present = torch.zeros(2, 3), torch.tensor([[True, True, True], [True, False, False]])
+    with pytest.raises(UserError, match="at least 2 responses with a scored token"):
+        check_lists(present, scores)
+    check_lists(present, scores, least=1)
+    with pytest.raises(UserError, match="at least 1 response with"):
+        check_lists(present & False, scores, least=1)
+    check_lists(present.to("meta"), scores.to("meta"))  # values that cannot be read
+
+
+def test_the_paths_of_trees():
+    mask = torch.ones(2, 6, 3, dtype=torch.bool)
+    mask[1, 5] = False
+    parents = torch.tensor([[-1, 0, 1, 0, -1, 4], [-1, 0, 1, 2, 3, -1]])
+    on, leaf = paths(SimpleNamespace(mask=mask, parents=parents))
+    known = [[0], [0, 1], [0, 1, 2], [0, 3], [4], [4, 5]]
+    assert [row.nonzero().flatten().tolist() for row in on[0]] == known
+    assert [row.nonzero().flatten().tolist() for row in on[1, :5]] == [
+        list(range(k + 1)) for k in range(5)
+    ]
+    assert leaf.tolist() == [[False, False, True, True, False, True], [False] * 4 + [True, False]]
+    on, leaf = paths(SimpleNamespace(mask=mask))  # flat lists
+    assert on.equal(torch.eye(6).bool().expand_as(on)) and leaf.equal(mask.any(-1))

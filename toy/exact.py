@@ -68,6 +68,13 @@ class Table(nn.Module):
             prefix = prefix * self.vocab + 1 + out[-1]
         return torch.stack(out, -1).tolist()
 
+    def next_logps(self, prompt, written):
+        """Log-probs (n, vocab), float64, of the next token after each of n beginnings (n, t)."""
+        prefix = torch.zeros(len(written), dtype=torch.long)
+        for token in written.unbind(1):
+            prefix = prefix * self.vocab + 1 + token
+        return self.logits[prompt, prefix].double().log_softmax(-1)
+
     def sequences(self):
         """All responses (R, T), in lexicographic order."""
         return torch.cartesian_prod(*[torch.arange(self.vocab)] * self.length).view(-1, self.length)

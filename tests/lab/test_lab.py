@@ -283,5 +283,48 @@ def test_a_reference_or_a_schedule_that_means_nothing_is_refused():
     policy = lab.base()
     with pytest.raises(UserError, match="reference 'strat'"):
         lab.align(policy, [1], dpo.loss, dpo.Config(), reference="strat")
+    with pytest.raises(UserError, match="needs decay="):
+        lab.align(policy, [1], dpo.loss, dpo.Config(), reference="average")
     with pytest.raises(UserError, match="every="):
         lab.align(policy, lambda policy, round: [], dpo.loss, dpo.Config())
+
+
+def test_a_reference_can_be_the_moving_average_of_the_policy():
+    """Each step meets the average of the weights before it, whose decay is that of the call."""
+    lab = Lab(Settings(world="bandit", steps=6, prompts=64, batch_size=8), quiet=True)
+    weights, met = [], []
+
+    def loss(logps, ref_logps, batch, cfg):
+        weights.append(policy.logits.detach().clone())
+        met.append(ref_logps)
+        return dpo.loss(logps, ref_logps, batch, cfg)
+
+    policy = lab.base()
+    data = lab.preferences(policy, k=2)
+    batches = []
+    prepare = lambda policy, batch: batches.append(batch) or batch  # noqa: E731
+    how = dict(reference="average", decay=0.7, prepare=prepare)
+    lab.align(policy, data, loss, dpo.Config(), **how)
+    average, other = weights[0].clone(), lab.base()
+    for weight, batch, ref_logps in zip(weights, batches, met, strict=True):
+        average = 0.7 * average + 0.3 * weight
+        with torch.no_grad():
+            other.logits.copy_(average)
+            torch.testing.assert_close(other.logps(batch), ref_logps)
+    assert (weights[-1] - average).abs().max() > 1e-3
+
+
+def test_every_round_takes_the_next_part_of_a_file(tmp_path):
+    rows = [f'{{"prompt": "p{i}", "chosen": "a", "rejected": "b"}}' for i in range(20)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(rows))
+    settings = Settings(data=str(tmp_path / "pairs.jsonl"), base_steps=0, prompts=1000)
+    lab = Lab(settings, quiet=True)
+    lab.base()
+    count = len(lab.world.train)
+    assert lab.prompts == count < 1000
+    parts = []
+    for round in range(3):
+        with lab.in_round(round):
+            parts += [lab.text(row["prompt"]) for row in lab.preferences(None, k=2, n=count - 3)]
+    whole = [lab.text(row["prompt"]) for row in lab.preferences(None, k=2)]
+    assert parts == (3 * whole)[: len(parts)]

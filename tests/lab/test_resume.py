@@ -163,33 +163,34 @@ def test_a_run_resumes_from_another_folder(tmp_path, monkeypatch):
     assert train.main(["--resume", str(tmp_path / "run")]) == 0
 
 
-def rounds(lab, policy, log):
+def rounds(lab, policy, log, **how):
     def data(policy, round):
         log.append(round)
         return lab.preferences(policy, k=2, n=16)
 
-    return lab.align(
-        policy, data, methods.dpo.loss, methods.dpo.Config(), reference="round", every=4, steps=12
-    )
+    return lab.align(policy, data, methods.dpo.loss, methods.dpo.Config(), every=4, steps=12, **how)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("call", [3, 5, 8, 11])
-def test_rounds_with_a_moving_reference_resume(tmp_path, monkeypatch, call):
+@pytest.mark.parametrize(
+    "how", [dict(reference="round"), dict(reference="average", decay=0.8)], ids=["round", "average"]
+)
+def test_rounds_with_a_moving_reference_resume(tmp_path, monkeypatch, call, how):
     monkeypatch.setattr(Lab, "checkpoint_every", 0.0)
     monkeypatch.setattr(time, "time", lambda: 0.0)
     settings = Settings(
         world="reviews", base_steps=2, steps=12, batch_size=8, eval_size=8, max_response=6
     )
     whole = Lab(settings, str(tmp_path / "whole"), quiet=True)
-    expected = rounds(whole, whole.base(), []).state_dict()
+    expected = rounds(whole, whole.base(), [], **how).state_dict()
     loss = killed_at(monkeypatch, call)
     lab = Lab(settings, str(tmp_path / "cut"), quiet=True)
     with pytest.raises(Killed):
-        rounds(lab, lab.base(), [])
+        rounds(lab, lab.base(), [], **how)
     monkeypatch.setattr(methods.dpo, "loss", loss)
     lab, log = Lab(settings, str(tmp_path / "cut"), quiet=True), []
-    resumed = rounds(lab, lab.base(), log).state_dict()
+    resumed = rounds(lab, lab.base(), log, **how).state_dict()
     assert len(log) < 3
     assert all(torch.equal(expected[k], resumed[k]) for k in expected)
 

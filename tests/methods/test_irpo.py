@@ -520,8 +520,8 @@ def test_lists_that_are_refused():
     empty = torch.ones(1, 3, 1, dtype=torch.bool)
     empty[0, 1] = False
     for batch, message in (
-        (lists((1.0,)), "2 items"),
-        (lists((0.0, 0.0, 1.0), mask=empty & torch.tensor([[[0], [0], [1]]])), "2 items"),
+        (lists((1.0,)), "2 responses"),
+        (lists((0.0, 0.0, 1.0), mask=empty & torch.tensor([[[0], [0], [1]]])), "2 responses"),
         (lists((1.0, -0.5)), "-0.5"),
         (lists((1.0, float("nan"))), "nan"),
         (lists((1.0, 64.0)), "64"),

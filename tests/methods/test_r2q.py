@@ -14,12 +14,10 @@ from methods.r2q import (
     beam_rewards,
     beam_search,
     loss,
-    next_logps,
     proxy_tune,
     run,
     sft_loss,
     show_credit,
-    token_credit,
     token_rewards,
 )
 from nanomodel import GPT, GPTConfig
@@ -307,8 +305,8 @@ def test_beams_of_a_language_model_end():
     wide, narrow = (beam_search(model, "1+2=", width, 8, end) for width in (6, 1))
     assert wide[1] >= narrow[1] and end not in wide[0]
     written = torch.tensor([greedy[:3]])
-    assert next_logps(model, "1+2=", written).argmax().item() == greedy[3]
-    assert next_logps(model, world.tokenizer.encode("1+2="), written).shape == (
+    assert model.next_logps("1+2=", written).argmax().item() == greedy[3]
+    assert model.next_logps(world.tokenizer.encode("1+2="), written).shape == (
         1,
         world.tokenizer.vocab_size,
     )
@@ -383,22 +381,6 @@ def test_a_run_prints_what_it_is_about(capsys):
     assert (
         "token rewards of a rejected response to" in out
         and "true reward of beam search: width 1" in out
-    )
-
-
-def test_token_credit_is_beta_times_the_log_ratio():
-    here = Lab(Settings(world="arithmetic", base_steps=0, batch_size=2), quiet=True)
-    policy, other = here.base(), here.base()
-    with torch.no_grad():
-        other.embed_tokens.weight *= 1.5
-    rows = here.rows(
-        [dict(prompt="1+2=", responses=["1+2+0=03:3"]), dict(prompt="3+4=", responses=["07"])]
-    )
-    values = token_credit(here, other, policy, rows, Config(0.2))
-    ours, theirs = here.logps(other, rows), here.logps(policy, rows)
-    assert [len(v) for v in values] == [len(x[0]) for x in ours]
-    assert values[0] == pytest.approx(
-        [0.2 * (a - b) for a, b in zip(ours[0][0], theirs[0][0])], abs=1e-6
     )
 
 
