@@ -26,10 +26,11 @@ import dataclasses
 import re
 import shutil
 import time
+import traceback
 
 import torch
 
-from data import UserError, printable
+from data import UserError, error_line, printable
 from lab import (
     Lab,
     compare,
@@ -152,9 +153,9 @@ def sweep(runs, out, tasks, failed):
     """All combinations of settings, one folder per run; one table and one plot -> exit status.
 
     tasks: the indices of the runs that are done here; the others belong to other shards. failed:
-    {index: reason} of runs that have failed already. A run that fails (a NaN, or rows that its
-    method cannot use) is named, and the others go on. The exit status is then 2. UserError: every
-    run fails.
+    {index: reason} of runs that have failed already. A run that fails (a NaN, rows that its method
+    cannot use, or an error in a method's code, with its traceback) is named, and the others go on.
+    The exit status is then 2. UserError: every run fails.
     """
     varied = list(dict.fromkeys(name for run in runs for name in run.varied if name != "seed"))
     start, places = time.time(), []
@@ -174,9 +175,14 @@ def sweep(runs, out, tasks, failed):
                     lab = open_run(runs[i], places[i], quiet=True)
                     result = runs[i].module.run(lab, runs[i].cfg)
                     report_run(runs[i], lab, result)
-        except UserError as error:
+        except (OSError, Stop):  # a full disk would end the other runs, too
+            raise
+        except Exception as error:
             failed[i] = str(error)
-            print(printable(f"{runs[i].name()}: {error}", None), file=sys.stderr)
+            if not isinstance(error, UserError):
+                traceback.print_exc()
+                failed[i] = f"{type(error).__name__}: {error_line(error)}"
+            print(printable(f"{runs[i].name()}: {failed[i]}", None), file=sys.stderr)
             if not folder.trained(places[i]):
                 shutil.rmtree(places[i], ignore_errors=True)
     lab = result = None

@@ -283,11 +283,17 @@ def load(about):
 
 
 def configured(module, values):
-    """The Config of a method with these values {field: value}.
+    """The Config of a method with these values {field: value}; names without regard to case.
 
     UserError: the Config refuses a value, or it fails; the message then has its line."""
+    lower = {name: v.lower() if isinstance(v, str) else v for name, v in values.items()}
     with slips(module.__file__):
-        return module.Config(**values)
+        try:
+            return module.Config(**values)
+        except UserError:
+            if lower == values:
+                raise
+        return module.Config(**lower)
 
 
 # ---------------------------------------------------------------- reading flags

@@ -64,6 +64,9 @@ def check_recipe(world, settings, path):
             f"{path}: align lacks {', '.join(lacking)}: add them there, or give "
             f"--{', --'.join(lacking)}"
         )
+    lacking = {"steps", "batch_size", "lr"} - set(world.pretrain or ("steps", "batch_size", "lr"))
+    if lacking:
+        raise UserError(f"{path}: pretrain lacks {', '.join(sorted(lacking))}")
 
 
 def check_world(lab, path):
@@ -78,6 +81,10 @@ def check_world(lab, path):
         return
     with torch.random.fork_rng(devices=[]), slips(path):
         model, prompts = world.model(), world.prompts(lab.prompts, lab.rng("rehearsal"))
+    if not isinstance(model, torch.nn.Module):
+        raise UserError(f"{path}: model() returned a {type(model).__name__}, not a model")
+    if not isinstance(prompts, (list, tuple)):
+        raise UserError(f"{path}: prompts(n, rng) returned a {type(prompts).__name__}, not a list")
     if not len(prompts):
         raise UserError(f"{path}: prompts({lab.prompts}, rng) returned none")
     if len(prompts) < lab.prompts:

@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 import torch.nn.functional as F
 
 from data import Paper, StopTraining, UserError, check_fields, fill_variant, pair
+from toy.chains import split_steps
 
 PAPER = Paper(
     "online",
@@ -40,7 +41,6 @@ PAPER = Paper(
 )
 SEARCH = dict(simulations=8, breadth=4, explore=1.0, smooth=True, tokens=8, value="judge")
 VARIANTS = dict(step=SEARCH, instance={})
-ENDS = set(",:;\n")  # a step ends behind one of these characters
 NO_PAIRS = "the first questions gave no pairs: all are solved, or none; more --prompts may help"
 
 
@@ -189,14 +189,6 @@ def diagram(root):
 # ---- steps of a policy
 
 
-def first_step(lab, ids):
-    """The tokens of a response up to the end of its first step."""
-    for i, token in enumerate(ids):
-        if ENDS & set(lab.text([token])):
-            return ids[: i + 1]
-    return ids
-
-
 def steps_of(lab, policy, prompts, nodes, cfg, rng):
     """The distinct next steps of each node -> lists of (step, ended by end-of-text, prior)."""
     if lab.world.kind == "table":
@@ -214,7 +206,7 @@ def steps_of(lab, policy, prompts, nodes, cfg, rng):
     for row in lab.sample(policy, asked, cfg.breadth, rng, max_tokens=cfg.tokens):
         counts = {}
         for ids, ended in zip(row["responses"], row["ends"]):
-            step = first_step(lab, ids)
+            step = split_steps(ids, lab.world.tokenizer)[0]
             key = tuple(step), ended and len(step) == len(ids)
             counts[key] = counts.get(key, 0) + 1
         out.append([(list(s), e, n / cfg.breadth) for (s, e), n in counts.items()])

@@ -2,15 +2,15 @@
 
     7+8+0=15,4+5+1=10:105    steps "7+8+0=15,"  "4+5+1=10:"  "105"
 
-A step ends with one of the separators. `grown` samples such trees from a policy in a world that
-demonstrates and verifies steps, as TPO's data are made (arXiv:2410.12854).
+A step ends behind a token that contains a separator. `grown` samples such trees from a policy, in a
+world that demonstrates and verifies steps, as TPO's data are made (arXiv:2410.12854).
 """
 
 import random
 
 import torch
 
-SEPARATORS = {",", ";", "\n", ":"}
+SEPARATORS = set(",:;\n")
 
 
 def tree(prompt, chains, scores):
@@ -36,11 +36,11 @@ def tree(prompt, chains, scores):
 
 
 def split_steps(ids, tokenizer):
-    """Split token ids after every separator of steps -> at least one step, which may be empty."""
+    """Split token ids after every separator -> the steps, at least one, which may be empty."""
     steps = [[]]
     for i in ids:
         steps[-1].append(i)
-        if tokenizer.decode([i]) in SEPARATORS:
+        if SEPARATORS & set(tokenizer.decode([i])):
             steps.append([])
     return steps if steps[-1] or len(steps) == 1 else steps[:-1]
 

@@ -304,10 +304,22 @@ def test_a_flag_may_follow_another_one(capsys):
 
 
 def test_devices_and_their_like_are_named_in_any_case():
-    names = dict(device="CPU", dtype="Float32", compile="ON", capture="Off")
+    names = dict(device="CPU", dtype="Float32", compile="ON", capture="Off", optimizer="DCT_AdamW")
     found = Settings(**names)
     assert {name: getattr(found, name) for name in names} == {
         name: value.lower() for name, value in names.items()
     }
     argv = ["--world", "bandit", "--steps", "2", "--device", "CPU", "--capture", "Off"]
     assert train.main(["--method", "dpo", *argv]) == 0
+    assert Settings(optimizer="./My_Optimizer.py").optimizer == "./My_Optimizer.py"
+
+
+def test_names_of_a_method_s_choices_are_understood_in_any_case(capsys):
+    both = runs("--method", "survey", "--variant", "IPO,kto", "--world", "bandit")
+    assert [run.cfg.variant for run in both] == ["ipo", "kto"]
+    (run,) = runs("--method", "adpo", "--target", "Hard", "--smoothing", "0.1")
+    assert (run.cfg.target, run.cfg.smoothing) == ("hard", 0.1)
+    refused(
+        capsys, ["--method", "survey", "--variant", "IPOO"], "variant = ipoo", "expected one of"
+    )
+    refused(capsys, ["--method", "survey", "--variant", "IPO", "--beta", "-1"], "beta = -1.0")

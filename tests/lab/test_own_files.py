@@ -346,6 +346,13 @@ def test_a_reward_that_is_no_reward_is_named(reward, words, tmp_path, capsys):
     [
         ('return ["a"] * n', "return []", ["letters.py: prompts(16, rng) returned none"]),
         ('return ["a"] * n', "return self.list", ["letters.py, line 23: AttributeError", "'list'"]),
+        (
+            'return ["a"] * n',
+            "return ('a' for _ in range(n))",
+            ["returned a generator, not a list"],
+        ),
+        ("return GPT(GPTConfig", "GPT(GPTConfig", ["letters.py: model() returned a NoneType"]),
+        (", lr=1e-3, demonstrations=8", "", ["letters.py: pretrain lacks lr"]),
         ("vocab_size=self.tokenizer.vocab_size", "vocab_size=4", ["has vocab_size 4", "tokens"]),
         ('"text", 4', '"text", 16', ["max_response is 16", "context", "is 16"]),
         ('"text", 4', '"text", None', ["world of text needs a max_response"]),

@@ -165,12 +165,16 @@ def test_the_header_names_the_numbers_that_are_computed_with(world, dtype):
 
 @pytest.mark.slow
 def test_a_sweep_goes_on_after_a_run_that_fails(tmp_path, capsys, monkeypatch):
-    """A NaN and an error of the method are named with their combination, also at the end."""
+    """NaNs and errors of the method are named with their combination; a full disk ends all."""
     loss = methods.dpo.loss
 
     def failing(logps, ref_logps, batch, cfg):
         if cfg.beta == 0.2:
             raise UserError("a row that cannot be used")
+        if cfg.beta == 0.5:
+            raise IndexError("a slip of the method")
+        if cfg.beta == 0.6:
+            raise OSError("the disk is full")
         losses, metrics = loss(logps, ref_logps, batch, cfg)
         return losses * (math.nan if cfg.beta == 0.3 and calls.append(0) is None else 1), metrics
 
@@ -185,6 +189,15 @@ def test_a_sweep_goes_on_after_a_run_that_fails(tmp_path, capsys, monkeypatch):
     rows = json.loads((tmp_path / "s" / "sweep.json").read_text())
     assert [row["beta"] for row in rows] == [0.1, 0.4]
     assert not list((tmp_path / "s").glob("*beta0.2"))
+    assert train.main([*argv, "--beta", "0.1,0.5,0.4", "--overwrite"]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" in error and error.count("IndexError: a slip of the method") == 3
+    assert error.strip().endswith("1 of 3 runs failed: beta 0.5: IndexError: a slip of the method")
+    assert len(json.loads((tmp_path / "s" / "sweep.json").read_text())) == 2
+    assert train.main([*argv[:-1], "full", "--beta", "0.1,0.6,0.4"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
+    assert "the disk is full" in line and line.endswith("train.py --resume full")
+    assert len(list((tmp_path / "full").glob("*/summary.json"))) == 1
     assert train.main([*argv, "--beta", "0.2", "--seeds", "2", "--overwrite"]) == 2
     assert len(json.loads((tmp_path / "s" / "sweep.json").read_text())) == 2  # given back
     assert not list(tmp_path.glob("s.*"))

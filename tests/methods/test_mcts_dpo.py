@@ -13,7 +13,6 @@ from methods.mcts_dpo import (
     Config,
     Node,
     backup,
-    first_step,
     loss,
     printed,
     rollout,
@@ -186,14 +185,6 @@ def test_without_visits_there_is_no_doubt():
 
 
 # ---- steps and rows
-
-
-def test_a_step_of_text_ends_behind_a_comma_or_colon():
-    lab = Lab(Settings(world="arithmetic", base_steps=0), quiet=True)
-    ids = lab.tokens("7+8+0=15,4+5")
-    assert lab.text(first_step(lab, ids)) == "7+8+0=15,"
-    assert lab.text(first_step(lab, lab.tokens(":405"))) == ":"
-    assert first_step(lab, lab.tokens("12")) == lab.tokens("12") and first_step(lab, []) == []
 
 
 def written(monkeypatch, *texts):

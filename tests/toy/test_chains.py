@@ -1,5 +1,6 @@
 """Trees of solutions: steps end with a separator, and equal first steps are one node."""
 
+from data import Tokenizer
 from toy import arithmetic
 from toy.chains import split_steps, tree
 
@@ -33,3 +34,12 @@ def test_steps_end_with_their_separator():
     assert (
         split_steps([], tokenizer) == [[]] and sum(split_steps(ids[:9], tokenizer), []) == ids[:9]
     )
+    assert split_steps(tokenizer.encode(":405"), tokenizer)[0] == tokenizer.encode(":")
+    assert split_steps(tokenizer.encode("12"), tokenizer) == [tokenizer.encode("12")]
+
+
+def test_a_separator_within_a_token_ends_a_step_too():
+    tokenizer = Tokenizer.toy(["so", "it", ".\n", "is"])
+    ids = tokenizer.encode("so.\nit is")
+    steps = [tokenizer.decode(step) for step in split_steps(ids, tokenizer)]
+    assert steps[0] == "so.\n" and "".join(steps) == "so.\nit is" and len(steps) == 2
