@@ -151,7 +151,7 @@ def check_lists(present, scores, low=-math.inf, high=math.inf, least=2):
     wrong = ~(scores.isfinite() & (scores >= low) & (scores <= high))
     if wrong.any():
         wanted = f"from {low:g} to {high:g}" if math.isfinite(low) else "that are finite"
-        raise UserError(f"score {scores[wrong][0]:g}: this loss needs scores {wanted}")
+        raise UserError(f"score {scores[wrong][0]:.8g}: this loss needs scores {wanted}")
 
 
 # ---------------------------------------------------------------- text
@@ -325,6 +325,8 @@ class Batch:
 
 
 LONG = 512  # packed rows of so many tokens or more have lists of keys (nanomodel.Runs)
+# columns that do not become attributes of the batch; `where` is a row's place in the user's file
+OWN = ("prompt", "responses", "scores", "parents", "context", "ends", "reward", "tree", "where")
 
 
 def paths(batch):
@@ -341,10 +343,6 @@ def paths(batch):
     for _ in range(len(places)):  # a path is a node and the path of its parent
         on = eye + child_of.to(eye.dtype) @ on
     return on.bool(), present & ~child_of.any(1)
-
-
-# columns that do not become attributes of the batch; `where` is a row's place in the user's file
-OWN = ("prompt", "responses", "scores", "parents", "context", "ends", "reward", "tree", "where")
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from data import Sizes, UserError
 from lab import evaluate, report
 from lab.batches import Batches
 from lab.check import first_step
-from lab.loop import fit, kept, restore
+from lab.loop import fit, kept, load_weights, restore, weights
 from nanomodel import LoRA
 
 
@@ -27,9 +27,9 @@ def align(
     score=None,
     steps=None,
     every=None,
-    decay=None,
     optimizer=None,
     watch=None,
+    decay=None,
 ):
     """Train the policy in place on preferences and return it.
 
@@ -37,14 +37,16 @@ def align(
         optimizer serves all rounds.
     loss(logps, ref_logps, batch, cfg) -> losses (B,), metrics.
     reference: "start" (a frozen copy of the policy at this call), "round" (a copy at each call of
-        data), "average" (the moving average with `decay` of the policy's weights after each step),
-        a model, a function (policy, step) -> model, or None (ref_logps is None).
+        data), "average" (a moving average of the policy's weights), a model, a function
+        (policy, step) -> model, or None (ref_logps is None).
     prepare(policy, batch) -> batch draws random numbers that policy and reference must share.
     score(model, batch) -> logps, by default model.logps(batch).
     steps: by default those of the Lab.
     optimizer(params) -> a torch Optimizer, by default that of --optimizer.
     watch(policy, step) -> {name: number}, by default `lab.glance`: the true reward, the KL from the
         base model and what else samples show. Its results become `policy.curve`.
+    decay: of the moving average, from 0 to below 1: after each step, the average becomes
+        decay * average + (1 - decay) * policy.
     UserError: an argument does not fit, there are no rows, or the loss breaks its contract.
     """
     if optimizer is not None and lab.optimizer is not None:
@@ -85,8 +87,10 @@ def check_call(data, reference, every, decay):
             f'reference {reference!r}: expected "start", "round", "average", a model, '
             "a function or None"
         )
-    if reference == "average" and decay is None:
-        raise UserError('reference "average" needs decay=, a number between 0 and 1')
+    if (reference == "average") != (decay is not None):
+        raise UserError('reference "average" needs decay=, and no other reference reads it')
+    if decay is not None and not 0 <= decay < 1:
+        raise UserError(f"decay = {decay} must be at least 0 and below 1")
     if callable(data) and not every:
         raise UserError("data is a function: align needs every=, the steps between two calls")
     if not callable(data) and not len(data):
@@ -158,9 +162,9 @@ class Feed:
 
     @torch.no_grad()
     def averaged(self, policy, step):
-        """The moving average, to which the weights after the last step are added; once per step."""
+        """The moving average, moved towards the weights after the last step; once per step."""
         for weight, param in zip(self.average.parameters(), policy.parameters()):
-            if step and param.requires_grad:
+            if param.requires_grad:
                 weight.lerp_(param, 1 - self.decay)
         return self.average
 
@@ -184,19 +188,19 @@ class Feed:
                 for row in self.rows or []
             ]
         if self.kind == "round" and isinstance(self.reference, torch.nn.Module):
-            state = self.reference.state_dict()
+            state = weights(self.reference)
         if self.average is not None:
-            state = self.average.state_dict()
+            state = weights(self.average)
         least = astuple(self.sizes) if self.sizes else None
         return {"round": self.round, "rows": rows, "reference": state, "sizes": least}
 
     def load(self, state):
         """Restore what `save` returned."""
-        if self.average is not None:
-            self.average.load_state_dict(state["reference"])
-        elif state["reference"] is not None:
-            self.reference = frozen(self.policy)
-            self.reference.load_state_dict(state["reference"])
+        if state["reference"] is not None:
+            model = self.average
+            if model is None:
+                model = self.reference = frozen(self.policy)
+            load_weights(model, state["reference"])
         self.sizes = Sizes(*state["sizes"]) if state["sizes"] else None
         if not self.fixed and state["round"] >= 0:
             self.begin(state["round"], self.lab.encode(state["rows"]))

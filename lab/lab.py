@@ -105,8 +105,6 @@ class Lab:
         for name in (*names, "eval_every", "eval_size"):
             given = getattr(settings, name)
             setattr(self, name, chosen.get(name) if given is None else given)
-        if self.world.given is not None and self.prompts:
-            self.prompts = min(self.prompts, len(self.world.given(None)))
         if smoke:
             most = dict(steps=self.few(2**30), batch_size=4, prompts=16, eval_size=4)
             for name, n in most.items():
@@ -515,15 +513,16 @@ class Lab:
         ties: keep pairs to which a verifier gives equal scores.
         key: another key gives other prompts and samples. Inside a data function of `align` the
             round is added to it.
-        Pairs have the chosen response first. With --data the rows are the file's training rows, and
-        every round goes on where the last one ended; for k = 2, only the best and the worst
-        response of each row are kept. UserError: no pair has different scores.
+        Pairs have the chosen response first. With --data the rows are the first n training rows of
+        the file, in round r the next n after r n of them, and after the last one the first again;
+        for k = 2, only the best and the worst response of each row are kept. UserError: no pair has
+        different scores.
         """
         settings, world = self.settings, self.world
         if world.given is not None:
             rows = world.given(k)
-            n = min(n or self.prompts, len(rows))
-            first = n * (self.round or 0)  # every round goes on where the last one ended
+            n = min(n or self.prompts or len(rows), len(rows))
+            first = n * (self.round or 0)
             rows = [rows[i % len(rows)] for i in range(first, first + n)]
             odd = [row for row in rows if k == 2 and len(row["responses"]) != 2]
             if odd:

@@ -32,8 +32,7 @@ PAPER = Paper("lists", worlds=("text", "images", "table"), defaults=dict(world="
 SOFT = dict(beta_r=0.5)
 TARGETS = dict(hard=dict(smoothing=0.0), raw=SOFT, zscore=SOFT, kde=SOFT, given={}, order={})
 ANCHORS = dict(fixed={}, round=dict(rounds=4), ema=dict(decay=0.99), uniform={})
-REFERENCES = dict(fixed="start", round="round", ema="average", uniform=None)  # those of lab.align
-NO_TARGETS = "target = given needs --data with the column q, a number per response"
+REFERENCES = dict(fixed="start", round="round", ema="average", uniform=None)  # for lab.align
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Config:
     beta_r: float | None = None  # temperature of the targets raw, zscore and kde
     smoothing: float | None = None  # share of a hard target that goes to the other responses
     reduce: str = "sum"  # sum or mean over the tokens of a response
-    # fixed: the base model; round: the policy at each round; ema: its moving average; uniform
+    # fixed: the base model; round: the policy at each round; ema: its average; uniform: none
     anchor: str = "fixed"
     rounds: int | None = None  # number of rounds for anchor = round, each with lists of its own
     decay: float | None = None  # decay of the moving average for anchor = ema
@@ -58,7 +57,7 @@ class Config:
 def check_targets(batch, present):
     """Check that the column q holds a distribution over each list; else UserError."""
     if not hasattr(batch, "q"):
-        raise UserError(NO_TARGETS)
+        raise UserError("target = given reads the column q, and the rows have none")
     if readable(batch.q):
         wrong = ~(batch.q >= 0) | (batch.q != 0) & ~present  # true for NaN
         if wrong.any() or ((batch.q.sum(1) - 1).abs() > 1e-4).any():
@@ -128,16 +127,18 @@ def loss(logps, ref_logps, batch, cfg):
 def run(lab, cfg):
     """Sample lists from the base model (or take the world's, or --data), then fit the targets.
 
-    With anchor = round, the policy samples new lists in every round and is their anchor.
+    With anchor = round, the policy is the anchor of every round and samples its lists; of the
+    world's lists or those of --data, every round takes others.
     """
-    if cfg.target == "given" and lab.world.given is None:
-        raise UserError(NO_TARGETS)
+    given = lab.world.given(None) if lab.world.given is not None else []
+    if cfg.target == "given" and not (given and all("q" in row for row in given)):
+        raise UserError("target = given needs --data with the column q in every row")
     if cfg.reduce == "mean" and lab.world.kind == "images":
         raise UserError("reduce = mean does nothing for images, which have one number each")
-    rounds = cfg.rounds or 1
-    n, every = lab.prompts // rounds, -(-lab.steps // rounds) or 1
+    rounds, total = cfg.rounds or 1, min(lab.prompts, len(given) or lab.prompts)
+    n, every = total // rounds, -(-lab.steps // rounds) or 1
     if not n or lab.steps and -(-lab.steps // every) < rounds:
-        raise UserError(f"rounds = {rounds}: too many for {lab.steps} steps, {lab.prompts} prompts")
+        raise UserError(f"rounds = {rounds} is too many for {lab.steps} steps and {total} prompts")
 
     def draw(policy, round=0):
         if lab.world.lists is not None:

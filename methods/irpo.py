@@ -54,16 +54,16 @@ class Config:
         )
 
 
-def check_ranks(batch):
+def check_ranks(batch, present):
     """Check that absent items have no relevance and no rank, and ranks are 1 to n; else UserError.
 
-    An item without a scored token is absent. Checked where values are `readable`.
+    present: (B, K) bool. Checked where values are `readable`.
     """
-    if not readable(batch.mask):
+    if not readable(present):
         return
-    present, ranks = batch.mask.any(-1), getattr(batch, "rank", None)
-    absent = ~present
-    if (batch.scores * absent).any() or ranks is not None and (ranks * absent).any():
+    ranks = getattr(batch, "rank", None)
+    used = batch.scores != 0 if ranks is None else (batch.scores != 0) | (ranks != 0)
+    if (used & ~present).any():
         raise UserError("an item has no scored token, but it has a relevance or a rank")
     if ranks is not None:
         places = torch.arange(1, ranks.shape[1] + 1)
@@ -96,10 +96,10 @@ def loss(logps, ref_logps, batch, cfg):
 
     batch.scores (B, K) are relevances >= 0; the column rank (B, K) is optional.
     """
-    check_lists(batch.mask.any(-1), batch.scores, 0, 63)  # the gain 2^y - 1 grows fast
-    check_ranks(batch)
-    logps, ref_logps = upcast(logps, ref_logps)
     present = batch.mask.any(-1)  # (B, K)
+    check_lists(present, batch.scores, 0, 63)  # so that the gain 2^y - 1 is no huge number
+    check_ranks(batch, present)
+    logps, ref_logps = upcast(logps, ref_logps)
     n = present.sum(1)  # (B,)
     r = (logps - ref_logps).sum(-1) / batch.mask.sum(-1).clamp(min=1)  # (B, K): MEAN over tokens
     w = relevance_weights(batch, cfg).to(r.dtype)  # (B, K)

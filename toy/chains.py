@@ -3,7 +3,7 @@
     7+8+0=15,4+5+1=10:105    steps "7+8+0=15,"  "4+5+1=10:"  "105"
 
 A step ends behind a token that contains a separator. `grown` samples such trees from a policy, in a
-world that demonstrates and verifies steps, as TPO's data are made (arXiv:2410.12854).
+world that demonstrates and verifies steps, much as TPO's data are made (arXiv:2410.12854).
 """
 
 import random

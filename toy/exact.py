@@ -68,6 +68,7 @@ class Table(nn.Module):
             prefix = prefix * self.vocab + 1 + out[-1]
         return torch.stack(out, -1).tolist()
 
+    @torch.no_grad()
     def next_logps(self, prompt, written):
         """Log-probs (n, vocab), float64, of the next token after each of n beginnings (n, t)."""
         prefix = torch.zeros(len(written), dtype=torch.long)

@@ -195,6 +195,22 @@ def test_rounds_with_a_moving_reference_resume(tmp_path, monkeypatch, call, how)
     assert all(torch.equal(expected[k], resumed[k]) for k in expected)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [dict(reference="round"), dict(reference="average", decay=0.8)])
+def test_a_checkpoint_with_lora_holds_no_frozen_weights(tmp_path, monkeypatch, how):
+    monkeypatch.setattr(Lab, "checkpoint_every", 0.0)
+    small = dict(world="reviews", base_steps=2, batch_size=8, eval_size=8, max_response=6, lora=2)
+    loss = killed_at(monkeypatch, 6)
+    lab = Lab(Settings(steps=12, **small), str(tmp_path / "cut"), quiet=True)
+    policy = lab.base()
+    with pytest.raises(Killed):
+        rounds(lab, policy, [], **how)
+    monkeypatch.setattr(methods.dpo, "loss", loss)
+    size = sum(p.stat().st_size for p in (tmp_path / "cut" / "stages").glob("*.safetensors"))
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    assert 4 * 4 * trained < size < 0.5 * 4 * sum(p.numel() for p in policy.parameters())
+
+
 def two_fits(lab, die_at=None, cached=False, record=True):
     """Train two models in one stage, and die in this call of the loss -> their weights, calls."""
     calls = []

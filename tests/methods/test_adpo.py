@@ -444,6 +444,11 @@ def test_lists_that_cannot_be_used_are_refused():
     batch.q = torch.tensor([[0.5, math.nan, 0.3, 0.2]])
     with pytest.raises(ValueError, match="sum to 1"):
         loss(logps, ref_logps, batch, Config(target="given"))
+    logps, ref_logps, batch = a_list(q=[0.5, 0.0, 0.3, 0.2])
+    loss(logps, ref_logps, batch, Config(target="given"))
+    batch.mask[0, 3] = False  # its target has a share
+    with pytest.raises(ValueError, match="0 for an absent response"):
+        loss(logps, ref_logps, batch, Config(target="given"))
     with pytest.raises(ValueError, match="column q"):
         loss(*a_list(), Config(target="given"))
     logps, ref_logps, batch = a_list(scores=[1.0, math.nan, 0.0, 0.0])
@@ -504,7 +509,11 @@ def lists_in_a_file(folder, count=40, q=True):
 def test_every_round_has_its_own_part_of_a_file(tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        Lab, "align", lambda lab, policy, data, *how, every, decay: seen.append((lab, data, every))
+        Lab,
+        "align",
+        lambda lab, policy, data, loss, cfg, reference, every, decay: seen.append(
+            (lab, data, reference, every)
+        ),
     )
     for prompts in (None, 1000):
         lab = Lab(
@@ -514,14 +523,14 @@ def test_every_round_has_its_own_part_of_a_file(tmp_path, monkeypatch):
             quiet=True,
         )
         run(lab, Config(anchor="round", rounds=5))
-        lab, data, every = seen.pop()
+        lab, data, reference, every = seen.pop()
         parts = []
         for round in range(5):
             with lab.in_round(round):
                 parts.append([lab.text(row["prompt"]) for row in data(None, round)])
         together = [x for part in parts for x in part]
         assert (
-            every == 2
+            (reference, every) == ("round", 2)
             and min(map(len, parts)) == len(lab.world.train) // 5 > 0
             and len(set(together)) == len(together)
         )
@@ -543,11 +552,12 @@ def test_rounds_that_do_not_fit_are_refused(world, how):
         )
 
 
-def test_targets_are_given_in_a_file_alone(tmp_path):
+def test_targets_are_given_in_a_file_alone(tmp_path, monkeypatch):
     given, (logps, ref_logps, batch) = Config(target="given"), a_list()
+    monkeypatch.setattr(Lab, "base", lambda lab: pytest.fail("before anything is trained"))
     for where in (
         dict(world="bandit"),
-        dict(data=lists_in_a_file(tmp_path, q=False), context=16, base_steps=0),
+        dict(data=lists_in_a_file(tmp_path, q=False), context=16),
     ):
         with pytest.raises(ValueError, match="column q"):
             run(Lab(Settings(**where), quiet=True), given)

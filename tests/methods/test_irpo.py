@@ -525,6 +525,7 @@ def test_lists_that_are_refused():
         (lists((1.0, -0.5)), "-0.5"),
         (lists((1.0, float("nan"))), "nan"),
         (lists((1.0, 64.0)), "64"),
+        (lists((1.0, 0.0), (1.0, math.nan)), "1 to n"),
         (lists((1.0, 0.0, 0.0), (1, 2, 2)), "1 to n"),
         (lists((1.0, 0.0, 0.0), (0, 1, 2)), "1 to n"),
         (lists((1.0, 0.0, 0.0), (1, 2, 4)), "1 to n"),
@@ -533,6 +534,7 @@ def test_lists_that_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             run(batch)
+    run(lists((1.0, 63.0)))
     absent = lists((1.0, 0.0, 0.0), (1, 0, 2), mask=empty)  # no relevance, no rank: a shorter list
     assert torch.isfinite(run(absent)[0]).all()
 

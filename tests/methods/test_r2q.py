@@ -1,5 +1,6 @@
 """r2q against its paper: the token MDP, the loss as a sum over tokens, beams, credit, errors."""
 
+import copy
 import math
 from types import SimpleNamespace
 
@@ -8,7 +9,7 @@ import torch
 
 from claims.r2q import aligned, auc
 from lab import Lab, Settings
-from methods import dpo
+from methods import dpo, r2q
 from methods.r2q import (
     Config,
     beam_rewards,
@@ -305,6 +306,8 @@ def test_beams_of_a_language_model_end():
     wide, narrow = (beam_search(model, "1+2=", width, 8, end) for width in (6, 1))
     assert wide[1] >= narrow[1] and end not in wide[0]
     written = torch.tensor([greedy[:3]])
+    whole = model.next_logps("1+2=" + world.tokenizer.decode(greedy[:3]), written[:, :0])
+    assert torch.equal(model.next_logps("1+2=", written), whole)
     assert model.next_logps("1+2=", written).argmax().item() == greedy[3]
     assert model.next_logps(world.tokenizer.encode("1+2="), written).shape == (
         1,
@@ -382,6 +385,33 @@ def test_a_run_prints_what_it_is_about(capsys):
         "token rewards of a rejected response to" in out
         and "true reward of beam search: width 1" in out
     )
+
+
+@pytest.mark.slow
+def test_the_rewards_that_a_run_prints_are_beta_times_the_log_ratio(monkeypatch):
+    """Those of the trained policy against the model before it, for the last rejected response."""
+    aligned, shown = [], []
+    align = Lab.align
+
+    def noted(lab, policy, data, *rest, **how):
+        before = copy.deepcopy(policy)
+        aligned.append((lab, before, align(lab, policy, data, *rest, **how), data[-1]))
+        return aligned[-1][2]
+
+    monkeypatch.setattr(Lab, "align", noted)
+    monkeypatch.setattr(
+        r2q, "show_credit", lambda world, prompt, ids, values: shown.append((ids, values)) or ""
+    )
+    settings = Settings(
+        world="reviews", steps=2, prompts=8, base_steps=3, max_response=6, batch_size=2, lr=0.01
+    )
+    run(Lab(settings), Config(0.2))
+    ((here, before, after, row),) = aligned
+    ((ids, values),) = shown
+    lone = here.rows([dict(prompt=row["prompt"], responses=[ids], ends=row["ends"][1:])])
+    ours, theirs = (here.logps(model, lone)[0][0] for model in (after, before))
+    assert ids == row["responses"][1] and max(map(abs, values)) > 1e-3
+    assert values == pytest.approx([0.2 * (a - b) for a, b in zip(ours, theirs)], abs=1e-5)
 
 
 # ---- the mutants of the loss: every one makes a difference on these inputs

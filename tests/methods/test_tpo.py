@@ -415,6 +415,10 @@ def test_bad_trees_and_scores_are_refused():
             SimpleNamespace(mask=batch.mask[:, :1], scores=batch.scores[:, :1]),
             Config(asr=False),
         )
+    logps, ref_logps, batch = flat([0.2, 0.5, 0.1, 0.3], [0.0, 0.0, 0.0, 1.0])
+    batch.parents = torch.tensor([[-1, 0, 1, 2]])  # one response of four steps
+    with pytest.raises(ValueError, match="at least 2"):
+        loss(logps, ref_logps, batch, Config(asr=False))
     logps, ref_logps, batch = forest()
     batch.mask[1, 1] = False
     with pytest.raises(ValueError, match="step without"):
