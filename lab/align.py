@@ -4,7 +4,7 @@ from dataclasses import astuple
 
 import torch
 
-from data import Sizes, UserError
+from data import Sizes, StopTraining, UserError
 from lab import evaluate, report
 from lab.batches import Batches
 from lab.check import first_step
@@ -77,6 +77,26 @@ def align(
         fit(lab, policy, feed.batch, lab.compile(loss), capture=score is None, **how)
         if stage.path:
             stage.value = kept(policy)
+    return policy
+
+
+def align_in_rounds(lab, policy, data, loss, cfg, rounds, **how):
+    """`align` once in every round, each on rows of its own with a new optimizer -> the policy.
+
+    data(policy, round) -> rows; it may raise `data.StopTraining`, which ends the training.
+    rounds: each has an equal share of the steps. how: further arguments of `align`; the reference
+    is by default the policy at the beginning of a round. `policy.curve` has the looks of all.
+    """
+    curve, ends = [], [round(lab.steps * i / rounds) for i in range(rounds + 1)]
+    for i, (first, last) in enumerate(zip(ends, ends[1:])):
+        try:
+            rows = data(policy, i)
+        except StopTraining as reason:
+            lab.stopped = f"stopped after step {first}: {reason}"
+            break
+        policy = lab.align(policy, rows, loss, cfg, steps=last - first, **how)
+        curve += [look | {"step": first + look["step"]} for look in policy.curve[bool(curve) :]]
+    policy.curve = curve
     return policy
 
 

@@ -645,7 +645,7 @@ class Lab:
 
     # ---------------------------------------------------------------- training and evaluation
 
-    align = align.align
+    align, align_in_rounds = align.align, align.align_in_rounds
     fit = loop.fit
 
     def race(self, arms, data=None, watch=None, end=None, **settings):

@@ -116,13 +116,11 @@ def run(lab, cfg):
         raise UserError(f"--steps {lab.steps} is too few for rounds = {cfg.rounds}")
     if lab.world.given is None:
         check_rounds(lab.k, cfg)
-    policy, curve = lab.base(), []
-    rounds = curriculum(lab.preferences(policy), cfg)
+    policy = lab.base()
+    pairs = curriculum(lab.preferences(policy), cfg)
     reference = lab.base() if cfg.reference == "sft" else "start"  # "start": a frozen copy
-    ends = [round(lab.steps * i / cfg.rounds) for i in range(cfg.rounds + 1)]
-    for first, last, pairs in zip(ends, ends[1:], rounds):
-        data = lab.rows(pairs)
-        policy = lab.align(policy, data, loss, cfg, reference=reference, steps=last - first)
-        curve += [look | {"step": first + look["step"]} for look in policy.curve[bool(curve) :]]
-    policy.curve = curve
-    return policy
+
+    def data(policy, round):
+        return lab.rows(pairs[round])
+
+    return lab.align_in_rounds(policy, data, loss, cfg, cfg.rounds, reference=reference)

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from data import Paper, UserError, check_fields, fill_variant, pair
+from data import Paper, StopTraining, UserError, check_fields, fill_variant, pair
 from toy.exact import Table
 
 PAPER = Paper(
@@ -203,22 +203,23 @@ def replayed(fresh, older, rng, cfg):
 
 def run(lab, cfg):
     check_pool(lab, cfg)
-    policy, curve, older, iterates = lab.base(), [], [], []
-    ends = [round(lab.steps * i / cfg.rounds) for i in range(cfg.rounds + 1)]
-    for t, first, last in zip(range(cfg.rounds), ends, ends[1:]):
+    policy, older, iterates = lab.base(), [], []
+
+    def data(policy, t):
         if cfg.output == "average":
             iterates.append(policy.probs().detach())  # (P, R)
-        fresh = lab.stage("pairs", lambda policy=policy, t=t: rollout(lab, policy, t, cfg))
+        fresh = lab.stage("pairs", lambda: rollout(lab, policy, t, cfg))
         if not fresh and t == 0:
             raise UserError("round 1 gave no pairs: a smaller margin or more --prompts may help")
         if not fresh:
-            lab.stopped = f"stopped after step {first}: round {t + 1} gave no pairs"
-            break
-        data = lab.rows(fresh + replayed(fresh, older, lab.rng("replay", t), cfg))
-        older = [fresh, *older]
-        policy = lab.align(policy, data, loss, cfg, steps=last - first)  # reference: pi_t
-        curve += [look | {"step": first + look["step"]} for look in policy.curve[bool(curve) :]]
+            raise StopTraining(f"round {t + 1} gave no pairs")
+        rows = lab.rows(fresh + replayed(fresh, older, lab.rng("replay", t), cfg))
+        older.insert(0, fresh)
+        return rows
+
+    policy = lab.align_in_rounds(policy, data, loss, cfg, cfg.rounds)  # reference: pi_t
     if cfg.output == "average":
+        curve = policy.curve
         policy = Table(*lab.world.shape).set_log_probs(torch.stack(iterates).mean(0).log())
-    policy.curve = curve
+        policy.curve = curve
     return policy

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from data import Paper, UserError, check_fields, pair
+from data import Paper, StopTraining, UserError, check_fields, pair
 
 PAPER = Paper(
     "online",
@@ -182,18 +182,15 @@ def run(lab, cfg):
         raise UserError(f"{lab.world.name} has no interpreter of programs, as programs has")
     if 0 < lab.steps < cfg.rounds or lab.prompts < cfg.rounds:
         raise UserError(f"--steps and --prompts: at least {cfg.rounds}, one for each round")
-    policy, curve = lab.base(), []
-    ends = [round(lab.steps * i / cfg.rounds) for i in range(cfg.rounds + 1)]
-    for t, start, end in zip(range(cfg.rounds), ends, ends[1:]):
-        rows = lab.stage("pairs", lambda policy=policy, t=t: rollout(lab, policy, t, cfg))
+
+    def data(policy, t):
+        rows = lab.stage("pairs", lambda: rollout(lab, policy, t, cfg))
         if not rows and t == 0:
             raise UserError("round 1 gave no pairs: more --prompts or a larger --k may help")
         if not rows:
-            lab.stopped = f"stopped after step {start}: round {t + 1} gave no pairs"
-            break
+            raise StopTraining(f"round {t + 1} gave no pairs")
         lab.say(report(rows, lab.prompts // cfg.rounds))
-        kept = [{k: v for k, v in row.items() if k not in ("quality", "valid")} for row in rows]
-        policy = lab.align(policy, lab.rows(kept), loss, cfg, steps=end - start)
-        curve += [look | {"step": start + look["step"]} for look in policy.curve[bool(curve) :]]
-    policy.curve = curve
-    return policy
+        about = ("quality", "valid")
+        return lab.rows([{k: v for k, v in row.items() if k not in about} for row in rows])
+
+    return lab.align_in_rounds(lab.base(), data, loss, cfg, cfg.rounds)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from data import UserError
+from data import StopTraining, UserError
 from lab import Lab, Settings, evaluate, store
 from methods import dpo
 from toy import bandit, trie
@@ -330,3 +330,41 @@ def test_every_round_takes_the_next_rows_of_a_file(tmp_path):
             parts += [lab.text(row["prompt"]) for row in lab.preferences(None, k=2, n=count - 3)]
     whole = [lab.text(row["prompt"]) for row in lab.preferences(None, k=2)]
     assert len(whole) == count and parts == (3 * whole)[: len(parts)]
+
+
+def test_an_alignment_in_rounds_is_one_alignment_after_the_other():
+    """Each round has its own rows, its share of the steps, and the policy before as reference."""
+
+    def parts(lab):
+        return [lab.preferences(lab.base(), k=2, n=8, key=(i,)) for i in range(3)]
+
+    def table():
+        return Lab(Settings(world="bandit", steps=7, batch_size=4, eval_every=1), quiet=True)
+
+    lab, met = table(), []
+    rows, policy = parts(lab), lab.base()
+    data = lambda policy, i: met.append(policy.logits.detach().clone()) or rows[i]  # noqa: E731
+    together = lab.align_in_rounds(policy, data, dpo.loss, dpo.Config(), 3)
+    lab = table()
+    rows, policy = parts(lab), lab.base()
+    for i, steps in enumerate((2, 3, 2)):
+        assert torch.equal(policy.logits, met[i])
+        policy = lab.align(policy, rows[i], dpo.loss, dpo.Config(), steps=steps)
+    assert torch.equal(policy.logits, together.logits)
+    assert [look["step"] for look in together.curve] == list(range(8))
+    assert together.curve[-1]["reward"] == policy.curve[-1]["reward"]
+
+
+def test_rounds_end_where_there_is_nothing_to_learn():
+    lab = Lab(Settings(world="bandit", steps=6, batch_size=4), quiet=True)
+    policy = lab.base()
+    rows = lab.preferences(policy, k=2, n=8)
+
+    def data(policy, i):
+        if i == 1:
+            raise StopTraining("all are right")
+        return rows
+
+    policy = lab.align_in_rounds(policy, data, dpo.loss, dpo.Config(), 2)
+    assert lab.stopped == "stopped after step 3: all are right"
+    assert policy.curve[-1]["step"] == 3
