@@ -55,12 +55,28 @@ class Paper:
     start: str = "sft"
 
 
+def choose(cfg, name, allowed):
+    """Set a field of a Config to the one of `allowed` that it names, in any case, and return it.
+
+    UserError: it names none.
+    """
+    value = getattr(cfg, name)
+    if isinstance(value, str) and value not in allowed:
+        names = {known.lower(): known for known in allowed if isinstance(known, str)}
+        value = names.get(value.lower(), value)
+    if value not in allowed:
+        raise UserError(f"{name} = {value}: expected one of {', '.join(map(str, allowed))}")
+    object.__setattr__(cfg, name, value)
+    return value
+
+
 def check_fields(cfg, **allowed):
     """Check the fields of a Config. UserError: a named field has a value that is not allowed.
 
     allowed: for each field an interval as text, "(0, inf)" or "[0, 0.5)", or a tuple of the
-    accepted values. A field annotated int takes whole numbers only. None is accepted where it is
-    the field's default. Booleans are not numbers, and NaN lies in no interval.
+    accepted values, which are named in any case. A field annotated int takes whole numbers only.
+    None is accepted where it is the field's default. Booleans are not numbers, and NaN lies in no
+    interval.
     """
     declared = {f.name: f for f in fields(cfg)}
     for name, where in allowed.items():
@@ -68,8 +84,7 @@ def check_fields(cfg, **allowed):
         if value is None and declared[name].default is None:
             continue
         if isinstance(where, tuple):
-            if value not in where:
-                raise UserError(f"{name} = {value}: expected one of {', '.join(map(str, where))}")
+            choose(cfg, name, where)
             continue
         whole = "int" in kind and "float" not in kind
         number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
@@ -89,9 +104,7 @@ def fill_variant(cfg, variants, field="variant"):
     field: the name of the field that holds the variant. variants: {variant: {field: default}}.
     UserError: the variant is unknown, or a field was given that only other variants read.
     """
-    variant = getattr(cfg, field)
-    if variant not in variants:
-        raise UserError(f"{field} = {variant}: expected one of {', '.join(variants)}")
+    variant = choose(cfg, field, variants)
     known = variants[variant]
     for name in dict.fromkeys(name for each in variants.values() for name in each):
         value = getattr(cfg, name)

@@ -23,6 +23,7 @@ if __name__ == "__main__":  # Ctrl-C while the libraries are imported; main() ha
 
 import contextlib
 import dataclasses
+import errno
 import re
 import shutil
 import time
@@ -45,6 +46,9 @@ from lab import (
 )
 from lab.align import Stop
 from lab.store import alone, open_cache, write_json, write_text
+
+# errors that would end the other runs of a sweep, too: a full or broken disk, a closed pipe
+BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EPIPE)
 
 # ---------------------------------------------------------------- a run
 
@@ -175,9 +179,9 @@ def sweep(runs, out, tasks, failed):
                     lab = open_run(runs[i], places[i], quiet=True)
                     result = runs[i].module.run(lab, runs[i].cfg)
                     report_run(runs[i], lab, result)
-        except (OSError, Stop):  # a full disk would end the other runs, too
-            raise
         except Exception as error:
+            if getattr(error, "errno", None) in BROKEN:
+                raise
             failed[i] = str(error)
             if not isinstance(error, UserError):
                 traceback.print_exc()
@@ -332,10 +336,10 @@ def main(argv):
     """Carry out one command line -> exit status.
 
     0: done. 1: a claim has another verdict than its file expects, or --check found a broken
-    contract. 2: a user's mistake, which is printed as one line on stderr. 3: the training of a
-    single run ended early and its weights are saved; a line on stderr says why, such as that a
-    policy unlearned the chosen responses of a file, or that no pairs were left. 130: interrupted.
-    141: stdout closed.
+    contract. 2: a user's mistake, which is printed as one line on stderr, or runs of a sweep that
+    failed. 3: the training of a single run ended early and its weights are saved; a line on stderr
+    says why, such as that a policy unlearned the chosen responses of a file, or that no pairs were
+    left. 130: interrupted. 141: stdout closed.
     """
     for stream in (sys.stdout, sys.stderr):  # characters that a terminal lacks must not stop a run
         with contextlib.suppress(AttributeError, ValueError):

@@ -84,13 +84,17 @@ def align_in_rounds(lab, policy, data, loss, cfg, rounds, **how):
     """`align` once in every round, each on rows of its own with a new optimizer -> the policy.
 
     data(policy, round) -> rows; it may raise `data.StopTraining`, which ends the training.
-    rounds: each has an equal share of the steps. how: further arguments of `align`; the reference
-    is by default the policy at the beginning of a round. `policy.curve` has the looks of all.
+    rounds: each has an equal share of the steps. how: arguments of `align` other than its steps;
+    the reference is by default the policy at the beginning of a round. `policy.curve` has the looks
+    of all rounds, whose steps are counted through. UserError: rounds < 1.
     """
+    if rounds < 1:
+        raise UserError(f"rounds = {rounds} must be at least 1")
     curve, ends = [], [round(lab.steps * i / rounds) for i in range(rounds + 1)]
     for i, (first, last) in enumerate(zip(ends, ends[1:])):
         try:
-            rows = data(policy, i)
+            with lab.in_round(i):
+                rows = data(policy, i)
         except StopTraining as reason:
             lab.stopped = f"stopped after step {first}: {reason}"
             break

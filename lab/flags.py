@@ -283,17 +283,11 @@ def load(about):
 
 
 def configured(module, values):
-    """The Config of a method with these values {field: value}; names without regard to case.
+    """The Config of a method with these values {field: value}.
 
     UserError: the Config refuses a value, or it fails; the message then has its line."""
-    lower = {name: v.lower() if isinstance(v, str) else v for name, v in values.items()}
     with slips(module.__file__):
-        try:
-            return module.Config(**values)
-        except UserError:
-            if lower == values:
-                raise
-        return module.Config(**lower)
+        return module.Config(**values)
 
 
 # ---------------------------------------------------------------- reading flags
@@ -593,6 +587,12 @@ def combinations(flags, chosen):
             varied = {"method": method.name} if len(chosen) > 1 else {}
             varied |= {k: v for k, v in picked.items() if len(full[k]) > 1}
             runs.append(Run(method.name, module, paper, settings, cfg, varied))
+    known = set()
+    for run in runs:
+        about = run.method, str(run.settings), str(run.cfg)
+        if about in known:  # --variant ipo,IPO
+            raise UserError(f"two runs are the same: {run.name()}")
+        known.add(about)
     return runs
 
 

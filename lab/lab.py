@@ -511,8 +511,8 @@ class Lab:
 
         k: responses per prompt (default --k). n: number of prompts (default --prompts).
         ties: keep pairs to which a verifier gives equal scores.
-        key: another key gives other prompts and samples. Inside a data function of `align` the
-            round is added to it.
+        key: another key gives other prompts and samples. Inside a data function, such as that of
+            `align`, the round is added to it.
         Pairs have the chosen response first. With --data the rows are the first n training rows of
         the file, in round r the next n after r n of them, and after the last one the first again;
         for k = 2, only the best and the worst response of each row are kept. UserError: no pair has

@@ -10,7 +10,9 @@ file and line.
 import contextlib
 import io
 import sys
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from data import UserError, printable
@@ -56,7 +58,7 @@ def rehearse(run, world, start):
 
 
 def check_recipe(world, settings, path):
-    """UserError: `align` of a user's own world lacks settings that no flag gives either."""
+    """UserError: a recipe of a user's own world lacks settings that no flag gives either."""
     needed = ["steps", "batch_size", "lr"] + ["prompts"] * (world.kind != "vectors")
     lacking = [n for n in needed if n not in world.align and getattr(settings, n) is None]
     if lacking:
@@ -64,9 +66,11 @@ def check_recipe(world, settings, path):
             f"{path}: align lacks {', '.join(lacking)}: add them there, or give "
             f"--{', --'.join(lacking)}"
         )
-    lacking = {"steps", "batch_size", "lr"} - set(world.pretrain or ("steps", "batch_size", "lr"))
-    if lacking:
-        raise UserError(f"{path}: pretrain lacks {', '.join(sorted(lacking))}")
+    if world.pretrain and not settings.init and settings.base_steps != 0:
+        needed = ["batch_size", "lr"] + ["steps"] * (settings.base_steps is None)
+        lacking = [name for name in needed if name not in world.pretrain]
+        if lacking:
+            raise UserError(f"{path}: pretrain lacks {', '.join(lacking)}")
 
 
 def check_world(lab, path):
@@ -83,7 +87,7 @@ def check_world(lab, path):
         model, prompts = world.model(), world.prompts(lab.prompts, lab.rng("rehearsal"))
     if not isinstance(model, torch.nn.Module):
         raise UserError(f"{path}: model() returned a {type(model).__name__}, not a model")
-    if not isinstance(prompts, (list, tuple)):
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence | np.ndarray):
         raise UserError(f"{path}: prompts(n, rng) returned a {type(prompts).__name__}, not a list")
     if not len(prompts):
         raise UserError(f"{path}: prompts({lab.prompts}, rng) returned none")

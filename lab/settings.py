@@ -84,8 +84,8 @@ class Settings:
     def __post_init__(self):
         for name in ("device", "dtype", "compile", "capture"):  # names, without regard to case
             setattr(self, name, str(getattr(self, name)).lower())
-        if not re.search(r"[./\\]", self.optimizer):  # a name, not a path
-            self.optimizer = self.optimizer.lower()
+        known = {name.lower(): name for name in ("adamw", *methods())}
+        self.optimizer = known.get(self.optimizer.lower(), self.optimizer)
         million, billion = 10**6, 10**9
         for name, (low, high) in dict(
             steps=(0, billion),

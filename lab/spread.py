@@ -19,6 +19,8 @@ from lab import report
 from lab.folder import MARK, absolute, read_object, write_run
 from lab.store import HERE
 
+TRACEBACK = "Traceback (most recent call last):"  # Python's first line of a traceback
+
 PATIENCE = 30  # seconds that processes have to end by themselves after Ctrl-C
 PARTS = ("out", "overwrite", "jobs", "shard")  # flags in which the parts of a command may differ
 
@@ -98,7 +100,12 @@ def in_processes(given, out, names, jobs):
             for done, future in enumerate(concurrent.futures.as_completed(asked), 1):
                 i, (status, said) = asked[future], future.result()
                 if status not in (0, 1):  # 1: a claim does not hold
-                    failed[i] = said[-1].removeprefix("train.py: ")
+                    said[-1] = said[-1].removeprefix("train.py: ")
+                    failed[i] = re.sub(r"^\d+ of \d+ runs failed: ", "", said[-1])
+                    failed[i] = failed[i].removeprefix(f"{names[i]}: ")
+                    if TRACEBACK in said:
+                        about = "\n".join(said[said.index(TRACEBACK) : -1])
+                        print(printable(about, None, keep="\n"), file=sys.stderr)
                 left = (time.time() - start) / done * (len(names) - done)
                 line = f"[{done}/{len(names)}] {names[i]}{' failed' * (i in failed)}"
                 print(f"{printable(line)}; {report.clock(left)} left", file=sys.stderr, flush=True)

@@ -97,7 +97,7 @@ def loss(logps, ref_logps, batch, cfg):
     batch.scores (B, K) are relevances >= 0; the column rank (B, K) is optional.
     """
     present = batch.mask.any(-1)  # (B, K)
-    check_lists(present, batch.scores, 0, 63)  # so that the gain 2^y - 1 is no huge number
+    check_lists(present, batch.scores, 0, 63)  # keeps the gain 2^y - 1 below 2^63
     check_ranks(batch, present)
     logps, ref_logps = upcast(logps, ref_logps)
     n = present.sum(1)  # (B,)

@@ -1,5 +1,6 @@
 """Flags: how they are read, what --help and --list say, and what is refused."""
 
+import dataclasses
 import os
 import re
 import shlex
@@ -11,6 +12,7 @@ import sys
 import pytest
 
 import train
+from data import UserError, check_fields, fill_variant
 from lab import Settings, flags, results, store
 from lab.settings import methods, worlds
 from methods.dpo import PAPER, Config
@@ -317,9 +319,32 @@ def test_devices_and_their_like_are_named_in_any_case():
 def test_names_of_a_method_s_choices_are_understood_in_any_case(capsys):
     both = runs("--method", "survey", "--variant", "IPO,kto", "--world", "bandit")
     assert [run.cfg.variant for run in both] == ["ipo", "kto"]
-    (run,) = runs("--method", "adpo", "--target", "Hard", "--smoothing", "0.1")
-    assert (run.cfg.target, run.cfg.smoothing) == ("hard", 0.1)
+    (run,) = runs("--method", "adpo", "--target", "Hard", "--smoothing", "0.1", "--reduce", "MEAN")
+    assert (run.cfg.target, run.cfg.smoothing, run.cfg.reduce) == ("hard", 0.1, "mean")
     refused(
-        capsys, ["--method", "survey", "--variant", "IPOO"], "variant = ipoo", "expected one of"
+        capsys, ["--method", "survey", "--variant", "IPOO"], "variant = IPOO", "expected one of"
     )
     refused(capsys, ["--method", "survey", "--variant", "IPO", "--beta", "-1"], "beta = -1.0")
+    for twice in (["--variant", "IPO,ipo"], ["--variant", "ipo", "--optimizer", "AdamW,adamw"]):
+        refused(capsys, ["--method", "survey", *twice], "two runs are the same")
+
+
+def test_choices_keep_the_spelling_of_their_file_and_free_text_its_own():
+    @dataclasses.dataclass(frozen=True)
+    class Choices:
+        mode: str = "Hard"
+        kind: str = "up"
+        name: str = "Bob"
+        both: bool = True
+
+        def __post_init__(self):
+            check_fields(self, mode=("Hard", "Soft"), both=(True, False))
+            fill_variant(self, dict(up={}, down={}), "kind")
+
+    cfg = Choices(mode="SOFT", kind="Down", name="Eve", both=False)
+    assert (cfg.mode, cfg.kind, cfg.name, cfg.both) == ("Soft", "down", "Eve", False)
+    assert Choices(mode="hard").mode == "Hard"
+    with pytest.raises(UserError, match="mode = Harder: expected one of Hard, Soft"):
+        Choices(mode="Harder")
+    with pytest.raises(UserError, match="both = True: expected one of True, False"):
+        Choices(both="True")

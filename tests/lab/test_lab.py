@@ -293,7 +293,8 @@ def test_a_reference_or_a_schedule_that_means_nothing_is_refused():
         lab.align(policy, lambda policy, round: [], dpo.loss, dpo.Config())
 
 
-def test_a_reference_can_be_the_moving_average_of_the_policy():
+@pytest.mark.parametrize("decay", [0.7, 0.0])
+def test_a_reference_can_be_the_moving_average_of_the_policy(decay):
     """Each step meets the average of the weights before it, whose decay is that of the call."""
     lab = Lab(Settings(world="bandit", steps=6, prompts=64, batch_size=8), quiet=True)
     weights, met = [], []
@@ -307,15 +308,15 @@ def test_a_reference_can_be_the_moving_average_of_the_policy():
     data = lab.preferences(policy, k=2)
     batches = []
     prepare = lambda policy, batch: batches.append(batch) or batch  # noqa: E731
-    how = dict(reference="average", decay=0.7, prepare=prepare)
+    how = dict(reference="average", decay=decay, prepare=prepare)
     lab.align(policy, data, loss, dpo.Config(), **how)
     average, other = weights[0].clone(), lab.base()
     for weight, batch, ref_logps in zip(weights, batches, met, strict=True):
-        average = 0.7 * average + 0.3 * weight
+        average = decay * average + (1 - decay) * weight
         with torch.no_grad():
             other.logits.copy_(average)
             torch.testing.assert_close(other.logps(batch), ref_logps)
-    assert (weights[-1] - average).abs().max() > 1e-3
+    assert decay == 0 or (weights[-1] - average).abs().max() > 1e-3
 
 
 def test_every_round_takes_the_next_rows_of_a_file(tmp_path):
@@ -355,6 +356,17 @@ def test_an_alignment_in_rounds_is_one_alignment_after_the_other():
     assert together.curve[-1]["reward"] == policy.curve[-1]["reward"]
 
 
+def test_the_rows_of_a_round_are_its_own():
+    lab, drawn = Lab(Settings(world="bandit", steps=3, batch_size=4), quiet=True), []
+
+    def data(policy, i):
+        drawn.append(lab.preferences(policy, k=2, n=8))
+        return drawn[-1]
+
+    lab.align_in_rounds(lab.base(), data, dpo.loss, dpo.Config(), 3)
+    assert drawn[0] != drawn[1] != drawn[2]
+
+
 def test_rounds_end_where_there_is_nothing_to_learn():
     lab = Lab(Settings(world="bandit", steps=6, batch_size=4), quiet=True)
     policy = lab.base()
@@ -365,6 +377,8 @@ def test_rounds_end_where_there_is_nothing_to_learn():
             raise StopTraining("all are right")
         return rows
 
+    with pytest.raises(UserError, match="rounds = 0"):
+        lab.align_in_rounds(policy, data, dpo.loss, dpo.Config(), 0)
     policy = lab.align_in_rounds(policy, data, dpo.loss, dpo.Config(), 2)
     assert lab.stopped == "stopped after step 3: all are right"
     assert policy.curve[-1]["step"] == 3

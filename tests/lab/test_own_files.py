@@ -381,6 +381,18 @@ def test_a_world_that_does_not_fit_itself_is_one_line(
     refused(capsys, ["--method", "dpo", "--world", str(tmp_path / "letters.py")], *words)
 
 
+def test_what_no_run_reads_of_a_world_may_be_missing(tmp_path):
+    """An array of prompts; and of pretrain, what --base_steps replaces."""
+    text = WRITING.replace("REWARD", "torch.tensor([float(r.count('a')) for r in responses])")
+    text = text.replace('return ["a"] * n', 'return __import__("numpy").array(["a"] * n)')
+    text = text.replace("pretrain = dict(steps=2, ", "pretrain = dict(")
+    (tmp_path / "array_a.py").write_text(text)
+    argv = ["--method", "dpo", "--world", str(tmp_path / "array_a.py"), "--eval_size", "4"]
+    for steps in ("0", "3"):
+        out = str(tmp_path / f"out{steps}")
+        assert train.main([*argv, "--base_steps", steps, "--out", out]) == 0
+
+
 def test_fewer_prompts_than_asked_for_are_said(tmp_path, capsys):
     text = WRITING.replace("REWARD", "torch.tensor([float(r.count('a')) for r in responses])")
     (tmp_path / "few_a.py").write_text(text.replace("* n\n", "* min(n, 10)\n", 1))

@@ -1,5 +1,6 @@
 """A run and a sweep: what they write and print; the same command gives the same results."""
 
+import errno
 import json
 import math
 import os
@@ -173,8 +174,10 @@ def test_a_sweep_goes_on_after_a_run_that_fails(tmp_path, capsys, monkeypatch):
             raise UserError("a row that cannot be used")
         if cfg.beta == 0.5:
             raise IndexError("a slip of the method")
+        if cfg.beta == 0.7:
+            open(tmp_path / "nothing.txt")
         if cfg.beta == 0.6:
-            raise OSError("the disk is full")
+            raise OSError(errno.ENOSPC, "the disk is full")
         losses, metrics = loss(logps, ref_logps, batch, cfg)
         return losses * (math.nan if cfg.beta == 0.3 and calls.append(0) is None else 1), metrics
 
@@ -193,6 +196,9 @@ def test_a_sweep_goes_on_after_a_run_that_fails(tmp_path, capsys, monkeypatch):
     error = capsys.readouterr().err
     assert "Traceback" in error and error.count("IndexError: a slip of the method") == 3
     assert error.strip().endswith("1 of 3 runs failed: beta 0.5: IndexError: a slip of the method")
+    assert len(json.loads((tmp_path / "s" / "sweep.json").read_text())) == 2
+    assert train.main([*argv, "--beta", "0.1,0.7,0.4", "--overwrite"]) == 2
+    assert "FileNotFoundError" in capsys.readouterr().err.strip().splitlines()[-1]
     assert len(json.loads((tmp_path / "s" / "sweep.json").read_text())) == 2
     assert train.main([*argv[:-1], "full", "--beta", "0.1,0.6,0.4"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()[-1:]

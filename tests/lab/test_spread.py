@@ -84,6 +84,24 @@ def test_jobs_make_the_table_of_one_process_and_name_a_run_that_fails(
     assert table(tmp_path / "two") == table(tmp_path / "one") and len(table(tmp_path / "two")) == 1
 
 
+@pytest.mark.slow
+def test_jobs_show_the_traceback_of_a_method_that_fails(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("NANOPREF_CACHE", str(tmp_path / "cache"))
+    with open(os.path.join(store.HERE, "methods", "_template.py")) as file:
+        text = file.read()
+    assert "F.relu(cfg.delta - z)" in text
+    text = text.replace("F.relu(cfg.delta - z)", "F.relu(cfg.delta - z) / [1][int(cfg.delta > 2)]")
+    (tmp_path / "one_beta.py").write_text(text)
+    argv = ["--method", str(tmp_path / "one_beta.py"), "--world", "bandit", "--steps", "2"]
+    argv += ["--prompts", "32", "--batch_size", "8", "--delta", "1,2.5,1.5", "--out", "s"]
+    assert train.main([*argv, "--jobs", "2"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("Traceback (most recent call last):") == 1 and "one_beta.py" in error
+    last = error.strip().splitlines()[-1]
+    assert last.startswith("train.py: 1 of 3 runs failed: delta 2.5: IndexError: list index")
+    assert last.count("delta 2.5") == 1 and len(table(tmp_path / "s")) == 2
+
+
 def test_the_claims_of_several_papers_are_shared_and_joined(tmp_path, monkeypatch, capsys):
     known = []
 
