@@ -166,6 +166,7 @@ def lists():
         changed(full, scores=put(scores, 0, 0, 64.0)),
         changed(full, scores=put(scores, 0, 0, -1.0)),
         changed(gone, scores=put(gone[2].scores, 1, -1, 1.0)),
+        changed(ranked(gone), scores=put(gone[2].scores, 1, -1, 1.0)),
         changed(order, rank=put(rank, 0, 0, rank[0, 1])),
         changed(short, rank=put(ranked(short)[2].rank, 1, -1, 7)),
     ]

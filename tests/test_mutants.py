@@ -8,7 +8,9 @@ each with the reason).
 
 import importlib
 import inspect
+import math
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -67,3 +69,44 @@ def test_no_mutant_of_the_checks_of_pairs_survives_without_a_reason():
 
     made, alive = mutation.survivors(data, [{}], inputs, ["pair", "upcast"], observe)
     check(made, alive, {})
+
+
+@pytest.mark.mutants
+def test_no_mutant_of_the_checks_of_lists_and_of_paths_survives_without_a_reason():
+    """Losses on lists begin with data.check_lists, and those on trees with data.paths."""
+
+    def observe(names, cfg, item):
+        try:
+            if len(item) == 1:
+                found = list(names["paths"](*item))
+                return ("ran" if found[0].is_meta else found), None
+            names["check_lists"](*item, **cfg)
+        except Exception as error:  # noqa: BLE001 - a mutant may do anything
+            return f"{type(error).__name__}: {error}", None
+        return "ran", None
+
+    def inputs():
+        full = torch.tensor([[True, True, True], [True, True, False]])
+        scores = torch.tensor([[0.0, 1.0, 0.5], [0.25, 0.75, 0.0]])
+        trees = torch.tensor([[-1, 0, 1, 0, -1, 4], [-1, 0, 1, 2, 3, -1]])
+        mask = torch.ones(2, 6, 2, dtype=torch.bool)
+        mask[0, 1, 1] = mask[1, 5] = False
+        lone = full & torch.tensor([True, False, False])
+        items = [(full, scores), (lone, scores), (full & False, scores)]
+        items += [(full.to("meta"), scores.to("meta"))]
+        items += [
+            (full, scores + torch.tensor([x, 0.0, 0.0])) for x in (-0.5, 1.5, -1e9, 1e9, math.nan)
+        ]
+        items += [(full, scores + torch.tensor([x, 0.0, 0.0])) for x in (math.inf, -math.inf)]
+        elsewhere = SimpleNamespace(mask=mask.to("meta"), parents=trees.to("meta"))
+        trees = SimpleNamespace(mask=mask, parents=trees)
+        return [*items, (trees,), (SimpleNamespace(mask=mask),), (elsewhere,)]
+
+    cases = [dict(low=0, high=1), dict(low=0, high=1, least=1), {}, dict(least=3)]
+    made, alive = mutation.survivors(data, cases, inputs, ["check_lists", "paths"], observe)
+    path = "child_of.to(eye.dtype) @ on"
+    reasons = {
+        "paths: 1 -> 2": "-2 is not the index of a parent either",
+        f"paths: eye + {path} -> eye - {path}": "only which entries are 0 is read",
+    }
+    check(made, alive, reasons)
