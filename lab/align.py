@@ -86,7 +86,7 @@ def align_in_rounds(lab, policy, data, loss, cfg, rounds, **how):
     data(policy, round) -> rows; it may raise `data.StopTraining`, which ends the training.
     rounds: each has an equal share of the steps. how: arguments of `align` other than its steps;
     the reference is by default the policy at the beginning of a round. `policy.curve` has the looks
-    of all rounds, whose steps are counted through. UserError: rounds < 1.
+    of all rounds, with steps that count on from round to round. UserError: rounds < 1.
     """
     if rounds < 1:
         raise UserError(f"rounds = {rounds} must be at least 1")

@@ -513,10 +513,10 @@ class Lab:
         ties: keep pairs to which a verifier gives equal scores.
         key: another key gives other prompts and samples. Inside a data function, such as that of
             `align`, the round is added to it.
-        Pairs have the chosen response first. With --data the rows are the first n training rows of
-        the file, in round r the next n after r n of them, and after the last one the first again;
-        for k = 2, only the best and the worst response of each row are kept. UserError: no pair has
-        different scores.
+        Pairs have the chosen response first. With --data the rows are training rows of the file:
+        the first n, and in round r the n that follow the first r * n, where the first row follows
+        the last. For k = 2, only the best and the worst response of each row are kept. UserError:
+        no pair has different scores.
         """
         settings, world = self.settings, self.world
         if world.given is not None:
